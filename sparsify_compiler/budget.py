@@ -1,0 +1,56 @@
+"""Budget: what the user asks for, in one number."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from .errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one of these.
+
+    density       kept / total over all weights that the recipe touches, 0 < density <= 1
+    speedup       whole-model latency of the fastest dense form / latency of the compiled model, >= 1
+    latency_ms    whole-model latency on the example inputs, milliseconds
+    bytes         bytes of all weights in memory, indices included
+    quality_drop  largest loss of quality: in units of the user's `quality` metric; without one, 1 - cosine of the outputs to dense
+
+    Raises BudgetError when none or several are given, or one is out of its range.
+    """
+
+    density: float | None = None
+    speedup: float | None = None
+    latency_ms: float | None = None
+    bytes: int | None = None
+    quality_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        given = self.given()
+        if len(given) != 1:
+            what = "is empty" if not given else f"names {', '.join(given)} at once"
+            raise BudgetError(f"the budget {what}", hint=f"give exactly one of {', '.join(f.name for f in fields(self))}")
+        (name, value), = given.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise BudgetError(f"{name} must be a finite number, got {value!r}", where="budget")
+        low, high, allowed = _RANGES[name]
+        if not low <= value <= high or (name != "quality_drop" and value == 0):
+            raise BudgetError(f"{name} is {value:g}", where="budget", hint=f"it must be {allowed}")
+
+    def given(self) -> dict[str, float]:
+        """The one that is set, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:g}" for name, value in self.given().items())
+
+
+_RANGES = {
+    "density": (0.0, 1.0, "above 0 and at most 1 (kept / total: 0.3 keeps three weights in ten)"),
+    "speedup": (1.0, 1e4, "at least 1 (2.0 means half the latency)"),
+    "latency_ms": (0.0, math.inf, "above 0"),
+    "bytes": (0.0, math.inf, "above 0"),
+    "quality_drop": (0.0, math.inf, "at least 0"),
+}

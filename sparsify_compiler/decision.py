@@ -1,0 +1,31 @@
+"""What was decided at one site, and the measurements behind it: a row of the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Decision:
+    """One site's choice. Times are medians in milliseconds at `rows` rows of input; bytes are of the weights, indices included.
+
+    A field that was never measured or does not apply stays None and is shown as a dash, never as a number.
+    """
+
+    site: str
+    kind: str
+    shape: tuple[int, ...] = ()  # of the weight, [out, in] for a linear
+    dtype: str = ""
+    structure: str = "dense"
+    density: float = 1.0  # kept / total
+    budget: float = 1.0  # density that the allocator asked for
+    format: str = "dense"
+    kernel: str = "dense"  # name of the kernel variant that runs, or the dense form
+    rows: int | None = None  # rows of the input at which the times were measured
+    dense_form: str = ""  # which dense form was the fastest, for example "eager fp32"
+    dense_ms: float | None = None
+    sparse_ms: float | None = None  # the best sparse kernel's time, also when it lost
+    compiled_ms: float | None = None  # time of what was chosen
+    dense_bytes: int | None = None
+    bytes: int | None = None
+    reason: str = ""  # why this choice; for a site that stayed dense, why

@@ -1,0 +1,80 @@
+"""Timing that can be trusted on a shared machine: rivals interleaved in one process, medians with spread, repeated when the yardstick moves."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call: the median over the rounds and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleave(forms: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2, at_most: float = 5.0,
+               steady: float = 0.1, repeats: int = 3) -> dict[str, Timing]:
+    """Time every form once a round, in turn, so that drift of the machine meets all of them alike.
+
+    The first form is the yardstick: when its median over the first half of the rounds and over the second half differ by more than `steady`,
+    the rounds are run again, `repeats` times at the most, and the last run counts. `at_most` bounds the seconds of one run (three rounds at least).
+    """
+    if not forms:
+        return {}
+    for _ in range(warmup):
+        for form in forms.values():
+            form()
+    times: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        times = _rounds(forms, rounds, at_most)
+        yardstick = next(iter(times.values()))
+        half = len(yardstick) // 2
+        first, second = statistics.median(yardstick[:half]), statistics.median(yardstick[half:])
+        if abs(first - second) <= steady * min(first, second):
+            break
+    return {name: _timing(values) for name, values in times.items()}
+
+
+def round_robin(groups: Mapping[str, Mapping[str, Callable[[], object]]], *, rounds: int = 15, warmup: int = 2,
+                at_most: float = 20.0) -> dict[str, dict[str, Timing]]:
+    """Time the forms of many groups (the layers of a model), each group once a round.
+
+    A layer then meets the caches as it does in the model, after all the others; a tight loop over one layer would flatter whichever form
+    is just small enough to stay in a cache.
+    """
+    flat = {(group, name): form for group, forms in groups.items() for name, form in forms.items()}
+    for _ in range(warmup):
+        for form in flat.values():
+            form()
+    times = _rounds(flat, rounds, at_most)
+    result: dict[str, dict[str, Timing]] = {group: {} for group in groups}
+    for (group, name), values in times.items():
+        result[group][name] = _timing(values)
+    return result
+
+
+def _rounds(forms: Mapping[Key, Callable[[], object]], rounds: int, at_most: float) -> dict[Key, list[float]]:
+    times: dict[Key, list[float]] = {name: [] for name in forms}
+    clock, end = time.perf_counter, time.perf_counter() + at_most
+    for done in range(rounds):
+        if done >= 3 and clock() > end:
+            break
+        for name, form in forms.items():
+            start = clock()
+            form()
+            times[name].append((clock() - start) * 1e3)
+    return times
+
+
+def _timing(values: list[float]) -> Timing:
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    return Timing(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter])

@@ -1,0 +1,128 @@
+"""What a pass is: Program -> Program, printed as text and parsed back, saying what it preserves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .program import Program, Stage
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+    from .target import Target
+
+
+class Preserves(StrEnum):
+    """What holds between a Program before and after a pass; the pipeline checks it."""
+
+    VALUES = "values"  # same outputs, up to float reassociation
+    MASK = "mask"  # the set of zeros of every weight
+    SIGNATURE = "signature"  # shapes and dtypes only; quality is measured, never assumed
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Why a rule or pass did not act: the sentence that `sparsify why` prints. `at` names the node or site."""
+
+    why: str
+    at: str = ""
+
+    def __str__(self) -> str:
+        return f"at {self.at}: {self.why}" if self.at else self.why
+
+
+class Statistics(Protocol):
+    """Calibration results, per site path and statistic name (see calibrate.STATISTICS)."""
+
+    def get(self, site: str, statistic: str) -> Tensor: ...
+
+
+class KernelProvider(Protocol):
+    """What lowering asks of the kernel room (codegen.runtime)."""
+
+    def candidates(self, op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, int], dtype: torch.dtype,
+                   rows: Sequence[int], target: Target) -> Sequence[Any]: ...
+
+
+@dataclass
+class Context:
+    """What a pass may use beside its own options. Passes never print: they note misses here, and instruments watch."""
+
+    target: Target | None = None
+    density: float | None = None  # the user's budget, for passes whose own density is not set
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None  # what lowering measures on
+    seed: int = 0
+    statistics: Statistics | None = None
+    calibrate: Callable[[Program, Mapping[str, frozenset[str]]], Statistics] | None = None  # asked for what a pass needs(), just before it runs
+    kernels: KernelProvider | None = None
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None  # a pass reports its own steps
+    misses: list[Miss] = field(default_factory=list)
+    rewrites: int = 0  # how many times a rule or pass acted; Fuel counts them
+    fuel: int | None = None  # stop after this many rewrites
+
+    def miss(self, why: str, at: str = "") -> None:
+        """Record why something was not done."""
+        self.misses.append(Miss(why, at))
+
+    def spend(self) -> bool:
+        """Ask to do one more rewrite; False when the fuel is used up (to bisect a wrong rewrite)."""
+        if self.fuel is not None and self.rewrites >= self.fuel:
+            return False
+        self.rewrites += 1
+        return True
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes: a frozen dataclass whose options are plain values, in a file named after it.
+
+    Every pass has a docstring with the fields Matches, Rewrites, Preserves and Paper, and its file ends with
+    `example() -> (model, example_inputs)`, the smallest model that triggers it.
+    """
+
+    preserves: ClassVar[Preserves] = Preserves.VALUES
+    needs_stage: ClassVar[Stage] = Stage.TRACED  # the earliest stage that it accepts
+    until_stage: ClassVar[Stage] = Stage.SPARSE  # the latest
+    gives_stage: ClassVar[Stage | None] = None  # the stage that the Program is in afterwards, when that changes
+    idempotent: ClassVar[bool] = True
+
+    @classmethod
+    def name(cls) -> str:
+        """The pass's name in text and on the command line: its file's name."""
+        module = sys.modules[cls.__module__]
+        spec = module.__spec__
+        return (spec.name if spec is not None else cls.__module__).rpartition(".")[2]
+
+    def needs(self, program: Program) -> Mapping[str, frozenset[str]]:
+        """Site path -> names of the statistics that must be in ctx.statistics before run(). None by default."""
+        return {}
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        """The Program after the pass. `program` is a private clone: edit it in place and return it."""
+        raise NotImplementedError
+
+    def __or__(self, other: Pass | Pipeline) -> Pipeline:
+        from .pipeline import Pipeline
+
+        return Pipeline((self,)) | other
+
+    def options(self) -> dict[str, Any]:
+        """Options that differ from their defaults, in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and getattr(self, f.name) != _default(f)}
+
+    def __str__(self) -> str:
+        from .pipeline import print_value
+
+        return f"{self.name()}({', '.join(f'{k}={print_value(v)}' for k, v in self.options().items())})"
+
+
+def _default(f: Any) -> Any:
+    if f.default is not MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not MISSING else MISSING
