@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -94,14 +95,19 @@ class Pass:
 
     @classmethod
     def name(cls) -> str:
-        """The pass's name in text and on the command line: its file's name."""
-        module = sys.modules[cls.__module__]
-        spec = module.__spec__
-        return (spec.name if spec is not None else cls.__module__).rpartition(".")[2]
+        """The pass's name in text and on the command line: its file's name; for a class of a script or notebook, its own in snake case."""
+        spec = sys.modules[cls.__module__].__spec__
+        file = (spec.name if spec is not None else "").rpartition(".")[2]
+        own = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        return file if file.replace("_", "") == own.replace("_", "") else own
 
     def needs(self, program: Program) -> Mapping[str, frozenset[str]]:
         """Site path -> names of the statistics that must be in ctx.statistics before run(). None by default."""
         return {}
+
+    def own_density(self) -> float | None:
+        """The density that this pass's options fix, whatever the budget says; None where the budget decides, or there is nothing to decide."""
+        return None
 
     def run(self, program: Program, ctx: Context) -> Program:
         """The Program after the pass. `program` is a private clone: edit it in place and return it."""

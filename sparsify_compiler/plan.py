@@ -34,19 +34,24 @@ class Search(Generic[Result]):
     tried: tuple[Attempt[Result], ...]
 
 
-def search(budget: Budget, limit: float, attempt: Callable[[float], Attempt[Result]], *, steps: int = 6) -> Search[Result]:
+def search(budget: Budget, limit: float, attempt: Callable[[float], Attempt[Result]], *, fixed: float | None = None,
+           steps: int = 6) -> Search[Result]:
     """The densest attempt whose value is within `limit`; for quality lost, the sparsest one.
 
+    fixed  the only density there is, for a recipe whose structure decides it (2:4)
     Raises BudgetError, with the best value that was reached, when no density meets the budget.
     """
     more_is_worse = budget.quality_drop is None
     easy, hard = (LOWEST, 1.0) if more_is_worse else (1.0, LOWEST)
+    if fixed is not None:
+        easy = hard = fixed
     best = attempt(hard)
     tried = [best]
     if best.value <= limit:
         return Search(best, tuple(tried))
-    best = attempt(easy)
-    tried.append(best)
+    if easy != hard:
+        best = attempt(easy)
+        tried.append(best)
     if best.value > limit:
         reached = min(tried, key=lambda t: t.value)
         raise BudgetError(f"the budget cannot be met: {budget}", where="plan",

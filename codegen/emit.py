@@ -1,0 +1,203 @@
+"""A small vocabulary over TVM's IR builder: what kernel files are written in.
+
+Python's own `for` unrolls; `with loop(n) as i` is a loop of the kernel. `let` names a value, `registers` are accumulators that LLVM
+keeps in vector registers: separate buffers below TVM's 1024-byte limit for stack arrays, in its default scope ("local" would be heap).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as builder
+
+Expr = Any
+Buffer = Any
+let, cast, minimum, maximum = builder.Bind, tirx.Cast, tirx.min, tirx.max
+int32 = builder.int32
+floordiv, floormod = tirx.floordiv, tirx.floormod
+
+
+def function(name: str, body: Callable[[], None]) -> Any:
+    """The PrimFunc that `body` emits."""
+    with IRBuilder() as ib, builder.prim_func():
+        builder.func_name(name)
+        builder.func_attr({"global_symbol": name, "tirx.noalias": True})
+        body()
+    return ib.get()
+
+
+def argument(shape: Sequence[Expr], dtype: str) -> Buffer:
+    """The next parameter: a tensor of this shape, whose free variables it defines."""
+    return builder.match_buffer(builder.arg("", builder.handle()), tuple(shape), dtype)
+
+
+def llvm(text: str) -> Any:
+    """`with llvm(text):` the functions of this LLVM IR can be called by name, and are inlined where marked so."""
+    return builder.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)
+
+
+def external(dtype: str, name: str, *arguments: Expr) -> Expr:
+    """A call of an imported function without side effects on our buffers."""
+    return tirx.call_pure_extern(dtype, name, *arguments)
+
+
+def scratch(size: Expr, dtype: str) -> Buffer:
+    """A flat workspace from TVM's thread-local pool."""
+    return builder.alloc_buffer((size,), dtype, align=64)
+
+
+def loop(extent: Expr, start: Expr = 0, parallel: bool = False) -> Any:
+    """`with loop(n) as i`: a serial loop, or one that runs on torch's threads."""
+    return (builder.parallel if parallel else builder.serial)(start, extent)
+
+
+@contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    with builder.If(condition), builder.Then():
+        yield
+
+
+def choose(condition: Expr, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """if condition: then() else: otherwise()"""
+    with builder.If(condition):
+        with builder.Then():
+            then()
+        with builder.Else():
+            otherwise()
+
+
+def load(buffer: Buffer, *index: Expr, lanes: int = 1) -> Expr:
+    """buffer[index], or `lanes` neighbours from there as one vector."""
+    *outer, last = [tirx.const(i, "int32") if isinstance(i, int) else i for i in index]
+    return tirx.BufferLoad(buffer, [*outer, tirx.Ramp(last, tirx.const(1, "int32"), lanes) if lanes > 1 else last])
+
+
+def store(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> None:
+    """buffer[index] = value, a vector when lanes > 1."""
+    *outer, last = [tirx.const(i, "int32") if isinstance(i, int) else i for i in index]
+    builder.buffer_store(buffer, value, [*outer, tirx.Ramp(last, tirx.const(1, "int32"), lanes) if lanes > 1 else last])
+
+
+def broadcast(value: Expr, lanes: int) -> Expr:
+    return tirx.Broadcast(value, lanes) if lanes > 1 else value
+
+
+def stack(size: int, dtype: str) -> Buffer:
+    """A small array on the stack of the running task (at most 1023 bytes: TVM's limit)."""
+    return builder.alloc_buffer((size,), dtype, align=64)
+
+
+def zero() -> Expr:
+    return tirx.const(0.0, "float32")
+
+
+def cast_to(dtype: str, value: Expr, lanes: int = 1) -> Expr:
+    """`value`, of that many lanes, converted to `dtype`."""
+    return tirx.Cast(_vector(dtype, lanes), value)
+
+
+class Register:
+    """A mutable vector of float32 that lives in a register."""
+
+    def __init__(self, lanes: int, start: Expr) -> None:
+        self.lanes, self.buffer = lanes, builder.alloc_buffer((lanes,), "float32", align=4 * lanes)
+        self.set(start)
+
+    def get(self) -> Expr:
+        return load(self.buffer, 0, lanes=self.lanes)
+
+    def set(self, value: Expr) -> None:
+        store(self.buffer, value, 0, lanes=self.lanes)
+
+    def multiply_add(self, a: Expr, b: Expr) -> None:
+        """self += a * b, one rounding (LLVM contracts it to the machine's FMA)."""
+        self.set(tirx.call_llvm_pure_intrin(self.dtype, "llvm.fma", a, b, self.get()))
+
+    @property
+    def dtype(self) -> str:
+        return _vector("float32", self.lanes)
+
+
+def transpose(rows: Sequence[Expr]) -> list[Expr]:
+    """n vectors of n lanes -> their transpose: log2(n) butterfly stages of shuffles; stage s swaps bit s of row and lane numbers."""
+    n, current, bit = len(rows), list(rows), 1
+    while bit < n:
+        before = list(current)
+        for i in (i for i in range(n) if not i & bit):
+            low, high = before[i], before[i | bit]
+            current[i] = let(_shuffle(low, high, [lane if not lane & bit else (lane ^ bit) + n for lane in range(n)]))
+            current[i | bit] = let(_shuffle(low, high, [lane | bit if not lane & bit else lane + n for lane in range(n)]))
+        bit *= 2
+    return current
+
+
+def _shuffle(low: Expr, high: Expr, lanes: Sequence[int]) -> Expr:
+    return tirx.Shuffle([low, high], [tirx.const(lane, "int32") for lane in lanes])
+
+
+def upcast_low(word: Expr, lanes: int) -> Expr:
+    """The float32 of the bfloat16 in the low half of each uint32."""
+    return tirx.reinterpret(_vector("float32", lanes), word << broadcast(tirx.const(16, "uint32"), lanes))
+
+
+def upcast_high(word: Expr, lanes: int) -> Expr:
+    """The float32 of the bfloat16 in the high half of each uint32."""
+    return tirx.reinterpret(_vector("float32", lanes), word & broadcast(tirx.const(0xFFFF0000, "uint32"), lanes))
+
+
+def upper_half(value: Expr, lanes: int) -> Expr:
+    """uint16: the bfloat16 whose bits are the upper half of a float32 (exact for what was a bfloat16 before)."""
+    bits = tirx.reinterpret(_vector("uint32", lanes), value)
+    return cast_to("uint16", bits >> broadcast(tirx.const(16, "uint32"), lanes), lanes)
+
+
+def pair(low: Expr, high: Expr, lanes: int) -> Expr:
+    """int32 words of two uint16 each."""
+    word = cast_to("uint32", low, lanes) | (cast_to("uint32", high, lanes) << broadcast(tirx.const(16, "uint32"), lanes))
+    return tirx.reinterpret(_vector("int32", lanes), word)
+
+
+def read_float(buffer: Buffer, *index: Expr, lanes: int = 1) -> Expr:
+    """buffer[index] as float32, from a float32 or bfloat16 buffer (by bits: TVM's own legalisation of bfloat16 casts misses bound names)."""
+    value = load(buffer, *index, lanes=lanes)
+    if str(buffer.dtype) == "float32":
+        return value
+    return upcast_low(cast_to("uint32", tirx.reinterpret(_vector("uint16", lanes), value), lanes), lanes)
+
+
+def write_float(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> None:
+    """buffer[index] = float32 value, rounded to nearest even for a bfloat16 buffer; any NaN becomes the quiet NaN."""
+    if str(buffer.dtype) == "float32":
+        return store(buffer, value, *index, lanes=lanes)
+
+    def constant(n: int) -> Expr:
+        return broadcast(tirx.const(n, "uint32"), lanes)
+
+    value = let(value)
+    bits = let(tirx.reinterpret(_vector("uint32", lanes), value))
+    rounded = (bits + constant(0x7FFF) + ((bits >> constant(16)) & constant(1))) >> constant(16)
+    word = cast_to("uint16", tirx.Select(tirx.NE(value, value), constant(0x7FC0), rounded), lanes)
+    return store(buffer, tirx.reinterpret(_vector("bfloat16", lanes), word), *index, lanes=lanes)
+
+
+def store_tail(buffer: Buffer, value: Expr, lanes: int, row: Expr, column: Expr, columns: Expr) -> None:
+    """buffer[row, column + i] = value[i] for those i < lanes that the buffer's `columns` have room for."""
+    value = let(value)
+
+    def part() -> None:
+        spill = stack(lanes, "float32")
+        store(spill, value, 0, lanes=lanes)
+        with loop(columns - column) as i:
+            write_float(buffer, load(spill, i), row, column + i)
+
+    choose(column + lanes <= columns, lambda: write_float(buffer, value, row, column, lanes=lanes), part)
+
+
+def _vector(dtype: str, lanes: int) -> str:
+    return f"{dtype}x{lanes}" if lanes > 1 else dtype
+
+

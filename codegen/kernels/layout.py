@@ -1,0 +1,188 @@
+"""How a sparse weight lies in memory for our kernels, whatever format it came from: groups of r rows that keep the same columns.
+
+values    [S, r] float32; for bfloat16 [S / 2, r] int32, a word holding the weights of two columns (the first in its low half)
+columns   [S] int16, or int32 above 32766 columns; column K means "none": its weight is 0 and every packed x has a 0 there
+pointers  [groups + 1] int32, into S; each group's count is a multiple of `unroll`
+bias      [16 * strips] float32, zeros where there is none
+The number of groups is a multiple of what a strip of 16 outputs needs, so that kernels never test for a missing group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import KernelError
+
+LANES = 16      # rows of x in a vector; LLVM splits it on machines with narrower registers
+OUTPUTS = 16    # rows of W whose results are transposed and stored together
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Static facts of a prepared weight.
+
+    r       rows that share columns, a power of two up to 16
+    dtype   of x, y and the weights: "float32" or "bfloat16"
+    index   of the columns: "int16" or "int32"
+    """
+
+    r: int
+    dtype: str
+    index: str
+
+    @property
+    def unroll(self) -> int:
+        """Columns of a group come in multiples of this: enough independent sums to hide the latency of an FMA."""
+        return 4 if self.r <= 2 else 2
+
+    @property
+    def step(self) -> int:
+        """Columns that one load of weights covers."""
+        return 2 if self.dtype == "bfloat16" else 1
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A sparse weight as groups of consecutive outputs that keep the same columns: what every format can be brought to.
+
+    values [S, rows of a group], columns [S] int64, pointers [groups + 1] int64 into S.
+    """
+
+    values: Tensor
+    columns: Tensor
+    pointers: Tensor
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A weight in this layout."""
+
+    layout: Layout
+    values: Tensor
+    columns: Tensor
+    pointers: Tensor
+    bias: Tensor
+    out_features: int
+    in_features: int
+
+    def check(self) -> None:
+        """Raise KernelError unless every index stays within its tensor: a stored weight may have been tampered with."""
+        total, strips = self.columns.numel(), -(-self.out_features // OUTPUTS)
+        ends = self.pointers.long()
+        sound = (
+            self.values.shape == (total // self.layout.step, self.layout.r) and self.bias.shape == (strips * OUTPUTS,)
+            and self.pointers.shape == (strips * (OUTPUTS // self.layout.r) + 1,) and self.columns.dtype == getattr(torch, self.layout.index)
+            and self.values.dtype == (torch.float32 if self.layout.step == 1 else torch.int32)
+            and self.pointers.dtype == torch.int32 and self.bias.dtype == torch.float32
+            and int(ends[0]) == 0 and int(ends[-1]) == total and bool((ends.diff() >= 0).all()) and not bool((ends % self.layout.unroll).any())
+            and (total == 0 or (int(self.columns.min()) >= 0 and int(self.columns.max()) <= self.in_features))
+        )
+        if not sound:
+            raise KernelError("the stored weight does not fit its kernel", hint="save the model again")
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.values, self.columns, self.pointers, self.bias))
+
+
+def prepare(groups: Groups, dtype: torch.dtype, bias: Tensor | None, out_features: int, in_features: int) -> Prepared:
+    """Lay a weight out for the kernels of x in `dtype`. The last group may hang over out_features; what it computes there is not stored."""
+    r = max(size for size in (1, 2, 4, 8, 16) if groups.values.shape[1] % size == 0)
+    layout = Layout(r, str(dtype).removeprefix("torch."), "int16" if in_features < 32767 else "int32")
+    values, columns, counts = _split(groups, r)
+    strips = -(-out_features // OUTPUTS)
+    counts = torch.nn.functional.pad(counts, (0, strips * (OUTPUTS // r) - len(counts)))
+    padded = (counts + layout.unroll - 1) // layout.unroll * layout.unroll
+    ends = padded.cumsum(0)
+    total = int(padded.sum())
+    places = torch.arange(len(columns)) + torch.repeat_interleave((ends - padded) - (counts.cumsum(0) - counts), counts)
+    full_values = torch.zeros(total, r, dtype=dtype).index_copy_(0, places, values.to(dtype))
+    full_columns = torch.full((total,), in_features, dtype=torch.int64).index_copy_(0, places, columns)
+    if dtype == torch.bfloat16:
+        full_values = full_values.view(total // 2, 2, r).transpose(1, 2).flatten().view(torch.int32).view(total // 2, r)
+    full_bias = torch.zeros(strips * OUTPUTS)
+    if bias is not None:
+        full_bias[:out_features] = bias.detach().float()
+    return Prepared(layout, full_values, full_columns.to(getattr(torch, layout.index)), torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
+                    full_bias, out_features, in_features)
+
+
+def _split(groups: Groups, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut each group into groups of r outputs with the same columns; counts instead of pointers."""
+    counts, parts = groups.pointers.diff(), groups.values.shape[1] // r
+    if parts == 1:
+        return groups.values, groups.columns, counts
+    group = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    owner = (group[:, None] * parts + torch.arange(parts)).reshape(-1)
+    order = torch.argsort(owner, stable=True)
+    return groups.values.reshape(-1, r)[order], groups.columns.repeat_interleave(parts)[order], counts.repeat_interleave(parts)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The parameters of every kernel of this layout."""
+
+    M: Any
+    N: Any
+    K: Any
+    x: Any
+    values: Any
+    columns: Any
+    pointers: Any
+    bias: Any
+    y: Any
+
+
+def arguments(layout: Layout) -> Arguments:
+    """Declare f(x [M, K], values, columns, pointers, bias, y [M, N])."""
+    from .. import emit as e
+
+    M, N, K, S, P, B = (e.int32() for _ in range(6))
+    x = e.argument((M, K), layout.dtype)
+    words = (e.int32(), layout.r)
+    values = e.argument(words, "float32" if layout.dtype == "float32" else "int32")
+    columns, pointers = e.argument((S,), layout.index), e.argument((P,), "int32")
+    bias, y = e.argument((B,), "float32"), e.argument((M, N), layout.dtype)
+    return Arguments(M, N, K, x, values, columns, pointers, bias, y)
+
+
+def weights_of(a: Arguments, layout: Layout, first: Any, ahead: int, row: Any, lanes: int = 1) -> Any:
+    """float32 weight(s) of column number first + ahead of a group (first is even): of one row, or of `lanes` neighbours."""
+    from .. import emit as e
+
+    if layout.dtype == "float32":
+        return e.load(a.values, first + ahead, row, lanes=lanes)
+    word = e.cast_to("uint32", e.load(a.values, e.floordiv(first, 2) + ahead // 2, row, lanes=lanes), lanes)
+    return (e.upcast_high if ahead % 2 else e.upcast_low)(word, lanes)
+
+
+def pack_rows(a: Arguments, packed: Any, panels: Any, vectors: int, parallel: bool) -> None:
+    """packed[panel][column][row] = x[row, column], as float32 or as the bits of bfloat16, and zeros in column K. Rows past the last repeat it: their sums are not stored."""
+    from .. import emit as e
+
+    def narrow(value: Any, lanes: int) -> Any:
+        return e.upper_half(value, lanes) if str(packed.dtype) == "uint16" else value
+
+    rows = vectors * LANES
+    blocks = e.let(e.floordiv(a.K, LANES) + 1)
+    with e.loop(panels * blocks, parallel=parallel) as task:
+        panel, first = e.let(e.floordiv(task, blocks)), e.let(e.floormod(task, blocks) * LANES)
+        with e.loop(vectors) as v:
+            row = e.let(panel * rows + v * LANES)
+            to = e.let((panel * (a.K + 1) + first) * rows + v * LANES)
+
+            def whole(row: Any = row, to: Any = to, first: Any = first) -> None:
+                lines = [e.let(e.read_float(a.x, e.minimum(row + i, a.M - 1), first, lanes=LANES)) for i in range(LANES)]
+                for k, column in enumerate(e.transpose(lines)):
+                    e.store(packed, narrow(column, LANES), to + k * rows, lanes=LANES)
+
+            def part(row: Any = row, to: Any = to, first: Any = first) -> None:
+                with e.loop(a.K - first) as k, e.loop(LANES) as i:
+                    e.store(packed, narrow(e.read_float(a.x, e.minimum(row + i, a.M - 1), first + k), 1), to + k * rows + i)
+                e.store(packed, narrow(e.broadcast(e.zero(), LANES), LANES), to + (a.K - first) * rows, lanes=LANES)
+
+            e.choose(first + LANES <= a.K, whole, part)

@@ -1,0 +1,64 @@
+"""y = x Wᵀ + bias for few rows of x: one row at a time, vectorised over the r outputs of a group, so that W is read once, in order.
+
+A row of x is first copied to float32 with a zero behind it (what absent places of W point at). Several columns of a group are summed apart,
+which hides the latency of the FMA. Used for one row of x, and for a few of them where blocks leave the registers nothing better to do.
+
+Bound by: the bandwidth at which W arrives (r = 16); the load ports for r = 1, which needs an index, an input and a weight for each FMA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .. import emit as e
+from .layout import LANES, OUTPUTS, Layout, arguments, weights_of
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How: on torch's threads or on the caller's alone."""
+
+    layout: Layout
+    parallel: bool
+    name = "rows"
+
+    def compute(self) -> Any:
+        """The PrimFunc f(x [M, K], values, columns, pointers, bias, y [M, N])."""
+        return e.function("main", lambda: _body(self))
+
+
+def _body(how: Rows) -> None:
+    a, r = arguments(how.layout), how.layout.r
+    inputs = e.scratch(a.M * (a.K + 1), "float32")
+    with e.loop(a.M) as m:
+        start = e.let(m * (a.K + 1))
+        whole = e.let(e.floordiv(a.K, LANES))
+        with e.loop(whole) as k:
+            e.store(inputs, e.read_float(a.x, m, k * LANES, lanes=LANES), start + k * LANES, lanes=LANES)
+        with e.loop(a.K, start=whole * LANES) as k:
+            e.store(inputs, e.read_float(a.x, m, k), start + k)
+        e.store(inputs, e.zero(), start + a.K)
+    with e.loop(e.floordiv(a.N + (OUTPUTS - 1), OUTPUTS), parallel=how.parallel) as strip, e.loop(a.M) as m:
+        sums = e.stack(OUTPUTS, "float32")
+        start = e.let(m * (a.K + 1))
+        with e.loop(OUTPUTS // r) as g:
+            group = e.let(strip * (OUTPUTS // r) + g)
+            e.store(sums, _group(a, how, inputs, start, group), g * r, lanes=r)
+        e.store_tail(a.y, e.load(sums, 0, lanes=OUTPUTS), OUTPUTS, m, strip * OUTPUTS, a.N)
+
+
+def _group(a: Any, how: Rows, inputs: Any, start: Any, group: Any) -> Any:
+    """The r outputs of one group."""
+    r, unroll = how.layout.r, how.layout.unroll
+    first, last = e.let(e.load(a.pointers, group)), e.let(e.load(a.pointers, group + 1))
+    partial = [e.Register(r, e.load(a.bias, group * r, lanes=r) if u == 0 else e.broadcast(e.zero(), r)) for u in range(unroll)]
+    with e.loop(e.floordiv(last - first, unroll)) as j:
+        for u, total in enumerate(partial):
+            column = e.let(e.cast("int32", e.load(a.columns, first + j * unroll + u)))
+            total.multiply_add(e.broadcast(e.load(inputs, start + column), r), weights_of(a, how.layout, first + j * unroll, u, 0, lanes=r))
+    while len(partial) > 1:
+        for low, high in zip(partial[::2], partial[1::2], strict=True):
+            low.set(low.get() + high.get())
+        partial = partial[::2]
+    return partial[0].get()

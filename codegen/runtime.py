@@ -1,0 +1,209 @@
+"""What the engine calls: candidates for a sparse linear, bound to its weight, called with torch tensors.
+
+    for candidate in candidates("linear_bsr", tensors, attributes, torch.float32, rows=(1, 128), target=host()):
+        kernel = candidate.bind(bias)
+        y = kernel(x)                                        # x [..., K] -> y [..., N]
+
+A BoundKernel holds one prepared weight and the few machine-code variants that different numbers of rows of x want.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, KernelError
+from ..target import Target
+from . import build
+from .kernels.layout import LANES, Layout, Prepared, prepare
+from .kernels.panel import Panel
+from .kernels.rows import Rows
+
+DTYPES = (torch.float32, torch.bfloat16)
+STATE = ("values", "columns", "pointers", "bias")
+FEW_ROWS = {1: 1, 2: 2, 4: 4, 8: 6, 16: 8}  # up to so many rows of x the row-wise kernel wins, by r (measured, Zen 4)
+DOT_FROM = 4        # bfloat16 dot products pay from this r on: below, pairing the columns of x costs more than it saves
+ALONE = 12_000      # vector FMAs below which waking other threads costs more than they bring (about 3 µs)
+PLANS = 4096        # shapes of x remembered
+SLAB = 1 << 26      # elements of x or y in one call of a kernel: its indices are 32 bits wide, and its packed copy of x is bounded
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a sparse linear on this machine: `name` for reports, `options` all that `rebind` needs to know."""
+
+    name: str
+    options: Mapping[str, int | str]
+    op: str
+    tensors: Mapping[str, Tensor]
+    attributes: Mapping[str, int]
+    target: Target
+
+    def bind(self, bias: Tensor | None = None) -> BoundKernel:
+        """Lay the weight out, build or load the variants. Raises KernelError."""
+        groups = importlib.import_module(f"{__package__}.kernels.{self.op}").groups(self.tensors, self.attributes)
+        prepared = prepare(groups, getattr(torch, str(self.options["dtype"])), bias, self.attributes["out_features"], self.attributes["in_features"])
+        return BoundKernel(self.name, dict(self.options), prepared, self.target)
+
+
+def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, int], dtype: torch.dtype, rows: Sequence[int],
+               target: Target) -> list[Candidate]:
+    """Every kernel that can run this op on x of `dtype`, most promising first; none where the dtypes or the target have no kernel.
+
+    tensors, attributes   of the stored weight (formats/<name>.py)
+    rows                  numbers of rows of x to expect, e.g. (1, 128)
+    """
+    values = tensors["values"]
+    if dtype not in DTYPES or values.dtype not in (dtype, torch.bfloat16) or values.device.type != "cpu":
+        return []
+    try:
+        schedules = importlib.import_module(f"{__package__}.kernels.{op}").SCHEDULES["cpu"]
+    except ModuleNotFoundError:
+        return []
+    r = _vector_rows(attributes.get("r", 1))
+    index = "int16" if attributes["in_features"] < 32767 else "int32"
+    wide = max(rows, default=LANES) > LANES
+    return [Candidate(f"{op.removeprefix('linear_')}_r{r}v{vectors}", {"r": r, "dtype": str(dtype).removeprefix("torch."), "index": index, "vectors": vectors},
+                      op, tensors, attributes, target) for vectors in (schedules[r] if wide else schedules[r][:1])]
+
+
+def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, int], bias: Tensor | None,
+           files: Mapping[str, bytes], target: Target) -> BoundKernel:
+    """A BoundKernel from its options, state() and files(), as an artefact stores them. A bias given here replaces the stored one.
+
+    Raises KernelError when this machine cannot run it.
+    """
+    try:
+        layout = Layout(int(options["r"]), str(options["dtype"]), str(options["index"]))
+        state = [tensors[name].contiguous() for name in STATE]
+    except (KeyError, ValueError) as error:
+        raise KernelError(f"the stored kernel lacks {error}", where=op, hint="save the model again") from error
+    prepared = Prepared(layout, *state, attributes["out_features"], attributes["in_features"])
+    if bias is not None:
+        prepared.bias[: prepared.out_features] = bias.detach().float()
+    prepared.check()
+    return BoundKernel(f"{op.removeprefix('linear_')}_r{layout.r}v{options['vectors']}", dict(options), prepared, target, files)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """For one shape of x: the shape of y, their rows, whether both are matrices already, and the kernel."""
+
+    shape: tuple[int, ...]
+    rows: int
+    flat: bool
+    run: Callable[[Tensor, Tensor], None]
+
+
+class BoundKernel:
+    """A prepared weight and its variants, called like a function: x [..., K] -> y [..., N], bias included.
+
+    Results do not depend on the number of threads: no output is ever summed by two of them.
+    """
+
+    def __init__(self, name: str, options: dict[str, Any], prepared: Prepared, target: Target, files: Mapping[str, bytes] | None = None) -> None:
+        self.name, self.options, self.prepared, self.target = name, options, prepared, target
+        self.out_features, self.in_features = prepared.out_features, prepared.in_features
+        self._dtype = getattr(torch, prepared.layout.dtype)
+        self._kernels = {variant: self._load(variant, schedule, files or {}) for variant, schedule in self._schedules().items()}
+        self._plans: dict[torch.Size, _Plan] = {}
+        self._slab = max(LANES, SLAB // max(1, self.in_features, self.out_features) // LANES * LANES)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., in_features] of the kernel's dtype, any strides -> a new y [..., out_features]. Raises InputError."""
+        plan = self._plans.get(x.shape) or self._plan(x)
+        y = torch.empty(plan.shape, dtype=self._dtype)
+        if x.dtype is not self._dtype or not x.is_cpu:
+            raise InputError(f"expected {self._dtype} on the CPU, got {x.dtype} on {x.device}", where=self.name)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        if x.requires_grad:
+            x = x.detach()
+        if plan.flat:
+            plan.run(x, y)
+        elif plan.rows:
+            plan.run(x.view(plan.rows, -1), y.view(plan.rows, -1))
+        return y
+
+    def _plan(self, x: Tensor) -> _Plan:
+        """What to do for x of this shape, remembered: for small layers looking it up takes as long as the kernel."""
+        *outer, last = x.shape or (0,)
+        if last != self.in_features:
+            raise InputError(f"expected [..., {self.in_features}], got {list(x.shape)}", where=self.name)
+        rows = math.prod(outer)
+        plan = _Plan((*outer, self.out_features), rows, len(outer) == 1 and rows > 0, self._choose(rows))
+        if len(self._plans) < PLANS:
+            self._plans[x.shape] = plan
+        return plan
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the prepared weight, bias and indices."""
+        return self.prepared.resident_bytes
+
+    def state(self) -> dict[str, Tensor]:
+        """The plain tensors to store; with `options` and files() they are all that rebind needs."""
+        return {name: getattr(self.prepared, name) for name in STATE}
+
+    def files(self) -> dict[str, bytes]:
+        """IR, binary and description of each variant, by name, for the artefact."""
+        return {f"{variant}.{name}": data for variant, kernel in self._kernels.items() for name, data in build.export(kernel).items()}
+
+    def _schedules(self) -> dict[str, build.Schedule]:
+        layout, vectors = self.prepared.layout, int(self.options["vectors"])
+        dot = layout.dtype == "bfloat16" and layout.r >= DOT_FROM and self.target.has("avx512bf16")
+        found: dict[str, build.Schedule] = {}
+        for word, parallel in (("alone", False), ("together", True)):
+            found[f"rows-{word}"] = Rows(layout, parallel)
+            found[f"panel1-{word}"] = Panel(layout, 1, parallel, dot)
+        if vectors > 1:
+            found[f"panel{vectors}-together"] = Panel(layout, vectors, True, dot)
+        return found
+
+    def _load(self, variant: str, schedule: build.Schedule, files: Mapping[str, bytes]) -> build.Kernel:
+        stored = {name.removeprefix(f"{variant}."): data for name, data in files.items() if name.startswith(f"{variant}.")}
+        return build.load_exported(stored, schedule, self.target) if stored else build.load(schedule, self.target)
+
+    def _choose(self, rows: int) -> Callable[[Tensor, Tensor], None]:
+        """The function (x [rows, K], y [rows, N]) for this many rows."""
+        if rows > self._slab:
+            return self._slabs
+        function, (values, columns, pointers, bias) = self._kernels[self._variant(rows)].function, self._arguments
+
+        def run(x: Tensor, y: Tensor) -> None:
+            function(x, values, columns, pointers, bias, y)
+
+        return run
+
+    def _variant(self, rows: int) -> str:
+        layout, vectors = self.prepared.layout, int(self.options["vectors"])
+        columns = self.prepared.columns.numel()
+        if rows <= FEW_ROWS[layout.r]:
+            return "rows-alone" if rows * columns < ALONE else "rows-together"
+        tiles = -(-rows // LANES)
+        if vectors > 1 and (tiles % vectors == 0 or tiles >= 4 * vectors):
+            return f"panel{vectors}-together"
+        return "panel1-alone" if tiles * layout.r * columns < ALONE else "panel1-together"
+
+    def _slabs(self, x: Tensor, y: Tensor) -> None:
+        for start in range(0, x.shape[0], self._slab):
+            part = x[start : start + self._slab]
+            self._choose(part.shape[0])(part, y[start : start + self._slab])
+
+    @cached_property
+    def _arguments(self) -> tuple[Any, ...]:
+        """The fixed arguments as TVM's own tensors: converting them at each call would cost more than a small kernel."""
+        import tvm_ffi
+
+        return tuple(tvm_ffi.from_dlpack(getattr(self.prepared, name)) for name in STATE)
+
+
+def _vector_rows(r: int) -> int:
+    return max(size for size in (1, 2, 4, 8, 16) if r % size == 0)

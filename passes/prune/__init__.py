@@ -1,0 +1,1 @@
+"""Pruning: score, structure and budget are kept apart; `mask_weights` puts them together."""

@@ -1,0 +1,1 @@
+"""Structures: which weights may be kept together. One file a structure."""

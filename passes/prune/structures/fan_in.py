@@ -1,0 +1,24 @@
+"""Constant fan-in: every output keeps the same number of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparsify_compiler.passes.prune.structures._base import Structure, keep_top, kept
+
+
+@dataclass(frozen=True)
+class FanIn(Structure):
+    """Every output row keeps its own best ceil(density * in) inputs (SRigL, arXiv:2305.02299)."""
+
+    def __str__(self) -> str:
+        return "fan_in"
+
+    def formats(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
+        return (("condensed", {}),)
+
+    def _keep(self, score: Tensor, density: float) -> Tensor:
+        return keep_top(score, kept(score.shape[1], density))

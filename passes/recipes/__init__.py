@@ -1,0 +1,1 @@
+"""Recipes: published methods, each a few lines that only compose passes."""

@@ -1,0 +1,53 @@
+"""A compiler for sparsity in PyTorch: capture, rewrite, choose, lower; never slower than dense.
+
+    import sparsify_compiler as sc
+    compiled = sc.compile(model, example_inputs, recipe="wanda", target="cpu", budget=sc.Budget(density=0.5), calibration=batches)
+    print(compiled.report())
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Bound here and now: importing the submodules later would put the modules in the functions' places.
+from .capture import capture
+from .compile import compile  # noqa: A004
+from .version import __version__
+
+if TYPE_CHECKING:
+    from . import errors, recipes
+    from .artefact import export_dense, load
+    from .budget import Budget
+    from .compiled import CompiledModel
+    from .passes_api import Miss, Pass, Preserves
+    from .pipeline import Pipeline
+    from .program import Program, Stage
+    from .report import Report
+    from .rule import Match, Rule, RulePass
+    from .sites import find_sites
+    from .target import Target
+
+# name -> module that holds it; imported when it is first asked for.
+_LAZY = {
+    "Budget": "budget", "CompiledModel": "compiled", "Match": "rule", "Miss": "passes_api", "Pass": "passes_api", "Pipeline": "pipeline",
+    "Preserves": "passes_api", "Program": "program", "Report": "report", "Rule": "rule", "RulePass": "rule", "Stage": "program",
+    "Target": "target", "errors": "", "export_dense": "artefact", "find_sites": "sites", "load": "artefact",
+    "recipes": "",
+}
+
+__all__ = ["Budget", "CompiledModel", "Match", "Miss", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule", "RulePass", "Stage", "Target",
+           "__version__", "capture", "compile", "errors", "export_dense", "find_sites", "load", "recipes"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    holder = importlib.import_module(f".{_LAZY[name] or name}", __name__)
+    value = getattr(holder, name) if _LAZY[name] else holder
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

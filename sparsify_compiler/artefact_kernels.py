@@ -1,0 +1,91 @@
+"""Kernels of a loaded Program: bound again from the files of the artefact, or built again from their IR where the binary does not fit."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import catalog
+from .errors import ArtefactError, KernelError
+from .program import Region, get_tensor
+from .target import Target, host, resolve
+
+
+def bind_kernels(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    nodes: Sequence[tuple[Region, fx.Node, int]],
+    made_for: Target | None,
+    target: Target | str | None,
+    rebuild: bool,
+) -> Target:
+    """Give every node its kernel; the target that they run on.
+
+    The binaries are used on a machine that has all that they were made for, and with the same TVM; else the kernels are built again for this
+    machine. Raises ArtefactError when that cannot be done.
+    """
+    machine = resolve(target) if target is not None else host()
+    if made_for is None:
+        raise ArtefactError("names kernels but no target", where=str(folder / "manifest.json"), hint="save the model again")
+    final = made_for if made_for.runs_on(machine) else machine
+    for region, node, number in nodes:
+        record = records[number]
+        files = {} if rebuild else {name: _content(folder, manifest, file) for name, file in record["files"].items()}
+        try:
+            node.meta["kernel"] = _bind(region, node, record["options"], files, final)
+        except KernelError as error:
+            lacks = ", ".join(sorted(set(made_for.features) - set(machine.features)))
+            made = f" (it was made for a machine with {lacks}, which this one has not)" if lacks else ""
+            raise ArtefactError(
+                f"a kernel cannot run here{made}: {error.what}", where=str(folder), hint="compile the model again on this machine"
+            ) from error
+    return final
+
+
+def _bind(region: Region, node: fx.Node, options: Mapping[str, Any], files: Mapping[str, bytes], target: Target) -> Any:
+    """The node's kernel. What it prepares from the packed weight is prepared again, so that weights are stored once."""
+    from .codegen import runtime
+
+    op = str(node.target).split(".")[1]
+    tensors, attributes, bias = operands(region, node)
+    groups = importlib.import_module(f"{runtime.__package__}.kernels.{op}").groups(tensors, attributes)
+    prepared = runtime.prepare(groups, getattr(torch, options["dtype"]), bias, attributes["out_features"], attributes["in_features"])
+    state = {name: getattr(prepared, name) for name in runtime.STATE}
+    return runtime.rebind(op, options, state, attributes, None, files, target)
+
+
+def operands(region: Region, node: fx.Node) -> tuple[dict[str, Tensor], dict[str, int], Tensor | None]:
+    """A packed node's format tensors, its attributes, and its bias."""
+    tensors, attributes, bias = {}, {}, None
+    for name, value in node.kwargs.items():
+        if isinstance(value, fx.Node) and value.op == "get_attr":
+            tensor = get_tensor(region.module, str(value.target))
+            if name == "bias":
+                bias = tensor
+            else:
+                tensors[name] = tensor
+        elif isinstance(value, int) and not isinstance(value, bool):
+            attributes[name] = value
+    return tensors, attributes, bias
+
+
+def check_packed(region: Region) -> None:
+    """Every packed weight is what its format demands, so that no kernel reads past an end. Raises ArtefactError."""
+    for node in region.graph.nodes:
+        name = str(node.target)
+        if node.op != "call_function" or not name.startswith("sparsify.linear_"):
+            continue
+        tensors, attributes, _ = operands(region, node)
+        catalog.get("format", name.split(".")[1].removeprefix("linear_")).from_tensors(tensors, attributes)
+
+
+def _content(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:
+    if name not in manifest["files"]:
+        raise ArtefactError(f"names a file that the manifest does not: {name!r}", where="graph.json", hint="save the model again")
+    return (folder / name).read_bytes()

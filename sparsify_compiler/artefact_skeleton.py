@@ -1,0 +1,82 @@
+"""The eager Python around regions: its tensors are in the artefact, its code is the user's own and comes with the model given to load()."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .artefact_tensors import TensorSource, TensorStore
+from .call import clone_structure
+from .capture_regions import _dig_holes
+from .errors import ArtefactError, InputError
+from .program import Program, Region, set_tensor
+
+
+def encode_skeleton(program: Program, store: TensorStore) -> dict[str, Any]:
+    """The tensors of the skeleton."""
+    skeleton = program.skeleton
+    if skeleton is None:
+        raise ArtefactError("a model captured whole has no skeleton")
+    return {"class": type(skeleton).__name__, "tensors": {name: store.add(name, tensor) for name, tensor in _tensors(skeleton)}}
+
+
+def restore_skeleton(data: Mapping[str, Any], regions: Mapping[str, Region], source: TensorSource, model: nn.Module | None) -> nn.Module:
+    """A copy of the given model's module tree with the artefact's tensors and places for the regions.
+
+    Raises InputError without a model, and ArtefactError when the model is not of the kind that was saved.
+    """
+    if model is None:
+        raise InputError(
+            f"this {data['class']} was captured in parts; the Python around them is not in the artefact",
+            where="model",
+            hint=f"load(path, model=...) with a {data['class']} of the same configuration (its weights do not matter)",
+        )
+    fresh = clone_structure(model)
+    for path in regions:
+        try:
+            fresh.get_submodule(path)
+        except AttributeError:
+            raise _differs(data, f"it has no module {path!r}") from None
+    _dig_holes(fresh, dict(regions))
+    _put_tensors(fresh, data, source)
+    return fresh.eval()
+
+
+def _put_tensors(fresh: nn.Module, data: Mapping[str, Any], source: TensorSource) -> None:
+    present = dict(_tensors(fresh))
+    wanted: Mapping[str, Any] = data["tensors"]
+    for name in present:
+        if name not in wanted:
+            raise _differs(data, f"the artefact has no tensor {name!r}")
+    for name, record in wanted.items():
+        tensor = source.get(record)
+        if name not in present or present[name].shape != tensor.shape:
+            found = "none" if name not in present else f"shape {list(present[name].shape)}"
+            raise _differs(data, f"tensor {name!r} has shape {list(tensor.shape)} in the artefact and {found} in the model")
+        persistent = _persistence(fresh, name)
+        set_tensor(fresh, name, tensor)
+        if not persistent:
+            owner, _, last = name.rpartition(".")
+            fresh.get_submodule(owner)._non_persistent_buffers_set.add(last)
+
+
+def _persistence(module: nn.Module, name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    return last not in module.get_submodule(owner)._non_persistent_buffers_set
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    with torch.no_grad():
+        yield from module.named_parameters(remove_duplicate=False)
+        yield from module.named_buffers(remove_duplicate=False)
+
+
+def _differs(data: Mapping[str, Any], how: str) -> ArtefactError:
+    return ArtefactError(
+        f"the given model is not the {data['class']} that was saved: {how}",
+        where="model",
+        hint="build it with the configuration that it was compiled with",
+    )

@@ -1,0 +1,216 @@
+"""Calling a captured graph the way the model is called: arguments in, flat tensors through the graph, the model's output structure out."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import InputError, nearest
+from .program import InputSpec, Program, Region, TensorSpec
+
+_CACHED_CALLS = 512
+
+
+class Flattener:
+    """Turns the arguments of one call into the tensors of the graph's placeholders, in order, and refuses what the graph was not made for.
+
+    A call whose shapes, dtypes and constants were seen before is let through after one dictionary lookup.
+    """
+
+    def __init__(self, spec: InputSpec, device: torch.device | None = None) -> None:
+        self.spec, self.device = spec, device
+        positional, named = spec.in_spec.children()
+        self._positional, self._named = positional.num_children, dict(zip(named.context, named.children(), strict=True))
+        self._keys = tuple(self._named)
+        self._flat = self._positional == 0 and all(child.is_leaf() for child in self._named.values())
+        self._tensors = tuple(i for i, leaf in enumerate(spec.leaves) if isinstance(leaf, TensorSpec))
+        self._all_tensors = len(self._tensors) == len(spec.leaves)
+        self._seen: set[Any] = set()
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Raises InputError where the call does not fit the captured graph."""
+        leaves = self._leaves(args, kwargs)
+        key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves])
+        try:
+            known = key in self._seen
+        except TypeError:  # an unhashable argument: the check below names it
+            known = False
+        if not known:
+            self._check(leaves)
+            if len(self._seen) >= _CACHED_CALLS:
+                self._seen.clear()
+            self._seen.add(key)
+        return leaves if self._all_tensors else [leaves[i] for i in self._tensors]
+
+    def _leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        rest: tuple[Any, ...] = ()
+        if args:
+            rest, kwargs = self.spec.bind(args, kwargs)
+        if self._flat and not rest:
+            if len(kwargs) == len(self._keys):
+                try:
+                    return [kwargs[key] for key in self._keys]
+                except KeyError:
+                    pass
+            kwargs = self._complete(kwargs)
+            return [kwargs[key] for key in self._keys]
+        if len(rest) != self._positional:
+            raise InputError(f"{len(rest)} positional arguments were given, the example inputs had {self._positional}")
+        named = self._complete(kwargs)
+        leaves, structure = pytree.tree_flatten((rest, {key: named[key] for key in self._keys}))
+        if structure != self.spec.in_spec:
+            raise InputError("the structure of the arguments differs from the example inputs'",
+                             hint=f"captured with {_shape_of(self.spec.in_spec)}, called with {_shape_of(structure)}")
+        return leaves
+
+    def _complete(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """The named arguments with captured constants filled in; None for an argument that the example did not have is dropped."""
+        result = {key: value for key, value in named.items() if key in self._named or value is not None}
+        for key in result:
+            if key not in self._named:
+                known = f"captured with {', '.join(self._keys)}; {nearest(key, self._keys)}" if self._keys else ""
+                raise InputError("this argument was not among the example inputs", where=key, hint=known)
+        place = self._positional_leaves()
+        for key, child in self._named.items():
+            here = self.spec.leaves[place:place + child.num_leaves]
+            place += child.num_leaves
+            if key in result:
+                continue
+            if any(isinstance(leaf, TensorSpec) for leaf in here):
+                raise InputError("this argument is missing", where=key, hint="the example inputs had it, so the captured graph needs it")
+            result[key] = pytree.tree_unflatten(list(here), child)
+        return result
+
+    def _positional_leaves(self) -> int:
+        leaves: int = self.spec.in_spec.children()[0].num_leaves
+        return leaves
+
+    def _check(self, leaves: Sequence[Any]) -> None:
+        sizes: dict[str, tuple[int, str]] = {}
+        for name, leaf, value in zip(self.spec.names, self.spec.leaves, leaves, strict=True):
+            if isinstance(leaf, TensorSpec):
+                self._check_tensor(name, leaf, value, sizes)
+            elif isinstance(value, Tensor) or type(value) is not type(leaf) or value != leaf:
+                raise InputError(f"is {_show(value)}, but was captured with {leaf!r}", where=name, hint="capture again with that value in example_inputs")
+
+    def _check_tensor(self, name: str, spec: TensorSpec, value: Any, sizes: dict[str, tuple[int, str]]) -> None:
+        if not isinstance(value, Tensor):
+            raise InputError(f"is {_show(value)}, but was captured as a tensor", where=name)
+        if value.dtype != spec.dtype:
+            raise InputError(f"has dtype {value.dtype}, but was captured with {spec.dtype}", where=name)
+        if self.device is not None and value.device != self.device:
+            raise InputError(f"is on {value.device}, but the model is on {self.device}", where=name)
+        if value.dim() != len(spec.shape):
+            raise InputError(f"has {value.dim()} dimensions, but was captured with {len(spec.shape)}", where=name)
+        for axis, (size, wanted) in enumerate(zip(value.shape, spec.shape, strict=True)):
+            if isinstance(wanted, int):
+                if size != wanted:
+                    hint = f'name it in dynamic={{"{name}": {{{axis}: "some_name"}}}}'
+                    raise InputError(f"dimension {axis} is {size}, but was captured with the fixed size {wanted}", where=name, hint=hint)
+                continue
+            low, high = self.spec.ranges.get(wanted, (1, None))
+            if size < low or (high is not None and size > high):
+                legal = f"{low} to {high}" if high is not None else f"{low} or more"
+                raise InputError(f"dimension {axis} ({wanted!r}) is {size}; the captured model takes {legal}", where=name)
+            seen, where = sizes.setdefault(wanted, (size, f"dimension {axis} of {name}"))
+            if seen != size:
+                raise InputError(f"dimension {axis} ({wanted!r}) is {size}, but {where} has the same name and is {seen}", where=name)
+
+
+def flatten_call(spec: InputSpec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The graph's input tensors for one call of the model. Raises InputError. For many calls make one Flattener."""
+    return Flattener(spec)(args, kwargs)
+
+
+def unflatten_result(spec: InputSpec, flat: Sequence[Any]) -> Any:
+    """The model's output structure around the graph's flat outputs."""
+    return flat[0] if spec.out_spec.is_leaf() else pytree.tree_unflatten(flat, spec.out_spec)
+
+
+class CapturedModule(nn.Module):
+    """A region, called like the module that it was captured from. Parameters and buffers keep that module's names and are the region's own."""
+
+    def __init__(self, region: Region, attributes: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        graph = region.module
+        self._graph = (graph,)  # in a tuple, so that it is no submodule: the tensors show under their own names instead
+        self._modules, self._parameters, self._buffers = graph._modules, graph._parameters, graph._buffers
+        self._attributes = dict(attributes or {})
+        self._spec = region.spec
+        self._flatten = Flattener(region.spec, _device(graph))
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises InputError where the call does not fit what was captured."""
+        return unflatten_result(self._spec, self._graph[0].forward(*self._flatten(args, kwargs)))
+
+    def __getattr__(self, name: str) -> Any:
+        attributes = self.__dict__.get("_attributes")
+        if attributes and name in attributes:
+            return attributes[name]
+        return super().__getattr__(name)
+
+
+class Hole(nn.Module):
+    """Stands in a skeleton where a region goes. Keeps the module's plain attributes (a Linear's in_features), which its neighbours may read."""
+
+    def __init__(self, attributes: Mapping[str, Any], path: str, kind: str) -> None:
+        super().__init__()
+        self.attributes, self.path, self.kind = dict(attributes), path, kind
+        self.training = False
+
+
+def instantiate(program: Program) -> nn.Module:
+    """A module with the model's signature and output structure that runs the Program's graphs.
+
+    Of a model captured whole, a CapturedModule; of one captured in regions, the user's own classes (generate(), config, ...) around them.
+    The tensors are shared with the Program, the module tree is not.
+    """
+    if program.skeleton is None:
+        return CapturedModule(program.regions[""])
+    model = clone_structure(program.skeleton)
+    filled: dict[str, CapturedModule] = {}
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, Hole):
+                if child.path not in filled:
+                    filled[child.path] = CapturedModule(program.regions[child.path], child.attributes)
+                module._modules[name] = filled[child.path]
+    return model
+
+
+def clone_structure(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every tensor with the original."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
+            if isinstance(value, Tensor):
+                memo[id(value)] = value
+    return copy.deepcopy(model, memo)
+
+
+def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """The parameters of the model's forward(), without self."""
+    return list(inspect.signature(model.forward).parameters.values())
+
+
+def _device(graph: nn.Module) -> torch.device | None:
+    tensor = next(graph.parameters(), None)
+    return None if tensor is None else tensor.device
+
+
+def _show(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"[:80]
+
+
+def _shape_of(structure: pytree.TreeSpec) -> str:
+    text = str(pytree.tree_unflatten(["*"] * structure.num_leaves, structure)).replace("'*'", "*")
+    return text if len(text) < 200 else text[:197] + "..."
+
+

@@ -1,0 +1,52 @@
+"""model, example inputs → Program: one torch.export of the whole where that works, the largest exportable submodules where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .call import instantiate
+from .capture_calls import foreign_result
+from .capture_check import check_model
+from .capture_graph import NotExportable, export_region
+from .capture_inputs import ExampleCall, read_call
+from .capture_regions import capture_regions
+from .capture_verify import allow_ones, compare, run
+from .normal_form import normalise
+from .program import Program, prune_unused
+
+Progress = Callable[[str, int, int], None]
+
+
+def capture(model: nn.Module, example_inputs: Any, dynamic: Any = None, progress: Progress = lambda what, done, total: None) -> Program:
+    """Capture a model in eval mode as graphs in normal form that share its parameters; the model is never modified.
+
+    example_inputs  tuple of positional or dict of named arguments; None, bool, int, float and str among them are baked in
+    dynamic         {"input_ids": {0: "batch", 1: "seq"}}, the same by position, or a tuple of such; the same name means the same size
+    progress        called with (what, done, total)
+
+    Raises ModelError, InputError, and CaptureError when nothing could be captured or the Program does not reproduce the model.
+    """
+    check_model(model)
+    call = read_call(model, example_inputs, dynamic)
+    expected = run(model, call, "example_inputs")
+    progress("capture", 0, 1)
+    try:
+        if reason := foreign_result(expected):
+            raise NotExportable(reason)
+        program = _whole(model, call)
+    except NotExportable as problem:
+        program = capture_regions(model, call, problem.reason, progress)
+    compare(instantiate(program), call, expected)
+    progress("capture", 1, 1)
+    return program
+
+
+def _whole(model: nn.Module, call: ExampleCall) -> Program:
+    region, aliases = export_region(model, call, "")
+    normalise(region.module)
+    prune_unused(region)
+    allow_ones(region, model, call)
+    return Program({"": region}, aliases=aliases)

@@ -1,0 +1,135 @@
+"""Where the whole model cannot be exported: its largest exportable submodules, each in its place, around which the model stays Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .call import CapturedModule, Hole, clone_structure
+from .capture_calls import Record, learned_call, record
+from .capture_graph import NotExportable, export_region
+from .capture_inputs import ExampleCall
+from .capture_verify import agree, allow_ones
+from .errors import CaptureError, InputError
+from .normal_form import normalise
+from .normal_form_edit import aten
+from .program import LeftOut, Program, Region, prune_unused
+
+_PRODUCTS = {aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.matmul, aten.bmm, aten.mm, aten.addmm, aten.baddbmm, aten.einsum, aten._grouped_mm,
+             aten.scaled_dot_product_attention, aten.conv_transpose1d, aten.conv_transpose2d, aten.lstm, aten.gru}
+
+
+@dataclass
+class _Search:
+    """State of one walk over the module tree."""
+
+    model: nn.Module
+    records: dict[str, Record]
+    progress: Callable[[str, int, int], None]
+    regions: dict[str, Region] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    done: int = 0
+
+
+def capture_regions(model: nn.Module, call: ExampleCall, reason: str, progress: Callable[[str, int, int], None]) -> Program:
+    """The Program of a model whose whole cannot be captured, for `reason`.
+
+    Raises CaptureError when no submodule can be captured either, and InputError when the model fails at other sizes of its dynamic dimensions.
+    """
+    try:
+        skeleton = clone_structure(model)
+    except Exception as problem:  # deepcopy runs the user's own __deepcopy__ and __reduce__
+        raise CaptureError(f"the model cannot be captured whole ({reason}), nor in parts: its module tree cannot be copied ({problem})") from problem
+    search = _Search(skeleton, record(skeleton, call), progress)
+    search.left_out.append(LeftOut("", reason))
+    for name, child in skeleton.named_children():
+        _visit(search, name, child)
+    if not search.regions:
+        inside = "; ".join(f"{part.path}: {part.reason}" for part in search.left_out[1:4])
+        raise CaptureError(f"no part of the model could be captured. The whole: {reason}. {inside}".rstrip())
+    _dig_holes(skeleton, search.regions)
+    tied = _tied_names(model, search)
+    return Program(search.regions, skeleton=skeleton, left_out=tuple(search.left_out), aliases=tied)
+
+
+def _visit(search: _Search, path: str, module: nn.Module) -> None:
+    if path in search.regions or next(module.parameters(), None) is None:
+        return
+    search.done += 1
+    search.progress("capture", min(search.done, len(search.records)), len(search.records))
+    if path not in search.records:
+        if not any(name.startswith(f"{path}.") for name in search.records):
+            search.left_out.append(LeftOut(path, "it is not called on the example inputs"))
+            return
+    else:
+        reason = _nothing_to_gain(module) or _try(search, path, module)
+        if reason is None:
+            return
+        search.left_out.append(LeftOut(path, reason))
+        if _nothing_to_gain(module):
+            return
+    for name, child in module.named_children():
+        _visit(search, f"{path}.{name}", child)
+
+
+def _nothing_to_gain(module: nn.Module) -> str | None:
+    """Why a module is not worth a region of its own."""
+    if all(p.dim() < 2 for p in module.parameters()):
+        return "it holds no matrix"
+    matrices = {id(p) for p in module.parameters() if p.dim() >= 2}
+    looked_up = {id(m.weight) for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    return "it looks rows up, which is no matrix product" if matrices <= looked_up else None
+
+
+def _try(search: _Search, path: str, module: nn.Module) -> str | None:
+    """Capture one submodule. None when it worked, else the reason."""
+    found = search.records[path]
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks"
+    call = learned_call(module, found)
+    if isinstance(call, str):
+        return call
+    try:
+        region, _ = export_region(module, call, path)
+        normalise(region.module)
+    except (NotExportable, InputError) as problem:
+        return str(getattr(problem, "what", problem))
+    prune_unused(region)
+    if not any(getattr(node.target, "overloadpacket", None) in _PRODUCTS for node in region.graph.nodes):
+        return "it holds no matrix product"
+    if not agree(CapturedModule(region), module, call):
+        return "its graph does not reproduce it: it keeps state between calls or draws random numbers"
+    allow_ones(region, module, call)
+    search.regions[path] = region
+    return None
+
+
+def _dig_holes(skeleton: nn.Module, regions: dict[str, Region]) -> None:
+    """Put a Hole for each region, wherever the module tree refers to its module."""
+    holes = {}
+    for path in regions:
+        module = skeleton.get_submodule(path)
+        holes[id(module)] = Hole({k: v for k, v in vars(module).items() if not k.startswith("_") and not isinstance(v, Tensor)}, path, type(module).__name__)
+    for module in list(skeleton.modules()):
+        for name, child in module._modules.items():
+            if id(child) in holes:
+                module._modules[name] = holes[id(child)]
+
+
+def _tied_names(model: nn.Module, search: _Search) -> dict[str, str]:
+    """Whole-model names of tied parameters: other name -> the name that a region's graph uses."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
+    used = {region.qualified(name) for region in search.regions.values() for name, _ in region.module.named_parameters(remove_duplicate=False)}
+    aliases = {}
+    for group in names.values():
+        first = next((name for name in group if name in used), None)
+        if first is not None:
+            aliases.update({name: first for name in group if name != first})
+    return aliases
+
+

@@ -1,0 +1,80 @@
+"""Does a captured graph do what the module does? On the example inputs, and where each dynamic dimension is 1."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .call import CapturedModule
+from .capture_inputs import ExampleCall
+from .errors import CaptureError, InputError
+from .program import Region
+
+# How far the captured graph may be from the model, relative to the largest magnitude of an output: reassociation of sums, no more.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def run(model: nn.Module, call: ExampleCall, where: str) -> Any:
+    """The model's result of one call. Raises InputError with the model's own message when it fails."""
+    args, kwargs = call.arguments()
+    try:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+    except Exception as problem:  # the model's own code may raise anything
+        raise InputError(f"the model fails on its example inputs: {type(problem).__name__}: {problem}", where=where) from problem
+
+
+def compare(captured: nn.Module, call: ExampleCall, expected: Any) -> None:
+    """Raises CaptureError, naming the output, where the captured module does not reproduce the model."""
+    args, kwargs = call.arguments()
+    with torch.no_grad():
+        actual = captured(*args, **kwargs)
+    wanted, _ = pytree.tree_flatten_with_path(expected)
+    got = pytree.tree_leaves(actual)
+    if len(got) != len(wanted):
+        raise CaptureError(f"the captured graph returns {len(got)} values, the model {len(wanted)}")
+    for (path, a), b in zip(wanted, got, strict=True):
+        if isinstance(a, Tensor) and not close(a, b):
+            raise CaptureError(f"the captured graph does not reproduce the model: output{pytree.keystr(path)} differs by {_distance(a, b)}",
+                               hint="does the model draw random numbers in eval mode, or keep state between calls?")
+
+
+def close(a: Tensor, b: Any) -> bool:
+    """Whether two outputs are the same up to float reassociation; exactly the same for integers."""
+    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    finite = a[a.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=0, atol=TOLERANCE.get(a.dtype, 1e-4) * max(scale, 1e-6), equal_nan=True)
+
+
+def _distance(a: Tensor, b: Any) -> str:
+    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return f"its kind ({a.dtype} {tuple(a.shape)} against {getattr(b, 'dtype', type(b).__name__)} {tuple(getattr(b, 'shape', ()))})"
+    return f"up to {float((a.double() - b.double()).abs().max()):.3g}"
+
+
+def agree(captured: nn.Module, module: nn.Module, call: ExampleCall) -> bool:
+    """Whether both give the same on a call; no when either fails."""
+    try:
+        compare(captured, call, run(module, call, ""))
+    except Exception:  # whatever fails here, in the module or in the graph: it is not supported
+        return False
+    return True
+
+
+def allow_ones(region: Region, module: nn.Module, call: ExampleCall) -> None:
+    """Let each dynamic dimension be 1 as well, where the graph then still agrees with the module: export traces with sizes of 2 and more."""
+    for name in call.sizes():
+        low, high = region.spec.ranges[name]
+        if low == 2:
+            tight = region.spec
+            region.spec = replace(tight, ranges={**tight.ranges, name: (1, high)})
+            if not agree(CapturedModule(region), module, call.resized({name: 1})):
+                region.spec = tight

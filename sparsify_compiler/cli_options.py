@@ -1,0 +1,42 @@
+"""Options of the command line that take some reading: dynamic dimensions and the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .budget import Budget
+
+
+def parse_dynamic(entries: Sequence[str]) -> dict[str, dict[int, str]] | None:
+    """["input_ids.0=batch", "input_ids.1=seq"] -> {"input_ids": {0: "batch", 1: "seq"}}. Raises InputError."""
+    found: dict[str, dict[int, str]] = {}
+    for entry in entries:
+        place, _, name = entry.partition("=")
+        argument, _, axis = place.rpartition(".")
+        if not (argument and axis.isdigit() and name.isidentifier()):
+            raise InputError(f"cannot read {entry!r}", where="--dynamic", hint="write argument.axis=name, for example input_ids.0=batch")
+        found.setdefault(argument, {})[int(axis)] = name
+    return found or None
+
+
+def parse_sizes(entries: Sequence[str]) -> dict[str, int]:
+    """["batch=8"] -> {"batch": 8}. Raises InputError."""
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        name, _, value = entry.partition("=")
+        if not (name and value.isdigit() and int(value) > 0):
+            raise InputError(f"cannot read {entry!r}", where="--size", hint="write name=number, for example batch=8")
+        sizes[name] = int(value)
+    return sizes
+
+
+def make_budget(**given: Any) -> Budget | None:
+    """The budget that the options name; None when they name none. Raises BudgetError for several."""
+    from .budget import Budget
+
+    named = {name: value for name, value in given.items() if value is not None}
+    return Budget(**named) if named else None

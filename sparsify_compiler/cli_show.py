@@ -1,0 +1,133 @@
+"""What the reading commands print: passes with their examples, misses, lists, times."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .measure import Timing
+    from .passes_api import Context
+    from .pipeline import Pipeline
+    from .program import Program
+
+
+def show(what: str, model: str | None, batch: int, sequence: int) -> str:
+    """The description, and the Program before and after."""
+    from . import catalog
+    from .cli_model import load_model
+
+    pipeline = _pipeline(what)
+    parts = [_description(item) for item in dict.fromkeys(type(p) for p in pipeline.passes)]
+    if what in catalog.names("recipe"):
+        parts = [f"recipe {what}\n\n{inspect.getdoc(catalog.get('recipe', what))}\n\n= {pipeline}", *parts]
+    if model is not None:
+        source = load_model(model, batch=batch, sequence=sequence)
+        built, example = source.model, source.example_inputs
+    else:
+        built, example = _example(pipeline)
+    before, after, ctx = _run(pipeline, built, example)
+    misses = [f"not done {miss}" for miss in ctx.misses]
+    return "\n\n".join([*parts, f"before\n\n{before.text()}", f"after {pipeline}\n\n{after.text()}", *(["\n".join(misses)] if misses else [])])
+
+
+def why(what: str, model: str, batch: int, sequence: int) -> str:
+    """The nearest misses of a pass on a model."""
+    from .cli_model import load_model
+
+    source = load_model(model, batch=batch, sequence=sequence)
+    pipeline = _pipeline(what)
+    _, _, ctx = _run(pipeline, source.model, source.example_inputs)
+    acted = f"{pipeline} acted {ctx.rewrites} times" if ctx.rewrites else f"{pipeline} did not act"
+    if not ctx.misses:
+        return f"{acted}; nothing in this model came near its pattern" if not ctx.rewrites else f"{acted} and left nothing out"
+    return "\n".join([f"{acted}; {len(ctx.misses)} near misses:", *(f"  {miss}" for miss in ctx.misses)])
+
+
+def table(kind: str) -> Table:
+    """Every entry of a kind with the first line of its docstring, and its paper."""
+    from . import catalog
+
+    found = _table(kind, "what it does", "paper")
+    for name in catalog.names(kind):
+        described = catalog.describe(kind, name)
+        paper = described.fields.get("Paper", "").replace("\n", " ")
+        found.add_row(name, described.summary, "" if paper.startswith("none") else paper)
+    return found
+
+
+def targets() -> Table:
+    """The targets, and whether their code runs here."""
+    from .target import NAMES, host, resolve
+
+    here = host()
+    found = _table("target", "machine", "features", "runs here")
+    for name in NAMES:
+        each = resolve(name)
+        found.add_row(name, f"{each.arch} {each.mcpu}, {each.cores} cores", " ".join(each.features), "yes" if each.runs_on(here) else "no")
+    return found
+
+
+def timings(times: Mapping[str, Timing]) -> Table:
+    """Times of several forms; the last one's gain over each."""
+    from .report import words
+
+    found = _table("form", "median", "quartiles", "compiled gains")
+    last = list(times.values())[-1]
+    for name, timing in times.items():
+        gain = words.DASH if timing is last else words.ratio(timing.median, last.median)
+        found.add_row(name, words.ms(timing.median), f"{words.ms(timing.low)} – {words.ms(timing.high)}", gain)
+    return found
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    found = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0))
+    found.columns[0].no_wrap = True
+    for column in found.columns[1:]:
+        column.overflow = "fold"
+    return found
+
+
+def _pipeline(what: str) -> Pipeline:
+    """A pass or recipe by its bare name, or pipeline text. Raises UnknownNameError or ParseError."""
+    from .pipeline import Pipeline
+
+    return Pipeline.parse(f"{what}()" if what.isidentifier() else what)
+
+
+def _description(item: type) -> str:
+    return f"pass {item.name()}\n\n{inspect.getdoc(item)}"  # type: ignore[attr-defined]
+
+
+def _example(pipeline: Pipeline) -> tuple[Any, Any]:
+    """The example of the pipeline's first pass, from the end of its file."""
+    if not pipeline.passes:
+        raise InputError("the pipeline is empty", where="PASS_OR_PIPELINE", hint="sparsify passes lists them")
+    example = getattr(sys.modules[type(pipeline.passes[0]).__module__], "example", None)
+    if example is None:
+        raise InputError(f"{pipeline.passes[0].name()} has no example of its own", where="MODEL", hint="name a model to show it on")
+    made: tuple[Any, Any] = example()
+    return made
+
+
+def _run(pipeline: Pipeline, model: Any, example: Any) -> tuple[Program, Program, Context]:
+    from .calibrate import calibrate
+    from .capture import capture
+    from .codegen import runtime
+    from .passes_api import Context
+    from .target import host
+
+    before = capture(model, example)
+    ctx = Context(
+        target=host(), density=0.5, example_inputs=example, kernels=runtime, calibrate=lambda program, needs: calibrate(program, [example], needs)
+    )
+    return before, pipeline.run(before, ctx), ctx

@@ -1,0 +1,115 @@
+"""CompiledModel: what compile() and load() hand back. Called like the model; knows its report and how to save itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .call import instantiate
+from .errors import ModelError
+from .executor import flat_function
+from .program import Program
+
+if TYPE_CHECKING:
+    from .report import Report
+    from .target import Target
+
+
+class CompiledModel(nn.Module):
+    """A Program as a module with the model's signature, output structure and dtypes. Inference only.
+
+    program  the graphs, in whatever stage they are; nodes with a kernel run it directly, and as registered ops under torch.compile and export
+    target   the machine that the kernels are for; None when there are none
+    report   what compile() found out; without one, report() tells the decisions only
+    Attributes that it does not have itself come from the model's own classes, where those are still there (`.config`, `.generate`).
+    """
+
+    def __init__(self, program: Program, target: Target | None = None, report: Report | None = None) -> None:
+        super().__init__()
+        self.program, self.target = program, target
+        self._report = report
+        self._kernels = tuple(node.meta["kernel"] for _, node in program.nodes() if node.meta.get("kernel") is not None)
+        self._bind()
+        super().train(False)
+
+    def _bind(self) -> None:
+        fast = self.program.clone()
+        for region in fast.regions.values():
+            region.module.forward = _either(region.module.forward, flat_function(region))
+        self.model = instantiate(fast)
+        # Without hooks on the inner module its __call__ adds nothing but time.
+        self.__dict__["_run"] = self.model if self.program.skeleton is not None else self.model.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises InputError where a call does not fit what was captured."""
+        return self._run(*args, **kwargs)
+
+    def report(self) -> Report:
+        """What was chosen for each site and why, times, bytes and quality."""
+        if self._report is None:
+            from .report import Report
+
+            self._report = Report(sites=list(self.program.decisions.values()), left_out=list(self.program.left_out))
+        return self._report
+
+    def resident_bytes(self) -> int:
+        """Bytes of all tensors that the model holds in memory, what kernels prepared for themselves included; shared ones count once."""
+        held = [*self.model.parameters(), *self.model.buffers()]
+        for kernel in self._kernels:
+            held += kernel.state().values()
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+
+    def save(self, path: str | Path) -> None:
+        """Write the artefact folder, whole or not at all. Raises StorageError, ArtefactError."""
+        from .artefact import save
+
+        save(self, path)
+
+    def train(self, mode: bool = True) -> CompiledModel:
+        """Stays in eval mode. Raises ModelError for mode=True."""
+        if mode:
+            raise ModelError("a compiled model cannot be trained", hint="train the module of a pipeline that stops before pack(), then compile that")
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The tensors under the model's own names; a packed weight shows as its format's tensors."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        regions = ", ".join(path or "whole model" for path in self.program.regions)
+        return f"stage={self.program.stage}, regions=[{regions}], kernels={len(self._kernels)}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
+        """to(), float(), cuda() and their like: fine where nothing would change; a captured graph holds dtypes and devices of its own."""
+        kinds = {(t.dtype, t.device): t for t in [*self.model.parameters(), *self.model.buffers()]}
+        if not all(_unchanged(fn, tensor) for tensor in kinds.values()):
+            raise ModelError("a compiled model cannot be moved or change its dtype", hint="convert the model first, then compile it")
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_modules", {}).get("model")
+            if model is None or name.startswith("__"):
+                raise
+            return getattr(model, name)
+
+
+def _either(traceable: Callable[..., Any], flat: Callable[..., Any]) -> Callable[..., Any]:
+    """Our flat function; the plain graph, with registered ops instead of kernels, for whoever traces us."""
+
+    def forward(*inputs: Any) -> Any:
+        return traceable(*inputs) if torch.compiler.is_compiling() else flat(*inputs)
+
+    return forward
+
+
+def _unchanged(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:
+    probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    result = fn(probe)
+    return result.dtype == probe.dtype and result.device == probe.device

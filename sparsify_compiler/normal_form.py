@@ -1,0 +1,38 @@
+"""One spelling for every operation, of captured graphs and of patterns alike.
+
+Afterwards every call is a functional aten overload with its arguments by name (SymInt arithmetic and getitem excepted), arguments equal to
+the schema's default are dropped, and what can be said in several ways is said in one: see the normal_form_*.py file of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from .normal_form_activation import name_activation
+from .normal_form_attention import name_attention
+from .normal_form_common import merge_common
+from .normal_form_inplace import functionalise
+from .normal_form_names import name_arguments
+from .normal_form_noops import drop_noop
+from .normal_form_norm import name_norm
+from .normal_form_spelling import respell
+
+# Each looks at one node, which is already in normal form as far as the earlier ones go, and says whether it changed the graph.
+_LOCAL: tuple[Callable[[fx.Node], bool], ...] = (name_arguments, drop_noop, respell, name_norm, name_activation, name_attention)
+
+
+def normalise(graph_module: fx.GraphModule) -> None:
+    """Bring a graph into normal form, in place. Idempotent. Raises NotFunctional where it writes to a tensor that has other names."""
+    graph = graph_module.graph
+    functionalise(graph)
+    changed = True
+    while changed:
+        changed = False
+        for node in list(graph.nodes):
+            changed |= any(rewrite(node) for rewrite in _LOCAL)
+        changed |= merge_common(graph)
+        graph.eliminate_dead_code()
+    graph.lint()
+    graph_module.recompile()

@@ -1,0 +1,94 @@
+"""Calls that change nothing: dropout in eval, aliases, casts to the dtype at hand, whole slices, copies, assertions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .normal_form_edit import argument, aten, insert, is_call, replace, same_shape, shape, value
+
+_ASSERTIONS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "_check"}
+_SAME = {aten.alias.default, aten.detach.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default, aten.contiguous.default,
+         aten.positive.default, aten.resolve_conj.default, aten.resolve_neg.default}
+_DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default}
+_CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default}
+
+
+def drop_noop(node: fx.Node) -> bool:
+    """Remove or shorten one call. True when it changed."""
+    if node.op == "call_module" and str(node.target) == "_guards_fn":
+        node.graph.erase_node(node)
+        return True
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target._schema.name.rpartition("::")[2] in _ASSERTIONS and not node.users:
+        node.graph.erase_node(node)
+        return True
+    source = _unchanged(node)
+    if source is not None:
+        replace(node, source)
+        return True
+    return _plain_cast(node) or _open_slice(node)
+
+
+def _unchanged(node: fx.Node) -> fx.Node | None:
+    """The argument that a call hands on as it is."""
+    source = node.kwargs.get("self", node.kwargs.get("input"))
+    if not isinstance(source, fx.Node):
+        return None
+    if node.target in _SAME or (node.target in _DROPOUTS and (node.kwargs.get("train") is False or node.kwargs.get("p") == 0)):
+        return source
+    if is_call(node, aten.clone.default):
+        return None if _leaves_with_input(node, source) else source
+    if is_call(node, aten.slice.Tensor) and _whole(node, source):
+        return source
+    if node.target in _CASTS and _same_type(node, source):
+        return source
+    if is_call(node, aten.expand.default, aten.reshape.default, aten.view.default) and same_shape(shape(source), shape(node)):
+        return source
+    return None
+
+
+def _leaves_with_input(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a copy is what keeps a caller from holding the model's own input or weight."""
+    return any(user.op == "output" for user in node.users) and not (source.op == "call_function" and value(source) is not None)
+
+
+def _whole(node: fx.Node, source: fx.Node) -> bool:
+    start, end, step = argument(node, "start"), argument(node, "end"), argument(node, "step")
+    if start not in (None, 0) or step != 1:
+        return False
+    return end is None or (isinstance(end, int) and end >= 2**62) or same_shape(shape(source), shape(node))
+
+
+def _same_type(node: fx.Node, source: fx.Node) -> bool:
+    before, after = value(source), value(node)
+    return before is not None and after is not None and before.dtype == after.dtype and before.device == after.device
+
+
+def _plain_cast(node: fx.Node) -> bool:
+    """Every cast that only changes the dtype is aten.to.dtype."""
+    if node.target not in _CASTS or node.target is aten.to.dtype and set(node.kwargs) == {"self", "dtype"}:
+        return False
+    before, after = value(node.kwargs.get("self")), value(node)
+    if before is None or after is None or before.device != after.device:
+        return False
+    replace(node, insert(node, aten.to.dtype, after, self=node.kwargs["self"], dtype=after.dtype))
+    return True
+
+
+def _open_slice(node: fx.Node) -> bool:
+    """A slice from 0, or to the largest integer, is one without that end."""
+    if not is_call(node, aten.slice.Tensor):
+        return False
+    kwargs: dict[str, Any] = dict(node.kwargs)
+    if kwargs.get("start") == 0 and isinstance(kwargs["start"], int):
+        del kwargs["start"]
+    if isinstance(kwargs.get("end"), int) and kwargs["end"] >= 2**62:
+        del kwargs["end"]
+    if kwargs == node.kwargs:
+        return False
+    node.kwargs = kwargs
+    return True

@@ -1,0 +1,1 @@
+"""Our own ops: one file an op, `torch.ops.sparsify.<file name>`; importing the file registers it."""

@@ -1,0 +1,152 @@
+"""Numbers as a reader wants them. None is a dash everywhere: what was not measured has no number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sparsify_compiler.decision import Decision
+
+from .model import Form, Quality, Refusal, Report
+
+DASH = "–"
+
+
+def ms(value: float | None) -> str:
+    """Milliseconds with three significant digits and a unit that suits them."""
+    if value is None:
+        return DASH
+    if value >= 1000:
+        return f"{value / 1000:.3g} s"
+    return f"{value:.3g} ms" if value >= 0.1 else f"{value * 1000:.3g} µs"
+
+
+def plain_ms(value: float | None) -> str:
+    """Milliseconds without the unit, for a column that names it."""
+    if value is None:
+        return DASH
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.3f}"
+
+
+def size(value: int | None) -> str:
+    """Bytes in decimal units."""
+    if value is None:
+        return DASH
+    amount = float(value)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.3g} {unit}" if unit != "B" else f"{value} B"
+        amount /= 1000
+    return f"{amount:.3g} GB"
+
+
+def count(value: int | None) -> str:
+    """A number of parameters."""
+    if value is None:
+        return DASH
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return str(value)
+
+
+def ratio(before: float | None, after: float | None) -> str:
+    """How many times less it became."""
+    return DASH if before is None or not after else f"{before / after:.2f}×"
+
+
+def percent(value: float | None) -> str:
+    return DASH if value is None else f"{100 * value:.0f} %" if value >= 0.1 or value == 0 else f"{100 * value:.1f} %"
+
+
+def number(value: float | None) -> str:
+    return DASH if value is None else f"{value:.5g}"
+
+
+def spread(form: Form) -> str:
+    """Median and quartiles."""
+    quartiles = "" if form.low is None or form.high is None else f" ({plain_ms(form.low)}–{plain_ms(form.high)})"
+    return ms(form.median) + quartiles
+
+
+def quality(row: Quality) -> str:
+    """dense → compiled; a distance to dense has one number only."""
+    return number(row.compiled) if row.dense is None else f"{number(row.dense)} → {number(row.compiled)}"
+
+
+def runs(site: Decision) -> str:
+    """What runs there."""
+    return site.kernel if site.format == "dense" or site.kernel.startswith(site.format) else f"{site.format} {site.kernel}"
+
+
+def pays(site: Decision) -> bool:
+    """True where a sparse kernel runs."""
+    return site.format != "dense"
+
+
+def shape(site: Decision) -> str:
+    return "×".join(map(str, site.shape)) if site.shape else DASH
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """A module path as (block, name in the block): a table needs the block only once. The block ends at the last number in the path."""
+    parts = path.split(".")
+    last = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
+    return ".".join(parts[: last + 1]), ".".join(parts[last + 1 :])
+
+
+def refusals(misses: Sequence[Refusal]) -> list[str]:
+    """Equal refusals together, most frequent first."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for miss in misses:
+        places.setdefault((miss.by, miss.why), []).append(miss.at)
+    ordered = sorted(places.items(), key=lambda item: -len(item[1]))
+    return [f"{by + ': ' if by else ''}{why}{some(at)}" for (by, why), at in ordered]
+
+
+def some(places: Sequence[str], shown: int = 3) -> str:
+    """(a, b, c and 4 more), or nothing."""
+    named = [place for place in places if place]
+    more = f" and {len(named) - shown} more" if len(named) > shown else ""
+    return f" ({', '.join(named[:shown])}{more})" if named else ""
+
+
+def target(report: Report) -> str:
+    """The machine in one line."""
+    facts = report.target
+    if not facts:
+        return DASH
+    cores = facts.get("cores")
+    parts = [str(facts.get("name", "")), f"{facts.get('arch', '')} {facts.get('mcpu', '')}".strip(), f"{cores} cores" if cores else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def summary(report: Report) -> list[tuple[str, str]]:
+    """The head of the report: (what, value), only what is known."""
+    best, compiled = report.fastest_dense, report.compiled
+    paid = len(report.paid())
+    weights = f"{count(report.parameters)} parameters" if report.parameters is not None else ""
+    rows = [
+        ("model", ", ".join(part for part in (report.model, weights) if part)),
+        ("target", "" if not report.target else target(report) + (f", {report.threads} threads used" if report.threads else "")),
+        ("recipe", report.recipe), ("budget", report.budget), ("inputs", report.example),
+        ("latency", "" if best is None and compiled is None else _latency(report)),
+        ("memory", _bytes(report.dense_bytes, report.compiled_bytes)), ("on disk", _bytes(report.dense_disk_bytes, report.compiled_disk_bytes)),
+        *((row.name, quality(row) + (f" ({row.note})" if row.note else "")) for row in report.quality),
+        ("sites", f"{paid} of {len(report.sites)} run sparse, {len(report.sites) - paid} stay dense" if report.sites else ""),
+        ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items() if version)), ("date", report.date),
+    ]  # fmt: skip
+    return [(what, value) for what, value in rows if value]
+
+
+def _latency(report: Report) -> str:
+    best, compiled = report.fastest_dense, report.compiled
+    before = f"{ms(best.median)} ({best.name}, the fastest dense form)" if best else DASH
+    after = spread(compiled) if compiled else DASH
+    gain = "" if report.speedup is None else f", {report.speedup:.2f} times the speed"
+    return f"{before} → {after}{gain}"
+
+
+def _bytes(before: int | None, after: int | None) -> str:
+    if before is None and after is None:
+        return ""
+    return f"{size(before)} → {size(after)}" + ("" if before is None or not after else f", {before / after:.2f}×")

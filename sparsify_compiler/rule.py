@@ -1,0 +1,292 @@
+"""A rule: pattern, check, rewrite — three plain functions. The engine matches, asks, traces the formula, splices it in and folds.
+
+    class MergeScale(Rule):
+        params = ("w", "s")                                      # must depend on parameters alone
+
+        @staticmethod
+        def pattern(x, w, s): return linear(x, w) * s
+        def check(self, m):   return None if m.s.ndim == 1 else Miss(f"needs a vector, got {tuple(m.s.shape)}")
+        @staticmethod
+        def rewrite(x, w, s): return linear(x, w * s[:, None])   # runs on fake tensors: shapes, None and Python's `if` work
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .errors import SparsifyError
+from .fakes import fake_of, mode_of
+from .fold import constants, erase_dead, is_constant, plan, store
+from .normal_form import normalise
+from .passes_api import Context, Miss, Pass
+from .pattern import Binding, Near, Pattern, Search, find, op_name, trace
+from .program import Program, Region, get_tensor
+
+
+class Rule:
+    """Base of all rules. A subclass defines `pattern` and `rewrite` (static, or methods of an object with options) and may define `check`.
+
+    pattern(...)   an op of torch.nn.functional, torch.* and operators on its arguments; arguments stand for values or attributes
+    check(match)   None to accept, or a Miss that says why not
+    rewrite(...)   the same value in another way; takes those of the pattern's arguments that it needs, by name
+    params         arguments that must depend on parameters alone; constants such as None and numbers are fine
+    """
+
+    params: ClassVar[tuple[str, ...]] = ()
+    pattern: Callable[..., Any]
+    rewrite: Callable[..., Any]
+
+    def patterns(self) -> tuple[Callable[..., Any], ...]:
+        """Several ways to write the same thing; each uses a part of rewrite's arguments, the others are None."""
+        return (self.pattern,)
+
+    def check(self, m: Match) -> Miss | None:
+        """None to accept the match, or a Miss that says why not."""
+        return None
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where a pattern fits. `m.w` is what the argument `w` stands for: the tensor itself for a parameter, otherwise its fake value (shape,
+    dtype), or a constant. `m.node("w")` is the node.
+    """
+
+    region: Region
+    pattern: Pattern
+    binding: Binding
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name not in self.binding.variables:
+            raise AttributeError(f"the pattern has no argument {name!r}")
+        bound = self.binding.variables[name]
+        if not isinstance(bound, fx.Node):
+            return bound
+        return get_tensor(self.region.module, str(bound.target)).detach() if bound.op == "get_attr" else bound.meta["val"]
+
+    def node(self, name: str) -> fx.Node | None:
+        """The node that an argument stands for; None for a constant."""
+        bound = self.binding.variables[name]
+        return bound if isinstance(bound, fx.Node) else None
+
+    @property
+    def output(self) -> fx.Node:
+        """The matched node whose value is rewritten."""
+        return self.binding.calls[self.pattern.output]
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The matched nodes, in the order in which the pattern computes them."""
+        return [self.binding.calls[call] for call in self.pattern.calls]
+
+    def source(self, op: str) -> fx.Node:
+        """The matched node whose place in the model a new node of this op takes: the first of the same op, else the output."""
+        return next((node for node in self.nodes if op_name(node) == op), self.output)
+
+
+@dataclass
+class Tried:
+    """What the rules of a pass met in one region, as it is now: how often they acted, and why they did not act on what is left."""
+
+    about: frozenset[str] = frozenset()
+    fired: int = 0
+    refused: dict[str, list[Miss]] = field(default_factory=dict)  # node that the pattern would end at -> reasons
+    near: dict[str, Near] = field(default_factory=dict)  # the same, where the structure was another
+    absent: set[str] = field(default_factory=set)  # ops without which a pattern cannot fit
+
+    def forget(self) -> None:
+        """The graph has changed: what was refused before may be gone."""
+        self.refused, self.near, self.absent = {}, {}, set()
+
+    def note(self, root: fx.Node, near: Near | None) -> None:
+        """Keep the nearest structural miss of a node; rules that fail at the same place are told together."""
+        old = self.near.get(root.name)
+        if near is not None and near.depth > (0 if not self.about or op_name(root) in self.about else 1):
+            self.near[root.name] = near if old is None else old.join(near)
+
+    def misses(self) -> list[Miss]:
+        """Refused matches, then the nearest structural misses; where there is neither and no rule acted, what the graph lacks."""
+        found = [miss for reasons in self.refused.values() for miss in reasons]
+        nears = [near for root, near in self.near.items() if root not in self.refused]
+        deepest = max((near.depth for near in nears), default=0)
+        found += [Miss(str(near), near.at) for near in nears if near.depth == deepest]
+        if not found and not self.fired and self.absent:
+            found = [Miss(f"there is no {', '.join(sorted(self.absent & self.about or self.absent))} in the graph")]
+        return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class RulePass(Pass):
+    """A pass made of rules: applied in the order of execution, first rule first, again until none fits any more.
+
+    The passes of `reparam` are examples. A subclass gives `rules()`; its file is documented like every pass. `about` names the ops that the
+    pass exists to remove: then a pattern that only began at another op is not told as a miss.
+    """
+
+    about: ClassVar[frozenset[str]] = frozenset()
+
+    def rules(self) -> Sequence[Rule]:
+        """The rules, the most specific first."""
+        raise NotImplementedError
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        rules = [(rule, [trace(p) for p in rule.patterns()]) for rule in self.rules()]
+        for region in program.regions.values():
+            for miss in rewrite_region(region, rules, ctx, self.name(), self.about).misses():
+                ctx.miss(miss.why, region.qualified(miss.at) if miss.at else region.path)
+        return program
+
+
+Traced = Sequence[tuple[Rule, Sequence[Pattern]]]
+
+
+def rewrite_region(region: Region, rules: Traced, ctx: Context, by: str, about: frozenset[str] = frozenset()) -> Tried:
+    """Apply rules to a fixed point. Raises SparsifyError where they undo each other for ever."""
+    tried, limit, before = Tried(about), 10 * len(region.graph.nodes) + 100, -1
+    while tried.fired > before:
+        before = tried.fired
+        tried.forget()
+        _scan(region, rules, tried, ctx, by)
+        if tried.fired > limit:
+            raise SparsifyError(f"the rules are still rewriting after {limit} rewrites: one undoes the other", where=region.path)
+    return tried
+
+
+def _scan(region: Region, rules: Traced, tried: Tried, ctx: Context, by: str) -> None:
+    """Offer every node, in the order of execution, to every rule."""
+    present = {op_name(node) for node in region.graph.nodes}
+    possible: list[tuple[Rule, list[Pattern]]] = []
+    for rule, patterns in rules:
+        tried.absent |= {call.op for pattern in patterns for call in pattern.calls} - present
+        possible.append((rule, [p for p in patterns if all(call.op in present for call in p.calls)]))
+    fixed = constants(region.graph)  # weight arithmetic, masks among it, is for folding and not for rules
+    for node in [node for node in region.graph.nodes if node not in fixed]:
+        for rule, patterns in possible:
+            if node._erased or (ctx.fuel is not None and ctx.rewrites >= ctx.fuel):
+                break
+            _apply(rule, [p for p in patterns if p.output.op == op_name(node)], region, node, tried, ctx, by)
+
+
+def _apply(rule: Rule, patterns: Sequence[Pattern], region: Region, node: fx.Node, tried: Tried, ctx: Context, by: str) -> None:
+    search = Search()
+    refused: list[Miss] = []
+    for match in _matches(patterns, region, node, search):
+        why = _others(match) or _params(rule, match) or rule.check(match) or _rewrite(rule, match, ctx, by)
+        if why is None:
+            tried.fired += 1
+            tried.refused.pop(node.name, None)
+            tried.near.pop(node.name, None)
+            return
+        refused.append(Miss(why.why, why.at or node.name))
+    if refused:
+        tried.refused.setdefault(node.name, []).extend(refused)
+    tried.note(node, search.near)
+
+
+def _matches(patterns: Sequence[Pattern], region: Region, node: fx.Node, search: Search) -> Iterator[Match]:
+    for pattern in patterns:
+        for binding in find(pattern, node, search):
+            yield Match(region, pattern, binding)
+
+
+def _others(match: Match) -> Miss | None:
+    """Values inside the match must not be needed outside of it: they will no longer be computed."""
+    inside = set(match.nodes)
+    for node in match.nodes:
+        outside = [user.name for user in node.users if user not in inside]
+        if node is not match.output and outside and not is_constant(node):
+            return Miss(f"the intermediate value {node.name} is also used by {', '.join(outside)}")
+    return None
+
+
+def _params(rule: Rule, match: Match) -> Miss | None:
+    for name in rule.params:
+        node = match.node(name) if name in match.binding.variables else None
+        if node is not None and not is_constant(node):
+            return Miss(f"{name} must be a parameter, it is {op_name(node)} ({node.name})")
+    return None
+
+
+def _rewrite(rule: Rule, match: Match, ctx: Context, by: str) -> Miss | None:
+    """Trace the formula, splice it before the matched output, fold, and let it take over. A Miss when that would dissolve a mask."""
+    region, output = match.region, match.output
+    created, result = _splice(_formula(rule, match), match, by)
+    folds = plan(region, created, result)
+    if isinstance(folds, Miss):
+        erase_dead(reversed(created))
+        return folds
+    ctx.spend()
+    if isinstance(result, fx.Node):
+        output.replace_all_uses_with(result)
+    for item in folds:
+        store(region, item, by)
+    erase_dead([*reversed(match.nodes), *reversed(created)])
+    return None
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A rewrite in normal form, and the node that each of its placeholders stands for."""
+
+    module: fx.GraphModule
+    inputs: tuple[fx.Node, ...]
+
+
+def _formula(rule: Rule, match: Match) -> Formula:
+    wanted = inspect.signature(rule.rewrite).parameters
+    bound: Mapping[str, Any] = match.binding.variables
+    fixed = {name: bound.get(name) for name in wanted if not isinstance(bound.get(name), fx.Node)}
+    nodes = {name: node for name in wanted if isinstance(node := bound.get(name), fx.Node)}
+    mode = mode_of(match.region)
+    fakes = [fake_of(match.region, node, mode) for node in nodes.values()]
+
+    def formula(*values: Any) -> Any:
+        return rule.rewrite(**fixed, **dict(zip(nodes, values, strict=True)))
+
+    try:
+        with torch.inference_mode(False), torch.no_grad(), mode:
+            module = make_fx(formula, pre_dispatch=True)(*fakes)
+    except SparsifyError:
+        raise
+    except Exception as error:
+        raise SparsifyError(f"the rewrite of {type(rule).__name__} failed with {type(error).__name__}: {error}", where=f"node {match.output.name}",
+                            hint=", ".join(f"{k}: {_shape(v)}" for k, v in zip(nodes, fakes, strict=True))) from error
+    normalise(module)
+    return Formula(module, tuple(nodes.values()))
+
+
+def _splice(formula: Formula, match: Match, by: str) -> tuple[list[fx.Node], fx.Node]:
+    """Copy the formula's nodes into the region. Returns the new nodes and the one that holds the result."""
+    graph, old_output = match.region.graph, match.output
+    sources = iter(formula.inputs)
+    new: dict[fx.Node, fx.Node] = {}
+    result: Any = None
+    with graph.inserting_before(old_output):
+        for node in formula.module.graph.nodes:
+            if node.op == "placeholder":
+                new[node] = next(sources)
+            elif node.op == "output":
+                result = new.get(node.args[0])
+            elif node.op == "call_function":
+                new[node] = graph.node_copy(node, new.__getitem__)
+                place = match.source(op_name(node))
+                new[node].meta = {k: place.meta[k] for k in ("path", "module") if k in place.meta} | {"by": by, "val": node.meta.get("val")}
+            else:
+                raise SparsifyError(f"a rewrite has a tensor of its own ({node.target})", where=f"node {old_output.name}",
+                                    hint="make constants with torch.zeros, ones, full or eye")
+    if not isinstance(result, fx.Node):
+        raise SparsifyError("a rewrite returns one tensor", where=f"node {old_output.name}")
+    before, after = old_output.meta["val"], result.meta.get("val")
+    if _shape(before) != _shape(after):
+        raise SparsifyError(f"a rewrite must keep shape and dtype: {_shape(before)} became {_shape(after)}", where=f"node {old_output.name}")
+    return [node for node in new.values() if node.meta.get("by") == by and node not in formula.inputs], result
+
+
+def _shape(value: Any) -> str:
+    return f"{value.dtype} [{', '.join(map(str, value.shape))}]" if isinstance(value, Tensor) else repr(value)

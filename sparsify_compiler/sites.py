@@ -1,0 +1,44 @@
+"""Sites: the places of a Program where a decision can be taken, found by the structure of its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from torch import fx
+
+from .errors import unknown
+from .program import Program, Site
+from .site_attention import find_attentions
+from .site_ffn import find_ffns
+from .site_graph import View
+from .site_linear import find_convs, find_linears
+from .site_moe import find_moes
+from .site_residual import find_residuals
+
+# kind -> what finds it in one region: pairs of the node that the site begins at, and the site
+FINDERS: dict[str, Callable[[View], Iterator[tuple[fx.Node, Site]]]] = {
+    "linear": find_linears, "conv": find_convs, "ffn": find_ffns, "attention": find_attentions, "moe": find_moes, "residual": find_residuals,
+}
+
+
+def find_sites(program: Program, kinds: Iterable[str] | None = None) -> list[Site]:
+    """All sites of these kinds (all kinds by default), region by region in graph order.
+
+    Paths are module paths in the whole model. Where a module makes several sites of one kind (it is called twice), the later ones are
+    named path@1, path@2, ... Raises UnknownNameError for a kind that does not exist.
+    """
+    wanted = list(FINDERS) if kinds is None else [kinds] if isinstance(kinds, str) else list(kinds)
+    for kind in wanted:
+        if kind not in FINDERS:
+            raise unknown("kind of site", kind, FINDERS)
+    used: dict[tuple[str, str], int] = {}
+    result = []
+    for region in program.regions.values():
+        view = View(region)
+        found = [(view.position[node], order, site) for order, kind in enumerate(FINDERS) if kind in wanted for node, site in FINDERS[kind](view)]
+        for _, _, site in sorted(found, key=lambda item: item[:2]):
+            again = used.get((site.kind, site.path), 0)
+            used[site.kind, site.path] = again + 1
+            result.append(replace(site, path=f"{site.path}@{again}") if again else site)
+    return result

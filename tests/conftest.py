@@ -1,0 +1,55 @@
+"""Shared by all tests: goldens refreshed by one flag, and a plug-in to look into."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sparsify_compiler import catalog
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write what the tests got as the new golden texts")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """golden(name, text): the text must be that of tests/golden/<name>.txt; with --update-golden it is written there."""
+
+    def compare(name: str, text: str) -> None:
+        file = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        assert file.exists(), f"no golden {file.name}: run pytest --update-golden and review the diff"
+        assert text == file.read_text(encoding="utf-8"), "differs from its golden: review, then run pytest --update-golden"
+
+    return compare
+
+
+class EntryPoint:
+    """As much of importlib.metadata.EntryPoint as the catalogue reads."""
+
+    def __init__(self, name: str, value: str) -> None:
+        self.name, self.value = name, value
+
+
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """plugins(folder, package): make the package under the folder a plug-in for this test. Without arguments: tests/plugin/sample_plugin."""
+
+    def install(folder: Path = Path(__file__).parent / "plugin", package: str = "sample_plugin") -> None:
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.setattr(catalog, "entry_points", lambda group: [EntryPoint("test", package)] if group == catalog.PLUGINS else [])
+        catalog.refresh()
+
+    yield install
+    monkeypatch.undo()
+    for module in [name for name in sys.modules if name.startswith("sample_plugin")]:
+        del sys.modules[module]
+    catalog.refresh()
