@@ -13,24 +13,24 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import KernelError
-from ..target import Target, host
-from . import cache as store
-from . import elf
-from .targets.llvm import tvm_target
+from sparsify_compiler.codegen import cache as store
+from sparsify_compiler.codegen import elf
+from sparsify_compiler.codegen.targets.llvm import tvm_target
+from sparsify_compiler.errors import KernelError
+from sparsify_compiler.target import Target, host
 
 LAUNCH = "__TVMBackendParallelLaunch"
 _loading = threading.RLock()
 
 
-class Schedule(Protocol):
+class Schedule(Hashable, Protocol):
     """How a kernel is computed: a frozen dataclass of plain values, of which `repr` tells all."""
 
     @property
@@ -82,7 +82,7 @@ def compile_binary(function: Any, name: str, target: Target) -> bytes:
     import tvm
 
     try:
-        library = tvm.compile(tvm.IRModule({"main": function}), target=tvm_target(target)).mod
+        library = tvm.compile(tvm.IRModule({"main": function}), target=tvm_target(target), tir_pipeline="tirx").mod
         return _linked(library)
     except (RuntimeError, ValueError, TypeError) as error:
         raise KernelError(f"TVM could not compile it: {str(error).strip().splitlines()[-1]}", where=name, hint="report this as a bug") from error
@@ -123,7 +123,7 @@ def _compile_llvm(name: str, text: str, target: Target) -> bytes:
     import tvm
     import tvm_ffi
 
-    from . import emit
+    from sparsify_compiler.codegen import emit
 
     # LLVM wants to be told the data layout and target: those of an empty kernel.
     empty = tvm.compile(tvm.IRModule({"main": emit.function("main", lambda: None)}), target=tvm_target(target)).mod.inspect_source("ll")
@@ -135,10 +135,14 @@ def _compile_llvm(name: str, text: str, target: Target) -> bytes:
         return _linked(tvm_ffi.load_module(str(path)))
 
 
+def key(schedule: Schedule, target: Target) -> str:
+    """The name in the cache of this schedule's code for this target."""
+    return f"{schedule.name}-{_digest(json.dumps([repr(schedule), target.arch, target.features, version(), _sources()]))}"
+
+
 @cache
 def _loaded(schedule: Schedule, target: Target) -> Kernel:
-    key = _digest(json.dumps([repr(schedule), target.arch, target.features, version(), _sources()]))
-    binary = store.read_or_build(f"{schedule.name}-{key}", lambda: compile_binary(schedule.compute(), schedule.name, target))
+    binary = store.read_or_build(key(schedule, target), lambda: compile_binary(schedule.compute(), schedule.name, target))
     return Kernel(schedule, target, binary, _function(binary, on_torch_threads=True))
 
 
@@ -147,7 +151,7 @@ def _function(binary: bytes, *, on_torch_threads: bool) -> Any:
     import tvm  # noqa: F401 (loads the runtime that kernels call)
     import tvm_ffi
 
-    from .omp import launch_address
+    from sparsify_compiler.codegen.omp import launch_address
 
     address = launch_address() if on_torch_threads else None
     is_library = binary[:4] == b"\x7fELF"
@@ -203,7 +207,7 @@ def _linked(library: Any) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         try:
             return elf.shared_library(_written(library, Path(folder), "o"))
-        except elf.Unsupported:
+        except elf.UnsupportedError:
             return _written(library, Path(folder), "bc")
 
 

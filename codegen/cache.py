@@ -67,10 +67,13 @@ def _write(path: Path, payload: bytes) -> None:
     """Beside, then renamed into place: a reader sees all of it or nothing. A full disk is a warning. The caller holds the key's lock."""
     for stale in path.parent.glob(f".{path.stem}.*"):
         stale.unlink(missing_ok=True)
+    name = None
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(payload).digest() + payload)
         os.replace(name, path)
     except OSError as error:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
         _warnings[f"a kernel could not be cached: {error}"] = None

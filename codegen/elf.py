@@ -2,7 +2,7 @@
 
 Kernels are compiled on machines that have no C compiler, and a library loads in well under a millisecond where LLVM's JIT takes
 tens. TVM's objects are simple: code, constants, a few pointers for the runtime to fill, and calls of a handful of outside functions. What
-this linker does not know it refuses with `Unsupported`; the caller then keeps LLVM bitcode and lets the JIT load it.
+this linker does not know it refuses with `UnsupportedError`; the caller then keeps LLVM bitcode and lets the JIT load it.
 
 Layout of the library: headers, dynamic symbols, relocations and constants (read-only); code (executable); pointers, global offset
 table and dynamic section (writable). Sources: System V ABI, chapters 4 and 5; its AMD64 supplement, section 4.4.
@@ -19,10 +19,11 @@ SHT_SYMTAB, SHT_RELA, SHT_NOBITS = 2, 4, 8
 EM_X86_64 = 62
 R_64, R_PC32, R_GLOB_DAT, R_RELATIVE, R_PLT32, R_GOTPCREL, R_PC64 = 1, 2, 6, 8, 4, 9, 24
 R_GOTPCRELX, R_REX_GOTPCRELX = 41, 42
+SEGMENTS = 5
 JUMP = 6  # bytes of `jmp *slot(%rip)`
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """This object needs a real linker."""
 
 
@@ -75,11 +76,11 @@ def shared_library(obj: bytes) -> bytes:
 
 def _parse(obj: bytes) -> Image:
     if obj[:6] != b"\x7fELF\x02\x01" or struct.unpack_from("<HH", obj, 16) != (1, EM_X86_64):
-        raise Unsupported("not an x86-64 ELF object")
+        raise UnsupportedError("not an x86-64 ELF object")
     table, count, names_at = struct.unpack_from("<Q", obj, 40)[0], *struct.unpack_from("<HH", obj, 60)
     raw = [struct.unpack_from("<IIQQQQIIQQ", obj, table + 64 * i) for i in range(count)]
     names = obj[raw[names_at][4]:][: raw[names_at][5]]
-    sections = [Section(_text(names, name), kind, flags, bytearray(size) if kind == SHT_NOBITS else bytearray(obj[at : at + size]), max(1, align), link, info)
+    sections = [Section(_text(names, name), kind, flags, bytearray(size if kind == SHT_NOBITS else obj[at : at + size]), max(1, align), link, info)
                 for name, kind, flags, _, at, size, link, info, align, _ in raw]
     table_of_symbols = next(s for s in sections if s.kind == SHT_SYMTAB)
     strings = bytes(sections[table_of_symbols.link].data)
@@ -109,42 +110,53 @@ def _reserve(image: Image) -> None:
 
 
 def _layout(image: Image, kept: list[Section]) -> bytes:
+    """Give everything its address, then write it there."""
     exported = [s for s in image.symbols if s.exported]
     outside = [image.symbols[n] for n in dict.fromkeys(number for _, _, _, number, _ in _relocations(image)) if image.symbols[n].section == 0]
-    dynamic_symbols = [*outside, *exported]
-    strings, offsets = _strings([s.name for s in dynamic_symbols])
+    symbols = [*outside, *exported]
+    strings, offsets = _strings([s.name for s in symbols])
     pointers = sum(kind == R_64 for _, _, kind, _, _ in _relocations(image)) + len(image.slots)
-    headers = 64 + 56 * 5
-    symtab_at = headers
-    strings_at = symtab_at + 24 * (len(dynamic_symbols) + 1)
+    symtab_at = 64 + 56 * SEGMENTS
+    strings_at = symtab_at + 24 * (len(symbols) + 1)
     hash_at = _up(strings_at + len(strings), 8)
-    rela_at = _up(hash_at + 4 * (2 + 1 + len(dynamic_symbols) + 1), 8)
-    at = _place([s for s in kept if not s.flags & (SHF_WRITE | SHF_EXEC)], rela_at + 24 * pointers)
-    code_at = _up(at, PAGE)
+    rela_at = _up(hash_at + 4 * (len(symbols) + 4), 8)
+    read_end = _place([s for s in kept if not s.flags & (SHF_WRITE | SHF_EXEC)], rela_at + 24 * pointers)
+    code_at = _up(read_end, PAGE)
     jumps_at = _up(_place([s for s in kept if s.flags & SHF_EXEC], code_at), 16)
     code_end = jumps_at + JUMP * len(image.jumps)
     data_at = _up(code_end, PAGE)
     slots_at = _up(_place([s for s in kept if s.flags & SHF_WRITE], data_at), 8)
     dynamic_at = slots_at + 8 * len(image.slots)
     end = dynamic_at + 16 * 9
+    patches = _relocate(image, slots_at, jumps_at, {id(s): i + 1 for i, s in enumerate(symbols)})
+    tags = [(4, hash_at), (5, strings_at), (6, symtab_at), (10, len(strings)), (11, 24), (7, rela_at), (8, 24 * len(patches)), (9, 24), (0, 0)]
+    parts = [(0, _headers(read_end, code_at, code_end, data_at, dynamic_at, end)), (symtab_at, _symbol_table(image, symbols, offsets)),
+             (strings_at, strings), (hash_at, _hash_table(len(symbols))),
+             (rela_at, b"".join(struct.pack("<QQq", place, symbol << 32 | kind, addend) for place, kind, symbol, addend in patches)),
+             (jumps_at, _jump_table(image, slots_at, jumps_at)), (dynamic_at, b"".join(struct.pack("<QQ", *tag) for tag in tags)),
+             *((s.address, bytes(s.data)) for s in kept)]
     out = bytearray(end)
-    index = {id(s): i + 1 for i, s in enumerate(dynamic_symbols)}
-    relocations = _relocate(image, slots_at, jumps_at, index)
-    for section in kept:
-        out[section.address : section.address + len(section.data)] = section.data
-    for number, offset in image.jumps.items():
-        here = jumps_at + offset
-        out[here : here + JUMP] = b"\xff\x25" + struct.pack("<i", slots_at + image.slots[number] - here - JUMP)
-    records = [struct.pack("<QQq", place, symbol << 32 | kind, addend) for place, kind, symbol, addend in relocations]
-    table = [struct.pack("<IBBHQQ", offset, s.info, 0, int(s.section != 0), image.address(s) if s.section else 0, s.size)
-             for s, offset in zip(dynamic_symbols, offsets, strict=True)]
-    chain = struct.pack(f"<III{len(table) + 1}I", 1, len(table) + 1, 1 if table else 0, 0, *[(i + 2) % (len(table) + 1) for i in range(len(table))])
-    entries = [(4, hash_at), (5, strings_at), (6, symtab_at), (10, len(strings)), (11, 24), (7, rela_at), (8, 24 * len(records)), (9, 24), (0, 0)]
-    for where, data in ((symtab_at, b"\0" * 24 + b"".join(table)), (strings_at, strings), (hash_at, chain), (rela_at, b"".join(records)),
-                        (dynamic_at, b"".join(struct.pack("<QQ", *entry) for entry in entries))):
-        out[where : where + len(data)] = data
-    out[:headers] = _headers(at, code_at, code_end, data_at, dynamic_at, end)
+    for at, data in parts:
+        out[at : at + len(data)] = data
     return bytes(out)
+
+
+def _symbol_table(image: Image, symbols: list[Symbol], names: list[int]) -> bytes:
+    return b"\0" * 24 + b"".join(
+        struct.pack("<IBBHQQ", name, s.info, 0, int(s.section != 0), image.address(s) if s.section else 0, s.size)
+        for s, name in zip(symbols, names, strict=True))
+
+
+def _hash_table(symbols: int) -> bytes:
+    """One bucket that chains all symbols: there are few."""
+    chain = [*range(2, symbols + 1), 0] if symbols else []
+    return struct.pack(f"<{symbols + 4}I", 1, symbols + 1, min(symbols, 1), 0, *chain)
+
+
+def _jump_table(image: Image, slots_at: int, jumps_at: int) -> bytes:
+    """`jmp *slot(%rip)` for each outside function."""
+    return b"".join(b"\xff\x25" + struct.pack("<i", slots_at + image.slots[number] - (jumps_at + offset) - JUMP)
+                    for number, offset in image.jumps.items())
 
 
 def _relocate(image: Image, slots_at: int, jumps_at: int, index: dict[int, int]) -> list[tuple[int, int, int, int]]:
@@ -165,7 +177,7 @@ def _relocate(image: Image, slots_at: int, jumps_at: int, index: dict[int, int])
         elif kind in (R_PC32, R_PLT32, R_GOTPCREL, R_GOTPCRELX, R_REX_GOTPCRELX):
             struct.pack_into("<i", section.data, place, target + addend - here)
         else:
-            raise Unsupported(f"relocation type {kind}")
+            raise UnsupportedError(f"relocation type {kind}")
     for number, offset in image.slots.items():
         symbol = image.symbols[number]
         dynamic.append((slots_at + offset, R_GLOB_DAT, index[id(symbol)], 0) if symbol.section == 0
@@ -175,7 +187,7 @@ def _relocate(image: Image, slots_at: int, jumps_at: int, index: dict[int, int])
 
 def _headers(read_end: int, code_at: int, code_end: int, data_at: int, dynamic_at: int, end: int) -> bytes:
     """The file header and the program headers: constants, code, data, the dynamic section, and a plain stack."""
-    head = b"\x7fELF\x02\x01\x01" + b"\0" * 9 + struct.pack("<HHIQQQIHHHHHH", 3, EM_X86_64, 1, 0, 64, 0, 0, 64, 56, 5, 64, 0, 0)
+    head = b"\x7fELF\x02\x01\x01" + b"\0" * 9 + struct.pack("<HHIQQQIHHHHHH", 3, EM_X86_64, 1, 0, 64, 0, 0, 64, 56, SEGMENTS, 64, 0, 0)
 
     def segment(kind: int, flags: int, start: int, stop: int, align: int) -> bytes:
         return struct.pack("<IIQQQQQQ", kind, flags, start, start, start, stop - start, stop - start, align)

@@ -82,6 +82,20 @@ def store(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> None:
     builder.buffer_store(buffer, value, [*outer, tirx.Ramp(last, tirx.const(1, "int32"), lanes) if lanes > 1 else last])
 
 
+def load_across(buffer: Buffer, row: Expr, lanes: int) -> Expr:
+    """buffer[row : row + lanes, 0] of a matrix with one column, as one vector."""
+    return tirx.BufferLoad(buffer, [tirx.Ramp(row, tirx.const(1, "int32"), lanes), tirx.Broadcast(tirx.const(0, "int32"), lanes)])
+
+
+def join(parts: Sequence[Expr], lanes: int) -> Expr:
+    """One vector from scalars or vectors of that many lanes each."""
+    return tirx.Shuffle(list(parts), [tirx.const(i, "int32") for i in range(len(parts) * lanes)])
+
+
+def lane(vector: Expr, number: int) -> Expr:
+    return tirx.Shuffle([vector], [tirx.const(number, "int32")])
+
+
 def broadcast(value: Expr, lanes: int) -> Expr:
     return tirx.Broadcast(value, lanes) if lanes > 1 else value
 

@@ -20,7 +20,7 @@ def runtime() -> tuple[ctypes.CDLL | None, str]:
     """The OpenMP runtime that torch brought into this process, and "" or the reason why it cannot be used."""
     import torch
 
-    if not torch.backends.openmp.is_available():
+    if not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
         return None, "this build of torch does not use OpenMP"
     loaded = _loaded_libraries()
     home = Path(torch.__file__).parent
@@ -41,7 +41,7 @@ def status() -> str:
 @cache
 def launch_address() -> int | None:
     """The address of the launch function over torch's runtime, built at first use; None where TVM's pool is used."""
-    from .build import load_llvm
+    from sparsify_compiler.codegen.build import load_llvm
 
     library, _ = runtime()
     if library is None:

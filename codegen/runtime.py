@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, KernelError
-from ..target import Target
-from . import build
-from .kernels.layout import LANES, Layout, Prepared, prepare
-from .kernels.panel import Panel
-from .kernels.rows import Rows
+from sparsify_compiler.codegen import build
+from sparsify_compiler.codegen.kernels.layout import LANES, Layout, Prepared, prepare
+from sparsify_compiler.codegen.kernels.panel import Panel
+from sparsify_compiler.codegen.kernels.rows import Rows
+from sparsify_compiler.errors import InputError, KernelError
+from sparsify_compiler.target import Target
 
 DTYPES = (torch.float32, torch.bfloat16)
 STATE = ("values", "columns", "pointers", "bias")
@@ -70,8 +70,9 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
     r = _vector_rows(attributes.get("r", 1))
     index = "int16" if attributes["in_features"] < 32767 else "int32"
     wide = max(rows, default=LANES) > LANES
-    return [Candidate(f"{op.removeprefix('linear_')}_r{r}v{vectors}", {"r": r, "dtype": str(dtype).removeprefix("torch."), "index": index, "vectors": vectors},
-                      op, tensors, attributes, target) for vectors in (schedules[r] if wide else schedules[r][:1])]
+    options = {"r": r, "dtype": str(dtype).removeprefix("torch."), "index": index}
+    return [Candidate(f"{op.removeprefix('linear_')}_r{r}v{vectors}", {**options, "vectors": vectors}, op, tensors, attributes, target)
+            for vectors in (schedules[r] if wide else schedules[r][:1])]
 
 
 def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, int], bias: Tensor | None,
@@ -82,10 +83,10 @@ def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], a
     """
     try:
         layout = Layout(int(options["r"]), str(options["dtype"]), str(options["index"]))
-        state = [tensors[name].contiguous() for name in STATE]
+        values, columns, pointers, stored_bias = (tensors[name].contiguous() for name in STATE)
     except (KeyError, ValueError) as error:
         raise KernelError(f"the stored kernel lacks {error}", where=op, hint="save the model again") from error
-    prepared = Prepared(layout, *state, attributes["out_features"], attributes["in_features"])
+    prepared = Prepared(layout, values, columns, pointers, stored_bias, attributes["out_features"], attributes["in_features"])
     if bias is not None:
         prepared.bias[: prepared.out_features] = bias.detach().float()
     prepared.check()

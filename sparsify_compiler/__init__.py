@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 # Bound here and now: importing the submodules later would put the modules in the functions' places.
 from .capture import capture
-from .compile import compile  # noqa: A004
+from .compile import compile
 from .version import __version__
 
 if TYPE_CHECKING:

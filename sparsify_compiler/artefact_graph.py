@@ -22,9 +22,9 @@ NAMESPACES = ("aten", "sparsify")
 # Functional by schema, and yet they reach out of the process.
 FORBIDDEN = frozenset({"aten.from_file"})
 # Arithmetic on symbolic sizes, and tuple access.
+_OPERATORS = ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_")
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    **{f"operator.{name}": getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem", "eq", "ne",
-                                                                  "lt", "le", "gt", "ge", "and_", "or_")},
+    **{f"operator.{name}": getattr(operator, name) for name in _OPERATORS},
     **{f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite")},
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
 }  # fmt: skip
@@ -137,8 +137,9 @@ def _decode_node(record: Mapping[str, Any], graph: fx.Graph, nodes: dict[str, fx
     op, name = record["op"], record["name"]
     args = tuple(decode(value, nodes) for value in record.get("args", ()))
     kwargs = {key: decode(value, nodes) for key, value in record.get("kwargs", {}).items()}
+    node: fx.Node
     if op == "output":
-        node = graph.output(args[0])
+        node = graph.create_node(op, "output", args, name=name)
     elif op == "call_function":
         node = graph.create_node(op, find_op(record["target"]), args, kwargs, name=name)
     elif op in ("placeholder", "get_attr"):

@@ -51,11 +51,12 @@ def bind_kernels(
 def _bind(region: Region, node: fx.Node, options: Mapping[str, Any], files: Mapping[str, bytes], target: Target) -> Any:
     """The node's kernel. What it prepares from the packed weight is prepared again, so that weights are stored once."""
     from .codegen import runtime
+    from .codegen.kernels.layout import prepare
 
     op = str(node.target).split(".")[1]
     tensors, attributes, bias = operands(region, node)
     groups = importlib.import_module(f"{runtime.__package__}.kernels.{op}").groups(tensors, attributes)
-    prepared = runtime.prepare(groups, getattr(torch, options["dtype"]), bias, attributes["out_features"], attributes["in_features"])
+    prepared = prepare(groups, getattr(torch, options["dtype"]), bias, attributes["out_features"], attributes["in_features"])
     state = {name: getattr(prepared, name) for name in runtime.STATE}
     return runtime.rebind(op, options, state, attributes, None, files, target)
 

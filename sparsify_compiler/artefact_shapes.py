@@ -57,7 +57,7 @@ class ShapeReader:
         if self._hints:
             from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-            self._env = ShapeEnv()  # type: ignore[no-untyped-call]
+            self._env = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._env)
 
     def _size(self, text: str) -> Any:

@@ -32,6 +32,7 @@ class Flattener:
         self._tensors = tuple(i for i, leaf in enumerate(spec.leaves) if isinstance(leaf, TensorSpec))
         self._all_tensors = len(self._tensors) == len(spec.leaves)
         self._seen: set[Any] = set()
+        self._labels = _labels(spec)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Raises InputError where the call does not fit the captured graph."""
@@ -93,7 +94,7 @@ class Flattener:
 
     def _check(self, leaves: Sequence[Any]) -> None:
         sizes: dict[str, tuple[int, str]] = {}
-        for name, leaf, value in zip(self.spec.names, self.spec.leaves, leaves, strict=True):
+        for name, leaf, value in zip(self._labels, self.spec.leaves, leaves, strict=True):
             if isinstance(leaf, TensorSpec):
                 self._check_tensor(name, leaf, value, sizes)
             elif isinstance(value, Tensor) or type(value) is not type(leaf) or value != leaf:
@@ -198,6 +199,12 @@ def clone_structure(model: nn.Module) -> nn.Module:
 def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
     """The parameters of the model's forward(), without self."""
     return list(inspect.signature(model.forward).parameters.values())
+
+
+def _labels(spec: InputSpec) -> tuple[str, ...]:
+    """How messages name each leaf: the argument, not the placeholder (fx renames some: input becomes input_1)."""
+    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(spec.names), spec.in_spec))
+    return tuple(str(path[1].key) if len(path) == 2 and path[0].idx == 1 else name for path, name in paths)  # type: ignore[attr-defined]
 
 
 def _device(graph: nn.Module) -> torch.device | None:

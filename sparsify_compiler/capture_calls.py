@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .call import forward_parameters
 from .capture_inputs import ExampleCall, bind, leaf_names
+from .capture_verify import unchanged
 from .errors import InputError
 
 _PLAIN = (Tensor, bool, int, float, str, type(None))
@@ -64,9 +65,16 @@ def record(model: nn.Module, call: ExampleCall) -> dict[str, Record]:
     raise InputError(f"the model fails when its dynamic dimensions change: {problems[0]}", where="dynamic", hint="leave out the dimension that must stay fixed")
 
 
+def _kind(leaf: Any) -> Any:
+    """What is kept of a leaf: shape and dtype of a tensor, a plain value, the class of anything else."""
+    if isinstance(leaf, Tensor):
+        return _Kind(tuple(leaf.shape), leaf.dtype, leaf.device)
+    return leaf if isinstance(leaf, _PLAIN) else type(leaf)
+
+
 def _run(model: nn.Module, call: ExampleCall) -> None:
     args, kwargs = call.arguments()
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(model):
         model(*args, **kwargs)
 
 
@@ -101,7 +109,7 @@ def _before(path: str, records: dict[str, Record], sizes: Mapping[str, int]) -> 
         signature = forward_parameters(module)
         paths, structure = pytree.tree_flatten_with_path(bind(signature, args, kwargs))
         found.names.append(leaf_names([p for p, _ in paths], signature))
-        found.leaves.append([_Kind(tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else x for _, x in paths])
+        found.leaves.append([_kind(x) for _, x in paths])
         found.structures.append(structure)
         found.sizes.append(sizes)
         for name, (_, leaf) in zip(found.names[-1], paths, strict=True):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,8 @@ def export_region(module: nn.Module, call: ExampleCall, path: str) -> tuple[Regi
     try:
         functionalise(graph_module.graph)
     except NotFunctional:  # views of what is written: export's own functionalisation knows them, and then names effects on buffers
-        exported = exported.run_decompositions({})
+        with _quiet():
+            exported = exported.run_decompositions({})
         _refuse_effects(exported)
         graph_module = _build(module, exported, call, path, aliases)
         _refuse_writes(graph_module.graph)
@@ -79,7 +81,7 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -167,7 +169,7 @@ def _build(module: nn.Module, exported: ExportedProgram, call: ExampleCall, path
             if target not in attributes:
                 set_tensor(root, target, own[target] if target in own else _constant(exported, str(spec.target)))
                 attributes[target] = graph.get_attr(target)
-                attributes[target].meta = {"val": node.meta["val"], "by": "capture", "path": _join(path, target.rpartition(".")[0])}
+                attributes[target].meta = {"val": node.meta["val"], "by": "capture", "path": _join(path, target.rpartition(".")[0]) if target in own else path}
             memo[node] = attributes[target]
         else:
             memo[node] = graph.node_copy(node, lambda n: memo[n])
@@ -201,6 +203,7 @@ def _provenance(node: fx.Node, path: str) -> dict[str, Any]:
     """Where a node came from: the innermost module of the stack that export recorded."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     inner, kind = stack[-1] if stack else ("", "")
+    inner = "" if inner == "_empty_nn_module_stack_from_metadata_hook" else inner  # what export writes where it knows no module
     kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
     meta = {"path": _join(path, re.sub(r"@\d+", "", inner)), "module": kind.rpartition(".")[2], "by": "capture"}
     return meta | ({"val": node.meta["val"]} if "val" in node.meta else {})

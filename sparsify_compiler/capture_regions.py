@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from .call import CapturedModule, Hole, clone_structure
 from .capture_calls import Record, learned_call, record
 from .capture_graph import NotExportable, export_region
 from .capture_inputs import ExampleCall
+from .capture_reuse import build_of, reuse
 from .capture_verify import agree, allow_ones
 from .errors import CaptureError, InputError
 from .normal_form import normalise
@@ -30,7 +31,7 @@ class _Search:
     progress: Callable[[str, int, int], None]
     regions: dict[str, Region] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
-    aliases: dict[str, str] = field(default_factory=dict)
+    builds: dict[Hashable, Region] = field(default_factory=dict)  # regions by what decides their graph
     done: int = 0
 
 
@@ -92,19 +93,32 @@ def _try(search: _Search, path: str, module: nn.Module) -> str | None:
     call = learned_call(module, found)
     if isinstance(call, str):
         return call
+    build = build_of(module, call)
+    known = search.builds.get(build)
+    if known is not None:
+        region = reuse(known, module, path)
+        if agree(CapturedModule(region), module, call):
+            search.regions[path] = region
+            return None
     try:
-        region, _ = export_region(module, call, path)
-        normalise(region.module)
+        region = _captured(path, module, call)
     except (NotExportable, InputError) as problem:
         return str(getattr(problem, "what", problem))
+    search.builds[build] = search.regions[path] = region
+    return None
+
+
+def _captured(path: str, module: nn.Module, call: ExampleCall) -> Region:
+    """One submodule as a region. Raises NotExportable, and InputError where it fixes a dimension that varies."""
+    region, _ = export_region(module, call, path)
+    normalise(region.module)
     prune_unused(region)
     if not any(getattr(node.target, "overloadpacket", None) in _PRODUCTS for node in region.graph.nodes):
-        return "it holds no matrix product"
+        raise NotExportable("it holds no matrix product")
     if not agree(CapturedModule(region), module, call):
-        return "its graph does not reproduce it: it keeps state between calls or draws random numbers"
+        raise NotExportable("its graph does not reproduce it: it keeps state between calls or draws random numbers")
     allow_ones(region, module, call)
-    search.regions[path] = region
-    return None
+    return region
 
 
 def _dig_holes(skeleton: nn.Module, regions: dict[str, Region]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +24,7 @@ def run(model: nn.Module, call: ExampleCall, where: str) -> Any:
     """The model's result of one call. Raises InputError with the model's own message when it fails."""
     args, kwargs = call.arguments()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(model):
             return model(*args, **kwargs)
     except Exception as problem:  # the model's own code may raise anything
         raise InputError(f"the model fails on its example inputs: {type(problem).__name__}: {problem}", where=where) from problem
@@ -31,7 +33,7 @@ def run(model: nn.Module, call: ExampleCall, where: str) -> Any:
 def compare(captured: nn.Module, call: ExampleCall, expected: Any) -> None:
     """Raises CaptureError, naming the output, where the captured module does not reproduce the model."""
     args, kwargs = call.arguments()
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(captured):
         actual = captured(*args, **kwargs)
     wanted, _ = pytree.tree_flatten_with_path(expected)
     got = pytree.tree_leaves(actual)
@@ -70,11 +72,32 @@ def agree(captured: nn.Module, module: nn.Module, call: ExampleCall) -> bool:
 
 
 def allow_ones(region: Region, module: nn.Module, call: ExampleCall) -> None:
-    """Let each dynamic dimension be 1 as well, where the graph then still agrees with the module: export traces with sizes of 2 and more."""
-    for name in call.sizes():
-        low, high = region.spec.ranges[name]
-        if low == 2:
-            tight = region.spec
-            region.spec = replace(tight, ranges={**tight.ranges, name: (1, high)})
-            if not agree(CapturedModule(region), module, call.resized({name: 1})):
-                region.spec = tight
+    """Let dynamic dimensions be 1 as well, where the graph then still agrees with the module: export traces with sizes of 2 and more."""
+    names = [name for name in call.sizes() if region.spec.ranges[name][0] == 2]
+    if names and not _allow(region, module, call, names) and len(names) > 1:
+        for name in names:
+            _allow(region, module, call, [name])
+
+
+def _allow(region: Region, module: nn.Module, call: ExampleCall, names: list[str]) -> bool:
+    tight = region.spec
+    region.spec = replace(tight, ranges={**tight.ranges, **{name: (1, tight.ranges[name][1]) for name in names}})
+    if agree(CapturedModule(region), module, call.resized(dict.fromkeys(names, 1))):
+        return True
+    region.spec = tight
+    return False
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts the model's buffers back as they were: running a model that counts its calls must not leave a trace in it."""
+    before = [(module, name, buffer, buffer.clone(), buffer._version)
+              for module in model.modules() for name, buffer in module._buffers.items() if buffer is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, values, version in before:
+                if buffer._version != version:
+                    buffer.copy_(values)
+                module._buffers[name] = buffer

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +11,17 @@ from torch import nn
 
 from . import catalog
 from .budget import Budget
-from .calibrate import calibrate
-from .call import instantiate
-from .capture import capture
+from .compile_job import Inputs, Job
 from .compiled import CompiledModel
-from .errors import BudgetError, CalibrationError, InputError, TargetError
+from .errors import BudgetError, CalibrationError, InputError
 from .instruments import Instrument
-from .measure import Timing, interleave
-from .passes_api import Context, Miss, Pass
+from .passes_api import Pass
 from .pipeline import Pipeline
-from .plan import Attempt, search
-from .program import Program
 from .progress import display
-from .quality import measure, output_distance
-from .report import Form, PassTime, Quality, Refusal, Report
-from .target import Target, host, resolve
-from .version import __version__
-from .yardstick import dense_forms
-
-Inputs = tuple[Any, ...] | Mapping[str, Any]
-LOWERING = ("pack", "lower")  # what compile() adds to a recipe that does not say it itself
-COMPILED = "compiled"
-QUALITY_BATCHES = 8  # of the calibration batches, how many the distance of the outputs is measured on
+from .target import Target, resolve
 
 
-def compile(  # noqa: A001 — the field's name for it
+def compile(
     model: nn.Module,
     example_inputs: Inputs,
     *,
@@ -76,7 +57,7 @@ def compile(  # noqa: A001 — the field's name for it
     if budget is not None and not isinstance(budget, Budget):
         raise BudgetError(f"a budget is Budget(density=...) or the like, not {type(budget).__name__} {budget!r}", where="budget")
     with display(progress) as show, torch.no_grad():
-        return _Job(model, example_inputs, as_pipeline(recipe), resolve(target), budget, _batches(calibration), dynamic, quality, tuple(against),
+        return Job(model, example_inputs, as_pipeline(recipe), resolve(target), budget, _batches(calibration), dynamic, quality, tuple(against),
                     seed, show, instruments).run()
 
 
@@ -96,202 +77,12 @@ def as_pipeline(recipe: str | Path | Pipeline | Pass) -> Pipeline:
     return made if isinstance(made, Pipeline) else Pipeline((made,))
 
 
-@dataclass
-class _Job:
-    """One call of compile(): what it was given, and what it has found out so far."""
-
-    model: nn.Module
-    example: Inputs
-    pipeline: Pipeline
-    target: Target
-    budget: Budget | None
-    batches: list[Inputs] | None
-    dynamic: Any
-    quality: Callable[[nn.Module], float] | None
-    against: tuple[str, ...]
-    seed: int
-    progress: Callable[[str, int, int], None]
-    instruments: Sequence[Instrument] | None
-    warnings: list[str] = field(default_factory=list)
-    misses: list[Miss] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def run(self) -> CompiledModel:
-        if not self.target.runs_on(host()):
-            missing = sorted(set(self.target.features) - set(host().features))
-            raise TargetError(f"this machine cannot run, and so cannot measure, code for {self.target.name}", where="target",
-                              hint=f"it lacks {', '.join(missing) or 'that architecture'}; compile on such a machine, or take target='cpu'")
-        captured = self.timed("capture", lambda: capture(self.model, self.example, self.dynamic))
-        forms = self.timed("dense forms", self.dense_forms)
-        dense_ms = self.timed("measure dense", lambda: interleave(forms))
-        program = self.timed("compile", lambda: self.meet_budget(captured, dense_ms))
-        return self.finish(captured, program, forms)
-
-    def timed(self, what: str, step: Callable[[], Any]) -> Any:
-        """Run one step, tell the progress display, and remember how long it took."""
-        self.progress(what, 0, 1)
-        started = time.perf_counter()
-        result = step()
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
-        self.progress(what, 1, 1)
-        return result
-
-    def dense_forms(self) -> dict[str, Callable[[], object]]:
-        args, kwargs = call_arguments(self.example)
-        forms, warnings = dense_forms(self.model, args, kwargs, self.against)
-        self.warnings += warnings
-        return forms
-
-    # --- from the budget to a lowered Program -----------------------------------------------------------------------------------------
-
-    def meet_budget(self, captured: Program, dense: Mapping[str, Timing]) -> Program:
-        """The Program, lowered, that meets the budget. Raises BudgetError with the best that was reached when none does."""
-        budget = self.budget
-        if budget is None or budget.density is not None:
-            return self.lower(self.rewrite(captured, budget.density if budget else None))
-        fixed = _fixed_density(self.pipeline)
-        if budget.quality_drop is not None:
-            baseline = self.measure_quality(instantiate(captured), captured)
-            found = search(budget, budget.quality_drop, lambda density: self.try_quality(captured, density, baseline), fixed=fixed)
-            return self.lower(found.taken.result)
-        if budget.bytes is not None:
-            return search(budget, float(budget.bytes), lambda density: self.try_bytes(captured, density), fixed=fixed).taken.result
-        fastest = min(timing.median for timing in dense.values())
-        limit = budget.latency_ms if budget.latency_ms is not None else fastest / (budget.speedup or 1.0)
-        return search(budget, limit, lambda density: self.try_latency(captured, density), fixed=fixed).taken.result
-
-    def try_quality(self, captured: Program, density: float, baseline: float) -> Attempt[Program]:
-        rewritten = self.rewrite(captured, density)
-        return Attempt(density, baseline - self.measure_quality(instantiate(rewritten), captured), rewritten)
-
-    def try_bytes(self, captured: Program, density: float) -> Attempt[Program]:
-        lowered = self.lower(self.rewrite(captured, density))
-        return Attempt(density, float(CompiledModel(lowered, self.target).resident_bytes()), lowered)
-
-    def try_latency(self, captured: Program, density: float) -> Attempt[Program]:
-        """Sites that do not pay keep their own weights: quality is only given up where it buys time."""
-        lowered = self.lower(self.rewrite(captured, density))
-        idle = tuple(d.site for d in lowered.decisions.values() if d.format == "dense" and d.structure != "dense")
-        if idle:
-            lowered = self.lower(self.rewrite(captured, density, ignore=idle))
-        args, kwargs = call_arguments(self.example)
-        compiled = CompiledModel(lowered, self.target)
-        return Attempt(density, interleave({"compiled": lambda: compiled(*args, **kwargs)})["compiled"].median, lowered)
-
-    def rewrite(self, captured: Program, density: float | None, ignore: tuple[str, ...] = ()) -> Program:
-        """The recipe's own passes: masks, folds and the like, up to where packing begins."""
-        passes = [p for p in self.pipeline.passes if not _lowers(p)]
-        if ignore:
-            passes = [replace(p, ignore=(*p.ignore, *ignore)) if hasattr(p, "ignore") else p for p in passes]  # type: ignore[type-var]
-        return Pipeline(tuple(passes)).run(captured, self.context(density), self.instruments)
-
-    def lower(self, rewritten: Program) -> Program:
-        """pack() and lower(), with the options that the recipe gives them where it names them."""
-        named = {p.name(): p for p in self.pipeline.passes if _lowers(p)}
-        passes = tuple(named.get(name) or catalog.get("pass", name)() for name in LOWERING)
-        return Pipeline(passes).run(rewritten, self.context(None), self.instruments)
-
-    def context(self, density: float | None) -> Context:
-        runtime = importlib.import_module(".codegen.runtime", __package__)
-        ctx = Context(target=self.target, density=density, example_inputs=self.example, seed=self.seed, kernels=runtime,
-                      progress=self.progress, misses=self.misses)
-        if self.batches is not None:
-            ctx.calibrate = self.calibrate
-        return ctx
-
-    # --- what came of it --------------------------------------------------------------------------------------------------------------
-
-    def finish(self, captured: Program, program: Program, dense: Mapping[str, Callable[[], object]]) -> CompiledModel:
-        """The compiled model with its report: times of the whole, bytes, quality."""
-        args, kwargs = call_arguments(self.example)
-        report = self.report(program)
-        compiled = CompiledModel(program, self.target, report)
-        timings = self.timed("measure", lambda: interleave({**dense, COMPILED: lambda: compiled(*args, **kwargs)}))
-        report.dense = [Form(name, timings[name].median, timings[name].low, timings[name].high) for name in dense]
-        report.compiled = Form(COMPILED, timings[COMPILED].median, timings[COMPILED].low, timings[COMPILED].high)
-        report.dense_bytes = tensor_bytes(self.model)
-        report.compiled_bytes = compiled.resident_bytes()
-        report.quality = self.timed("measure quality", lambda: self.qualities(captured, compiled))
-        report.passes = [PassTime(name, seconds) for name, seconds in self.seconds.items()]
-        report.warnings = list(dict.fromkeys([*self.warnings, *_room_warnings()]))
-        return compiled
-
-    def report(self, program: Program) -> Report:
-        """The report's head and its sites; what is measured comes later."""
-        return Report(
-            model=type(self.model).__name__,
-            parameters=sum(p.numel() for p in self.model.parameters()),
-            target=self.target.to_json(),
-            versions={"sparsify_compiler": __version__, "torch": torch.__version__, "tvm": version("apache-tvm")},
-            threads=torch.get_num_threads(),
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
-            recipe=str(self.pipeline),
-            budget=str(self.budget) if self.budget else "",
-            seed=self.seed,
-            example=_describe(self.example),
-            sites=list(program.decisions.values()),
-            left_out=list(program.left_out),
-            misses=[Refusal(miss.why, miss.at) for miss in self.misses],
-        )
-
-    def qualities(self, captured: Program, compiled: nn.Module) -> list[Quality]:
-        """The user's metric on the dense and on the compiled model, and how far the outputs moved."""
-        rows = []
-        if self.quality is not None:
-            rows.append(Quality("quality", measure(self.quality, self.model), measure(self.quality, compiled), note="the given metric; higher is better"))
-        distance = output_distance(instantiate(captured), compiled, self.batches[:QUALITY_BATCHES] if self.batches else [self.example])
-        return [*rows, *[Quality(f"{d.name}: cosine to dense", None, d.cosine) for d in distance]]
-
-    def calibrate(self, program: Program, needs: Mapping[str, frozenset[str]]) -> Any:
-        assert self.batches is not None
-        return calibrate(program, self.batches, needs, progress=self.progress, warn=self.warnings.append)
-
-    def measure_quality(self, model: nn.Module, captured: Program) -> float:
-        """The user's metric; without one, how close the outputs are to the dense model's: the lowest cosine of them, at most 1."""
-        if self.quality is not None:
-            return measure(self.quality, model)
-        batches = self.batches[:QUALITY_BATCHES] if self.batches else [self.example]
-        return min(d.cosine for d in output_distance(instantiate(captured), model, batches))
-
-
-def call_arguments(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as (args, kwargs) of a call."""
-    return (example, {}) if isinstance(example, tuple) else ((), dict(example))
-
-
 def _batches(calibration: Iterable[Inputs] | None) -> list[Inputs] | None:
     """The batches in memory: a generator could be walked only once, and a search over densities walks them again and again."""
     if calibration is None:
         return None
     batches = list(calibration)
     if not batches:
-        raise CalibrationError("the calibration is empty: there is no batch in it", where="calibration", hint="give at least one batch like example_inputs")
+        raise CalibrationError("the calibration is empty: there is no batch in it", where="calibration",
+                               hint="give at least one batch like example_inputs")
     return batches
-
-
-def _lowers(item: Pass) -> bool:
-    return item.name() in LOWERING
-
-
-def _fixed_density(pipeline: Pipeline) -> float | None:
-    """The density that the recipe has by itself, whatever the budget says: 0.5 of a 2:4 recipe. None when the budget may choose."""
-    own = [density for item in pipeline.passes if (density := item.own_density()) is not None]
-    return min(own) if own else None
-
-
-def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each counted once however often it is shared."""
-    tensors = {(t.data_ptr(), t.numel()): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def _describe(example: Inputs) -> str:
-    named = example.items() if isinstance(example, Mapping) else ((str(i), value) for i, value in enumerate(example))
-    return ", ".join(f"{name} {'×'.join(map(str, value.shape)) or 'scalar'}" for name, value in named if isinstance(value, torch.Tensor))
-
-
-def _room_warnings() -> list[str]:
-    """What the kernel room has to say: a cache that cannot be used, threads that are not torch's."""
-    cache, omp = (importlib.import_module(f".codegen.{name}", __package__) for name in ("cache", "omp"))
-    status: str = omp.status()
-    return [*cache.warnings(), *([f"kernels run on {status}"] if "torch's OpenMP" not in status.partition("(")[0] else [])]

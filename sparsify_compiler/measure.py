@@ -20,7 +20,7 @@ class Timing:
     high: float
 
 
-def interleave(forms: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2, at_most: float = 5.0,
+def interleave(forms: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2, at_most: float = 3.0,
                steady: float = 0.1, repeats: int = 3) -> dict[str, Timing]:
     """Time every form once a round, in turn, so that drift of the machine meets all of them alike.
 

@@ -18,21 +18,32 @@ from .normal_form_names import name_arguments
 from .normal_form_noops import drop_noop
 from .normal_form_norm import name_norm
 from .normal_form_spelling import respell
+from .normal_form_torch import to_aten
 
-# Each looks at one node, which is already in normal form as far as the earlier ones go, and says whether it changed the graph.
-_LOCAL: tuple[Callable[[fx.Node], bool], ...] = (name_arguments, drop_noop, respell, name_norm, name_activation, name_attention)
+Rewrite = Callable[[fx.Node], bool]  # looks at one node with named arguments and says whether it changed the graph
+
+_SPELLING: tuple[Rewrite, ...] = (name_arguments, drop_noop, respell)
+_NAMING: tuple[Rewrite, ...] = (name_norm, name_activation, name_attention)
 
 
 def normalise(graph_module: fx.GraphModule) -> None:
     """Bring a graph into normal form, in place. Idempotent. Raises NotFunctional where it writes to a tensor that has other names."""
     graph = graph_module.graph
+    for node in list(graph.nodes):
+        to_aten(node)
     functionalise(graph)
+    _settle(graph, _SPELLING)
+    _settle(graph, _SPELLING + _NAMING)  # formulas are recognised once nothing that says nothing stands between their parts
+    graph.lint()
+    graph_module.recompile()
+
+
+def _settle(graph: fx.Graph, rewrites: tuple[Rewrite, ...]) -> None:
+    """Apply rewrites until nothing changes."""
     changed = True
     while changed:
         changed = False
         for node in list(graph.nodes):
-            changed |= any(rewrite(node) for rewrite in _LOCAL)
+            changed |= any(rewrite(node) for rewrite in rewrites)
         changed |= merge_common(graph)
         graph.eliminate_dead_code()
-    graph.lint()
-    graph_module.recompile()

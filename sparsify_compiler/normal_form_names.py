@@ -21,11 +21,22 @@ def name_arguments(node: fx.Node) -> bool:
         return False
     known = node.target._schema.arguments
     given = dict(zip([argument.name for argument in known], node.args, strict=False)) | dict(node.kwargs)
-    kwargs = {a.name: given[a.name] for a in known if a.name in given and not _default(a, given[a.name])}
-    if not node.args and list(kwargs) == list(node.kwargs):
+    whole = {a.name: _listed(a, given[a.name]) for a in known if a.name in given}
+    kwargs = {a.name: whole[a.name] for a in known if a.name in whole and not _default(a, whole[a.name])}
+    if not node.args and list(kwargs) == list(node.kwargs) and all(type(kwargs[k]) is type(v) or isinstance(v, list) for k, v in node.kwargs.items()):
         return False
     node.args, node.kwargs = (), kwargs
     return True
+
+
+def _listed(argument: Any, value: Any) -> Any:
+    """A list where the schema has a list: a tuple becomes one, and the number 1 for int[2] becomes [1, 1]."""
+    if not isinstance(argument.type, torch.ListType) and not (
+            isinstance(argument.type, torch.OptionalType) and isinstance(argument.type.getElementType(), torch.ListType)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [value] * (argument.N or 1) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _default(argument: Any, value: Any) -> bool:

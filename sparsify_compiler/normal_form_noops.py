@@ -42,6 +42,11 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
         return source
     if is_call(node, aten.clone.default):
         return None if _leaves_with_input(node, source) else source
+    if is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor):
+        return source if _neutral(node, source) else None
+    if is_call(node, aten.slice_scatter.default):
+        written = node.kwargs["src"]
+        return written if isinstance(written, fx.Node) and _whole(node, source) else None
     if is_call(node, aten.slice.Tensor) and _whole(node, source):
         return source
     if node.target in _CASTS and _same_type(node, source):
@@ -49,6 +54,16 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
     if is_call(node, aten.expand.default, aten.reshape.default, aten.view.default) and same_shape(shape(source), shape(node)):
         return source
     return None
+
+
+def _neutral(node: fx.Node, source: fx.Node) -> bool:
+    """x + 0 of integers (of floats it turns -0 into 0), x * 1, x / 1 of floats."""
+    before, number = value(source), node.kwargs["other"]
+    if before is None or isinstance(number, (bool, fx.Node)) or not _same_type(node, source):
+        return False
+    if is_call(node, aten.add.Tensor, aten.sub.Tensor):
+        return type(number) is int and number == 0 and not before.is_floating_point()
+    return bool(number == 1)
 
 
 def _leaves_with_input(node: fx.Node, source: fx.Node) -> bool:
@@ -60,7 +75,8 @@ def _whole(node: fx.Node, source: fx.Node) -> bool:
     start, end, step = argument(node, "start"), argument(node, "end"), argument(node, "step")
     if start not in (None, 0) or step != 1:
         return False
-    return end is None or (isinstance(end, int) and end >= 2**62) or same_shape(shape(source), shape(node))
+    open_end = end is None or (isinstance(end, int) and end >= 2**62)
+    return open_end or (is_call(node, aten.slice.Tensor) and same_shape(shape(source), shape(node)))
 
 
 def _same_type(node: fx.Node, source: fx.Node) -> bool:
@@ -81,7 +97,7 @@ def _plain_cast(node: fx.Node) -> bool:
 
 def _open_slice(node: fx.Node) -> bool:
     """A slice from 0, or to the largest integer, is one without that end."""
-    if not is_call(node, aten.slice.Tensor):
+    if not is_call(node, aten.slice.Tensor, aten.slice_scatter.default):
         return False
     kwargs: dict[str, Any] = dict(node.kwargs)
     if kwargs.get("start") == 0 and isinstance(kwargs["start"], int):

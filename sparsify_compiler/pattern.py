@@ -140,7 +140,7 @@ def _solve(goals: tuple[Goal, ...], binding: Binding, search: Search) -> Iterato
     elif isinstance(wanted, Variable):
         bound = binding.variables
         if wanted.name in bound and not same(bound[wanted.name], found):
-            search.miss(len(binding.calls), holder.name, f"{bound[wanted.name]} as {wanted.name} again", _spell(found))
+            search.miss(len(binding.calls), holder.name, f"the same {wanted.name} ({_spell(bound[wanted.name])})", _spell(found))
             return
         yield from _solve(rest, Binding({**bound, wanted.name: found}, binding.calls), search)
     elif isinstance(wanted, tuple) and any(isinstance(item, Variable | Call | tuple) for item in wanted):

@@ -116,6 +116,9 @@ def check_stages(passes: Iterable[Pass], stage: Stage) -> None:
 def _run_one(item: Pass, program: Program, ctx: Context, signature: Signature) -> Program:
     try:
         _provide_statistics(item, program, ctx)
+    except SparsifyError as error:
+        raise _placed(error, item) from error.__cause__
+    try:
         program = item.run(program, ctx)
     except SparsifyError as error:
         raise _placed(error, item) from error.__cause__

@@ -89,10 +89,10 @@ class Region:
 
     def node(self, name: str) -> fx.Node:
         """The node of that name. Raises KeyError when there is none."""
-        for node in self.graph.nodes:
-            if node.name == name:
-                return node
-        raise KeyError(name)
+        found: fx.Node | None = next((node for node in self.graph.nodes if node.name == name), None)
+        if found is None:
+            raise KeyError(name)
+        return found
 
     def qualified(self, name: str) -> str:
         """A name inside this region as it reads in the whole model."""
@@ -231,4 +231,5 @@ def _share(module: nn.Module) -> nn.Module:
 
 
 def _output(graph: fx.Graph) -> fx.Node:
-    return next(node for node in reversed(graph.nodes) if node.op == "output")
+    output: fx.Node = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return output

@@ -86,7 +86,7 @@ def measure(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
         raise InputError(f"quality is a function from model to float, not {type(metric).__name__}", where="quality")
     with torch.no_grad():
         value = metric(model)
-    if isinstance(value, Tensor) and value.numel() == 1:
+    if getattr(value, "shape", None) is not None and math.prod(value.shape) == 1:  # a tensor or array of one number
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"returned {type(value).__name__} {value!r:.60}, not a number", where="quality", hint="return one float, higher is better")

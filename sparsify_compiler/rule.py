@@ -98,11 +98,12 @@ class Tried:
     fired: int = 0
     refused: dict[str, list[Miss]] = field(default_factory=dict)  # node that the pattern would end at -> reasons
     near: dict[str, Near] = field(default_factory=dict)  # the same, where the structure was another
-    absent: set[str] = field(default_factory=set)  # ops without which a pattern cannot fit
+    told: set[str] = field(default_factory=set)  # nodes of refused matches: their structure was right
+    lacks: list[frozenset[str]] = field(default_factory=list)  # for each pattern, its ops that the graph does not have
 
     def forget(self) -> None:
         """The graph has changed: what was refused before may be gone."""
-        self.refused, self.near, self.absent = {}, {}, set()
+        self.refused, self.near, self.told, self.lacks = {}, {}, set(), []
 
     def note(self, root: fx.Node, near: Near | None) -> None:
         """Keep the nearest structural miss of a node; rules that fail at the same place are told together."""
@@ -113,11 +114,12 @@ class Tried:
     def misses(self) -> list[Miss]:
         """Refused matches, then the nearest structural misses; where there is neither and no rule acted, what the graph lacks."""
         found = [miss for reasons in self.refused.values() for miss in reasons]
-        nears = [near for root, near in self.near.items() if root not in self.refused]
+        nears = [near for root, near in self.near.items() if root not in self.told]
         deepest = max((near.depth for near in nears), default=0)
         found += [Miss(str(near), near.at) for near in nears if near.depth == deepest]
-        if not found and not self.fired and self.absent:
-            found = [Miss(f"there is no {', '.join(sorted(self.absent & self.about or self.absent))} in the graph")]
+        if not found and not self.fired:
+            common = frozenset.intersection(*self.lacks) if self.lacks else frozenset()
+            found = [Miss(f"there is no {', '.join(sorted(common))} in the graph" if common else "nothing in the graph looks like its patterns")]
         return list(dict.fromkeys(found))
 
 
@@ -163,8 +165,9 @@ def _scan(region: Region, rules: Traced, tried: Tried, ctx: Context, by: str) ->
     present = {op_name(node) for node in region.graph.nodes}
     possible: list[tuple[Rule, list[Pattern]]] = []
     for rule, patterns in rules:
-        tried.absent |= {call.op for pattern in patterns for call in pattern.calls} - present
-        possible.append((rule, [p for p in patterns if all(call.op in present for call in p.calls)]))
+        lacks = [frozenset(call.op for call in pattern.calls) - present for pattern in patterns]
+        tried.lacks += lacks
+        possible.append((rule, [p for p, lack in zip(patterns, lacks, strict=True) if not lack]))
     fixed = constants(region.graph)  # weight arithmetic, masks among it, is for folding and not for rules
     for node in [node for node in region.graph.nodes if node not in fixed]:
         for rule, patterns in possible:
@@ -184,6 +187,7 @@ def _apply(rule: Rule, patterns: Sequence[Pattern], region: Region, node: fx.Nod
             tried.near.pop(node.name, None)
             return
         refused.append(Miss(why.why, why.at or node.name))
+        tried.told.update(one.name for one in match.nodes)
     if refused:
         tried.refused.setdefault(node.name, []).extend(refused)
     tried.note(node, search.near)

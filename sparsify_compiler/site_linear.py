@@ -16,7 +16,7 @@ def find_linears(view: View) -> Iterator[tuple[fx.Node, Site]]:
     for node in view.linears:
         inputs, outputs = features(node)
         facts = {"in_features": inputs, "out_features": outputs, "bias": argument(node, "bias") is not None, "weight": weight_of(node)}
-        yield node, Site("linear", path_of(node), view.region.path, {"op": node.name}, facts)
+        yield node, Site("linear", _path(node, view), view.region.path, {"op": node.name}, facts)
 
 
 def find_convs(view: View) -> Iterator[tuple[fx.Node, Site]]:
@@ -37,7 +37,13 @@ def find_convs(view: View) -> Iterator[tuple[fx.Node, Site]]:
             if after is not None and is_call(after, *targets):
                 roles[role], last = after.name, after
                 facts[role] = operator_name(after)
-        yield node, Site("conv", path_of(node), view.region.path, roles, facts)
+        yield node, Site("conv", _path(node, view), view.region.path, roles, facts)
+
+
+def _path(node: fx.Node, view: View) -> str:
+    """The module that ran it; the one below that owns the weight where the module calls a function on another's weight (MultiheadAttention)."""
+    path, owner = path_of(node), view.region.qualified(weight_of(node)).rpartition(".")[0]
+    return owner if owner.startswith(f"{path}." if path else "") else path
 
 
 def operator_name(node: fx.Node) -> str:

@@ -27,7 +27,7 @@ def find_moes(view: View) -> Iterator[tuple[fx.Node, Site]]:
         inside = [node for node in view.position if path_of(node) == path or path_of(node).startswith(f"{path}.")]
         experts = features(router)[1]
         facts: dict[str, Any] = {"experts": experts, "top_k": chosen} | _stacked(inside, experts, features(router)[0])
-        roles = {"router": router.name} | _ends(inside, view)
+        roles = {"router": router.name} | _ends(router, inside, view)
         yield router, Site("moe", path, view.region.path, roles, facts)
 
 
@@ -42,15 +42,12 @@ def _stacked(inside: list[fx.Node], experts: int, width: int) -> dict[str, Any]:
     return {}
 
 
-def _ends(inside: list[fx.Node], view: View) -> dict[str, str]:
-    """The last value from outside that is no parameter, and the last value that is read outside."""
+def _ends(router: fx.Node, inside: list[fx.Node], view: View) -> dict[str, str]:
+    """What the router reads, before it is rearranged, and the last value that is read outside."""
+    source = router.kwargs["input"]
+    while isinstance(source, fx.Node) and is_layout(source) and source in inside:
+        source = source.all_input_nodes[0]
+    assert isinstance(source, fx.Node)
     members = set(inside)
-    inputs = [n for node in inside for n in node.all_input_nodes if n not in members and n.op != "get_attr" and not is_call(n, aten.sym_size.int)
-              and shape(n) is not None]
     outputs = [node for node in inside if any(user not in members for user in node.users)]
-    ends = {}
-    if inputs:
-        ends["input"] = min(inputs, key=view.position.__getitem__).name
-    if outputs:
-        ends["output"] = max(outputs, key=view.position.__getitem__).name
-    return ends
+    return {"input": source.name} | ({"output": max(outputs, key=view.position.__getitem__).name} if outputs else {})

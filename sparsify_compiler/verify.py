@@ -164,5 +164,5 @@ def _packed(region: Region, node: fx.Node, legal: Legal) -> str | None:
     return "only packed ops are bound to kernels" if "kernel" in node.meta and not own else None
 
 
-CHECKS: tuple[Callable[[Region, fx.Node, Legal], str | None], ...] = (_known_kind, _functional_op, _by_name, _resolves, _has_value, _masks, _packed)
+CHECKS: tuple[Callable[[Region, fx.Node, Legal], str | None], ...] = (_known_kind, _functional_op, _packed, _by_name, _resolves, _has_value, _masks)
 _BY_STAGE = frozenset({_packed})

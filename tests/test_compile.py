@@ -93,7 +93,8 @@ def test_saves_and_loads_bit_for_bit(compiled: sc.CompiledModel, tmp_path: Path)
     loaded, x = sc.load(tmp_path / "out"), torch.randn(32, 512)
     for name, value in compiled(x).items():
         assert torch.equal(value, loaded(x)[name])
-    assert str(loaded.report()) == str(compiled.report())
+    assert loaded.report().sites == compiled.report().sites
+    assert loaded.report().compiled == compiled.report().compiled
 
 
 def test_report_tells_each_site(compiled: sc.CompiledModel) -> None:
@@ -133,8 +134,7 @@ def test_from_several_threads_at_once(compiled: sc.CompiledModel) -> None:
 
     def call() -> None:
         for _ in range(20):
-            if not torch.equal(compiled(x)["logits"], want):
-                wrong.append(1)
+            wrong.extend([1] * (not torch.equal(compiled(x)["logits"], want)))
 
     threads = [threading.Thread(target=call) for _ in range(4)]
     for thread in threads:
@@ -227,7 +227,7 @@ def test_nan_weights_are_refused(batches: list[tuple[Tensor, ...]]) -> None:
     model = Classifier().eval()
     with torch.no_grad():
         model.up.weight[0, 0] = float("nan")
-    with pytest.raises(ModelError, match="up.weight"):
+    with pytest.raises(ModelError, match=r"up\.weight"):
         sc.compile(model, batches[0], recipe="magnitude", budget=sc.Budget(density=0.5))
 
 

@@ -22,7 +22,8 @@ quick = settings(max_examples=40, derandomize=True, deadline=None)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def make_mask(name: str, rows: int, columns: int, density: float, seed: int, n: int = 1, m: int = 2, r: int = 3, c: int = 2) -> tuple[Tensor, dict[str, int]]:
+def make_mask(name: str, rows: int, columns: int, density: float, seed: int, n: int = 1, m: int = 2, r: int = 3,
+              c: int = 2) -> tuple[Tensor, dict[str, int]]:
     """A random mask that the format of that name can hold; `columns` is rounded up to what divides."""
     rand = torch.Generator().manual_seed(seed)
     if name == "csr":
@@ -156,7 +157,8 @@ def _tamper() -> list[Any]:
         ("csr", change("columns", 0, 12)), ("csr", change("columns", 0, -1)), ("csr", change("columns", 0, 11)),
         ("csr", replace("columns", Tensor.long)), ("csr", change("row_pointers", 1, 60)), ("csr", change("row_pointers", 0, 1)),
         ("csr", change("row_pointers", -1, 1)), ("csr", replace("row_pointers", lambda t: t[:-1])),
-        ("condensed", change("columns", (0, 0), 99)), ("condensed", change("columns", (0, 0), 11)), ("condensed", replace("columns", lambda t: t[:, :1])),
+        ("condensed", change("columns", (0, 0), 99)), ("condensed", change("columns", (0, 0), 11)),
+        ("condensed", replace("columns", lambda t: t[:, :1])),
         ("nm", change("offsets", (0, 0), 4)), ("nm", change("offsets", (0, 0), 3)), ("nm", attribute("n", 0)), ("nm", attribute("m", 5)),
         ("bsr", change("block_columns", 0, 6)), ("bsr", change("block_columns", 0, 5)), ("bsr", change("block_row_pointers", 1, -1)),
         ("bsr", attribute("r", 2)), ("bsr", attribute("c", 0)),

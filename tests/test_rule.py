@@ -84,8 +84,10 @@ W, B, S = torch.randn(5, 4), torch.randn(5), torch.randn(5)
 
 
 def test_optional_operands_bind_to_none() -> None:
-    for function, tensors in ((lambda x, w, s: linear(x, w) * s, {"w": W, "s": S}), (lambda x, w, b, s: linear(x, w, b) * s, {"w": W, "b": B, "s": S})):
-        after, misses = run(using(ScaleIntoLinear()), captured(function, **tensors))
+    bare = captured(lambda x, w, s: linear(x, w) * s, w=W, s=S)
+    with_bias = captured(lambda x, w, b, s: linear(x, w, b) * s, w=W, b=B, s=S)
+    for program in (bare, with_bias):
+        after, misses = run(using(ScaleIntoLinear()), program)
         assert ops(after) == ["linear"]
         assert not misses
 
@@ -108,12 +110,15 @@ def test_check_may_reject_one_order_and_accept_the_other() -> None:
         def rewrite(x, w, v):
             return linear(x, w - v) + linear(x, v + v)
 
-    for first, second in ((1.0, 2.0), (2.0, 1.0)):
+    def two(first: float, second: float) -> Program:
+        return captured(lambda x, w, v: linear(x, w) + linear(x, v), w=torch.full((5, 4), first), v=torch.full((5, 4), second))
+
+    for program in (two(1.0, 2.0), two(2.0, 1.0)):
         ctx = Context(fuel=1)
-        _, misses = run(using(First()), captured(lambda x, w, v: linear(x, w) + linear(x, v), w=torch.full((5, 4), first), v=torch.full((5, 4), second)), ctx)
+        _, misses = run(using(First()), program, ctx)
         assert ctx.rewrites == 1
         assert not misses
-    _, misses = run(using(First()), captured(lambda x, w, v: linear(x, w) + linear(x, v), w=torch.full((5, 4), 3.0), v=torch.full((5, 4), 2.0)))
+    _, misses = run(using(First()), two(3.0, 2.0))
     assert misses == ["at add: w does not start with 1"]
 
 
@@ -132,7 +137,7 @@ def test_a_repeated_variable_is_one_value() -> None:
     after, misses = run(using(Both()), captured(lambda x, w, v: linear(x, w) + linear(x * 2, v), w=W, v=W + 1))
     assert "linear" in ops(after)
     assert len(misses) == 1
-    assert "as x again" in misses[0]
+    assert "expected the same x" in misses[0]
 
 
 class NormWithEps(Rule):
@@ -187,13 +192,15 @@ def test_an_intermediate_value_used_elsewhere_is_a_miss() -> None:
 
 
 def test_parameters_must_be_parameters() -> None:
-    _, misses = run(using(ScaleIntoLinear()), captured(lambda x, w: linear(x, w) * linear(x, w).sum(0), w=W))
+    _, misses = run(using(ScaleIntoLinear()), captured(lambda x, w: linear(x, w) * linear(x + 1, w).sum(0), w=W))
     assert misses == ["at mul: s must be a parameter, it is sum (sum_1)"]
 
 
 def test_nearest_misses() -> None:
     _, misses = run(using(ScaleIntoLinear()), captured(lambda x, s: relu(x) * s, s=S[:4]))
     assert misses == ["there is no linear in the graph"]
+    _, misses = run(using(ScaleIntoLinear()), captured(lambda x, w, s: linear(x, w, s), w=W, s=S))
+    assert misses == ["there is no mul in the graph"]
     _, misses = run(using(ScaleIntoLinear()), captured(lambda x, w, s: linear(relu(x) * s, w), w=W, s=S[:4]))
     assert misses == ["at relu: expected linear, found relu"]
     _, misses = run(using(ScaleIntoLinear()), captured(lambda x, w, s: linear(x, w) * s, w=W, s=S[None]))
@@ -223,7 +230,7 @@ def test_originals_and_other_users_are_left_alone() -> None:
             self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.norm(self.conv(x)) + relu(self.conv(x))
+            return self.norm(self.conv(x)) + relu(self.conv(x + 1))
 
     model = Tied().eval()
     nn.init.uniform_(model.norm.running_var, 1, 2)
@@ -423,13 +430,13 @@ def test_a_rewrite_may_return_what_it_was_given() -> None:
     class Nothing(Rule):
         @staticmethod
         def pattern(x):
-            return -(-x)
+            return torch.neg(torch.neg(x))
 
         @staticmethod
         def rewrite(x):
             return x
 
-    after, _ = run(using(Twice(), Nothing()), captured(lambda x: -(-relu(relu(relu(x)))) + 1))
+    after, _ = run(using(Twice(), Nothing()), captured(lambda x: torch.neg(torch.neg(relu(relu(relu(x))))) + 1))
     assert ops(after) == ["relu", "add"]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import KernelError
+from sparsify_compiler.errors import KernelError
 
 LANES = 16      # rows of x in a vector; LLVM splits it on machines with narrower registers
 OUTPUTS = 16    # rows of W whose results are transposed and stored together
@@ -95,7 +95,9 @@ def prepare(groups: Groups, dtype: torch.dtype, bias: Tensor | None, out_feature
     layout = Layout(r, str(dtype).removeprefix("torch."), "int16" if in_features < 32767 else "int32")
     values, columns, counts = _split(groups, r)
     strips = -(-out_features // OUTPUTS)
-    counts = torch.nn.functional.pad(counts, (0, strips * (OUTPUTS // r) - len(counts)))
+    needed = strips * (OUTPUTS // r)
+    kept = int(counts[:needed].sum())  # a block row may hang over the last strip
+    values, columns, counts = values[:kept], columns[:kept], torch.nn.functional.pad(counts[:needed], (0, max(0, needed - len(counts))))
     padded = (counts + layout.unroll - 1) // layout.unroll * layout.unroll
     ends = padded.cumsum(0)
     total = int(padded.sum())
@@ -139,7 +141,7 @@ class Arguments:
 
 def arguments(layout: Layout) -> Arguments:
     """Declare f(x [M, K], values, columns, pointers, bias, y [M, N])."""
-    from .. import emit as e
+    from sparsify_compiler.codegen import emit as e
 
     M, N, K, S, P, B = (e.int32() for _ in range(6))
     x = e.argument((M, K), layout.dtype)
@@ -152,7 +154,7 @@ def arguments(layout: Layout) -> Arguments:
 
 def weights_of(a: Arguments, layout: Layout, first: Any, ahead: int, row: Any, lanes: int = 1) -> Any:
     """float32 weight(s) of column number first + ahead of a group (first is even): of one row, or of `lanes` neighbours."""
-    from .. import emit as e
+    from sparsify_compiler.codegen import emit as e
 
     if layout.dtype == "float32":
         return e.load(a.values, first + ahead, row, lanes=lanes)
@@ -161,8 +163,11 @@ def weights_of(a: Arguments, layout: Layout, first: Any, ahead: int, row: Any, l
 
 
 def pack_rows(a: Arguments, packed: Any, panels: Any, vectors: int, parallel: bool) -> None:
-    """packed[panel][column][row] = x[row, column], as float32 or as the bits of bfloat16, and zeros in column K. Rows past the last repeat it: their sums are not stored."""
-    from .. import emit as e
+    """packed[panel][column][row] = x[row, column], as float32 or as the bits of bfloat16, and zeros in column K.
+
+    Rows past the last repeat it: their sums are not stored.
+    """
+    from sparsify_compiler.codegen import emit as e
 
     def narrow(value: Any, lanes: int) -> Any:
         return e.upper_half(value, lanes) if str(packed.dtype) == "uint16" else value

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .layout import Groups
+from sparsify_compiler.codegen.kernels.layout import Groups
 
 
 def groups(tensors: Mapping[str, Tensor], attributes: Mapping[str, int]) -> Groups:

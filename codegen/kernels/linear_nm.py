@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import linear_condensed
-from .layout import Groups
+from sparsify_compiler.codegen.kernels import linear_condensed
+from sparsify_compiler.codegen.kernels.layout import Groups
 
 
 def groups(tensors: Mapping[str, Tensor], attributes: Mapping[str, int]) -> Groups:

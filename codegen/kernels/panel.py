@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import emit as e
-from .layout import LANES, OUTPUTS, Layout, arguments, pack_rows, weights_of
+from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen.kernels.layout import LANES, OUTPUTS, Layout, arguments, pack_rows, weights_of
 
 DOT = Path(__file__).with_name("dot_bf16.ll")
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .. import emit as e
-from .layout import LANES, OUTPUTS, Layout, arguments, weights_of
+from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen.kernels.layout import LANES, OUTPUTS, Layout, arguments, weights_of
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,37 @@ def _group(a: Any, how: Rows, inputs: Any, start: Any, group: Any) -> Any:
     """The r outputs of one group."""
     r, unroll = how.layout.r, how.layout.unroll
     first, last = e.let(e.load(a.pointers, group)), e.let(e.load(a.pointers, group + 1))
+
+    def x(place: Any) -> Any:
+        return e.load(inputs, start + e.cast("int32", e.load(a.columns, place)))
+
+    if r == 1:
+        return _dot(a, how, x, first, last, e.load(a.bias, group))
     partial = [e.Register(r, e.load(a.bias, group * r, lanes=r) if u == 0 else e.broadcast(e.zero(), r)) for u in range(unroll)]
     with e.loop(e.floordiv(last - first, unroll)) as j:
         for u, total in enumerate(partial):
-            column = e.let(e.cast("int32", e.load(a.columns, first + j * unroll + u)))
-            total.multiply_add(e.broadcast(e.load(inputs, start + column), r), weights_of(a, how.layout, first + j * unroll, u, 0, lanes=r))
+            total.multiply_add(e.broadcast(x(first + j * unroll + u), r), weights_of(a, how.layout, first + j * unroll, u, 0, lanes=r))
     while len(partial) > 1:
         for low, high in zip(partial[::2], partial[1::2], strict=True):
             low.set(low.get() + high.get())
         partial = partial[::2]
     return partial[0].get()
+
+
+def _dot(a: Any, how: Rows, x: Any, first: Any, last: Any, bias: Any) -> Any:
+    """One output alone: `unroll` inputs are put together into a vector, so that their weights come with one load and one FMA."""
+    unroll = how.layout.unroll
+    total = e.Register(unroll, e.broadcast(e.zero(), unroll))
+    with e.loop(e.floordiv(last - first, unroll)) as j:
+        place = e.let(first + j * unroll)
+        if how.layout.step == 1:
+            order, weights = range(unroll), e.load_across(a.values, place, unroll)
+        else:
+            words = e.let(e.cast_to("uint32", e.load_across(a.values, e.floordiv(place, 2), unroll // 2), unroll // 2))
+            order = [*range(0, unroll, 2), *range(1, unroll, 2)]
+            weights = e.join([e.upcast_low(words, unroll // 2), e.upcast_high(words, unroll // 2)], unroll // 2)
+        total.multiply_add(e.join([x(place + u) for u in order], 1), weights)
+    lanes = [e.lane(total.get(), i) for i in range(unroll)]
+    while len(lanes) > 1:
+        lanes = [low + high for low, high in zip(lanes[::2], lanes[1::2], strict=True)]
+    return lanes[0] + bias

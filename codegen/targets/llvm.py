@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from ...target import FEATURES, Target
+from sparsify_compiler.target import FEATURES, Target
 
 # What every machine of the architecture has, and what a feature of ours needs beside itself in LLVM.
 BASELINE = {"x86_64": "x86-64-v2", "aarch64": "generic"}

@@ -26,43 +26,52 @@ COMMON = ("2:4", "1:4", "4:8", "2:8", "32x32", "16x16", "32x1", "16x1", "8x1", "
 class Pack(Pass):
     """Store each masked weight in the smallest format that its mask fits, and compute with that format's op.
 
-    Matches    linear(x, weight * mask, bias), mask a bool buffer
+    Matches    linear(x, weight * mask, bias), mask a buffer of bool, or of zeros and ones as torch.nn.utils.prune makes them
     Rewrites   sparsify.linear_<format>(x, <format tensors>, bias); any other use of weight * mask gets the product as a dense weight
     Preserves  values and the mask, exactly
     Paper      none: storage; each format names its own source
     """
 
     preserves: ClassVar[Preserves] = Preserves.VALUES
+    until_stage: ClassVar[Stage] = Stage.PACKED
     gives_stage: ClassVar[Stage | None] = Stage.PACKED
 
     def run(self, program: Program, ctx: Context) -> Program:
-        found = [(region, node) for region, node in program.nodes() if _is_masked(region, node)]
-        for done, (region, node) in enumerate(found):
+        found = [product for region, node in program.nodes() if (product := _masked(region, node)) is not None]
+        for done, product in enumerate(found):
             if not ctx.spend():
                 break
-            self._pack(region, node, program, ctx)
+            self._pack(product, program, ctx)
             ctx.progress("pack", done + 1, len(found))
         return program
 
-    def _pack(self, region: Region, product: fx.Node, program: Program, ctx: Context) -> None:
+    def _pack(self, product: _Masked, program: Program, ctx: Context) -> None:
         """Replace every use of one weight * mask."""
-        weight, mask = (get_tensor(region.module, str(_node(product, name).target)) for name in ("self", "other"))
-        linears = [user for user in product.users if _is_linear_weight(user, product)]
-        others = [user for user in product.users if user not in linears]
-        rows = {user: _row(user, region, program) for user in product.users}
+        rows = {user: _row(user, product, program) for user in product.node.users}
+        linears = [user for user in rows if _is_linear_weight(user, product.node)]
         if linears:
-            form = smallest(weight, mask, rows[linears[0]].structure)
-            stored = _store(region, product, form)
+            form = smallest(product.weight, product.mask, rows[linears[0]].structure)
+            stored = _store(product, form)
             for user in linears:
-                _replace(region, user, stored, form)
-                row = rows[user]
-                row.format, row.bytes = form.name(), form.bytes() if user is linears[0] else 0
-        if others:
-            _fold(region, product, weight, mask)
-            for user in others:
-                row = rows[user]
-                row.bytes, row.reason = row.dense_bytes, "stays dense: only linear layers are packed; the mask is folded into the weight"
-                ctx.miss(f"{user.target} is not packed; its mask is folded into the weight", str(user.meta.get("path", "")))
+                _replace(product.region, user, stored, form)
+                rows[user].format, rows[user].bytes = form.name(), form.bytes() if user is linears[0] else 0
+        if len(linears) < len(rows):
+            _fold(product)
+        for user in [user for user in rows if user not in linears]:
+            rows[user].bytes = rows[user].dense_bytes
+            rows[user].reason = "stays dense: only linear layers are packed; the mask is folded into the weight"
+            ctx.miss(f"{user.target} is not packed; its mask is folded into the weight", rows[user].site)
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """One weight * mask of a graph. `name` is the weight's."""
+
+    region: Region
+    node: fx.Node
+    name: str
+    weight: Tensor
+    mask: Tensor
 
 
 def smallest(weight: Tensor, mask: Tensor, structure: str) -> Any:
@@ -85,16 +94,9 @@ def _suited(structure: str) -> tuple[tuple[str, Mapping[str, int]], ...]:
         return (*common, ("condensed", {}), ("csr", {}))
 
 
-def _store(region: Region, product: fx.Node, form: Any) -> dict[str, fx.Node]:
+def _store(product: _Masked, form: Any) -> dict[str, fx.Node]:
     """Put the format's tensors beside the weight, as <weight>_packed.<tensor>; a get_attr for each."""
-    prefix = f"{_node(product, 'self').target}_packed"
-    nodes: dict[str, fx.Node] = {}
-    for name, tensor in form.tensors().items():
-        set_tensor(region.module, f"{prefix}.{name}", tensor)
-        with region.graph.inserting_before(product):
-            node = nodes[name] = region.graph.get_attr(f"{prefix}.{name}")
-        node.meta = _meta(product, fake_like(tensor, mode_of(region)))
-    return nodes
+    return {name: _read(product, f"{product.name}_packed.{name}", tensor) for name, tensor in form.tensors().items()}
 
 
 def _replace(region: Region, linear: fx.Node, stored: Mapping[str, fx.Node], form: Any) -> None:
@@ -106,31 +108,41 @@ def _replace(region: Region, linear: fx.Node, stored: Mapping[str, fx.Node], for
     packed.meta = {**linear.meta, "by": "pack"}
     linear.replace_all_uses_with(packed)
     region.graph.erase_node(linear)
+    packed.name = linear.name  # sites know their nodes by name
 
 
-def _fold(region: Region, product: fx.Node, weight: Tensor, mask: Tensor) -> None:
+def _fold(product: _Masked) -> None:
     """Store weight * mask, zeros where the mask says so, and read it in place of the product."""
-    dense = weight.detach().masked_fill(~mask, 0)
-    name = f"{_node(product, 'self').target}_masked"
-    set_tensor(region.module, name, nn.Parameter(dense, requires_grad=False) if isinstance(weight, nn.Parameter) else dense)
-    with region.graph.inserting_before(product):
-        node = region.graph.get_attr(name)
-    node.meta = _meta(product, fake_like(dense, mode_of(region)))
-    product.replace_all_uses_with(node)
+    dense = product.weight.detach().masked_fill(~product.mask, 0)
+    stored = nn.Parameter(dense, requires_grad=False) if isinstance(product.weight, nn.Parameter) else dense
+    product.node.replace_all_uses_with(_read(product, f"{product.name}_masked", stored))
 
 
-def _is_masked(region: Region, node: fx.Node) -> bool:
-    """Is this weight * mask, both stored, the mask bool, its shape the weight's?"""
+def _read(product: _Masked, name: str, tensor: Tensor) -> fx.Node:
+    """Store a tensor in the region; the get_attr of it, before the product."""
+    set_tensor(product.region.module, name, tensor)
+    with product.region.graph.inserting_before(product.node):
+        node = product.region.graph.get_attr(name)
+    about = {key: product.node.meta[key] for key in ("path", "module") if key in product.node.meta}
+    node.meta = {"by": "pack", "val": fake_like(tensor, mode_of(product.region))} | about
+    return node
+
+
+def _masked(region: Region, node: fx.Node) -> _Masked | None:
+    """The parts of weight * mask, both stored and of one shape; None for any other node."""
     if node.target is not aten.mul.Tensor:
-        return False
-    tensors = []
-    for name in ("self", "other"):
-        source = node.kwargs.get(name)
-        if not isinstance(source, fx.Node) or source.op != "get_attr":
-            return False
-        tensors.append(get_tensor(region.module, str(source.target)))
-    weight, mask = tensors
-    return weight.is_floating_point() and mask.dtype == torch.bool and mask.shape == weight.shape
+        return None
+    sources = [node.kwargs.get("self"), node.kwargs.get("other")]
+    stored = [(str(s.target), get_tensor(region.module, str(s.target))) for s in sources if isinstance(s, fx.Node) and s.op == "get_attr"]
+    for (name, weight), (_, mask) in zip(stored, reversed(stored), strict=True):
+        if len(stored) == 2 and mask.shape == weight.shape and weight.is_floating_point() and _is_mask(mask):
+            return _Masked(region, node, name, weight, mask.bool())
+    return None
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """A bool buffer, or one of zeros and ones (torch.nn.utils.prune)."""
+    return tensor.dtype == torch.bool or (not isinstance(tensor, nn.Parameter) and bool(((tensor == 0) | (tensor == 1)).all()))
 
 
 def _is_linear_weight(user: fx.Node, product: fx.Node) -> bool:
@@ -139,36 +151,18 @@ def _is_linear_weight(user: fx.Node, product: fx.Node) -> bool:
     return user.target is aten.linear.default and only and product.meta["val"].dim() == 2
 
 
-def _node(node: fx.Node, name: str) -> fx.Node:
-    value = node.kwargs[name]
-    assert isinstance(value, fx.Node)
-    return value
-
-
-def _row(user: fx.Node, region: Region, program: Program) -> Decision:
+def _row(user: fx.Node, product: _Masked, program: Program) -> Decision:
     """The decision of the site that the node belongs to; a new one for a mask that no pass of ours made."""
-    site = str(user.meta.get("site") or user.meta.get("path") or region.qualified(user.name))
+    site = str(user.meta.get("site") or user.meta.get("path") or product.region.qualified(user.name))
     user.meta["site"] = site
-    if site not in program.decisions:
-        program.decisions[site] = _unknown_row(user, region, site)
-    return program.decisions[site]
-
-
-def _unknown_row(user: fx.Node, region: Region, site: str) -> Decision:
-    product = user.kwargs.get("weight")
-    if not isinstance(product, fx.Node) or not _is_masked(region, product):
-        return Decision(site, "linear")
-    weight, mask = (get_tensor(region.module, str(_node(product, name).target)) for name in ("self", "other"))
     kind = "linear" if user.target is aten.linear.default else "conv"
-    return Decision(site, kind, tuple(weight.shape), str(weight.dtype).removeprefix("torch."), "unknown", float(mask.double().mean()),
+    weight = product.weight
+    made = Decision(site, kind, tuple(weight.shape), str(weight.dtype).removeprefix("torch."), "unknown", float(product.mask.double().mean()),
                     dense_bytes=weight.numel() * weight.element_size())
+    return program.decisions.setdefault(site, made)
 
 
-def _meta(like: fx.Node, value: Tensor) -> dict[str, Any]:
-    return {"by": "pack", "val": value} | {key: like.meta[key] for key in ("path", "module") if key in like.meta}
-
-
-class _Masked(nn.Module):
+class _Example(nn.Module):
     """A linear layer with a mask of its own."""
 
     def __init__(self) -> None:
@@ -185,4 +179,4 @@ class _Masked(nn.Module):
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
     """One masked linear layer."""
     torch.manual_seed(0)
-    return _Masked().eval(), (torch.randn(2, 16),)
+    return _Example().eval(), (torch.randn(2, 16),)

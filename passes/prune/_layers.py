@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
-from sparsify_compiler.sites import find_sites
 from torch import Tensor, fx
 
 from sparsify_compiler.program import Program, Region, Site, get_tensor
 from sparsify_compiler.selectors import select
+from sparsify_compiler.sites import find_sites
 
 BASIC = ("linear", "conv")
 DEFAULT = ("linear",)
-COMPOSITE = ("ffn", "attention", "moe")  # selecting one selects the basic sites that its roles name
+COMPOSITE = ("ffn", "attention", "moe")  # each stands for the basic sites that its roles name
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def find_layers(program: Program, targets: Iterable[str], ignore: Iterable[str])
     basic = [site for site in sites if site.kind in BASIC]
     targets, ignore = tuple(targets), tuple(ignore)
     nothing = targets == DEFAULT and not any(site.kind == "linear" for site in basic)  # a default is not a wrong selector
-    wanted = set() if nothing else _expand(select(sites, targets, (), program))
-    wanted -= _expand(select(sites, ignore, (), program)) if ignore else set()
+    wanted = set() if nothing else _selected(sites, targets or ("*",), program)
+    wanted -= _selected(sites, ignore, program)
     nodes = {(region.path, node.name): node for region, node in program.nodes()}
     uses = [Use(site, program.regions[site.region], nodes[site.region, site.roles["op"]]) for site in basic]
     chosen = [use for use in uses if (use.site.region, use.op.name) in wanted]
@@ -70,9 +70,18 @@ def find_layers(program: Program, targets: Iterable[str], ignore: Iterable[str])
     return [Layer(tuple(group), _weight(group[0])) for group in groups.values()], left
 
 
-def _expand(sites: Iterable[Site]) -> set[tuple[str, str]]:
-    """(region, node) of the ops that the sites stand for; the members of an FFN, attention or MoE are known by their roles."""
-    return {(site.region, node) for site in sites for node in ([site.roles["op"]] if site.kind in BASIC else site.roles.values())}
+def _selected(sites: list[Site], selectors: Iterable[str], program: Program) -> set[tuple[str, str]]:
+    """(region, node) of the ops that the selectors mean. Raises SelectorError for one that matches nothing.
+
+    "ffn", "attention" and "moe" stand for the members of all sites of that kind. Paths, patterns and classes see linear and convolution
+    sites only, so that they never reach beyond what they match.
+    """
+    found: set[tuple[str, str]] = set()
+    for selector in selectors:
+        kinds = COMPOSITE if selector in COMPOSITE else BASIC
+        for site in select([site for site in sites if site.kind in kinds], (selector,), (), program):
+            found |= {(site.region, node) for node in site.roles.values()}
+    return found
 
 
 def _unfit(use: Use, readers: dict[Hashable, list[tuple[Region, fx.Node]]], chosen: list[Use]) -> str | None:

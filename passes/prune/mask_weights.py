@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler import catalog
 from sparsify_compiler.decision import Decision
-from sparsify_compiler.errors import BudgetError, CalibrationError, ModelError, ParseError, unknown
+from sparsify_compiler.errors import BudgetError, CalibrationError, ModelError, ParseError, StructureError, unknown
 from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, LeftDense, Use, find_layers
 from sparsify_compiler.passes.prune.structures._base import Structure
@@ -98,7 +99,8 @@ class MaskWeights(Pass):
             elif not ctx.spend():
                 break
             else:
-                mask = self._structure.mask(self._score(layer, ctx), densities[layer.path])
+                with _placed(layer):
+                    mask = self._structure.mask(self._score(layer, ctx), densities[layer.path])
                 self._apply(layer, mask, densities[layer.path], program)
             ctx.progress("mask weights", done + 1, len(fitting))
         return program
@@ -124,7 +126,8 @@ class MaskWeights(Pass):
             if self.on_misfit == "skip":
                 reason = self._structure.misfit(weight.shape[0], weight[0].numel())
             if reason is None:
-                self._structure.check(tuple(weight.shape), density)
+                with _placed(layer):
+                    self._structure.check(tuple(weight.shape), density)
         left += [LeftDense(use, reason) for use in layer.uses if reason is not None]
         return reason is None
 
@@ -140,7 +143,7 @@ class MaskWeights(Pass):
         total: Tensor | None = None
         for use in layer.uses:
             given = {name: ctx.statistics.get(use.site.path, name) for name in names} if ctx.statistics is not None else {}
-            seed = ((self.seed if self.seed is not None else ctx.seed) << 32) ^ zlib.crc32(use.site.path.encode())
+            seed = zlib.crc32(f"{self.seed if self.seed is not None else ctx.seed} {use.site.path}".encode())
             score: Tensor = catalog.get("score", self.score)(layer.weight.detach(), given, seed)
             total = score if total is None else total + score
         assert total is not None
@@ -160,6 +163,15 @@ class MaskWeights(Pass):
             row.structure, row.density, row.budget = str(self.structure), float(mask.double().mean()), budget
             if use is not layer.uses[0]:
                 row.dense_bytes, row.reason = None, f"shares the weight of {layer.path}"
+
+
+@contextmanager
+def _placed(layer: Layer) -> Iterator[None]:
+    """Add the layer's path to a StructureError."""
+    try:
+        yield
+    except StructureError as error:
+        raise StructureError(error.what, where=f"{layer.path}, {error.where}", hint=error.hint) from error
 
 
 def _multiply(region: Region, weight: fx.Node, mask: Tensor, meta: Mapping[str, Any]) -> fx.Node:

@@ -1,0 +1,43 @@
+"""The symbols that every formula is written in: one table, with their meaning and unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+from sympy import Expr, Piecewise, Symbol
+
+TABLE: Mapping[str, str] = {
+    "M": "rows of the input: product of all its dimensions but the last",
+    "N": "outputs of a linear layer",
+    "K": "inputs of a linear layer",
+    "density": "kept / total weights; for blocks kept / total blocks",
+    "value_bytes": "bytes of one stored weight",
+    "x_bytes": "bytes of one input or output element",
+    "r": "outputs of a block",
+    "c": "inputs of a block",
+    "n": "kept inputs of a group",
+    "m": "inputs of a group",
+    "peak": "flops a second that the machine reaches in this dtype",
+    "bandwidth": "bytes a second that the machine reads",
+    "launch": "seconds that a call costs before it does anything",
+}
+
+M, N, K, r, c, n, m = (Symbol(name, integer=True, nonnegative=True) for name in ("M", "N", "K", "r", "c", "n", "m"))
+density, value_bytes, x_bytes, peak, bandwidth, launch = (
+    Symbol(name, nonnegative=True) for name in ("density", "value_bytes", "x_bytes", "peak", "bandwidth", "launch"))
+
+index_bytes: Expr = Piecewise((2, K <= 32767), (4, True))  # column indices are int16 where that is enough (formats/_base.py)
+pointer_bytes = 4
+activations: Expr = x_bytes * (M * K + M * N)  # x read once, y written once
+
+
+def evaluate(formula: Expr, values: Mapping[str, float]) -> float:
+    """The number that a formula gives. Raises KeyError for a symbol of it that `values` lacks, and for a name that is no symbol."""
+    for name in values:
+        if name not in TABLE:
+            raise KeyError(name)
+    missing = sorted(symbol.name for symbol in formula.free_symbols if symbol.name not in values)
+    if missing:
+        raise KeyError(missing[0])
+    return float(formula.subs({symbol: sympy.nsimplify(values[symbol.name], rational=True) for symbol in formula.free_symbols}))

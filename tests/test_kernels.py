@@ -1,0 +1,213 @@
+"""Every kernel against a float64 product with the decoded weight: shapes, dtypes, structures, edges, threads, artefacts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsify_compiler import catalog
+from sparsify_compiler.codegen import build, omp, runtime
+from sparsify_compiler.errors import InputError, KernelError
+from sparsify_compiler.target import Target, host
+
+ROWS = (0, 1, 7, 16, 129)
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of the sum of |w||x|: float32 sums of a few hundred terms; one bfloat16 rounding
+
+
+def mask_of(structure: str, rows: int, columns: int, density: float, **sizes: int) -> Tensor:
+    """A random mask [rows, columns] of a structure."""
+    noise = torch.rand(rows, columns)
+    if structure == "csr":
+        return noise < density
+    if structure == "condensed":
+        return torch.zeros(rows, columns, dtype=torch.bool).scatter_(1, noise.topk(round(columns * density), 1).indices, True)
+    if structure == "nm":
+        best = noise.view(rows, -1, sizes["m"]).topk(sizes["n"], 2).indices
+        return torch.zeros(rows, columns // sizes["m"], sizes["m"], dtype=torch.bool).scatter_(2, best, True).view(rows, columns)
+    r, c = sizes["r"], sizes["c"]
+    blocks = torch.rand(-(-rows // r), columns // c) < density
+    return blocks.repeat_interleave(r, 0).repeat_interleave(c, 1)[:rows]
+
+
+Bound = tuple[runtime.BoundKernel, Tensor, Tensor]
+
+
+def bound(structure: str, mask: Tensor, dtype: torch.dtype, bias: bool = True, choice: int = 0, **sizes: int) -> Bound:
+    """A kernel of random values, and its masked weight and bias in float64."""
+    n, k = mask.shape
+    weight = torch.randn(n, k).to(dtype)
+    stored = catalog.get("format", structure).encode(weight, mask, **sizes)
+    offset = torch.randn(n).to(dtype) if bias else None
+    found = runtime.candidates(f"linear_{structure}", stored.tensors(), stored.attributes(), dtype, ROWS, host())
+    return found[choice % len(found)].bind(offset), weight.double() * mask, torch.zeros(n).double() if offset is None else offset.double()
+
+
+def assert_right(kernel: runtime.BoundKernel, weight: Tensor, bias: Tensor, x: Tensor) -> None:
+    y, exact = kernel(x), x.double() @ weight.T + bias
+    assert y.shape == exact.shape
+    assert y.dtype == x.dtype
+    scale = x.double().abs() @ weight.abs().T + bias.abs()
+    assert ((y.double() - exact).abs() <= TOLERANCE[x.dtype] * scale + 1e-30).all()
+
+
+STRUCTURES: list[tuple[str, dict[str, int]]] = [
+    ("csr", {}), ("condensed", {}), ("nm", {"n": 2, "m": 4}), ("nm", {"n": 1, "m": 3}),
+    *(("bsr", {"r": r, "c": c}) for r, c in ((16, 1), (32, 1), (8, 1), (4, 1), (4, 4), (2, 1), (3, 2), (24, 3))),
+]
+CASES = [pytest.param(name, sizes, dtype, id=f"{name}-{'x'.join(map(str, sizes.values()))}-{str(dtype)[6:]}")
+         for name, sizes in STRUCTURES for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("structure", "sizes", "dtype"), CASES)
+def test_numbers(structure: str, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    kernel, weight, bias = bound(structure, mask_of(structure, 37, 60, 0.2, **sizes), dtype, **sizes)
+    for rows in (*ROWS, 100):
+        assert_right(kernel, weight, bias, torch.randn(rows, 60).to(dtype))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(n=st.integers(1, 90), k=st.integers(1, 90), rows=st.integers(0, 70), density=st.sampled_from([0.0, 0.03, 0.3, 1.0]),
+       case=st.sampled_from([("csr", {}), ("condensed", {}), ("bsr", {"r": 16, "c": 1}), ("bsr", {"r": 4, "c": 1}), ("bsr", {"r": 5, "c": 1})]),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]), bias=st.booleans(), choice=st.integers(0, 1))
+def test_any_shape(n: int, k: int, rows: int, density: float, case: tuple[str, dict[str, int]], dtype: torch.dtype, bias: bool, choice: int) -> None:
+    structure, sizes = case
+    kernel, weight, offset = bound(structure, mask_of(structure, n, k, density, **sizes), dtype, bias, choice, **sizes)
+    assert_right(kernel, weight, offset, torch.randn(rows, k).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("structure", "sizes"), [("csr", {}), ("bsr", {"r": 16, "c": 1}), ("bsr", {"r": 4, "c": 1})])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_only_kept_places_contribute(structure: str, sizes: dict[str, int], dtype: torch.dtype, bad: float) -> None:
+    mask = mask_of(structure, 40, 33, 0.15, **sizes)
+    mask[16:32] = False  # rows that keep nothing
+    kernel, _, bias = bound(structure, mask, dtype, **sizes)
+    for rows in (1, 3, 40):
+        for column in (0, 17, 32):
+            x = torch.randn(rows, 33).to(dtype)
+            x[rows // 2, column] = bad
+            y, reached = kernel(x), mask[:, column]
+            assert not y[rows // 2, reached].isfinite().any()
+            if bad == float("inf"):
+                assert not y.isnan().any()
+            y[rows // 2, reached] = 0
+            assert y.isfinite().all()
+            assert torch.equal(y[0 if rows > 1 else rows // 2, 16:32].double(), bias[16:32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
+    for structure, sizes in (("bsr", {"r": 16, "c": 1}), ("csr", {})):
+        kernel, _, _ = bound(structure, mask_of(structure, 400, 300, 0.3, **sizes), dtype, **sizes)
+        for rows in (1, 16, 129):
+            x = torch.randn(rows, 300).to(dtype)
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(kernel(x))
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+
+
+def test_any_tensor_that_linear_takes() -> None:
+    kernel, weight, bias = bound("bsr", mask_of("bsr", 48, 40, 0.3, r=16, c=1), torch.float32, r=16, c=1)
+    x = torch.randn(2, 3, 40)
+    expected = kernel(x.view(6, 40)).view(2, 3, 48)
+    assert_right(kernel, weight, bias, x)
+    for view in (x.clone().requires_grad_(), x.transpose(0, 1).contiguous().transpose(0, 1), torch.randn(2, 3, 80)[..., ::2].copy_(x)):
+        assert torch.equal(kernel(view), expected)
+    assert torch.equal(kernel(x[0, 0]), expected[0, 0])
+    assert kernel(x[:0]).shape == (0, 3, 48)
+    with torch.inference_mode():
+        assert torch.equal(kernel(x.clone()), expected)
+    with torch.no_grad():
+        assert torch.equal(kernel(x), expected)
+
+
+def test_bad_input_is_refused() -> None:
+    kernel, _, _ = bound("csr", mask_of("csr", 8, 10, 0.5), torch.float32)
+    for x in (torch.randn(3, 9), torch.randn(()), torch.randn(3, 10, dtype=torch.float64), torch.randn(3, 10, device="meta")):
+        with pytest.raises(InputError):
+            kernel(x)
+
+
+def test_many_rows_are_cut_into_slabs() -> None:
+    kernel, weight, bias = bound("bsr", mask_of("bsr", 32, 20, 0.3, r=16, c=1), torch.float32, r=16, c=1)
+    kernel._slab = 32
+    assert_right(kernel, weight, bias, torch.randn(100, 20))
+
+
+def test_unknown_dtypes_and_ops_have_no_candidates() -> None:
+    stored = catalog.get("format", "csr").encode(torch.randn(4, 4), torch.ones(4, 4, dtype=torch.bool))
+    for op, dtype in (("linear_csr", torch.float16), ("linear_csr", torch.bfloat16), ("linear_other", torch.float32)):
+        assert runtime.candidates(op, stored.tensors(), stored.attributes(), dtype, (1,), host()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rebind_gives_the_same_bits(dtype: torch.dtype) -> None:
+    kernel, _, _ = bound("bsr", mask_of("bsr", 48, 40, 0.3, r=16, c=1), dtype, r=16, c=1)
+    attributes = {"out_features": 48, "in_features": 40}
+    again = runtime.rebind("linear_bsr", kernel.options, kernel.state(), attributes, None, kernel.files(), kernel.target)
+    x = torch.randn(20, 40).to(dtype)
+    assert torch.equal(again(x), kernel(x))
+    assert kernel.resident_bytes == sum(t.numel() * t.element_size() for t in kernel.state().values())
+
+
+def test_an_artefact_for_another_machine_is_refused_or_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, _, _ = bound("csr", mask_of("csr", 20, 20, 0.3), torch.float32)
+    rest: tuple[Any, ...] = (kernel.options, kernel.state(), {"out_features": 20, "in_features": 20}, None)
+    x, files = torch.randn(5, 20), kernel.files()
+    other_arch = Target("board", "aarch64", "generic", ("neon",), 4)
+    with pytest.raises(KernelError, match="aarch64"):
+        runtime.rebind("linear_csr", *rest, files, other_arch)
+    poorer = replace(host(), features=tuple(f for f in host().features if f == "fma"))
+    monkeypatch.setattr(build, "host", lambda: poorer)
+    if host().features != poorer.features:
+        with pytest.raises(KernelError, match="lacks"):
+            runtime.rebind("linear_csr", *rest, files, host())
+    monkeypatch.undo()
+    damaged = {name: data[:-1] if name.endswith("binary") else data for name, data in files.items()}
+    assert torch.equal(runtime.rebind("linear_csr", *rest, damaged, host())(x), kernel(x))
+    newer = {name: data.replace(build.version().encode(), b"99.0") if name.endswith("json") else data for name, data in files.items()}
+    assert torch.equal(runtime.rebind("linear_csr", *rest, newer, host())(x), kernel(x))
+    with pytest.raises(KernelError, match="damaged"):
+        runtime.rebind("linear_csr", *rest, {name: b"{" if name.endswith("json") else data for name, data in files.items()}, host())
+    state = {**kernel.state(), "columns": torch.full_like(kernel.state()["columns"], 21)}
+    with pytest.raises(KernelError, match="does not fit"):
+        runtime.rebind("linear_csr", kernel.options, state, rest[2], None, files, host())
+
+
+def test_narrower_machines_get_the_same_numbers() -> None:
+    """Code for AVX2 alone, run here: other registers, no bfloat16 dot product."""
+    if not host().has("avx512f"):
+        pytest.skip("this machine is the narrow one")
+    narrow = replace(host(), name="x86-avx2", features=tuple(f for f in host().features if not f.startswith(("avx512", "amx"))))
+    for dtype in (torch.float32, torch.bfloat16):
+        mask, weight = mask_of("bsr", 48, 40, 0.3, r=16, c=1), torch.randn(48, 40).to(dtype)
+        stored = catalog.get("format", "bsr").encode(weight, mask, r=16, c=1)
+        kernel = runtime.candidates("linear_bsr", stored.tensors(), stored.attributes(), dtype, ROWS, narrow)[0].bind()
+        for rows in ROWS:
+            assert_right(kernel, weight.double() * mask, torch.zeros(48).double(), torch.randn(rows, 40).to(dtype))
+
+
+def test_kernels_run_on_torchs_threads() -> None:
+    library, reason = omp.runtime()
+    if library is None:
+        pytest.skip(reason)
+    assert omp.status() == "torch's OpenMP threads"
+    assert omp.launch_address()
