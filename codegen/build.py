@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -159,9 +159,8 @@ def _function(binary: bytes, *, on_torch_threads: bool) -> Any:
         if is_library:
             module = tvm_ffi.get_global_func("ffi.Module.load_from_file.so")(path, "so")
             if address is not None:
-                pointer = getattr(ctypes.CDLL(path), LAUNCH, None)
-                if pointer is not None:
-                    ctypes.c_void_p.from_address(ctypes.addressof(pointer)).value = address
+                with suppress(ValueError):  # a kernel without parallel loops has no such variable
+                    ctypes.c_void_p.in_dll(ctypes.CDLL(path), LAUNCH).value = address
             return module["main"]
         with _launch_symbol(address):
             return tvm_ffi.load_module(path)["main"]

@@ -31,8 +31,8 @@ def function(name: str, body: Callable[[], None]) -> Any:
 
 
 def argument(shape: Sequence[Expr], dtype: str) -> Buffer:
-    """The next parameter: a tensor of this shape, whose free variables it defines."""
-    return builder.match_buffer(builder.arg("", builder.handle()), tuple(shape), dtype)
+    """The next parameter: a tensor of this shape, whose free variables it defines, aligned to its elements and no more (it may be a view)."""
+    return builder.match_buffer(builder.arg("", builder.handle()), tuple(shape), dtype, align=2 if "16" in dtype else 4)
 
 
 def llvm(text: str) -> Any:
@@ -80,11 +80,6 @@ def store(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> None:
     """buffer[index] = value, a vector when lanes > 1."""
     *outer, last = [tirx.const(i, "int32") if isinstance(i, int) else i for i in index]
     builder.buffer_store(buffer, value, [*outer, tirx.Ramp(last, tirx.const(1, "int32"), lanes) if lanes > 1 else last])
-
-
-def load_across(buffer: Buffer, row: Expr, lanes: int) -> Expr:
-    """buffer[row : row + lanes, 0] of a matrix with one column, as one vector."""
-    return tirx.BufferLoad(buffer, [tirx.Ramp(row, tirx.const(1, "int32"), lanes), tirx.Broadcast(tirx.const(0, "int32"), lanes)])
 
 
 def join(parts: Sequence[Expr], lanes: int) -> Expr:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 NEEDED = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
 RUNTIMES = ("libgomp", "libiomp5", "libomp")  # the last two offer GNU's entry points too
@@ -38,16 +39,21 @@ def status() -> str:
     return f"TVM's own thread pool ({reason})" if reason else "torch's OpenMP threads"
 
 
-@cache
 def launch_address() -> int | None:
-    """The address of the launch function over torch's runtime, built at first use; None where TVM's pool is used."""
+    """The address of the launch function over torch's runtime; None where TVM's pool is used."""
+    return _bridge()[1]
+
+
+@cache
+def _bridge() -> tuple[Any, int | None]:
+    """The bridge, built at first use, and the address of its launch function. Kept: were it dropped, its code would be unmapped."""
     from sparsify_compiler.codegen.build import load_llvm
 
     library, _ = runtime()
     if library is None:
-        return None
+        return None, None
     connect = load_llvm("omp_bridge", Path(__file__).with_name("omp.ll").read_text())
-    return int(connect(*(ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in NEEDED)))
+    return connect, int(connect(*(ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in NEEDED)))
 
 
 def _loaded_libraries() -> list[Path]:

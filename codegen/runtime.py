@@ -32,7 +32,7 @@ FEW_ROWS = {1: 1, 2: 2, 4: 4, 8: 6, 16: 8}  # up to so many rows of x the row-wi
 DOT_FROM = 4        # bfloat16 dot products pay from this r on: below, pairing the columns of x costs more than it saves
 ALONE = 12_000      # vector FMAs below which waking other threads costs more than they bring (about 3 µs)
 PLANS = 4096        # shapes of x remembered
-SLAB = 1 << 26      # elements of x or y in one call of a kernel: its indices are 32 bits wide, and its packed copy of x is bounded
+SLAB = 1 << 24      # elements of x or y in one call of a kernel: its indices are 32 bits wide, and its packed copy of x is bounded
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
     r = _vector_rows(attributes.get("r", 1))
     index = "int16" if attributes["in_features"] < 32767 else "int32"
     wide = max(rows, default=LANES) > LANES
-    options = {"r": r, "dtype": str(dtype).removeprefix("torch."), "index": index}
+    options: dict[str, int | str] = {"r": r, "dtype": str(dtype).removeprefix("torch."), "index": index}
     return [Candidate(f"{op.removeprefix('linear_')}_r{r}v{vectors}", {**options, "vectors": vectors}, op, tensors, attributes, target)
             for vectors in (schedules[r] if wide else schedules[r][:1])]
 
@@ -129,7 +129,7 @@ class BoundKernel:
             x = x.detach()
         if plan.flat:
             plan.run(x, y)
-        elif plan.rows:
+        elif plan.rows and self.out_features:
             plan.run(x.view(plan.rows, -1), y.view(plan.rows, -1))
         return y
 
@@ -139,7 +139,7 @@ class BoundKernel:
         if last != self.in_features:
             raise InputError(f"expected [..., {self.in_features}], got {list(x.shape)}", where=self.name)
         rows = math.prod(outer)
-        plan = _Plan((*outer, self.out_features), rows, len(outer) == 1 and rows > 0, self._choose(rows))
+        plan = _Plan((*outer, self.out_features), rows, len(outer) == 1 and rows > 0 and self.out_features > 0, self._choose(rows))
         if len(self._plans) < PLANS:
             self._plans[x.shape] = plan
         return plan

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
+import re
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping
@@ -13,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .artefact_shapes import ShapeReader, shape_text, symbols
+from .artefact_shapes import ShapeReader, encode_fake, symbols
 from .artefact_values import decode, encode
 from .errors import ArtefactError
 from .program import InputSpec, Region, TensorSpec, get_tensor, set_tensor
@@ -31,6 +33,8 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 FUNCTION_NAMES = {id(function): name for name, function in FUNCTIONS.items()}
 # Classes of inputs and outputs that may be imported on the word of a file. Any other class must have been imported by the user.
 IMPORTABLE = ("builtins", "collections", "transformers")
+TENSOR_NAME = re.compile(r"[\w.:-]+")
+META = ("path", "module", "by", "site")  # besides "val", what of a node's metadata is saved
 DEFAULT_FACTORIES: Mapping[str, Any] = {"list": list, "dict": dict, "set": set, "int": int, "float": float, "str": str, "None": None}
 
 
@@ -125,16 +129,27 @@ def _encode_node(node: fx.Node, kernel_key: Callable[[fx.Node], Any]) -> dict[st
         record["args"] = [encode(value) for value in node.args]
     if node.kwargs:
         record["kwargs"] = {name: encode(value) for name, value in node.kwargs.items()}
-    meta: dict[str, Any] = {key: value for key, value in node.meta.items() if isinstance(key, str) and isinstance(value, (str, int, float, bool))}
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor):
-        meta |= {"shape": shape_text(value), "dtype": encode(value.dtype)}
+    meta: dict[str, Any] = {key: node.meta[key] for key in META if isinstance(node.meta.get(key), str)}
+    if "val" in node.meta:
+        meta["val"] = encode_fake(node.meta["val"])
     kernel = kernel_key(node)
+    _check_names(record)
     return record | ({"meta": meta} if meta else {}) | ({"kernel": kernel} if kernel is not None else {})
+
+
+def _check_names(record: Mapping[str, Any]) -> None:
+    """Graphs are turned into Python text: every name that goes into it must be a plain name."""
+    names = [record["name"], *record.get("kwargs", {}), *([record["target"]] if record["op"] == "placeholder" else [])]
+    wrong = [name for name in names if not (isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name))]
+    if record["op"] == "get_attr" and not TENSOR_NAME.fullmatch(str(record["target"])):
+        wrong.append(record["target"])
+    if wrong:
+        raise ArtefactError(f"not a name: {wrong[0]!r}", where="graph.json", hint="names are made of letters, digits and _ only")
 
 
 def _decode_node(record: Mapping[str, Any], graph: fx.Graph, nodes: dict[str, fx.Node], shapes: ShapeReader) -> fx.Node:
     op, name = record["op"], record["name"]
+    _check_names(record)
     args = tuple(decode(value, nodes) for value in record.get("args", ()))
     kwargs = {key: decode(value, nodes) for key, value in record.get("kwargs", {}).items()}
     node: fx.Node
@@ -147,11 +162,10 @@ def _decode_node(record: Mapping[str, Any], graph: fx.Graph, nodes: dict[str, fx
     else:
         raise ArtefactError(f"a node that no artefact may hold: {op}", where="graph.json", hint="the file was not written by sparsify_compiler")
     node.name = name
-    meta = dict(record.get("meta", {}))
-    shape, dtype = meta.pop("shape", None), meta.pop("dtype", None)
-    if shape is not None and dtype is not None:
-        node.meta["val"] = shapes.empty(shape, decode(dtype))
-    node.meta |= meta
+    meta = record.get("meta", {})
+    node.meta |= {key: str(meta[key]) for key in META if key in meta}
+    if "val" in meta:
+        node.meta["val"] = shapes.decode(meta["val"])
     nodes[name] = node
     return node
 
@@ -167,6 +181,7 @@ def _encode_spec(spec: InputSpec) -> dict[str, Any]:
         "inputs": encode_tree(spec.in_spec),
         "outputs": encode_tree(spec.out_spec),
         "ranges": {name: list(bounds) for name, bounds in spec.ranges.items()},
+        "defaults": {name: encode(value) for name, value in spec.defaults.items()},
     }
 
 
@@ -175,7 +190,9 @@ def _decode_spec(data: Mapping[str, Any]) -> InputSpec:
         TensorSpec(tuple(leaf["tensor"][0]), decode(leaf["tensor"][1])) if "tensor" in leaf else decode(leaf["constant"]) for leaf in data["leaves"]
     )
     ranges = {name: (bounds[0], bounds[1]) for name, bounds in data["ranges"].items()}
-    return InputSpec(tuple(data["names"]), leaves, tuple(data["parameters"]), decode_tree(data["inputs"]), decode_tree(data["outputs"]), ranges)
+    defaults = {name: decode(value) for name, value in data["defaults"].items()}
+    trees = decode_tree(data["inputs"]), decode_tree(data["outputs"])
+    return InputSpec(tuple(data["names"]), leaves, tuple(data["parameters"]), *trees, ranges, defaults)
 
 
 def encode_tree(spec: pytree.TreeSpec) -> Any:

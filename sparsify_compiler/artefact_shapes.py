@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from .artefact_values import decode, encode
 from .errors import ArtefactError
 
 
@@ -16,8 +18,7 @@ def symbols(graph: fx.Graph) -> dict[str, int]:
     """Every symbol in the shapes of a graph, and the size that it had in the example inputs."""
     found: dict[str, int] = {}
     for node in graph.nodes:
-        value = node.meta.get("val")
-        for size in _sizes(value):
+        for size in _sizes(node.meta.get("val")):
             if isinstance(size, torch.SymInt):
                 for symbol in size.node.expr.free_symbols:
                     hint = size.node.shape_env.backed_var_to_val.get(symbol)
@@ -25,13 +26,24 @@ def symbols(graph: fx.Graph) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+def encode_fake(value: Any) -> Any:
+    """A node's fake value as JSON: {"tensor": [shape, dtype]}, {"size": formula} or a list of these; null for anything else."""
+    if isinstance(value, Tensor):
+        return {"tensor": [[_size_text(size) for size in value.shape], encode(value.dtype)]}
+    if isinstance(value, (int, torch.SymInt)):
+        return {"size": _size_text(value)}
+    return [encode_fake(item) for item in value] if isinstance(value, (list, tuple)) else None
+
+
+def _size_text(size: Any) -> int | str:
+    """A number, or for a size that is a symbol or made of some its formula."""
+    return size if type(size) is int else str(size)
+
+
 def _sizes(value: Any) -> tuple[Any, ...]:
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def shape_text(value: Tensor) -> list[int | str]:
-    """A shape as JSON: sizes that are symbols or made of them as text."""
-    return [size if isinstance(size, int) else str(size) for size in value.shape]
+    if isinstance(value, (list, tuple)):
+        return tuple(size for item in value for size in _sizes(item))
+    return tuple(value.shape) if isinstance(value, Tensor) else (value,)
 
 
 class ShapeReader:
@@ -43,10 +55,20 @@ class ShapeReader:
         self._env: Any = None
         self._mode: Any = None
 
-    def empty(self, shape: list[int | str], dtype: torch.dtype) -> Tensor:
-        """A tensor without data of that shape. Raises ArtefactError for a size that is no formula."""
+    def decode(self, data: Any) -> Any:
+        """What encode_fake wrote. Raises ArtefactError for a size that is no formula."""
+        if isinstance(data, list):
+            return [self.decode(item) for item in data]
+        if not isinstance(data, dict):
+            return None
+        if "tensor" in data:
+            return self._empty(data["tensor"][0], decode(data["tensor"][1]))
         self._start()
-        with self._mode:
+        return data["size"] if isinstance(data["size"], int) else self._size(data["size"])
+
+    def _empty(self, shape: list[int | str], dtype: torch.dtype) -> Tensor:
+        self._start()
+        with self._mode, self._env.suppress_guards() if self._env is not None else nullcontext():
             return torch.empty([size if isinstance(size, int) else self._size(size) for size in shape], dtype=dtype)
 
     def _start(self) -> None:
@@ -84,11 +106,14 @@ class ShapeReader:
     def _symbol(self, name: str) -> Any:
         if name not in self._symbols:
             import sympy
+            from torch.fx.experimental.symbolic_shapes import ValueRangesSLoc
             from torch.utils._sympy.value_ranges import ValueRanges
 
             symbol = self._symbols[name] = sympy.Symbol(name, integer=True, positive=True)
             self._env.backed_var_to_val[symbol] = sympy.Integer(self._hints[name])
-            self._env.var_to_range[symbol] = ValueRanges(1, 1 << 40)
+            self._env.var_to_range[symbol] = ValueRanges(2, 1 << 40)
+            here = self._env._get_sloc("loaded from an artefact")
+            self._env.var_to_range_sloc[symbol] = ValueRangesSLoc(here, here)
             self._env.var_to_sources[symbol] = []
         return self._symbols[name]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .artefact_tensors import TensorSource, TensorStore
 from .call import clone_structure
-from .capture_regions import _dig_holes
+from .capture_regions import dig_holes
 from .errors import ArtefactError, InputError
 from .program import Program, Region, set_tensor
 
@@ -40,7 +40,7 @@ def restore_skeleton(data: Mapping[str, Any], regions: Mapping[str, Region], sou
             fresh.get_submodule(path)
         except AttributeError:
             raise _differs(data, f"it has no module {path!r}") from None
-    _dig_holes(fresh, dict(regions))
+    dig_holes(fresh, dict(regions))
     _put_tensors(fresh, data, source)
     return fresh.eval()
 

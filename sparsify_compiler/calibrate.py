@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 def calibrate(program: Program, batches: Iterable[Inputs], needs: Mapping[str, frozenset[str]], *, max_bytes: int = MAX_BYTES,
               cache: Path | bool | None = True, progress: Progress = lambda what, done, total: None,
               warn: Callable[[str], object] = lambda text: None) -> Calibration:
-    """Statistics of the inputs of sites, over all batches.
+    """Statistics of the inputs of sites, over all batches. Padded tokens count like all others (see statistic.py).
 
     batches    tuples of positional or dicts of named arguments, like example_inputs. Walked once a run, in order; an iterator that can be
                walked only once is drawn into memory

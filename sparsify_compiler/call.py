@@ -71,8 +71,8 @@ class Flattener:
         return leaves
 
     def _complete(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """The named arguments with captured constants filled in; None for an argument that the example did not have is dropped."""
-        result = {key: value for key, value in named.items() if key in self._named or value is not None}
+        """The named arguments with captured constants filled in; an argument that the example left out may be None or its default."""
+        result = {key: value for key, value in named.items() if key in self._named or not self._is_default(key, value)}
         for key in result:
             if key not in self._named:
                 known = f"captured with {', '.join(self._keys)}; {nearest(key, self._keys)}" if self._keys else ""
@@ -88,6 +88,10 @@ class Flattener:
             result[key] = pytree.tree_unflatten(list(here), child)
         return result
 
+    def _is_default(self, key: str, value: Any) -> bool:
+        """Does this argument, which the example left out, have the value that it then had?"""
+        return value is None or (key in self.spec.defaults and type(value) is type(self.spec.defaults[key]) and value == self.spec.defaults[key])
+
     def _positional_leaves(self) -> int:
         leaves: int = self.spec.in_spec.children()[0].num_leaves
         return leaves
@@ -98,7 +102,8 @@ class Flattener:
             if isinstance(leaf, TensorSpec):
                 self._check_tensor(name, leaf, value, sizes)
             elif isinstance(value, Tensor) or type(value) is not type(leaf) or value != leaf:
-                raise InputError(f"is {_show(value)}, but was captured with {leaf!r}", where=name, hint="capture again with that value in example_inputs")
+                raise InputError(f"is {_show(value)}, but was captured with {leaf!r}", where=name,
+                                 hint="capture again with that value in example_inputs")
 
     def _check_tensor(self, name: str, spec: TensorSpec, value: Any, sizes: dict[str, tuple[int, str]]) -> None:
         if not isinstance(value, Tensor):

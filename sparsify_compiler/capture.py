@@ -10,7 +10,7 @@ from torch import nn
 from .call import instantiate
 from .capture_calls import foreign_result
 from .capture_check import check_model
-from .capture_graph import NotExportable, export_region
+from .capture_graph import NotExportableError, export_region
 from .capture_inputs import ExampleCall, read_call
 from .capture_regions import capture_regions
 from .capture_verify import allow_ones, compare, run
@@ -35,9 +35,9 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Any = None, progress
     progress("capture", 0, 1)
     try:
         if reason := foreign_result(expected):
-            raise NotExportable(reason)
+            raise NotExportableError(reason)
         program = _whole(model, call)
-    except NotExportable as problem:
+    except NotExportableError as problem:
         program = capture_regions(model, call, problem.reason, progress)
     compare(instantiate(program), call, expected)
     progress("capture", 1, 1)

@@ -58,11 +58,12 @@ def record(model: nn.Module, call: ExampleCall) -> dict[str, Record]:
         try:
             with _hooks(model, more, sizes):
                 _run(model, other)
-        except Exception as problem:  # the model's own code may raise anything
+        except Exception as problem:  # noqa: BLE001  the model's own code may raise anything
             problems.append(f"{type(problem).__name__}: {problem} with sizes {sizes}")
             continue
         return _merged(records, more)
-    raise InputError(f"the model fails when its dynamic dimensions change: {problems[0]}", where="dynamic", hint="leave out the dimension that must stay fixed")
+    raise InputError(f"the model fails when its dynamic dimensions change: {problems[0]}", where="dynamic",
+                     hint="leave out the dimension that must stay fixed")
 
 
 def _kind(leaf: Any) -> Any:
@@ -142,7 +143,8 @@ def learned_call(module: nn.Module, found: Record) -> ExampleCall | str:
         return "it is called with different arguments at different places"
     columns = list(zip(*found.leaves, strict=True))
     names = found.names[0]
-    leaves, axes = [], []
+    leaves: list[Any] = []
+    axes: list[dict[int, str]] = []
     dims: dict[tuple[int, ...], str] = {}
     for name, column in zip(names, columns, strict=True):
         first = column[0]

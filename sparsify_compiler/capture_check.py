@@ -40,7 +40,8 @@ def _check_types(tensors: list[tuple[str, Tensor]]) -> None:
         if tensor.is_meta:
             raise ModelError("this weight is on the meta device: it has no values", where=name, hint="load the weights first")
         if tensor.is_quantized or tensor.layout is not torch.strided:
-            raise ModelError(f"this weight is quantised or not a dense tensor ({tensor.layout})", where=name, hint="give the dense floating-point model")
+            raise ModelError(f"this weight is quantised or not a dense tensor ({tensor.layout})", where=name,
+                             hint="give the dense floating-point model")
         if isinstance(tensor, nn.Parameter) and tensor.dtype not in SUPPORTED:
             raise ModelError(f"this weight has dtype {tensor.dtype}", where=name,
                              hint=f"supported: {', '.join(str(d).removeprefix('torch.') for d in SUPPORTED)}")
@@ -60,8 +61,12 @@ def _check_devices(tensors: list[tuple[str, Tensor]]) -> None:
 
 
 def _check_finite(tensors: list[tuple[str, Tensor]]) -> None:
-    # A sum is not finite if any element is not; only then is it worth looking closer, since large weights may also overflow it.
-    bad = [name for name, t in tensors if isinstance(t, nn.Parameter) and not bool(t.detach().sum(dtype=torch.float32).isfinite()) and not bool(t.isfinite().all())]
+    bad = [name for name, tensor in tensors if isinstance(tensor, nn.Parameter) and not _finite(tensor.detach())]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise ModelError(f"these weights hold NaN or infinity: {', '.join(bad[:3])}{more}", where=bad[0], hint="repair or reload the model")
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A sum is not finite if any element is not; only then is it worth looking closer, since large weights may also overflow it.
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

@@ -18,13 +18,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from .capture_inputs import ExampleCall
 from .errors import InputError
-from .normal_form_edit import NotFunctional
+from .normal_form_edit import NotFunctionalError
 from .normal_form_inplace import functionalise
 from .program import InputSpec, Region, TensorSpec, set_tensor
 
 
 @dataclass
-class NotExportable(Exception):
+class NotExportableError(Exception):
     """Why a module could not be captured as one graph, in one sentence."""
 
     reason: str
@@ -36,12 +36,12 @@ class NotExportable(Exception):
 def export_region(module: nn.Module, call: ExampleCall, path: str) -> tuple[Region, dict[str, str]]:
     """Capture `module`, which stands at `path` in the model, as one graph (not yet in normal form).
 
-    Returns the Region and its tied parameters: other name -> the name that the graph uses. Raises NotExportable, and InputError where the
+    Returns the Region and its tied parameters: other name -> the name that the graph uses. Raises NotExportableError, and InputError where the
     model fixes a dimension that the call declares dynamic.
     """
     for name, leaf in zip(call.names, call.leaves, strict=True):
         if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
-            raise NotExportable(f"its argument {name!r} is a {type(leaf).__name__}, which is no tensor or plain value")
+            raise NotExportableError(f"its argument {name!r} is a {type(leaf).__name__}, which is no tensor or plain value")
     sizes = call.sizes()
     enlarged = call.resized({name: 2 for name, size in sizes.items() if size < 2})
     exported = _export(module, enlarged)
@@ -50,7 +50,7 @@ def export_region(module: nn.Module, call: ExampleCall, path: str) -> tuple[Regi
     graph_module = _build(module, exported, call, path, aliases)
     try:
         functionalise(graph_module.graph)
-    except NotFunctional:  # views of what is written: export's own functionalisation knows them, and then names effects on buffers
+    except NotFunctionalError:  # views of what is written: export's own functionalisation knows them, and then names effects on buffers
         with _quiet():
             exported = exported.run_decompositions({})
         _refuse_effects(exported)
@@ -61,7 +61,7 @@ def export_region(module: nn.Module, call: ExampleCall, path: str) -> tuple[Regi
 
 def _export(module: nn.Module, call: ExampleCall) -> ExportedProgram:
     args, kwargs = call.arguments()
-    shapes = ShapesCollection()
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for leaf, axes in zip(call.leaves, call.axes, strict=True):
         if axes:
             shapes[leaf] = dict.fromkeys(axes, Dim.DYNAMIC)
@@ -70,7 +70,7 @@ def _export(module: nn.Module, call: ExampleCall) -> ExportedProgram:
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes if any(call.axes) else None, strict=False)
     except Exception as problem:  # torch.export raises whatever the traced code or its own checks raise
         _refuse_fixed_dimension(problem, call)
-        raise NotExportable(_sentence(problem)) from problem
+        raise NotExportableError(_sentence(problem)) from problem
 
 
 @contextlib.contextmanager
@@ -88,14 +88,18 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+# How torch.export says that a dimension declared dynamic has one size only.
+_SPECIALISED = re.compile(r"L\['(\w+)'\](?:\[[^\]]*\])*\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a constant \((\d+)\)")
+
+
 def _refuse_fixed_dimension(problem: Exception, call: ExampleCall) -> None:
     """Raise InputError when export says that a dynamic dimension of the call is fixed by the model."""
     text = str(problem)
-    for argument, axis, size in re.findall(r"L\['(\w+)'\](?:\[[^\]]*\])*\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a constant \((\d+)\)", text):
+    for argument, axis, size in _SPECIALISED.findall(text):
         for name, axes in zip(call.names, call.axes, strict=True):
             if int(axis) in axes and (name == argument or name.startswith(argument)):
-                raise InputError(f"dimension {axis} ({axes[int(axis)]!r}) is declared dynamic, but the model only works with size {size}: it mixes it "
-                                 f"with a tensor or a number of that fixed size", where=name, hint="leave it out of dynamic") from problem
+                raise InputError(f"dimension {axis} ({axes[int(axis)]!r}) is declared dynamic, but the model fixes it to {size}: it meets a tensor "
+                                 f"or a number of that size, or is looped over", where=name, hint="leave it out of dynamic") from problem
 
 
 def _sentence(problem: Exception) -> str:
@@ -119,20 +123,20 @@ _EFFECTS = {OutputKind.BUFFER_MUTATION: "writes to its buffer", OutputKind.USER_
 def _refuse_effects(exported: ExportedProgram) -> None:
     for spec in exported.graph_signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
-            raise NotExportable(f"it {_EFFECTS.get(spec.kind, f'has an effect of kind {spec.kind.name}')} {spec.target or ''}".rstrip())
+            raise NotExportableError(f"it {_EFFECTS.get(spec.kind, f'has an effect of kind {spec.kind.name}')} {spec.target or ''}".rstrip())
     for spec in exported.graph_signature.input_specs:
         if spec.kind in (InputKind.CUSTOM_OBJ, InputKind.TOKEN):
-            raise NotExportable(f"it uses an object that is no tensor: {spec.target or spec.kind.name}")
+            raise NotExportableError(f"it uses an object that is no tensor: {spec.target or spec.kind.name}")
     for node in exported.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise NotExportable(f"it uses the higher-order operator {node.target}")
+            raise NotExportableError(f"it uses the higher-order operator {node.target}")
 
 
 def _refuse_writes(graph: fx.Graph) -> None:
     try:
         functionalise(graph)
-    except NotFunctional as problem:
-        raise NotExportable(str(problem)) from problem
+    except NotFunctionalError as problem:
+        raise NotExportableError(str(problem)) from problem
 
 
 def _tied(module: nn.Module) -> dict[str, str]:
@@ -163,13 +167,14 @@ def _build(module: nn.Module, exported: ExportedProgram, call: ExampleCall, path
                     memo[node] = graph.placeholder(re.sub(r"\W", "_", name))
                     memo[node].meta = {"val": node.meta["val"], "by": "capture", "path": path}
                 elif node.users:
-                    raise NotExportable(f"the constant argument {name!r} is used as a value in the graph")
+                    raise NotExportableError(f"the constant argument {name!r} is used as a value in the graph")
                 continue
             target = _attribute_name(str(spec.target), own, aliases)
             if target not in attributes:
                 set_tensor(root, target, own[target] if target in own else _constant(exported, str(spec.target)))
                 attributes[target] = graph.get_attr(target)
-                attributes[target].meta = {"val": node.meta["val"], "by": "capture", "path": _join(path, target.rpartition(".")[0]) if target in own else path}
+                owner = target.rpartition(".")[0] if target in own else ""
+                attributes[target].meta = {"val": node.meta["val"], "by": "capture", "path": _join(path, owner)}
             memo[node] = attributes[target]
         else:
             memo[node] = graph.node_copy(node, lambda n: memo[n])
@@ -180,9 +185,9 @@ def _build(module: nn.Module, exported: ExportedProgram, call: ExampleCall, path
 
 def _inputs_first(graph: fx.Graph) -> None:
     """Placeholders before the get_attr nodes, as fx wants them."""
-    first = next(iter(graph.nodes))
+    first = next(node for node in graph.nodes if node.op != "placeholder")
     for node in list(graph.nodes):
-        if node.op == "placeholder" and node is not first:
+        if node.op == "placeholder":
             first.prepend(node)
 
 
@@ -195,7 +200,7 @@ def _attribute_name(name: str, own: Mapping[str, Tensor], aliases: Mapping[str, 
 def _constant(exported: ExportedProgram, name: str) -> Tensor:
     value = exported.state_dict.get(name, exported.constants.get(name))
     if not isinstance(value, Tensor):
-        raise NotExportable(f"it uses the object {name}, which is no tensor")
+        raise NotExportableError(f"it uses the object {name}, which is no tensor")
     return value.detach()
 
 
@@ -215,7 +220,9 @@ def _join(path: str, inner: str) -> str:
 
 def _input_spec(exported: ExportedProgram, graph_module: fx.GraphModule, call: ExampleCall) -> InputSpec:
     placeholders = iter([node for node in graph_module.graph.nodes if node.op == "placeholder"])
-    names, leaves, ranges = [], [], {}
+    names: list[str] = []
+    leaves: list[Any] = []
+    ranges: dict[str, tuple[int, int | None]] = {}
     for name, leaf, axes in zip(call.names, call.leaves, call.axes, strict=True):
         if not isinstance(leaf, Tensor):
             names.append(name)
@@ -231,7 +238,7 @@ def _input_spec(exported: ExportedProgram, graph_module: fx.GraphModule, call: E
             ranges[dim] = (max(low, known[0]), high if known[1] is None else known[1] if high is None else min(high, known[1]))
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
-    return InputSpec(tuple(names), tuple(leaves), call.parameters, call.structure, out_spec, ranges)
+    return InputSpec(tuple(names), tuple(leaves), call.parameters, call.structure, out_spec, ranges, call.defaults)
 
 
 def _range(exported: ExportedProgram, size: Any) -> tuple[int, int | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class ExampleCall:
     axes        for each leaf its dynamic dimensions
     structure   tree of (args, kwargs); all that has a parameter name is in kwargs, in the order of the signature
     parameters  names that positional arguments bind to; empty where forward() takes *args
+    defaults    plain defaults of the parameters that this call leaves out
     """
 
     leaves: tuple[Any, ...]
@@ -34,6 +35,7 @@ class ExampleCall:
     axes: tuple[Axes, ...]
     structure: pytree.TreeSpec
     parameters: tuple[str, ...]
+    defaults: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) to call the model with."""
@@ -78,7 +80,8 @@ def read_call(model: nn.Module, example_inputs: Any, dynamic: Any) -> ExampleCal
     tops = tuple(str(path[1].key) if path[0].idx == 1 else f"{path[1].idx}" for path, _ in paths)  # type: ignore[attr-defined]
     parameters = tuple(p.name for p in signature if p.kind is p.POSITIONAL_OR_KEYWORD) if by_position else ()
     axes = _dynamic_axes(dynamic, tops, names, leaves, parameters)
-    call = ExampleCall(leaves, names, axes, structure, parameters)
+    defaults = {p.name: p.default for p in signature if p.name not in kwargs and isinstance(p.default, bool | int | float | str)}
+    call = ExampleCall(leaves, names, axes, structure, parameters, defaults)
     _same_sizes(call)
     return call
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .call import CapturedModule, Hole, clone_structure
 from .capture_calls import Record, learned_call, record
-from .capture_graph import NotExportable, export_region
+from .capture_graph import NotExportableError, export_region
 from .capture_inputs import ExampleCall
 from .capture_reuse import build_of, reuse
 from .capture_verify import agree, allow_ones
@@ -18,8 +18,8 @@ from .normal_form import normalise
 from .normal_form_edit import aten
 from .program import LeftOut, Program, Region, prune_unused
 
-_PRODUCTS = {aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.matmul, aten.bmm, aten.mm, aten.addmm, aten.baddbmm, aten.einsum, aten._grouped_mm,
-             aten.scaled_dot_product_attention, aten.conv_transpose1d, aten.conv_transpose2d, aten.lstm, aten.gru}
+_PRODUCTS = {aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d, aten.conv_transpose2d, aten.matmul, aten.bmm, aten.mm,
+             aten.addmm, aten.baddbmm, aten.einsum, aten._grouped_mm, aten.scaled_dot_product_attention, aten.lstm, aten.gru}
 
 
 @dataclass
@@ -51,7 +51,7 @@ def capture_regions(model: nn.Module, call: ExampleCall, reason: str, progress: 
     if not search.regions:
         inside = "; ".join(f"{part.path}: {part.reason}" for part in search.left_out[1:4])
         raise CaptureError(f"no part of the model could be captured. The whole: {reason}. {inside}".rstrip())
-    _dig_holes(skeleton, search.regions)
+    dig_holes(skeleton, search.regions)
     tied = _tied_names(model, search)
     return Program(search.regions, skeleton=skeleton, left_out=tuple(search.left_out), aliases=tied)
 
@@ -102,31 +102,32 @@ def _try(search: _Search, path: str, module: nn.Module) -> str | None:
             return None
     try:
         region = _captured(path, module, call)
-    except (NotExportable, InputError) as problem:
+    except (NotExportableError, InputError) as problem:
         return str(getattr(problem, "what", problem))
     search.builds[build] = search.regions[path] = region
     return None
 
 
 def _captured(path: str, module: nn.Module, call: ExampleCall) -> Region:
-    """One submodule as a region. Raises NotExportable, and InputError where it fixes a dimension that varies."""
+    """One submodule as a region. Raises NotExportableError, and InputError where it fixes a dimension that varies."""
     region, _ = export_region(module, call, path)
     normalise(region.module)
     prune_unused(region)
     if not any(getattr(node.target, "overloadpacket", None) in _PRODUCTS for node in region.graph.nodes):
-        raise NotExportable("it holds no matrix product")
+        raise NotExportableError("it holds no matrix product")
     if not agree(CapturedModule(region), module, call):
-        raise NotExportable("its graph does not reproduce it: it keeps state between calls or draws random numbers")
+        raise NotExportableError("its graph does not reproduce it: it keeps state between calls or draws random numbers")
     allow_ones(region, module, call)
     return region
 
 
-def _dig_holes(skeleton: nn.Module, regions: dict[str, Region]) -> None:
+def dig_holes(skeleton: nn.Module, regions: dict[str, Region]) -> None:
     """Put a Hole for each region, wherever the module tree refers to its module."""
     holes = {}
     for path in regions:
         module = skeleton.get_submodule(path)
-        holes[id(module)] = Hole({k: v for k, v in vars(module).items() if not k.startswith("_") and not isinstance(v, Tensor)}, path, type(module).__name__)
+        attributes = {k: v for k, v in vars(module).items() if not k.startswith("_") and not isinstance(v, Tensor)}
+        holes[id(module)] = Hole(attributes, path, type(module).__name__)
     for module in list(skeleton.modules()):
         for name, child in module._modules.items():
             if id(child) in holes:

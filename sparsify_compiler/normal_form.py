@@ -27,7 +27,7 @@ _NAMING: tuple[Rewrite, ...] = (name_norm, name_activation, name_attention)
 
 
 def normalise(graph_module: fx.GraphModule) -> None:
-    """Bring a graph into normal form, in place. Idempotent. Raises NotFunctional where it writes to a tensor that has other names."""
+    """Bring a graph into normal form, in place. Idempotent. Raises NotFunctionalError where it writes to a tensor that has other names."""
     graph = graph_module.graph
     for node in list(graph.nodes):
         to_aten(node)

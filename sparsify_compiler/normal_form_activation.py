@@ -21,7 +21,7 @@ def name_activation(node: fx.Node) -> bool:
         return False
     a, b = node.kwargs["self"], node.kwargs["other"]
     for x, y in ((a, b), (b, a)):
-        if is_call(y, aten.sigmoid.default) and isinstance(x, fx.Node) and y.kwargs["self"] is x:  # type: ignore[union-attr]
+        if is_call(y, aten.sigmoid.default) and isinstance(x, fx.Node) and y.kwargs["self"] is x:
             return _use(node, aten.silu.default, self=x)
     number, factors = _factors(node)
     if not math.isclose(number, 0.5, rel_tol=1e-6) or len(factors) != 2:

@@ -38,13 +38,13 @@ def name_attention(node: fx.Node) -> bool:
     if not is_call(node, *_MATMULS):
         return False
     probabilities, v = node.kwargs["self"], _second(node)
-    if not is_call(probabilities, aten.softmax.int) or only_user(probabilities) is None or not isinstance(v, fx.Node):  # type: ignore[arg-type]
+    if not is_call(probabilities, aten.softmax.int) or only_user(probabilities) is None or not isinstance(v, fx.Node):
         return False
-    dim, dims = probabilities.kwargs["dim"], rank(probabilities)  # type: ignore[union-attr]
-    before, after = value(probabilities.kwargs["self"]), value(probabilities)  # type: ignore[union-attr]
+    dim, dims = probabilities.kwargs["dim"], rank(probabilities)
+    before, after = value(probabilities.kwargs["self"]), value(probabilities)
     if dims is None or dim not in (-1, dims - 1) or before is None or after is None or before.dtype != after.dtype:
         return False
-    scores = _scores(probabilities.kwargs["self"])  # type: ignore[union-attr]
+    scores = _scores(probabilities.kwargs["self"])
     if scores is None or not _fits(scores, v, dims):
         return False
     replace_node(node, _attention(node, _scale_of_query(scores), v, after.dtype))
@@ -135,9 +135,10 @@ def _attention(node: fx.Node, scores: _Scores, v: fx.Node, dtype: torch.dtype) -
 def _key(node: fx.Node, transposed: fx.Node) -> fx.Node:
     dims = rank(transposed) or 0
     if is_call(transposed, aten.transpose.int):
-        swapped = {transposed.kwargs["dim0"] % dims, transposed.kwargs["dim1"] % dims}  # type: ignore[operator]
+        swapped = {transposed.kwargs["dim0"] % dims, transposed.kwargs["dim1"] % dims}
         if swapped == {dims - 1, dims - 2}:
-            return transposed.kwargs["self"]  # type: ignore[return-value]
+            source: fx.Node = transposed.kwargs["self"]
+            return source
     return insert(node, aten.transpose.int, self=transposed, dim0=-1, dim1=-2)
 
 

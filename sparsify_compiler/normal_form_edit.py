@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -11,7 +11,20 @@ aten = torch.ops.aten
 Overload = torch._ops.OpOverload
 
 
-class NotFunctional(Exception):
+if TYPE_CHECKING:
+
+    class Call(fx.Node):
+        """A call_function node, whose arguments the checker may take for anything: the schema knows their types."""
+
+        target: Any
+        args: Any
+        kwargs: Any
+
+else:
+    Call = fx.Node
+
+
+class NotFunctionalError(Exception):
     """A graph writes into a tensor in a way that cannot be undone locally."""
 
 
@@ -45,7 +58,7 @@ def same_shape(a: tuple[Any, ...] | None, b: tuple[Any, ...] | None) -> bool:
     return a is not None and b is not None and len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
-def is_call(node: Any, *targets: Any) -> bool:
+def is_call(node: Any, *targets: Any) -> TypeGuard[Call]:
     """Whether a node calls one of these overloads."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import operator
+from typing import TypeGuard
 
 import torch
 from torch import fx
 
-from .normal_form_edit import NotFunctional, Overload, aten, infer, insert, value
+from .normal_form_edit import Call, NotFunctionalError, Overload, aten, infer, insert, value
 
 
-def mutates(node: fx.Node) -> bool:
+def mutates(node: fx.Node) -> TypeGuard[Call]:
     """Whether a call writes into one of its arguments."""
     return node.op == "call_function" and isinstance(node.target, Overload) and node.target._schema.is_mutable
 
 
 def functionalise(graph: fx.Graph) -> bool:
-    """Replace every in-place call. True when the graph changed. Raises NotFunctional, leaving a graph that is still correct."""
+    """Replace every in-place call. True when the graph changed. Raises NotFunctionalError, leaving a graph that is still correct."""
     changed = False
     for node in list(graph.nodes):
         if mutates(node):
@@ -25,19 +26,20 @@ def functionalise(graph: fx.Graph) -> bool:
     return changed
 
 
-def _functional(graph: fx.Graph, node: fx.Node) -> None:
-    written = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]  # type: ignore[union-attr]
+def _functional(graph: fx.Graph, node: Call) -> None:
+    written = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     target = _functional_overload(node.target)
-    first = node.target._schema.arguments[0].name  # type: ignore[union-attr]
+    first = node.target._schema.arguments[0].name
     victim = node.args[0] if node.args else node.kwargs.get(first)
     if target is None or written != [first] or not isinstance(victim, fx.Node):
-        raise NotFunctional(f"it uses {node.target}, which writes in place")
+        raise NotFunctionalError(f"it uses {node.target}, which writes in place")
     order = {n: i for i, n in enumerate(graph.nodes)}
     for other in _same_storage(victim, node):
         if other.op in ("placeholder", "get_attr"):
-            raise NotFunctional(f"it writes to {'its input' if other.op == 'placeholder' else 'its parameter or buffer'} {other.target} in place")
+            whose = "its input" if other.op == "placeholder" else "its parameter or buffer"
+            raise NotFunctionalError(f"it writes to {whose} {other.target} in place")
         if other is not victim and any(order[user] >= order[node] for user in other.users):
-            raise NotFunctional("it writes to a tensor that it later reads under another name")
+            raise NotFunctionalError("it writes to a tensor that it later reads under another name")
     named = {a.name: v for a, v in zip(target._schema.arguments, node.args, strict=False)} | dict(node.kwargs)
     fake = infer(target, named)
     new = insert(node, target, fake, **named)

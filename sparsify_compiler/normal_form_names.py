@@ -11,7 +11,8 @@ from .normal_form_edit import Overload
 
 # Arguments that choose an implementation, never a value, at the setting that means nothing: dropped like a default.
 _MEANINGLESS: dict[str, tuple[Any, ...]] = {
-    "cudnn_enable": (True, False), "pin_memory": (None, False), "non_blocking": (True, False), "layout": (None, torch.strided), "implicit": (True, False),
+    "cudnn_enable": (True, False), "pin_memory": (None, False), "non_blocking": (True, False), "layout": (None, torch.strided),
+    "implicit": (True, False),
 }
 
 
@@ -57,7 +58,7 @@ def _same(value: Any, default: Any) -> bool:
         return list(value) == list(default)
     if isinstance(value, torch.memory_format):
         return value is torch.contiguous_format and default == 0
-    return type(value) is type(default) and value == default or (_number(value) and _number(default) and value == default)
+    return (type(value) is type(default) and value == default) or (_number(value) and _number(default) and value == default)
 
 
 def _number(value: Any) -> bool:

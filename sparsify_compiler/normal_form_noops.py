@@ -86,7 +86,7 @@ def _same_type(node: fx.Node, source: fx.Node) -> bool:
 
 def _plain_cast(node: fx.Node) -> bool:
     """Every cast that only changes the dtype is aten.to.dtype."""
-    if node.target not in _CASTS or node.target is aten.to.dtype and set(node.kwargs) == {"self", "dtype"}:
+    if node.target not in _CASTS or (node.target is aten.to.dtype and set(node.kwargs) == {"self", "dtype"}):
         return False
     before, after = value(node.kwargs.get("self")), value(node)
     if before is None or after is None or before.device != after.device:

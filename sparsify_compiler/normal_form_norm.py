@@ -65,7 +65,7 @@ def _products(node: fx.Node) -> list[tuple[Any, tuple[fx.Node] | None]]:
     """(factor, (what is under the root of the other factor,)) for x * rsqrt(s), x * (1 / sqrt(s)) and x / sqrt(s)."""
     a, b = node.kwargs["self"], node.kwargs["other"]
     if is_call(node, aten.div.Tensor):
-        return [(a, (b.kwargs["self"],) if is_call(b, aten.sqrt.default) else None)]  # type: ignore[union-attr]
+        return [(a, (b.kwargs["self"],) if is_call(b, aten.sqrt.default) else None)]
     return [(a, _inverse_root(b)), (b, _inverse_root(a))]
 
 
@@ -91,7 +91,7 @@ def _is_mean_square(node: fx.Node, x: fx.Node) -> bool:
         return False
     if is_call(square, aten.pow.Tensor_Scalar):
         return square.kwargs["self"] is x and square.kwargs["exponent"] == 2
-    return is_call(square, aten.square.default) and square.kwargs["self"] is x or (
+    return (is_call(square, aten.square.default) and square.kwargs["self"] is x) or (
         is_call(square, aten.mul.Tensor) and square.kwargs["self"] is x and square.kwargs["other"] is x)
 
 
@@ -120,4 +120,4 @@ def _affine(node: fx.Node, target: Any) -> tuple[fx.Node, fx.Node | None]:
     known, own = value(vector), value(node)
     if known is None or own is None or known.dim() != 1 or known.dtype != own.dtype or not same_shape(tuple(known.shape), tuple(own.shape[-1:])):
         return node, None
-    return (user, vector) if from_parameters(vector) else (node, None)  # type: ignore[return-value]
+    return (user, vector) if from_parameters(vector) else (node, None)

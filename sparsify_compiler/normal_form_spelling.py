@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from .normal_form_edit import Overload, argument, aten, from_parameters, insert, is_call, rank, replace, same_shape, shape, value
+from .normal_form_edit import Call, Overload, argument, aten, from_parameters, insert, is_call, rank, replace, same_shape, shape, value
 
 _RENAMED: dict[Overload, tuple[Overload, dict[str, str]]] = {
     aten.view.default: (aten.reshape.default, {"size": "shape"}),
@@ -30,14 +30,13 @@ def respell(node: fx.Node) -> bool:
     """Bring one call with named arguments to its one spelling. True when it changed."""
     if node.op != "call_function":
         return False
-    return _rename(node) or _matrix_transpose(node) or _softmax(node) or _matmul(node) or _addmm(node) or _linear_over_leading(node) or _convolution(node)
+    return any(rewrite(node) for rewrite in (_rename, _matrix_transpose, _softmax, _matmul, _addmm, _linear_over_leading, _convolution))
 
 
 def _rename(node: fx.Node) -> bool:
-    target = _RENAMED.get(node.target)  # type: ignore[call-overload]
-    if target is None or (node.target is aten.numpy_T.default and rank(node.kwargs["self"]) not in (None, 2)):
+    if not is_call(node, *_RENAMED) or (is_call(node, aten.numpy_T.default) and rank(node.kwargs["self"]) not in (None, 2)):
         return False
-    overload, names = target
+    overload, names = _RENAMED[node.target]
     replace(node, insert(node, overload, node.meta.get("val"), **{names.get(k, k): v for k, v in node.kwargs.items()}))
     return True
 
@@ -47,7 +46,7 @@ def _matrix_transpose(node: fx.Node) -> bool:
     if not is_call(node, aten.transpose.int, aten.permute.default) or rank(node) != 2:
         return False
     dims = node.kwargs.get("dims") or [node.kwargs["dim0"], node.kwargs["dim1"]]
-    if [d % 2 for d in dims] == [0, 1] and is_call(node, aten.permute.default) or {d % 2 for d in dims} != {0, 1}:
+    if ([d % 2 for d in dims] == [0, 1] and is_call(node, aten.permute.default)) or {d % 2 for d in dims} != {0, 1}:
         return False
     replace(node, insert(node, aten.t.default, node.meta["val"], self=node.kwargs["self"]))
     return True
@@ -106,20 +105,21 @@ def _linear_over_leading(node: fx.Node) -> bool:
     linear = node.kwargs["self"]
     if not is_call(linear, aten.linear.default):
         return False
-    flat = linear.kwargs["input"]  # type: ignore[union-attr]
+    flat = linear.kwargs["input"]
     if not is_call(flat, aten.reshape.default) or rank(flat) != 2:
         return False
-    x = flat.kwargs["self"]  # type: ignore[union-attr]
+    x = flat.kwargs["self"]
     before, after, wide = shape(x), shape(node), shape(linear)
     if before is None or after is None or wide is None or not same_shape(before[:-1], after[:-1]):
         return False
     if not same_shape(before[-1:], (shape(flat) or ())[-1:]) or not same_shape(after[-1:], wide[-1:]):
         return False
-    replace(node, insert(node, aten.linear.default, node.meta["val"], **{**linear.kwargs, "input": x}))  # type: ignore[union-attr]
+    replace(node, insert(node, aten.linear.default, node.meta["val"], **{**linear.kwargs, "input": x}))
     return True
 
 
 _CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+_DIMS = {overload: dims for dims, overload in _CONVOLUTIONS.items()}
 _PADDED = {aten.conv1d.padding: 1, aten.conv2d.padding: 2, aten.conv3d.padding: 3}
 
 
@@ -131,7 +131,7 @@ def _convolution(node: fx.Node) -> bool:
         return _full_lists(node)
     if not is_call(node, aten.convolution.default, aten._convolution.default) or node.kwargs["transposed"]:
         return False
-    dims = len(node.kwargs["stride"])  # type: ignore[arg-type]
+    dims = len(node.kwargs["stride"])
     known = rank(node.kwargs["weight"])
     dims = known - 2 if known is not None else dims
     if dims not in _CONVOLUTIONS:
@@ -141,8 +141,8 @@ def _convolution(node: fx.Node) -> bool:
     return True
 
 
-def _padding_word(node: fx.Node) -> bool:
-    dims, word = _PADDED[node.target], argument(node, "padding")  # type: ignore[index]
+def _padding_word(node: Call) -> bool:
+    dims, word = _PADDED[node.target], argument(node, "padding")
     kernel = (shape(node.kwargs["weight"]) or ())[2:]
     dilation = _spread(argument(node, "dilation"), dims)
     if word == "same":
@@ -156,11 +156,12 @@ def _padding_word(node: fx.Node) -> bool:
     return True
 
 
-def _full_lists(node: fx.Node) -> bool:
+def _full_lists(node: Call) -> bool:
     """stride=[2] means [2, 2]."""
-    dims = {v: k for k, v in _CONVOLUTIONS.items()}[node.target]  # type: ignore[index]
-    full = {k: _spread(v, dims) if k in ("stride", "padding", "dilation") else v for k, v in node.kwargs.items()}
-    changed = any(list(full[k]) != v for k, v in node.kwargs.items() if k in ("stride", "padding", "dilation"))
+    dims = _DIMS[node.target]
+    lists = [k for k in ("stride", "padding", "dilation") if k in node.kwargs and not isinstance(node.kwargs[k], fx.Node)]  # a pattern may bind one
+    full = {k: _spread(v, dims) if k in lists else v for k, v in node.kwargs.items()}
+    changed = any(list(full[k]) != node.kwargs[k] for k in lists)
     if changed:
         node.kwargs = full
     return changed

@@ -112,10 +112,11 @@ def _attribute(node: fx.Node) -> bool:
 def _index(node: fx.Node) -> bool:
     """x.shape[i] → sym_size; x[i], x[:, None] and slices → select, unsqueeze, slice. A part of a tuple stays getitem."""
     x, index = node.args
+    current: Any
     if isinstance(x, fx.Node) and x.target is builtins.getattr and x.args[1] == "shape" and isinstance(index, int):
         return _become(node, aten.sym_size.int, {"self": x.args[0], "dim": index})
     several = is_call(x, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.topk.default)
-    parts = index if isinstance(index, tuple) else (index,)
+    parts: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
     if several or (isinstance(index, int) and isinstance(x, fx.Node) and _gives_several(x)) or any(not _plain_index(p) for p in parts):
         return False
     dim, current = 0, x
@@ -136,7 +137,7 @@ def _index(node: fx.Node) -> bool:
 
 
 def _plain_index(part: Any) -> bool:
-    return part is None or isinstance(part, (int, slice)) and not isinstance(part, bool)
+    return part is None or (isinstance(part, (int, slice)) and not isinstance(part, bool))
 
 
 def _gives_several(node: fx.Node) -> bool:

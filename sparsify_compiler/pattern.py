@@ -1,27 +1,28 @@
-"""Patterns: a function of tensors, traced once; matched against a graph from its output down, with the nearest miss kept.
+"""Patterns: a function of tensors, traced once and brought to normal form by the code that captured graphs go through.
 
 A pattern calls torch.nn.functional, torch.* and operators on its arguments. An argument stands for any node, parameter or constant (a stride,
 an eps, a missing bias: None); used twice, it must be the same value twice. What the pattern does not write must have its default in the graph.
+It is matched from its output down, and the nearest miss is kept.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
-from torch._ops import OpOverload, OpOverloadPacket
+from torch import fx, nn
+from torch._ops import OpOverload
 
 from .errors import SparsifyError
+from .normal_form import normalise
 
 COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum", "logical_and", "logical_or"})
 # Arguments without effect on the value in eval mode, which a pattern never needs to write.
 WITHOUT_EFFECT: Mapping[str, frozenset[str]] = {"batch_norm": frozenset({"momentum", "cudnn_enabled"})}
-_OPERATORS: Mapping[Any, str] = {operator.truediv: "div", operator.floordiv: "floor_divide", operator.getitem: "getitem"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Variable:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """An op of the pattern. `positional` follows the schema's order; `named` are names of the schema or of the Python function."""
+    """An op of the pattern, in normal form: `named` by the schema's names; only Python's getitem has positional arguments."""
 
     op: str
     positional: tuple[Any, ...]
@@ -94,19 +95,29 @@ class Binding:
 Goal = tuple[Any, Any, str, fx.Node]  # pattern value, graph value, argument's name, the node that holds it
 
 
-def trace(function: Callable[..., Any]) -> Pattern:
-    """The pattern that a function of tensors writes down. Raises SparsifyError where it uses what is no op, or returns no call."""
-    graph = fx.Graph()
+def trace(function: Callable[..., Any], params: Iterable[str] = ()) -> Pattern:
+    """The pattern that a function of tensors writes down, in normal form; `params` names arguments that are parameters.
+
+    Raises SparsifyError where it uses what is no op, or returns no call.
+    """
+    graph, root = fx.Graph(), nn.Module()
     tracer = fx.proxy.GraphAppendingTracer(graph)
     names = tuple(inspect.signature(function).parameters)
-    result = function(*(fx.Proxy(graph.placeholder(name), tracer) for name in names))
-    if not isinstance(result, fx.Proxy) or result.node.op == "placeholder":
+    for name in params:
+        root.register_parameter(name, nn.Parameter(torch.empty(0)))
+    made = [graph.get_attr(name) if name in root._parameters else graph.placeholder(name) for name in names]
+    result = function(*(fx.Proxy(node, tracer) for node in made))
+    if not isinstance(result, fx.Proxy) or result.node in made:
         raise SparsifyError("a pattern returns the value of one op", where=function.__qualname__)
-    made: dict[fx.Node, Any] = {}
+    graph.output(result.node)
+    normalise(fx.GraphModule(root, graph))
+    values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
-        made[node] = Variable(node.target) if node.op == "placeholder" else _call(node, made, function.__qualname__)
-    needed = _reachable(made[result.node])
-    return Pattern(names, tuple(call for call in made.values() if isinstance(call, Call) and call in needed))
+        values[node] = Variable(str(node.target)) if node.op in ("placeholder", "get_attr") else _call(node, values, function.__qualname__)
+    calls = tuple(call for call in values.values() if isinstance(call, Call))
+    if not calls:
+        raise SparsifyError("a pattern returns the value of one op", where=function.__qualname__)
+    return Pattern(names, calls)
 
 
 def find(pattern: Pattern, node: fx.Node, search: Search) -> Iterator[Binding]:
@@ -175,17 +186,18 @@ def _solve_call(call: Call, found: Any, holder: fx.Node, rest: tuple[Goal, ...],
 
 def _arguments(call: Call, node: fx.Node, search: Search, depth: int) -> dict[str, Any] | None:
     """What the pattern writes, by the names of the node's own schema; None where the node has more, or other, arguments."""
-    schema = {a.name: a for a in node.target._schema.arguments} if isinstance(node.target, OpOverload) else {}
-    if not schema:
+    if not isinstance(node.target, OpOverload):
         return {str(i): value for i, value in enumerate(call.positional)} if len(call.positional) == len(node.args) else None
-    written = dict(zip(schema, call.positional, strict=False))
-    for name, value in call.named.items():
-        name = "self" if name == "input" and name not in schema else name
-        if name in schema and name not in WITHOUT_EFFECT.get(call.op, ()):
-            written[name] = value
-    for name, argument in schema.items():
-        if name in written or name in WITHOUT_EFFECT.get(call.op, ()) or name not in node.kwargs:
+    schema = {a.name: a for a in node.target._schema.arguments}
+    silent = WITHOUT_EFFECT.get(call.op, frozenset())
+    written = {name: value for name, value in call.named.items() if name not in silent}
+    if not written.keys() <= schema.keys():
+        search.miss(depth, node.name, f"another form of {call.op}", str(node.target))
+        return None
+    for name in node.kwargs:
+        if name in written or name in silent:
             continue
+        argument = schema[name]
         if not argument.has_default_value() or not same(_plain(node.kwargs[name], argument), _plain(argument.default_value, argument)):
             search.miss(depth, node.name, f"the default {name}", _spell(node.kwargs[name]))
             return None
@@ -212,44 +224,17 @@ def _plain(value: Any, argument: Any) -> Any:
     return (value,) * length if length and isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _call(node: fx.Node, made: Mapping[fx.Node, Any], where: str) -> Call:
+def _call(node: fx.Node, made: Mapping[fx.Node, Any], where: str) -> Any:
     def known(value: Any) -> Any:
         if isinstance(value, fx.Node):
             return made[value]
         return tuple(known(item) for item in value) if isinstance(value, list | tuple) else value
 
-    name = _name(node, where)
-    positional, named = tuple(known(a) for a in node.args), {k: known(v) for k, v in node.kwargs.items()}
-    try:
-        signature = inspect.signature(node.target) if inspect.isfunction(node.target) else None
-    except ValueError:
-        signature = None
-    if signature is not None:
-        bound = signature.bind(*positional, **named)
-        bound.apply_defaults()
-        positional, named = (), dict(bound.arguments)
-    return Call(name, positional, named)
-
-
-def _name(node: fx.Node, where: str) -> str:
-    target = node.target
-    if node.op == "call_method":
-        name = str(target)
-    elif isinstance(target, OpOverload | OpOverloadPacket):
-        name = (target.overloadpacket if isinstance(target, OpOverload) else target).__name__
-    else:
-        name = _OPERATORS.get(target, getattr(target, "__name__", str(target)).strip("_"))
-    if name != "getitem" and not hasattr(torch.ops.aten, name):
-        raise SparsifyError(f"{name!r} is not an op of aten", where=f"pattern {where}")
-    return name
-
-
-def _reachable(call: Any) -> set[Any]:
-    if isinstance(call, tuple):
-        return {found for item in call for found in _reachable(item)}
-    if not isinstance(call, Call):
-        return set()
-    return {call} | {found for value in [*call.positional, *call.named.values()] for found in _reachable(value)}
+    if node.op == "output":
+        return None
+    if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
+        raise SparsifyError(f"{getattr(node.target, '__name__', node.target)!r} is not an op of aten", where=f"pattern {where}")
+    return Call(op_name(node), tuple(known(a) for a in node.args), {k: known(v) for k, v in node.kwargs.items()})
 
 
 def _spell(value: Any) -> str:

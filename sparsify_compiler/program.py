@@ -47,14 +47,16 @@ class InputSpec:
     in_spec    tree of (args, kwargs) as given in the example: all that has a parameter name is in kwargs
     out_spec   tree of the outputs
     ranges     dynamic dimension name -> (smallest, largest or None)
+    defaults   defaults of forward()'s parameters that the example left out: a call may spell them, with that value
     """
 
     names: tuple[str, ...]
-    leaves: tuple[TensorSpec | None | bool | int | float | str, ...]
+    leaves: tuple[TensorSpec | bool | int | float | str | None, ...]
     parameters: tuple[str, ...]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     ranges: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    defaults: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call with every positional argument that has a parameter name turned into a keyword argument.

@@ -12,22 +12,18 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import fx
 
 from .errors import SparsifyError
-from .fakes import fake_of, mode_of
-from .fold import constants, erase_dead, is_constant, plan, store
-from .normal_form import normalise
+from .fold import constants, is_constant
 from .passes_api import Context, Miss, Pass
 from .pattern import Binding, Near, Pattern, Search, find, op_name, trace
 from .program import Program, Region, get_tensor
+from .splice import rewrite
 
 
 class Rule:
@@ -138,7 +134,7 @@ class RulePass(Pass):
         raise NotImplementedError
 
     def run(self, program: Program, ctx: Context) -> Program:
-        rules = [(rule, [trace(p) for p in rule.patterns()]) for rule in self.rules()]
+        rules = [(rule, [trace(p, rule.params) for p in rule.patterns()]) for rule in self.rules()]
         for region in program.regions.values():
             for miss in rewrite_region(region, rules, ctx, self.name(), self.about).misses():
                 ctx.miss(miss.why, region.qualified(miss.at) if miss.at else region.path)
@@ -180,7 +176,7 @@ def _apply(rule: Rule, patterns: Sequence[Pattern], region: Region, node: fx.Nod
     search = Search()
     refused: list[Miss] = []
     for match in _matches(patterns, region, node, search):
-        why = _others(match) or _params(rule, match) or rule.check(match) or _rewrite(rule, match, ctx, by)
+        why = _others(match) or _params(rule, match) or rule.check(match) or rewrite(rule, match, ctx, by)
         if why is None:
             tried.fired += 1
             tried.refused.pop(node.name, None)
@@ -215,82 +211,3 @@ def _params(rule: Rule, match: Match) -> Miss | None:
         if node is not None and not is_constant(node):
             return Miss(f"{name} must be a parameter, it is {op_name(node)} ({node.name})")
     return None
-
-
-def _rewrite(rule: Rule, match: Match, ctx: Context, by: str) -> Miss | None:
-    """Trace the formula, splice it before the matched output, fold, and let it take over. A Miss when that would dissolve a mask."""
-    region, output = match.region, match.output
-    created, result = _splice(_formula(rule, match), match, by)
-    folds = plan(region, created, result)
-    if isinstance(folds, Miss):
-        erase_dead(reversed(created))
-        return folds
-    ctx.spend()
-    if isinstance(result, fx.Node):
-        output.replace_all_uses_with(result)
-    for item in folds:
-        store(region, item, by)
-    erase_dead([*reversed(match.nodes), *reversed(created)])
-    return None
-
-
-@dataclass(frozen=True)
-class Formula:
-    """A rewrite in normal form, and the node that each of its placeholders stands for."""
-
-    module: fx.GraphModule
-    inputs: tuple[fx.Node, ...]
-
-
-def _formula(rule: Rule, match: Match) -> Formula:
-    wanted = inspect.signature(rule.rewrite).parameters
-    bound: Mapping[str, Any] = match.binding.variables
-    fixed = {name: bound.get(name) for name in wanted if not isinstance(bound.get(name), fx.Node)}
-    nodes = {name: node for name in wanted if isinstance(node := bound.get(name), fx.Node)}
-    mode = mode_of(match.region)
-    fakes = [fake_of(match.region, node, mode) for node in nodes.values()]
-
-    def formula(*values: Any) -> Any:
-        return rule.rewrite(**fixed, **dict(zip(nodes, values, strict=True)))
-
-    try:
-        with torch.inference_mode(False), torch.no_grad(), mode:
-            module = make_fx(formula, pre_dispatch=True)(*fakes)
-    except SparsifyError:
-        raise
-    except Exception as error:
-        raise SparsifyError(f"the rewrite of {type(rule).__name__} failed with {type(error).__name__}: {error}", where=f"node {match.output.name}",
-                            hint=", ".join(f"{k}: {_shape(v)}" for k, v in zip(nodes, fakes, strict=True))) from error
-    normalise(module)
-    return Formula(module, tuple(nodes.values()))
-
-
-def _splice(formula: Formula, match: Match, by: str) -> tuple[list[fx.Node], fx.Node]:
-    """Copy the formula's nodes into the region. Returns the new nodes and the one that holds the result."""
-    graph, old_output = match.region.graph, match.output
-    sources = iter(formula.inputs)
-    new: dict[fx.Node, fx.Node] = {}
-    result: Any = None
-    with graph.inserting_before(old_output):
-        for node in formula.module.graph.nodes:
-            if node.op == "placeholder":
-                new[node] = next(sources)
-            elif node.op == "output":
-                result = new.get(node.args[0])
-            elif node.op == "call_function":
-                new[node] = graph.node_copy(node, new.__getitem__)
-                place = match.source(op_name(node))
-                new[node].meta = {k: place.meta[k] for k in ("path", "module") if k in place.meta} | {"by": by, "val": node.meta.get("val")}
-            else:
-                raise SparsifyError(f"a rewrite has a tensor of its own ({node.target})", where=f"node {old_output.name}",
-                                    hint="make constants with torch.zeros, ones, full or eye")
-    if not isinstance(result, fx.Node):
-        raise SparsifyError("a rewrite returns one tensor", where=f"node {old_output.name}")
-    before, after = old_output.meta["val"], result.meta.get("val")
-    if _shape(before) != _shape(after):
-        raise SparsifyError(f"a rewrite must keep shape and dtype: {_shape(before)} became {_shape(after)}", where=f"node {old_output.name}")
-    return [node for node in new.values() if node.meta.get("by") == by and node not in formula.inputs], result
-
-
-def _shape(value: Any) -> str:
-    return f"{value.dtype} [{', '.join(map(str, value.shape))}]" if isinstance(value, Tensor) else repr(value)

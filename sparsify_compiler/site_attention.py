@@ -14,6 +14,7 @@ from .site_graph import NORMS, View, backwards, common_path, features, forwards,
 # What may stand between a projection and the attention: layout, rotary positions, a scale, a norm of q and k.
 _BETWEEN = frozenset({aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.cat.default, aten.stack.default,
                       aten.view_as_complex.default, aten.view_as_real.default}) | NORMS
+_RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _COMPARISONS = (aten.le.Tensor, aten.lt.Tensor, aten.ge.Tensor, aten.gt.Tensor)
 
 
@@ -81,5 +82,5 @@ def _compares_positions(node: fx.Node) -> bool:
         return True
     if not is_call(node, *_COMPARISONS):
         return False
-    return all(backwards(side, lambda n: is_call(n, aten.arange.default, aten.arange.start, aten.arange.start_step), lambda n: n.op == "call_function")
+    return all(backwards(side, lambda n: is_call(n, *_RANGES), lambda n: n.op == "call_function")
                for side in (node.kwargs["self"], node.kwargs["other"]) if isinstance(side, fx.Node))

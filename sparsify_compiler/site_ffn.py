@@ -48,9 +48,9 @@ def _ffn(node: object, linears: set[fx.Node]) -> _Ffn | None:
     plain = _activated(node, linears)
     if plain is not None:
         return _Ffn(plain[0], plain[1])
-    if not is_call(node, aten.mul.Tensor) or only_user(node) is None:  # type: ignore[arg-type]
+    if not is_call(node, aten.mul.Tensor) or only_user(node) is None:
         return None
-    a, b = node.kwargs["self"], node.kwargs["other"]  # type: ignore[union-attr]
+    a, b = node.kwargs["self"], node.kwargs["other"]
     for one, other in ((a, b), (b, a)):
         gate = _activated(one, linears)
         up = _projected(other, linears)
@@ -61,8 +61,8 @@ def _ffn(node: object, linears: set[fx.Node]) -> _Ffn | None:
 
 def _activated(node: object, linears: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
     """(linear, activation) when a node is an activation of a linear; a square after it (ReLU²) belongs to it."""
-    if is_call(node, aten.pow.Tensor_Scalar, aten.square.default) and only_user(node) is not None:  # type: ignore[arg-type]
-        node = node.kwargs["self"]  # type: ignore[union-attr]
+    if is_call(node, aten.pow.Tensor_Scalar, aten.square.default) and only_user(node) is not None:
+        node = node.kwargs["self"]
     if not isinstance(node, fx.Node) or not is_call(node, *ACTIVATIONS) or only_user(node) is None:
         return None
     linear = _projected(node.kwargs["self"], linears)
@@ -77,5 +77,5 @@ def _projected(node: object, linears: set[fx.Node]) -> fx.Node | None:
         split = node.args[0]
         if not is_call(split, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
             return None
-        node = split.kwargs["self"]  # type: ignore[union-attr]
+        node = split.kwargs["self"]
     return node if isinstance(node, fx.Node) and node in linears and only_user(node) is not None else None

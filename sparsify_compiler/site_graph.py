@@ -15,8 +15,9 @@ from .program import Region
 CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default, aten.instance_norm.default})
 ACTIVATIONS = frozenset({
-    aten.relu.default, aten.gelu.default, aten.silu.default, aten.hardtanh.default, aten.hardswish.default, aten.hardsigmoid.default, aten.leaky_relu.default,
-    aten.elu.default, aten.selu.default, aten.celu.default, aten.mish.default, aten.softplus.default, aten.sigmoid.default, aten.tanh.default,
+    aten.relu.default, aten.gelu.default, aten.silu.default, aten.hardtanh.default, aten.hardswish.default, aten.hardsigmoid.default,
+    aten.leaky_relu.default, aten.elu.default, aten.selu.default, aten.celu.default, aten.mish.default, aten.softplus.default,
+    aten.sigmoid.default, aten.tanh.default,
     aten.relu6.default, aten.prelu.default,
 })
 # Calls that only rearrange, pick or convert elements.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from .normal_form_edit import aten, is_call, shape
+from .normal_form_edit import argument, aten, is_call, shape
 from .program import Site
 from .site_graph import View, backwards, features, is_layout, path_of
 
@@ -18,7 +18,7 @@ def find_moes(view: View) -> Iterator[tuple[fx.Node, Site]]:
     """Roles input, router (the linear that scores the experts), output. Facts: experts, top_k, and hidden where the experts are stacked."""
     linears = set(view.linears)
     for topk in view.calls(aten.topk.default):
-        routers = backwards(topk.kwargs["self"], linears.__contains__, lambda n: is_layout(n) or is_call(n, *_SCORES))  # type: ignore[arg-type]
+        routers = backwards(argument(topk, "self"), linears.__contains__, lambda n: is_layout(n) or is_call(n, *_SCORES))
         chosen = topk.kwargs["k"]
         if not routers or not isinstance(chosen, int) or not 1 <= chosen < features(routers[0])[1]:
             continue

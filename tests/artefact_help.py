@@ -26,7 +26,10 @@ class Structured(nn.Module):
 
     def forward(self, batch: dict[str, torch.Tensor], scale: float | None = None) -> dict[str, Any]:
         hidden = self.norm(torch.relu(self.up(batch["x"])))
-        return {"out": self.down(hidden) * (1.0 if scale is None else scale), "more": (hidden.masked_fill(hidden < 0, float("-inf")), hidden.shape[0])}
+        return {
+            "out": self.down(hidden) * (1.0 if scale is None else scale),
+            "more": (hidden.masked_fill(hidden < 0, float("-inf")), hidden.shape[0]),
+        }
 
 
 def structured() -> tuple[CompiledModel, dict[str, Any]]:
@@ -34,6 +37,29 @@ def structured() -> tuple[CompiledModel, dict[str, Any]]:
     torch.manual_seed(0)
     program = capture(Structured().eval(), {"batch": {"x": torch.randn(3, 8)}, "scale": 0.5}, {"batch": {0: "rows"}})
     return CompiledModel(program), {"batch": {"x": torch.randn(5, 8)}, "scale": 0.5}
+
+
+class Attention(nn.Module):
+    """Two dynamic dimensions, views and products of them: what an encoder's graph is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.out = nn.Embedding(16, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        batch, length = ids.shape
+        q, k, v = self.mix(self.embed(ids)).view(batch, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        heads = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :].bool())
+        return self.out(heads.transpose(1, 2).reshape(batch, length, 8))
+
+
+def attention() -> tuple[CompiledModel, dict[str, Any]]:
+    """A small encoder with two dynamic dimensions, and a call of other sizes."""
+    torch.manual_seed(0)
+    names = {0: "batch", 1: "seq"}
+    example = {"ids": torch.randint(0, 16, (2, 128)), "mask": torch.ones(2, 128, dtype=torch.long)}
+    program = capture(Attention().eval(), example, {"ids": names, "mask": names})
+    return CompiledModel(program), {"ids": torch.randint(0, 16, (3, 7)), "mask": torch.ones(3, 7, dtype=torch.long)}
 
 
 def small() -> CompiledModel:

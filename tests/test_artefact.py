@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from artefact_help import attention, edit_graph, edit_manifest, reseal, small, structured
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -33,9 +34,7 @@ from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.storage import read_safetensors, write_safetensors
 from sparsify_compiler.target import host
 
-from artefact_help import edit_graph, edit_manifest, reseal, small, structured
-
-Point = collections.namedtuple("Point", ["left", "right"])  # noqa: PYI024
+Point = collections.namedtuple("Point", ["left", "right"])
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,9 @@ def lowered() -> CompiledModel:
     model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).eval()
     x = torch.randn(16, 64)
     ctx = Context(target=host(), example_inputs=(x,), kernels=runtime, density=0.2)
-    program = Pipeline.parse("mask_weights(structure='16x1') | pack() | lower(margin=-1000.0)").run(capture(model, (x,), {"input": {0: "batch"}}), ctx)
+    program = Pipeline.parse("mask_weights(structure='16x1') | pack() | lower(margin=-1000.0)").run(
+        capture(model, (x,), {"input": {0: "batch"}}), ctx
+    )
     return CompiledModel(program, host())
 
 
@@ -71,6 +72,16 @@ def test_structure_shapes_and_numbers_come_back(tmp_path: Path) -> None:
     torch.testing.assert_close(after["more"][0], before["more"][0], rtol=0, atol=0)
     with pytest.raises(InputError):
         loaded(batch={"x": torch.randn(5, 9)}, scale=0.5)
+
+
+def test_two_dynamic_dimensions_come_back(tmp_path: Path) -> None:
+    compiled, call = attention()
+    compiled.save(tmp_path / "model")
+    loaded = artefact.load(tmp_path / "model")
+    assert loaded.program.text() == compiled.program.text()
+    torch.testing.assert_close(loaded(**call), compiled(**call), rtol=0, atol=0)
+    before, after = ([str(node.meta.get("val")) for _, node in c.program.nodes()] for c in (compiled, loaded))
+    assert [text for text in after if "Fake" not in text] == [text for text in before if "Fake" not in text]
 
 
 def test_saving_again_gives_the_same_files(tmp_path: Path) -> None:
@@ -202,10 +213,19 @@ def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 # --- values, trees, tensors ---------------------------------------------------------------------------------------------------------------
 
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(
-    [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.channels_last, torch.strided, torch.device("cpu"), torch.device("cuda:1"), 2 + 3j]
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(
+        [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.channels_last, torch.strided, torch.device("cpu"), torch.device("cuda:1"), 2 + 3j]
+    )
 )
-VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | st.integers(), inner), max_leaves=12)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | st.integers(), inner), max_leaves=12
+)
 
 
 @given(VALUES)
@@ -220,7 +240,9 @@ def test_special_floats_come_back() -> None:
     assert decode(encode(slice(1, None, 2))) == slice(1, None, 2)
 
 
-@pytest.mark.parametrize("value", [{"dtype": "Tensor"}, {"dtype": "load"}, {"node": "missing"}, {"unknown": 1}, {"dtype": "float32", "x": 1}, {"float": "1"}])
+@pytest.mark.parametrize(
+    "value", [{"dtype": "Tensor"}, {"dtype": "load"}, {"node": "missing"}, {"unknown": 1}, {"dtype": "float32", "x": 1}, {"float": "1"}]
+)
 def test_values_that_nobody_wrote_are_refused(value: Any) -> None:
     with pytest.raises(ArtefactError):
         decode(value, {})
@@ -231,10 +253,18 @@ def test_an_object_cannot_be_saved() -> None:
         encode(object())
 
 
-@pytest.mark.parametrize("tree", [
-    (1, {"a": [2, None], "b": ()}), collections.OrderedDict(x=1, y=(2,)), Point(1, [2]), collections.deque([1, 2], maxlen=3), {1: 2},
-    collections.defaultdict(list, a=1), {},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tree",
+    [
+        (1, {"a": [2, None], "b": ()}),
+        collections.OrderedDict(x=1, y=(2,)),
+        Point(1, [2]),
+        collections.deque([1, 2], maxlen=3),
+        {1: 2},
+        collections.defaultdict(list, a=1),
+        {},
+    ],
+)
 def test_trees_come_back(tree: Any) -> None:
     leaves, spec = pytree.tree_flatten(tree)
     again = pytree.tree_unflatten(leaves, decode_tree(json.loads(json.dumps(encode_tree(spec)))))
@@ -271,11 +301,16 @@ def test_a_class_that_is_not_there_is_named() -> None:
         decode_tree(spec)
 
 
-@pytest.mark.parametrize("data", [
-    {"type": "collections:namedtuple", "context": "subprocess:Popen", "children": []}, {"type": "builtins:eval", "context": None, "children": []},
-    {"type": "subprocess:Popen", "context": None, "children": []}, {"type": "antigravity:x", "context": None, "children": []},
-    {"type": "builtins:object", "context": None, "children": []},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"type": "collections:namedtuple", "context": "subprocess:Popen", "children": []},
+        {"type": "builtins:eval", "context": None, "children": []},
+        {"type": "subprocess:Popen", "context": None, "children": []},
+        {"type": "antigravity:x", "context": None, "children": []},
+        {"type": "builtins:object", "context": None, "children": []},
+    ],
+)
 def test_trees_that_nobody_wrote_are_refused(data: Any) -> None:
     with pytest.raises(ArtefactError):
         decode_tree(data)
@@ -290,10 +325,30 @@ def _stored(tmp_path: Path, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: source.get(record) for name, record in records.items()}
 
 
-@pytest.mark.parametrize("dtype", [
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.uint16,
-    torch.uint32, torch.uint64, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu,
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+        torch.complex64,
+        torch.complex128,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.float8_e8m0fnu,
+    ],
+    ids=str,
+)
 def test_every_dtype_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
     tensor = torch.arange(48, dtype=torch.uint8).view(dtype) if dtype is not torch.bool else torch.tensor([True, False])
     got = _stored(tmp_path, it=tensor, scalar=tensor[:1].reshape(()))
@@ -381,8 +436,21 @@ def test_what_is_no_artefact_is_refused(tmp_path: Path, what: str) -> None:
         artefact.load(place)
 
 
-FORGED = ["os.system", "builtins.eval", "aten.from_file.default", "aten.add_.Tensor", "aten.resize_.default", "aten.nothing.default", "sparsify.nothing.default",
-          "prims.add.default", "aten.__class__.default", "operator.attrgetter", "torch.load", "aten.linear", "sparsify.linear_bsr.default.__globals__"]  # fmt: skip
+FORGED = [
+    "os.system",
+    "builtins.eval",
+    "aten.from_file.default",
+    "aten.add_.Tensor",
+    "aten.resize_.default",
+    "aten.nothing.default",
+    "sparsify.nothing.default",
+    "prims.add.default",
+    "aten.__class__.default",
+    "operator.attrgetter",
+    "torch.load",
+    "aten.linear",
+    "sparsify.linear_bsr.default.__globals__",
+]
 
 
 @pytest.mark.parametrize("target", FORGED)
@@ -397,22 +465,56 @@ def test_no_other_call_can_be_named(saved: Path, target: str) -> None:
         find_op(target)
 
 
-@pytest.mark.parametrize("edit", [
-    lambda region: region["nodes"][0].update(op="call_module", target="0"),
-    lambda region: region["nodes"][0]["meta"].update(shape=["__import__('os').getcwd()", 1]),
-    lambda region: region["nodes"][0]["meta"].update(shape=["s0.__class__", 1]),
-    lambda region: region["nodes"].pop(0),
-    lambda region: region.pop("spec"),
-    lambda region: region["tensors"].popitem(),
-    lambda region: next(iter(region["tensors"].values())).update(shape=[1]),
-    lambda region: next(iter(region["tensors"].values())).update(key="missing"),
-    lambda region: region["spec"].update(outputs={"type": "os:DirEntry", "context": None, "children": []}),
-    lambda region: region["nodes"].append("text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda region: region["nodes"][0].update(op="call_module", target="0"),
+        lambda region: region["nodes"][0]["meta"]["val"].update(tensor=[["__import__('os').getcwd()", 1], {"dtype": "float32"}]),
+        lambda region: region["nodes"][0]["meta"].update(val={"size": "s0.__class__"}),
+        lambda region: region["nodes"].pop(0),
+        lambda region: region.pop("spec"),
+        lambda region: region["tensors"].popitem(),
+        lambda region: next(iter(region["tensors"].values())).update(shape=[1]),
+        lambda region: next(iter(region["tensors"].values())).update(key="missing"),
+        lambda region: region["spec"].update(outputs={"type": "os:DirEntry", "context": None, "children": []}),
+        lambda region: region["nodes"].append("text"),
+    ],
+)
 def test_a_graph_that_nobody_wrote_is_refused(saved: Path, edit: Any) -> None:
     edit_graph(saved, lambda graph: edit(graph["regions"][0]))
     with pytest.raises(ArtefactError):
         artefact.load(saved)
+
+
+CODE = "open('/tmp/sparsify_was_here', 'w')"
+
+
+@pytest.mark.parametrize("place", ["node", "argument", "input", "tensor", "keyword"])
+def test_no_code_can_hide_in_a_name(saved: Path, place: str) -> None:
+    """Graphs become Python text, in fx and in our own executor."""
+
+    def forge(graph: dict[str, Any]) -> None:
+        nodes = graph["regions"][0]["nodes"]
+        call, tensor = next(n for n in nodes if n["op"] == "call_function"), next(n for n in nodes if n["op"] == "get_attr")
+        match place:
+            case "node":
+                call["name"] = f"x = {CODE}; y"
+            case "argument":
+                call["kwargs"][f"x={CODE}, y"] = call["kwargs"].pop("x")
+            case "input":
+                nodes[0]["target"] = f"x={CODE}"
+            case "tensor":
+                name = f'0", {CODE}, "'
+                graph["regions"][0]["tensors"][name] = graph["regions"][0]["tensors"].pop(tensor["target"])
+                tensor["target"] = name
+            case "keyword":
+                call["name"] = "for"
+
+    Path("/tmp/sparsify_was_here").unlink(missing_ok=True)
+    edit_graph(saved, forge)
+    with pytest.raises(ArtefactError, match="not a name"):
+        artefact.load(saved)
+    assert not Path("/tmp/sparsify_was_here").exists()
 
 
 def test_columns_out_of_range_are_refused(saved: Path) -> None:

@@ -52,8 +52,25 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that `sparsify compile` wrote, with both reports."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "my_model.py").write_text(MODEL)
-    status = main(["compile", f"{folder}/my_model.py:make", "--recipe", "mask_weights(structure='16x1')", "--density", "0.2", "--dynamic", "input.0=batch",
-                   "--out", f"{folder}/out", "--html", f"{folder}/r.html", "--json", f"{folder}/r.json", "--quiet"])  # fmt: skip
+    status = main(
+        [
+            "compile",
+            f"{folder}/my_model.py:make",
+            "--recipe",
+            "mask_weights(structure='16x1')",
+            "--density",
+            "0.2",
+            "--dynamic",
+            "input.0=batch",
+            "--out",
+            f"{folder}/out",
+            "--html",
+            f"{folder}/r.html",
+            "--json",
+            f"{folder}/r.json",
+            "--quiet",
+        ]
+    )
     assert status == 0
     return folder
 
@@ -161,7 +178,9 @@ def test_wrong_use_ends_in_a_short_message(arguments: list[str], says: str, caps
         main([*arguments, "--traceback"])
 
 
-@pytest.mark.parametrize("arguments", [["nope"], ["compile"], ["compile", "m", "--nope"], ["compile", "m", "--density", "x"], ["bench", "d", "--rounds", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["nope"], ["compile"], ["compile", "m", "--nope"], ["compile", "m", "--density", "x"], ["bench", "d", "--rounds", "0"]]
+)
 def test_wrong_options_end_in_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert "sparsify" in capsys.readouterr().err
@@ -178,7 +197,9 @@ def test_options_are_read() -> None:
 
 def test_it_runs_as_a_program() -> None:
     """A fresh process; nothing heavy is imported for --help beyond the package itself."""
-    code = ("import sys; from sparsify_compiler.cli import main; status = main(['--help']); "
-            "print(status, [m for m in ('tvm', 'transformers', 'matplotlib', 'scipy') if m in sys.modules])")  # fmt: skip
+    code = (
+        "import sys; from sparsify_compiler.cli import main; status = main(['--help']); "
+        "print(status, [m for m in ('tvm', 'transformers', 'matplotlib', 'scipy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 []"

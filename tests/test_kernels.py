@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,6 +143,15 @@ def test_any_tensor_that_linear_takes() -> None:
         assert torch.equal(kernel(x), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_need_no_alignment(dtype: torch.dtype) -> None:
+    kernel, _, _ = bound("bsr", mask_of("bsr", 48, 64, 0.3, r=16, c=1), dtype, r=16, c=1)
+    for rows in (1, 40):
+        for offset in (1, 7):
+            x = torch.randn(rows * 64 + 8).to(dtype)[offset : offset + rows * 64].view(rows, 64)
+            assert torch.equal(kernel(x), kernel(x.clone()))
+
+
 def test_bad_input_is_refused() -> None:
     kernel, _, _ = bound("csr", mask_of("csr", 8, 10, 0.5), torch.float32)
     for x in (torch.randn(3, 9), torch.randn(()), torch.randn(3, 10, dtype=torch.float64), torch.randn(3, 10, device="meta")):
@@ -206,8 +219,27 @@ def test_narrower_machines_get_the_same_numbers() -> None:
 
 
 def test_kernels_run_on_torchs_threads() -> None:
+    """No thread is started for kernels: with one torch thread, the process has as many after parallel kernels ran as before."""
     library, reason = omp.runtime()
-    if library is None:
-        pytest.skip(reason)
-    assert omp.status() == "torch's OpenMP threads"
-    assert omp.launch_address()
+    if library is None or not Path("/proc/self/task").exists():
+        pytest.skip(reason or "threads cannot be counted here")
+    script = """
+import os, torch
+from sparsify_compiler.codegen import omp, runtime
+from sparsify_compiler.formats.csr import Csr
+from sparsify_compiler.target import host
+torch.set_num_threads(1)
+stored = Csr.encode(torch.randn(512, 512), torch.rand(512, 512) < 0.5)
+kernel = runtime.candidates("linear_csr", stored.tensors(), stored.attributes(), torch.float32, (1, 128), host())[0].bind()
+torch.mm(torch.randn(512, 512), torch.randn(512, 512))
+before = len(os.listdir("/proc/self/task"))
+for rows in (1, 16, 128):
+    assert kernel._variant(rows).endswith("together")
+    kernel(torch.randn(rows, 512))
+assert len(os.listdir("/proc/self/task")) == before, "kernels started threads of their own"
+print(omp.status())
+"""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torch's OpenMP threads\n"

@@ -146,6 +146,26 @@ def test_tied_weights_are_left_alone_and_shared_ones_pruned_once() -> None:
     assert packed.decisions["shared@1"].bytes == 0
 
 
+class EagerEmbedding(nn.Module):
+    """The embedding stays eager Python (control flow on data), the tied head is captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 16), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 20, bias=False))
+        self.head[1].weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = nn.functional.embedding(tokens, self.embedding.weight)
+        return self.head(x if float(x.sum()) != 0 else x + 1)
+
+
+def test_weights_tied_to_eager_parts_are_left_alone() -> None:
+    program, ctx, _ = run(EagerEmbedding(), torch.randint(0, 20, (2, 5)), MaskWeights())
+    assert program.skeleton is not None
+    assert list(masks(program)) == ["0.weight_mask"]
+    assert any(m.at == "head.1" and "tied: embedding.weight" in m.why for m in ctx.misses)
+
+
 def test_a_shared_weight_is_not_pruned_when_one_of_its_sites_is_ignored() -> None:
     program, ctx, _ = run(TwoUses(), torch.randint(0, 20, (2, 5)), MaskWeights(ignore=("shared@1",)))
     assert not masks(program)

@@ -18,28 +18,85 @@ from sparsify_compiler.report import Form, PassTime, Quality, Refusal, Report, w
 from sparsify_compiler.report.console import to_text
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--hide-scrollbars"]  # fmt: skip
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+]
 
 
 def sample() -> Report:
     """A report with one of everything: a site that pays, one that stayed dense, one that nobody measured."""
     return Report(
-        model="all-MiniLM-L6-v2", parameters=22_713_216, target={"name": "native", "arch": "x86_64", "mcpu": "znver4", "features": ["avx2"], "cores": 2},
-        versions={"torch": "2.13.0"}, threads=2, date="2026-11-22T20:00:00", recipe="mask_weights(structure=Block(rows=16, columns=1))",
-        budget="density 0.2", seed=0, example="input_ids 8×128", dense=[Form("eager fp32", 41.2, 40.8, 42.0), Form("torch.compile fp32", 39.5, 39.1, 40.9)],
-        compiled=Form("compiled", 19.75, 19.5, 20.4), dense_bytes=90_852_864, compiled_bytes=45_426_432, dense_disk_bytes=None, compiled_disk_bytes=46_000_000,
+        model="all-MiniLM-L6-v2",
+        parameters=22_713_216,
+        target={"name": "native", "arch": "x86_64", "mcpu": "znver4", "features": ["avx2"], "cores": 2},
+        versions={"torch": "2.13.0"},
+        threads=2,
+        date="2026-11-22T20:00:00",
+        recipe="mask_weights(structure=Block(rows=16, columns=1))",
+        budget="density 0.2",
+        seed=0,
+        example="input_ids 8×128",
+        dense=[Form("eager fp32", 41.2, 40.8, 42.0), Form("torch.compile fp32", 39.5, 39.1, 40.9)],
+        compiled=Form("compiled", 19.75, 19.5, 20.4),
+        dense_bytes=90_852_864,
+        compiled_bytes=45_426_432,
+        dense_disk_bytes=None,
+        compiled_disk_bytes=46_000_000,
         quality=[Quality("Lee Pearson", 0.7312, 0.7102), Quality("cosine to dense", None, 0.9911, "64 sentences")],
         sites=[
-            Decision("encoder.layer.0.attention.self.query", "linear", (384, 384), "float32", "16x1", 0.2, 0.2, "bsr", "bsr_r16v2", 128, "eager", 0.2, 0.05, 0.05,
-                     589_824, 140_000, "4 times the speed"),
-            Decision("encoder.layer.0.output.dense", "linear", (384, 1536), "float32", "16x1", 0.8, 0.2, "dense", "eager", 128, "eager", 0.5, 0.7, 0.5,
-                     2_359_296, 2_359_296, "stays dense: the best kernel has 0.71 times the dense speed"),
+            Decision(
+                "encoder.layer.0.attention.self.query",
+                "linear",
+                (384, 384),
+                "float32",
+                "16x1",
+                0.2,
+                0.2,
+                "bsr",
+                "bsr_r16v2",
+                128,
+                "eager",
+                0.2,
+                0.05,
+                0.05,
+                589_824,
+                140_000,
+                "4 times the speed",
+            ),
+            Decision(
+                "encoder.layer.0.output.dense",
+                "linear",
+                (384, 1536),
+                "float32",
+                "16x1",
+                0.8,
+                0.2,
+                "dense",
+                "eager",
+                128,
+                "eager",
+                0.5,
+                0.7,
+                0.5,
+                2_359_296,
+                2_359_296,
+                "stays dense: the best kernel has 0.71 times the dense speed",
+            ),
             Decision("pooler.dense", "linear", (384, 384), "float32", reason="ignored"),
         ],
-        passes=[PassTime("capture", 2.125), PassTime("pack()", None, 37)], left_out=[LeftOut("decoder", "control flow on data")],
-        misses=[Refusal("no BatchNorm here", f"conv_{i}", "fold_batchnorm") for i in range(5)], warnings=["kernels run on other threads"],
-    )  # fmt: skip
+        passes=[PassTime("capture", 2.125), PassTime("pack()", None, 37)],
+        left_out=[LeftOut("decoder", "control flow on data")],
+        misses=[Refusal("no BatchNorm here", f"conv_{i}", "fold_batchnorm") for i in range(5)],
+        warnings=["kernels run on other threads"],
+    )
 
 
 def test_json_is_the_same_report() -> None:
@@ -56,7 +113,9 @@ def test_json_has_no_nan_and_takes_what_is_newer() -> None:
     assert Report.from_json(json.dumps(data)).compiled == Form("compiled")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"schema": 99}', '{"schema": "x"}', '{"schema": 1, "sites": [1]}', '{"schema": 1, "sites": [{}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "null", '{"schema": 99}', '{"schema": "x"}', '{"schema": 1, "sites": [1]}', '{"schema": 1, "sites": [{}]}']
+)
 def test_json_that_is_no_report_is_refused(text: str) -> None:
     with pytest.raises(ArtefactError):
         Report.from_json(text)
@@ -71,8 +130,18 @@ def test_the_yardstick_is_the_fastest_dense_form() -> None:
 
 
 def test_what_was_not_measured_is_a_dash() -> None:
-    for text in (words.ms(None), words.plain_ms(None), words.size(None), words.count(None), words.ratio(None, 1.0), words.ratio(1.0, None),
-                 words.ratio(1.0, 0.0), words.percent(None), words.number(None), words.shape(Decision("x", "linear"))):  # fmt: skip
+    for text in (
+        words.ms(None),
+        words.plain_ms(None),
+        words.size(None),
+        words.count(None),
+        words.ratio(None, 1.0),
+        words.ratio(1.0, None),
+        words.ratio(1.0, 0.0),
+        words.percent(None),
+        words.number(None),
+        words.shape(Decision("x", "linear")),
+    ):
         assert text == words.DASH
     row = next(line for line in str(sample()).splitlines() if "pooler.dense" in line)
     assert row.split()[-3:] == [words.DASH] * 3
@@ -116,7 +185,9 @@ class _Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.count[tag] = self.count.get(tag, 0) + 1
-        self.fetched += [value or "" for name, value in attrs if name in ("src", "srcset", "data") or (name == "href" and tag in ("link", "a", "image"))]
+        self.fetched += [
+            value or "" for name, value in attrs if name in ("src", "srcset", "data") or (name == "href" and tag in ("link", "a", "image"))
+        ]
 
 
 def test_html_needs_nothing_else() -> None:
@@ -145,7 +216,9 @@ def test_html_escapes_names() -> None:
 
 def test_html_of_a_thousand_sites() -> None:
     report = sample()
-    report.sites = [Decision(f"layer.{i}.dense", "linear", (8, 8), "float32", "2:4", 0.5, 0.5, "nm", "nm", 1, "eager", 1.0, 0.5, 0.5) for i in range(1000)]
+    report.sites = [
+        Decision(f"layer.{i}.dense", "linear", (8, 8), "float32", "2:4", 0.5, 0.5, "nm", "nm", 1, "eager", 1.0, 0.5, 0.5) for i in range(1000)
+    ]
     assert report.to_html().count("<tr") > 1000
     assert len(str(report).splitlines()) > 1000
 
@@ -168,7 +241,7 @@ def test_a_browser_shows_it_on_a_phone_and_sorts(tmp_path: Path) -> None:
     probe = """<script>
       const frame = document.querySelector("iframe");
       frame.addEventListener("load", () => {
-        const page = frame.contentDocument, first = () => page.querySelector("#sites tbody td").textContent;
+        const page = frame.contentDocument, first = () => page.querySelector("#sites tbody td code").textContent;
         const found = [page.documentElement.scrollWidth];
         page.querySelectorAll("#sites th")[5].click(); found.push(first());
         page.querySelectorAll("#sites th")[5].click(); found.push(first());
@@ -194,7 +267,9 @@ def test_a_browser_follows_dark_mode(tmp_path: Path) -> None:
     corners = {}
     for mode, value in (("dark", 0), ("light", 1)):
         shot = tmp_path / f"{mode}.png"
-        _chromium(tmp_path, f"--blink-settings=preferredColorScheme={value}", "--window-size=900,1200", f"--screenshot={shot}", f"file://{tmp_path}/r.html")
+        _chromium(
+            tmp_path, f"--blink-settings=preferredColorScheme={value}", "--window-size=900,1200", f"--screenshot={shot}", f"file://{tmp_path}/r.html"
+        )
         corners[mode] = float(image.imread(shot)[2, 2, :3].mean())
     assert corners["dark"] < 0.2
     assert corners["light"] > 0.9

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,8 +91,14 @@ SAVER = """
 
 def _script(text: str, *arguments: object) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": paths})  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
 
 
 @pytest.mark.parametrize("case", ["fresh", "replacing"])
@@ -110,6 +117,7 @@ def test_two_processes_may_save_at_once(tmp_path: Path) -> None:
     seen = set()
     while any(process.poll() is None for process in savers):
         seen.add(artefact.load(place).report().model)
+        time.sleep(0.05)
     for process in savers:
         assert process.wait() == 0, process.stderr and process.stderr.read()
     assert artefact.load(place).report().model in ("a-5", "b-5")
@@ -221,14 +229,17 @@ def test_a_graph_that_cannot_be_saved_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_never_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "LOCK_SECONDS", 0.1)
-    holder = _script("""
+    holder = _script(
+        """
         import sys
         from pathlib import Path
         from sparsify_compiler.storage import writing
         with writing(Path(sys.argv[1]), replaceable=lambda path: True):
             print("held", flush=True)
             sys.stdin.read()
-    """, tmp_path / "model")  # fmt: skip
+    """,
+        tmp_path / "model",
+    )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"

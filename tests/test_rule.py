@@ -242,6 +242,21 @@ def test_originals_and_other_users_are_left_alone() -> None:
     assert all(torch.equal(kept[k], v) for k, v in model.state_dict().items())
 
 
+def test_a_module_called_twice_gets_two_folded_weights() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.one, self.two = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(self.conv(x)) * self.two(self.conv(x + 1))
+
+    model = Twice().eval()
+    nn.init.uniform_(model.one.running_var, 1, 2)
+    after, _ = run(FoldBatchnorm(), capture(model, (torch.randn(1, 3, 6, 6),)))
+    assert {"conv.weight_folded", "conv.weight_folded_2"} <= set(after.regions[""].module.state_dict())
+
+
 def test_fold_computes_in_float64_and_rounds_once() -> None:
     torch.manual_seed(0)
     w, s, t = (torch.randn(64, 64).bfloat16() for _ in range(3))
@@ -438,6 +453,42 @@ def test_a_rewrite_may_return_what_it_was_given() -> None:
 
     after, _ = run(using(Twice(), Nothing()), captured(lambda x: torch.neg(torch.neg(relu(relu(relu(x))))) + 1))
     assert ops(after) == ["relu", "add"]
+
+
+@pytest.mark.parametrize(("pattern", "function", "expected"), [
+    (lambda x: x.view(-1, 2), lambda x: torch.reshape(x, (-1, 2)), "reshape"),
+    (lambda x: torch.concat([x, x]), lambda x: torch.cat((x, x)), "cat"),
+    (lambda x: x * torch.sigmoid(x), torch.nn.functional.silu, "silu"),
+    (lambda x: 1 - x, lambda x: 1 - x, "rsub"),
+    (lambda x: x / 2.0, lambda x: torch.divide(x, 2.0), "div"),
+    (lambda x: torch.nn.functional.softmax(x, -1), lambda x: x.softmax(-1), "softmax"),
+])
+def test_patterns_are_brought_to_normal_form(pattern: Any, function: Any, expected: str) -> None:
+    class Found(Rule):
+        rewrite = staticmethod(lambda x: function(x).contiguous().neg())
+
+    Found.pattern = staticmethod(pattern)
+    program = captured(function)
+    assert ops(program) == [expected]
+    ctx = Context(fuel=1)
+    Pipeline((using(Found()),)).run(program, ctx, ())
+    assert ctx.rewrites == 1
+
+
+def test_a_product_with_a_parameter_is_a_linear() -> None:
+    class Found(Rule):
+        params = ("w", "b")
+
+        @staticmethod
+        def pattern(x, w, b):
+            return relu(x @ w.T + b) if b is None else relu(torch.addmm(b, x, w.T))
+
+        @staticmethod
+        def rewrite(x, w, b):
+            return linear(x, w, b).clamp(min=0)
+
+    after, _ = run(using(Found()), captured(lambda x, w, b: relu(linear(x, w, b)), w=W, b=B))
+    assert ops(after) == ["linear", "clamp"]
 
 
 def test_patterns_are_read_once_and_refused_when_they_are_none() -> None:

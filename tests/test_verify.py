@@ -178,6 +178,7 @@ def test_difference() -> None:
     assert difference(nan, torch.tensor([1.0, float("nan")])) == float("inf")
     assert difference(torch.tensor([float("inf")]), torch.tensor([-float("inf")])) == float("inf")
     assert difference(torch.tensor([float("nan")]), torch.tensor([float("inf")])) == float("inf")
+    assert difference(torch.ones(2), torch.tensor([1.0, float("nan")])) == float("inf")
     assert difference(torch.zeros(2), torch.full((2,), 1e-30)) == float("inf")
     assert difference(torch.tensor([1]), torch.tensor([2])) == float("inf")
     assert difference(one, one.double()) == float("inf")

@@ -1,6 +1,6 @@
 """How a sparse weight lies in memory for our kernels, whatever format it came from: groups of r rows that keep the same columns.
 
-values    [S, r] float32; for bfloat16 [S / 2, r] int32, a word holding the weights of two columns (the first in its low half)
+values    [S * r] float32, the r of a column together; for bfloat16 [S / 2 * r] int32 words of two columns' weights, the first in the low half
 columns   [S] int16, or int32 above 32766 columns; column K means "none": its weight is 0 and every packed x has a 0 there
 pointers  [groups + 1] int32, into S; each group's count is a multiple of `unroll`
 bias      [16 * strips] float32, zeros where there is none
@@ -74,7 +74,7 @@ class Prepared:
         total, strips = self.columns.numel(), -(-self.out_features // OUTPUTS)
         ends = self.pointers.long()
         sound = (
-            self.values.shape == (total // self.layout.step, self.layout.r) and self.bias.shape == (strips * OUTPUTS,)
+            self.values.shape == (total // self.layout.step * self.layout.r,) and self.bias.shape == (strips * OUTPUTS,)
             and self.pointers.shape == (strips * (OUTPUTS // self.layout.r) + 1,) and self.columns.dtype == getattr(torch, self.layout.index)
             and self.values.dtype == (torch.float32 if self.layout.step == 1 else torch.int32)
             and self.pointers.dtype == torch.int32 and self.bias.dtype == torch.float32
@@ -105,12 +105,12 @@ def prepare(groups: Groups, dtype: torch.dtype, bias: Tensor | None, out_feature
     full_values = torch.zeros(total, r, dtype=dtype).index_copy_(0, places, values.to(dtype))
     full_columns = torch.full((total,), in_features, dtype=torch.int64).index_copy_(0, places, columns)
     if dtype == torch.bfloat16:
-        full_values = full_values.view(total // 2, 2, r).transpose(1, 2).flatten().view(torch.int32).view(total // 2, r)
+        full_values = full_values.view(total // 2, 2, r).transpose(1, 2).flatten().view(torch.int32)
     full_bias = torch.zeros(strips * OUTPUTS)
     if bias is not None:
         full_bias[:out_features] = bias.detach().float()
-    return Prepared(layout, full_values, full_columns.to(getattr(torch, layout.index)), torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
-                    full_bias, out_features, in_features)
+    return Prepared(layout, full_values.view(-1), full_columns.to(getattr(torch, layout.index)),
+                    torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), full_bias, out_features, in_features)
 
 
 def _split(groups: Groups, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,8 +145,7 @@ def arguments(layout: Layout) -> Arguments:
 
     M, N, K, S, P, B = (e.int32() for _ in range(6))
     x = e.argument((M, K), layout.dtype)
-    words = (e.int32(), layout.r)
-    values = e.argument(words, "float32" if layout.dtype == "float32" else "int32")
+    values = e.argument((e.int32(),), "float32" if layout.dtype == "float32" else "int32")
     columns, pointers = e.argument((S,), layout.index), e.argument((P,), "int32")
     bias, y = e.argument((B,), "float32"), e.argument((M, N), layout.dtype)
     return Arguments(M, N, K, x, values, columns, pointers, bias, y)
@@ -157,8 +156,8 @@ def weights_of(a: Arguments, layout: Layout, first: Any, ahead: int, row: Any, l
     from sparsify_compiler.codegen import emit as e
 
     if layout.dtype == "float32":
-        return e.load(a.values, first + ahead, row, lanes=lanes)
-    word = e.cast_to("uint32", e.load(a.values, e.floordiv(first, 2) + ahead // 2, row, lanes=lanes), lanes)
+        return e.load(a.values, (first + ahead) * layout.r + row, lanes=lanes)
+    word = e.cast_to("uint32", e.load(a.values, (e.floordiv(first, 2) + ahead // 2) * layout.r + row, lanes=lanes), lanes)
     return (e.upcast_high if ahead % 2 else e.upcast_low)(word, lanes)
 
 

@@ -97,7 +97,7 @@ def _group(a: Any, how: Panel, packed: Any, start: Any, group: Any, output: Any)
                 inputs = [column(u, v) for v in range(how.vectors)]
             for row in range(r):
                 if how.dot:
-                    word = e.let(e.broadcast(e.load(a.values, e.floordiv(first + j * unroll, 2) + u, row), LANES))
+                    word = e.let(e.broadcast(e.load(a.values, (e.floordiv(first + j * unroll, 2) + u) * r + row), LANES))
                     for v in range(how.vectors):
                         sums[row][v].set(e.external(sums[row][v].dtype, "dot_bf16", sums[row][v].get(), inputs[v], word))
                 else:

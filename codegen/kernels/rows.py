@@ -76,9 +76,9 @@ def _dot(a: Any, how: Rows, x: Any, first: Any, last: Any, bias: Any) -> Any:
     with e.loop(e.floordiv(last - first, unroll)) as j:
         place = e.let(first + j * unroll)
         if how.layout.step == 1:
-            order, weights = range(unroll), e.load_across(a.values, place, unroll)
+            order, weights = range(unroll), e.load(a.values, place, lanes=unroll)
         else:
-            words = e.let(e.cast_to("uint32", e.load_across(a.values, e.floordiv(place, 2), unroll // 2), unroll // 2))
+            words = e.let(e.cast_to("uint32", e.load(a.values, e.floordiv(place, 2), lanes=unroll // 2), unroll // 2))
             order = [*range(0, unroll, 2), *range(1, unroll, 2)]
             weights = e.join([e.upcast_low(words, unroll // 2), e.upcast_high(words, unroll // 2)], unroll // 2)
         total.multiply_add(e.join([x(place + u) for u in order], 1), weights)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparsify_compiler import catalog
 from sparsify_compiler.decision import Decision
@@ -168,3 +168,9 @@ def _owner(node: fx.Node) -> str:
     """Where the packed weight lay, for example "encoder.layer.0.attention.self.query" of "....query.weight_packed.values"."""
     first = next(v for k, v in node.kwargs.items() if isinstance(v, fx.Node) and v.op == "get_attr" and k != "bias")
     return str(first.target).rpartition(".weight_packed.")[0] or f"{node.name}_dense"
+
+
+def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Two linear layers; there is something to lower once they are masked and packed."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval(), (torch.randn(8, 64),)

@@ -59,10 +59,10 @@ def find_layers(program: Program, targets: Iterable[str], ignore: Iterable[str])
     uses = [Use(site, program.regions[site.region], nodes[site.region, site.roles["op"]]) for site in basic]
     chosen = [use for use in uses if (use.site.region, use.op.name) in wanted]
     left = [LeftDense(use, "not selected", chosen=False) for use in uses if use not in chosen]
-    readers = _readers(program)
+    readers, eager = _readers(program), _eager(program)
     groups: dict[Hashable, list[Use]] = {}
     for use in chosen:
-        reason = _unfit(use, readers, chosen)
+        reason = _unfit(use, readers, eager, chosen)
         if reason is not None:
             left.append(LeftDense(use, reason))
         else:
@@ -84,7 +84,7 @@ def _selected(sites: list[Site], selectors: Iterable[str], program: Program) -> 
     return found
 
 
-def _unfit(use: Use, readers: dict[Hashable, list[tuple[Region, fx.Node]]], chosen: list[Use]) -> str | None:
+def _unfit(use: Use, readers: dict[Hashable, list[tuple[Region, fx.Node]]], eager: dict[Hashable, str], chosen: list[Use]) -> str | None:
     """Why this site's weight cannot be pruned by itself; None when it can."""
     source = use.op.kwargs.get("weight")
     if not isinstance(source, fx.Node):
@@ -95,6 +95,8 @@ def _unfit(use: Use, readers: dict[Hashable, list[tuple[Region, fx.Node]]], chos
     weight = _weight(use)
     if not weight.is_floating_point():
         return f"its weight is stored as {str(weight.dtype).removeprefix('torch.')}: only floats can be pruned"
+    if _identity(weight) in eager:
+        return f"its weight is tied: {eager[_identity(weight)]}, outside of what was captured, is the same"
     ours = {(other.region.path, other.op) for other in chosen if other.op.kwargs.get("weight") is not None}
     for region, reader in readers[_identity(weight)]:
         if (region.path, reader) not in ours:
@@ -110,6 +112,12 @@ def _readers(program: Program) -> dict[Hashable, list[tuple[Region, fx.Node]]]:
         if node.op == "get_attr":
             found.setdefault(_identity(get_tensor(region.module, str(node.target))), []).extend((region, user) for user in node.users)
     return found
+
+
+def _eager(program: Program) -> dict[Hashable, str]:
+    """Weight -> its name, for those that the parts hold that stayed eager Python."""
+    held = program.skeleton.named_parameters(remove_duplicate=False) if program.skeleton is not None else ()
+    return {_identity(tensor): name for name, tensor in held}
 
 
 def _weight(use: Use) -> Tensor:

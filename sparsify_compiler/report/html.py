@@ -31,7 +31,7 @@ def render(report: Report) -> str:
         "Density of each site": plots.densities(report),
     }
     drawn = {title: Markup(svg) for title, svg in figures.items() if svg is not None}
-    return environment.get_template("report.html.j2").render(report=report, words=words, cards=cards(report), figures=drawn)
+    return environment.get_template("report.html.j2").render(report=report, words=words, dot=Markup(".<wbr>"), cards=cards(report), figures=drawn)
 
 
 def cards(report: Report) -> list[Card]:

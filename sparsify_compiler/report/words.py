@@ -55,10 +55,12 @@ def ratio(before: float | None, after: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
+    """A share in percent, one decimal below a tenth."""
     return DASH if value is None else f"{100 * value:.0f} %" if value >= 0.1 or value == 0 else f"{100 * value:.1f} %"
 
 
 def number(value: float | None) -> str:
+    """A plain number with five significant digits."""
     return DASH if value is None else f"{value:.5g}"
 
 
@@ -84,6 +86,7 @@ def pays(site: Decision) -> bool:
 
 
 def shape(site: Decision) -> str:
+    """The shape of a site's weight."""
     return "×".join(map(str, site.shape)) if site.shape else DASH
 
 

@@ -5,12 +5,16 @@ Seeded, in eval mode, hidden sizes of 32 to 64 and two layers: an export takes a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from sparsify_compiler.capture import capture
+from sparsify_compiler.program import Program
 
 Zoo = tuple[nn.Module, dict[str, Any], dict[str, dict[int, str]]]
 TEXT = {"input_ids": {0: "batch", 1: "seq"}, "attention_mask": {0: "batch", 1: "seq"}}
@@ -34,14 +38,16 @@ def _text(length: int = 8) -> dict[str, Any]:
 def bert() -> Zoo:
     """Encoder, post-norm, GELU FFN."""
     t = _transformers()
-    config = t.BertConfig(vocab_size=100, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64)
+    config = t.BertConfig(vocab_size=100, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+                          intermediate_size=96, max_position_embeddings=64)
     return _made(t.BertModel, config), _text(), TEXT
 
 
 def mpnet() -> Zoo:
     """Encoder with a relative position bias; attention is written by hand."""
     t = _transformers()
-    config = t.MPNetConfig(vocab_size=100, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64)
+    config = t.MPNetConfig(vocab_size=100, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+                          intermediate_size=96, max_position_embeddings=64)
     return _made(t.MPNetModel, config), _text(), TEXT
 
 
@@ -86,7 +92,8 @@ def whisper() -> Zoo:
     t = _transformers()
     config = t.WhisperConfig(vocab_size=100, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
                              encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, max_source_positions=16, max_target_positions=32,
-                             pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None)
+                             pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None,
+                             begin_suppress_tokens=None)
     inputs = {"input_features": _noise(2, 8, 32), "decoder_input_ids": _ids(), "use_cache": False}
     return _made(t.WhisperModel, config), inputs, {"input_features": {0: "batch"}, "decoder_input_ids": TEXT["input_ids"]}
 
@@ -105,7 +112,8 @@ def _lived_in(model: nn.Module) -> nn.Module:
     """BatchNorm statistics as after training: not zero and one."""
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
-            assert part.running_mean is not None and part.running_var is not None
+            assert part.running_mean is not None
+            assert part.running_var is not None
             part.running_mean.normal_(0, 0.1)
             part.running_var.uniform_(0.5, 1.5)
     return model.eval()
@@ -231,3 +239,10 @@ def branching() -> Zoo:
 
 
 WHOLE: dict[str, Callable[[], Zoo]] = {f.__name__: f for f in (bert, mpnet, llama, gpt2, mixtral, vit, whisper, efficientnet_lite, repvgg, mixer)}
+
+
+@functools.cache
+def captured(name: str) -> tuple[nn.Module, dict[str, Any], Program]:
+    """A model of the zoo, its example inputs and its Program, captured once a session. Not to be edited: clone() it."""
+    model, inputs, dynamic = (WHOLE.get(name) or globals()[name])()
+    return model, inputs, capture(model, inputs, dynamic)
