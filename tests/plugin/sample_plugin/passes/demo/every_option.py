@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from sample_plugin.passes.prune.structures.grid import Grid
+
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program
 

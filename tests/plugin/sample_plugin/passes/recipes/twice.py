@@ -1,4 +1,5 @@
 from sample_plugin.passes.demo.every_option import EveryOption
+
 from sparsify_compiler.pipeline import Pipeline
 
 
