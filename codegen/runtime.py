@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.codegen import build
-from sparsify_compiler.codegen.kernels.layout import LANES, Layout, Prepared, prepare
+from sparsify_compiler.codegen.kernels import linear
+from sparsify_compiler.codegen.kernels.layout import LANES, Prepared, prepare
 from sparsify_compiler.codegen.kernels.panel import Panel
 from sparsify_compiler.codegen.kernels.rows import Rows
 from sparsify_compiler.errors import InputError, KernelError
@@ -46,20 +47,21 @@ class Candidate:
     attributes: Mapping[str, int]
     target: Target
 
-    def bind(self, bias: Tensor | None = None) -> BoundKernel:
+    def bind(self, bias: Tensor | None = None) -> BoundKernel | linear.PackedLinear:
         """Lay the weight out, build or load the variants. Raises KernelError."""
-        groups = importlib.import_module(f"{__package__}.kernels.{self.op}").groups(self.tensors, self.attributes)
-        prepared = prepare(groups, getattr(torch, str(self.options["dtype"])), bias, self.attributes["out_features"], self.attributes["in_features"])
-        return BoundKernel(self.name, dict(self.options), prepared, self.target)
+        return rebind(self.op, self.options, self.tensors, self.attributes, bias, {}, self.target)
 
 
 def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, int], dtype: torch.dtype, rows: Sequence[int],
                target: Target) -> list[Candidate]:
     """Every kernel that can run this op on x of `dtype`, most promising first; none where the dtypes or the target have no kernel.
 
-    tensors, attributes   of the stored weight (formats/<name>.py)
+    tensors, attributes   of the stored weight (formats/<name>.py); of op "linear" the dense weight alone, for its packed dense form
     rows                  numbers of rows of x to expect, e.g. (1, 128)
     """
+    if op == linear.OP:
+        packed = Candidate(linear.NAME, {"rows": max(rows, default=1)}, op, tensors, attributes, target)
+        return [packed] if linear.runs(tensors, dtype, target) else []
     values = tensors["values"]
     if dtype not in DTYPES or values.dtype not in (dtype, torch.bfloat16) or values.device.type != "cpu":
         return []
@@ -76,21 +78,22 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
 
 
 def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, int], bias: Tensor | None,
-           files: Mapping[str, bytes], target: Target) -> BoundKernel:
-    """A BoundKernel from its options, state() and files(), as an artefact stores them. A bias given here replaces the stored one.
+           files: Mapping[str, bytes], target: Target) -> BoundKernel | linear.PackedLinear:
+    """The kernel that a candidate with these options binds to this weight; `files` of an artefact spare building it.
 
     Raises KernelError when this machine cannot run it.
     """
     try:
-        layout = Layout(int(options["r"]), str(options["dtype"]), str(options["index"]))
-        values, columns, pointers, stored_bias = (tensors[name].contiguous() for name in STATE)
-    except (KeyError, ValueError) as error:
-        raise KernelError(f"the stored kernel lacks {error}", where=op, hint="save the model again") from error
-    prepared = Prepared(layout, values, columns, pointers, stored_bias, attributes["out_features"], attributes["in_features"])
-    if bias is not None:
-        prepared.bias[: prepared.out_features] = bias.detach().float()
-    prepared.check()
-    return BoundKernel(f"{op.removeprefix('linear_')}_r{layout.r}v{options['vectors']}", dict(options), prepared, target, files)
+        if op == linear.OP:
+            if not linear.runs(tensors, tensors["weight"].dtype, target):
+                raise KernelError("torch has no packed dense linear for this dtype and machine", where=op, hint="compile the model again here")
+            return linear.PackedLinear(tensors["weight"], bias, int(options["rows"]))
+        groups = importlib.import_module(f"{__package__}.kernels.{op}").groups(tensors, attributes)
+        prepared = prepare(groups, getattr(torch, str(options["dtype"])), bias, attributes["out_features"], attributes["in_features"])
+        name = f"{op.removeprefix('linear_')}_r{int(options['r'])}v{int(options['vectors'])}"
+    except (KeyError, ValueError, AttributeError, ModuleNotFoundError) as error:
+        raise KernelError(f"the stored kernel does not fit: {error!r}", where=op, hint="save the model again") from error
+    return BoundKernel(name, dict(options), prepared, target, files)
 
 
 @dataclass(frozen=True, slots=True)

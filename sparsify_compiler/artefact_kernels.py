@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from . import catalog
@@ -49,16 +47,11 @@ def bind_kernels(
 
 
 def _bind(region: Region, node: fx.Node, options: Mapping[str, Any], files: Mapping[str, bytes], target: Target) -> Any:
-    """The node's kernel. What it prepares from the packed weight is prepared again, so that weights are stored once."""
+    """The node's kernel. What it prepares from the stored weight is prepared again, so that weights are stored once."""
     from .codegen import runtime
-    from .codegen.kernels.layout import prepare
 
-    op = str(node.target).split(".")[1]
     tensors, attributes, bias = operands(region, node)
-    groups = importlib.import_module(f"{runtime.__package__}.kernels.{op}").groups(tensors, attributes)
-    prepared = prepare(groups, getattr(torch, options["dtype"]), bias, attributes["out_features"], attributes["in_features"])
-    state = {name: getattr(prepared, name) for name in runtime.STATE}
-    return runtime.rebind(op, options, state, attributes, None, files, target)
+    return runtime.rebind(str(node.target).split(".")[1], options, tensors, attributes, bias, files, target)
 
 
 def operands(region: Region, node: fx.Node) -> tuple[dict[str, Tensor], dict[str, int], Tensor | None]:

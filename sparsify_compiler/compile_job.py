@@ -131,7 +131,8 @@ class Job:
     def lower(self, rewritten: Program) -> Program:
         """pack() and lower(), with the options that the recipe gives them where it names them."""
         named = {p.name(): p for p in self.pipeline.passes if _lowers(p)}
-        passes = tuple(named.get(name) or catalog.get("pass", name)() for name in LOWERING)
+        prefer = {"prefer": "bytes"} if self.budget is not None and self.budget.bytes is not None else {}
+        passes = tuple(named.get(name) or catalog.get("pass", name)(**(prefer if name == "lower" else {})) for name in LOWERING)
         return Pipeline(passes).run(rewritten, self.context(None), self.instruments)
 
     def context(self, density: float | None) -> Context:

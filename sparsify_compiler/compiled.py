@@ -59,9 +59,12 @@ class CompiledModel(nn.Module):
     def resident_bytes(self) -> int:
         """Bytes of all tensors that the model holds in memory, what kernels prepared for themselves included; shared ones count once."""
         held = [*self.model.parameters(), *self.model.buffers()]
+        opaque = 0  # what lies in another library's own layout
         for kernel in self._kernels:
-            held += kernel.state().values()
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+            state = kernel.state()
+            held += state.values()
+            opaque += 0 if state else kernel.resident_bytes
+        return opaque + sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
     def save(self, path: str | Path) -> None:
         """Write the artefact folder, whole or not at all. Raises StorageError, ArtefactError."""

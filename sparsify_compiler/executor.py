@@ -63,7 +63,7 @@ class _Writer:
     def _call(self, node: fx.Node) -> str:
         kernel = node.meta.get("kernel")
         if kernel is not None:
-            return f"{self._constant(kernel)}({self._value(node.kwargs.get('x', node.args[0] if node.args else None))})"
+            return f"{self._constant(kernel)}({self._value(node.kwargs['x' if 'x' in node.kwargs else 'input'])})"
         positional, named = list(node.args), dict(node.kwargs)
         if isinstance(node.target, torch._ops.OpOverload) and not positional:
             # The dispatcher takes positional arguments a microsecond faster than named ones.

@@ -161,7 +161,8 @@ def _packed(region: Region, node: fx.Node, legal: Legal) -> str | None:
         return f"{node.target} is a packed op, which this stage does not allow"
     if "kernel" in node.meta and not legal.kernels:
         return "is bound to a kernel, which this stage does not allow"
-    return "only packed ops are bound to kernels" if "kernel" in node.meta and not own else None
+    dense = node.target is torch.ops.aten.linear.default  # whose kernel is its packed dense form
+    return "only packed ops and linears are bound to kernels" if "kernel" in node.meta and not (own or dense) else None
 
 
 CHECKS: tuple[Callable[[Region, fx.Node, Legal], str | None], ...] = (_known_kind, _functional_op, _packed, _by_name, _resolves, _has_value, _masks)

@@ -173,17 +173,20 @@ def test_unknown_dtypes_and_ops_have_no_candidates() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rebind_gives_the_same_bits(dtype: torch.dtype) -> None:
-    kernel, _, _ = bound("bsr", mask_of("bsr", 48, 40, 0.3, r=16, c=1), dtype, r=16, c=1)
-    attributes = {"out_features": 48, "in_features": 40}
-    again = runtime.rebind("linear_bsr", kernel.options, kernel.state(), attributes, None, kernel.files(), kernel.target)
+    weight, bias = torch.randn(48, 40).to(dtype), torch.randn(48).to(dtype)
+    stored = catalog.get("format", "bsr").encode(weight, mask_of("bsr", 48, 40, 0.3, r=16, c=1), r=16, c=1)
+    given = "linear_bsr", stored.tensors(), stored.attributes()
+    kernel = runtime.candidates(*given, dtype, (20,), host())[0].bind(bias)
+    again = runtime.rebind(given[0], kernel.options, *given[1:], bias, kernel.files(), kernel.target)
     x = torch.randn(20, 40).to(dtype)
     assert torch.equal(again(x), kernel(x))
     assert kernel.resident_bytes == sum(t.numel() * t.element_size() for t in kernel.state().values())
 
 
 def test_an_artefact_for_another_machine_is_refused_or_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, _, _ = bound("csr", mask_of("csr", 20, 20, 0.3), torch.float32)
-    rest: tuple[Any, ...] = (kernel.options, kernel.state(), {"out_features": 20, "in_features": 20}, None)
+    stored = catalog.get("format", "csr").encode(torch.randn(20, 20), mask_of("csr", 20, 20, 0.3))
+    kernel = runtime.candidates("linear_csr", stored.tensors(), stored.attributes(), torch.float32, (5,), host())[0].bind()
+    rest: tuple[Any, ...] = (kernel.options, stored.tensors(), stored.attributes(), None)
     x, files = torch.randn(5, 20), kernel.files()
     other_arch = Target("board", "aarch64", "generic", ("neon",), 4)
     with pytest.raises(KernelError, match="aarch64"):
@@ -200,9 +203,27 @@ def test_an_artefact_for_another_machine_is_refused_or_rebuilt(monkeypatch: pyte
     assert torch.equal(runtime.rebind("linear_csr", *rest, newer, host())(x), kernel(x))
     with pytest.raises(KernelError, match="damaged"):
         runtime.rebind("linear_csr", *rest, {name: b"{" if name.endswith("json") else data for name, data in files.items()}, host())
-    state = {**kernel.state(), "columns": torch.full_like(kernel.state()["columns"], 21)}
-    with pytest.raises(KernelError, match="does not fit"):
-        runtime.rebind("linear_csr", kernel.options, state, rest[2], None, files, host())
+    for op, options in (("linear_csr", {}), ("linear_other", kernel.options)):
+        with pytest.raises(KernelError, match="does not fit"):
+            runtime.rebind(op, options, *rest[1:], files, host())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 7, 130])
+def test_dense_packed(dtype: torch.dtype, rows: int) -> None:
+    for size in ((1, 1), (7, 5), (384, 100)):
+        weight, bias = torch.randn(size).to(dtype), torch.randn(size[0]).to(dtype)
+        found = runtime.candidates("linear", {"weight": weight}, {}, dtype, (16,), host())
+        if not found:
+            pytest.skip("this torch has no packed dense linear for the dtype")
+        x = torch.randn(2, rows, size[1]).to(dtype)
+        for kernel in (found[0].bind(bias), runtime.rebind("linear", {"rows": 16}, {"weight": weight}, {}, bias, {}, host())):
+            assert_close(kernel(x), torch.nn.functional.linear(x, weight, bias))
+    assert runtime.candidates("linear", {"weight": weight.half()}, {}, torch.float16, (16,), host()) == []
+
+
+def assert_close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1.6e-2 if got.dtype is torch.bfloat16 else 1e-5, atol=1e-1 if got.dtype is torch.bfloat16 else 1e-4)
 
 
 def test_narrower_machines_get_the_same_numbers() -> None:

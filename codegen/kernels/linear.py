@@ -13,15 +13,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ...target import Target
+from sparsify_compiler.target import Target
 
-NAME = "dense packed"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OP, NAME = "linear", "dense packed"
 
 
-def available(dtype: torch.dtype) -> bool:
-    """Does this build of torch have oneDNN with packed linears for this dtype, on this machine?"""
-    if not torch.backends.mkldnn.is_available() or dtype not in DTYPES.values():
+def runs(tensors: Mapping[str, Tensor], dtype: torch.dtype, target: Target) -> bool:
+    """Does this build of torch have packed linears for this weight and dtype of x, on this machine?"""
+    weight = tensors["weight"]
+    if target.arch != "x86_64" or weight.device.type != "cpu" or weight.dim() != 2 or weight.dtype is not dtype:
+        return False
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False
     return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -38,7 +40,7 @@ class PackedLinear:
         with torch.no_grad():
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
         self._bias = None if bias is None else bias.detach()
-        self.options = {"form": NAME, "rows": rows}
+        self.options = {"rows": rows}
         self.resident_bytes = weight.numel() * weight.element_size()
         self._linear = torch.ops.mkldnn._linear_pointwise.default
 
@@ -52,11 +54,3 @@ class PackedLinear:
     def files(self) -> dict[str, bytes]:
         """Nothing to store: the machine code is oneDNN's."""
         return {}
-
-
-def bind(tensors: Mapping[str, Tensor], bias: Tensor | None, rows: int, target: Target) -> PackedLinear | None:
-    """The packed layer, or None where this torch or target has no such form."""
-    weight = tensors["weight"]
-    if target.arch != "x86_64" or weight.device.type != "cpu" or weight.dim() != 2 or not available(weight.dtype):
-        return None
-    return PackedLinear(weight, bias, rows)

@@ -1,78 +1,110 @@
-"""Bind packed ops to kernels where that was measured to pay; what does not pay goes back to its fastest dense form."""
+"""Bind linear layers to kernels where that was measured to pay; what does not pay runs in its fastest dense form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import catalog
 from sparsify_compiler.decision import Decision
-from sparsify_compiler.errors import TargetError
+from sparsify_compiler.errors import ParseError, TargetError
+from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.measure import Timing, round_robin
 from sparsify_compiler.passes_api import Context, Pass, Preserves
-from sparsify_compiler.program import Program, Region, Stage, get_tensor, prune_unused, set_tensor
+from sparsify_compiler.program import Program, Region, Stage, get_tensor, set_tensor
 from sparsify_compiler.shapes import example_shape
 
 aten = torch.ops.aten
+EAGER = "dense eager"
+CHUNK = 1 << 27  # bytes of dense weights that are measured together: more than the caches hold, little beside a large model
 
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Choose a kernel for every packed op by measuring it against the dense form of the same layer.
+    """Choose how every linear layer runs, by measuring its kernels against the dense forms of the same layer.
 
-    Matches    sparsify.linear_<format>(x, <format tensors>, bias)
-    Rewrites   the same node bound to the fastest kernel, or linear(x, weight, bias) where no kernel is faster by `margin`
+    Matches    sparsify.linear_<format>(x, <format tensors>, bias), and linear(x, weight, bias) with a stored weight
+    Rewrites   the same node bound to the fastest kernel; a packed node becomes linear(x, weight, bias) where no sparse kernel pays
     Preserves  values, up to float reassociation
     Paper      none: measurement; the reason for it is "sparse, but not faster", the complaint that every earlier tool met
 
-    margin  part of the dense time that a sparse kernel must save to be taken: below it, noise would decide
-    rounds  how often each form is timed; all layers take turns in each round, so that caches are met as in the model
+    margin  part of the fastest dense time that a kernel must save to be taken: below it, noise would decide
+    rounds  how often each form is timed; layers take turns in each round, so that caches are met as in the model
+    prefer  "speed", or "bytes": a packed layer then keeps its fastest sparse kernel even where dense would be faster
     """
 
     margin: float = 0.05
     rounds: int = 15
+    prefer: Literal["speed", "bytes"] = "speed"
 
     preserves: ClassVar[Preserves] = Preserves.VALUES
     needs_stage: ClassVar[Stage] = Stage.TRACED
     until_stage: ClassVar[Stage] = Stage.PACKED
     gives_stage: ClassVar[Stage | None] = Stage.LOWERED
 
+    def __post_init__(self) -> None:
+        if self.prefer not in ("speed", "bytes"):
+            raise ParseError(f"prefer is 'speed' or 'bytes', not {self.prefer!r}", where="lower")
+
     def run(self, program: Program, ctx: Context) -> Program:
         if ctx.target is None or ctx.kernels is None:
             raise TargetError("there is no target to lower for", where=self.name(), hint="compile(..., target='cpu') gives one")
-        packed = [_Packed.of(region, node, program, ctx) for region, node in program.nodes() if _is_packed(node)]
-        forms = {layer.key: layer.forms(ctx) for layer in packed}
-        timings = round_robin(forms, rounds=self.rounds) if packed else {}
-        for done, layer in enumerate(packed):
-            if not ctx.spend():
-                break
-            layer.choose(forms[layer.key], timings[layer.key], self.margin)
-            ctx.progress("lower", done + 1, len(packed))
-        for region in program.regions.values():
-            prune_unused(region)
+        found = [(region, node) for region, node in program.nodes() if _is_packed(node) or _is_dense(node)]
+        for chunk, done in _chunks(found):
+            layers = [_Layer.of(region, node, program, ctx) for region, node in chunk]
+            timings = round_robin({layer.key: layer.forms for layer in layers}, rounds=self.rounds)
+            for layer in layers:
+                if not ctx.spend():
+                    return program
+                self._choose(layer, timings[layer.key])
+            ctx.progress("lower", done, len(found))
         return program
 
-
-def _is_packed(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "namespace", "") == "sparsify" and "kernel" not in node.meta
+    def _choose(self, layer: _Layer, timings: Mapping[str, Timing]) -> None:
+        """Bind the fastest form to the node, and write down why."""
+        dense = {name: timings[name].median for name in timings if name in layer.dense}
+        sparse = {name: t.median for name, t in timings.items() if name not in layer.dense}
+        yardstick = min(dense, key=lambda name: dense[name])
+        if dense[yardstick] > dense[EAGER] * (1 - self.margin):
+            yardstick = EAGER  # packing another copy of the weight has to pay too
+        best = min(sparse, key=lambda name: sparse[name], default=None)
+        gain = dense[yardstick] / sparse[best] if best is not None else 0.0
+        row = layer.decision
+        row.rows, row.dense_form, row.dense_ms = layer.rows, yardstick, dense[yardstick]
+        row.sparse_ms = sparse[best] if best is not None else None
+        if best is not None and (self.prefer == "bytes" or sparse[best] <= dense[yardstick] * (1 - self.margin)):
+            layer.bind(best)
+            row.kernel, row.compiled_ms, row.bytes = best, sparse[best], layer.kernels[best].resident_bytes
+            row.reason = f"{gain:.2f} times the speed of {yardstick}" + ("" if gain >= 1 else ", kept for its bytes")
+            return
+        if layer.packed:
+            why = f"the best kernel ({best}) has {gain:.2f} times the dense speed" if best is not None else "no kernel for this op, dtype and target"
+            row.reason = f"stays dense: {why}"
+            layer.make_dense()
+        layer.bind(yardstick)
+        row.kernel, row.compiled_ms, row.format = yardstick, dense[yardstick], "dense"
+        row.bytes = layer.weight.numel() * layer.weight.element_size()
+        row.reason = row.reason or "stays dense: no pass changed it"
 
 
 @dataclass
-class _Packed:
-    """One packed op, and what is needed to run it in each of its forms."""
+class _Layer:
+    """One linear layer, and every form that it can run in."""
 
     region: Region
     node: fx.Node
     decision: Decision
-    tensors: dict[str, Tensor]  # of the format, by name
-    attributes: dict[str, int]
+    weight: Tensor  # dense, masked where it is masked
     bias: Tensor | None
-    weight: Tensor  # the dense masked weight
     x: Tensor  # an input of the shape that the example inputs give
+    packed: bool
+    dense: set[str] = field(default_factory=lambda: {EAGER})  # names of the dense forms
+    kernels: dict[str, Any] = field(default_factory=dict)
+    forms: dict[str, Callable[[], object]] = field(default_factory=dict)  # the yardstick first
 
     @property
     def key(self) -> str:
@@ -83,91 +115,96 @@ class _Packed:
         return self.x.numel() // max(self.x.shape[-1], 1)
 
     @staticmethod
-    def of(region: Region, node: fx.Node, program: Program, ctx: Context) -> _Packed:
-        given = {k: get_tensor(region.module, str(v.target)) for k, v in node.kwargs.items() if isinstance(v, fx.Node) and k != "x"}
-        bias = given.pop("bias", None)
-        attributes = {k: v for k, v in node.kwargs.items() if isinstance(v, int)}
-        encoded = catalog.get("format", _format_of(node)).from_tensors(given, attributes)
-        source = node.kwargs["x"]
-        assert isinstance(source, fx.Node)
-        shape = example_shape(region, source, ctx.example_inputs)
-        generator = torch.Generator().manual_seed(ctx.seed)
-        x = torch.randn(shape, generator=generator).to(source.meta["val"].dtype)
-        decision = program.decisions.get(node.meta.get("site", ""))
-        if decision is None:
-            decision = program.decisions.setdefault(region.qualified(node.name), Decision(region.qualified(node.name), "linear"))
-        return _Packed(region, node, decision, given, attributes, bias, encoded.decode(), x)
-
-    def forms(self, ctx: Context) -> dict[str, Callable[[], object]]:
-        """Every way to run this layer, by name: the dense yardstick first, then each kernel candidate."""
+    def of(region: Region, node: fx.Node, program: Program, ctx: Context) -> _Layer:
+        """The layer at a node, its kernels built and ready to run."""
         assert ctx.kernels is not None
         assert ctx.target is not None
-        x, weight, bias = self.x, self.weight, self.bias
-        forms: dict[str, Callable[[], object]] = {DENSE: _Dense(x, weight, bias)}
-        op = str(self.node.target).split(".")[1]
-        for candidate in ctx.kernels.candidates(op, self.tensors, self.attributes, x.dtype, (self.rows,), ctx.target):
-            forms[candidate.name] = _Bound(candidate.bind(bias), x)
-        return forms
+        tensors = {k: get_tensor(region.module, str(v.target)) for k, v in node.kwargs.items() if isinstance(v, fx.Node) and v.op == "get_attr"}
+        bias, op = tensors.pop("bias", None), str(node.target).split(".")[1]
+        attributes = {k: v for k, v in node.kwargs.items() if isinstance(v, int)}
+        packed = _is_packed(node)
+        weight = catalog.get("format", op.removeprefix("linear_")).from_tensors(tensors, attributes).decode() if packed else tensors["weight"]
+        layer = _Layer(region, node, _row(region, node, weight, program), weight, bias, _input(region, node, ctx), packed)
+        layer.forms[EAGER] = lambda: nn.functional.linear(layer.x, weight, bias)
+        for candidate in ctx.kernels.candidates("linear", {"weight": weight}, {}, layer.x.dtype, (layer.rows,), ctx.target):
+            layer.add(candidate)
+            layer.dense.add(candidate.name)
+        for candidate in ctx.kernels.candidates(op, tensors, attributes, layer.x.dtype, (layer.rows,), ctx.target) if packed else ():
+            layer.add(candidate)
+        return layer
 
-    def choose(self, forms: Mapping[str, Any], timings: Mapping[str, Timing], margin: float) -> None:
-        """Bind the fastest kernel to the node, or put the dense layer back; write down why."""
-        dense, sparse = timings[DENSE].median, {name: t.median for name, t in timings.items() if name != DENSE}
-        best = min(sparse, key=lambda name: sparse[name], default=None)
-        row = self.decision
-        row.rows, row.dense_form, row.dense_ms = self.rows, DENSE, dense
-        row.sparse_ms = sparse[best] if best is not None else None
-        if best is not None and sparse[best] <= dense * (1 - margin):
-            self.node.meta["kernel"] = forms[best].kernel
-            row.kernel, row.compiled_ms, row.bytes = best, sparse[best], forms[best].kernel.resident_bytes
-            row.reason = f"{dense / sparse[best]:.2f} times the speed of {DENSE}"
-            return
-        row.kernel, row.compiled_ms, row.bytes, row.format = DENSE, dense, row.dense_bytes, "dense"
-        row.reason = (f"stays dense: the best kernel ({best}) has {dense / sparse[best]:.2f} times the dense speed" if best is not None
-                      else "stays dense: no kernel for this op, dtype and target")
-        self.make_dense()
+    def add(self, candidate: Any) -> None:
+        kernel = self.kernels[candidate.name] = candidate.bind(self.bias)
+        self.forms[candidate.name] = lambda: kernel(self.x)
+
+    def bind(self, form: str) -> None:
+        """Let the node run in this form."""
+        if form in self.kernels:
+            self.node.meta["kernel"] = self.kernels[form]
 
     def make_dense(self) -> None:
-        """Replace the packed op by linear(x, weight, bias) with the masked weight."""
+        """Replace the packed node by linear(x, weight, bias) with the masked weight."""
         region, node, graph = self.region, self.node, self.region.graph
-        name = f"{_owner(node)}.weight"
+        name = f"{_stored_under(node)}_masked"
+        set_tensor(region.module, name, nn.Parameter(self.weight, requires_grad=False))
         with graph.inserting_before(node):
-            set_tensor(region.module, name, torch.nn.Parameter(self.weight, requires_grad=False))
             weight = graph.get_attr(name)
-            weight.meta = {"val": node.meta["val"].new_empty(self.weight.shape), "by": "lower", "path": node.meta.get("path", "")}
-            arguments = {"input": node.kwargs["x"], "weight": weight} | ({"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {})
-            dense = graph.call_function(aten.linear.default, (), arguments)
-            dense.meta = {**node.meta, "by": "lower"}
-        node.replace_all_uses_with(dense)
+            weight.meta = {"val": fake_like(self.weight, mode_of(region)), "by": "lower"} | _place(node)
+            bias = {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
+            self.node = graph.call_function(aten.linear.default, (), {"input": node.kwargs["x"], "weight": weight, **bias})
+        self.node.meta = {**node.meta, "by": "lower"}
+        node.replace_all_uses_with(self.node)
         graph.erase_node(node)
 
 
-DENSE = "dense eager"
+def _is_packed(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "namespace", "") == "sparsify" and "kernel" not in node.meta
 
 
-class _Dense:
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.x, self.weight, self.bias = x, weight, bias
-
-    def __call__(self) -> Tensor:
-        return torch.nn.functional.linear(self.x, self.weight, self.bias)
+def _is_dense(node: fx.Node) -> bool:
+    weight = node.kwargs.get("weight")
+    return node.target is aten.linear.default and isinstance(weight, fx.Node) and weight.op == "get_attr" and "kernel" not in node.meta
 
 
-class _Bound:
-    def __init__(self, kernel: Any, x: Tensor) -> None:
-        self.kernel, self.x = kernel, x
+def _chunks(found: Iterable[tuple[Region, fx.Node]]) -> Iterator[tuple[list[tuple[Region, fx.Node]], int]]:
+    """The layers in groups of about CHUNK bytes of dense weights, and how many layers are done after each."""
+    chunk: list[tuple[Region, fx.Node]] = []
+    size = done = 0
+    for region, node in found:
+        x, y = node.kwargs.get("x", node.kwargs.get("input")), node.meta["val"]
+        assert isinstance(x, fx.Node)
+        chunk.append((region, node))
+        size, done = size + int(x.meta["val"].shape[-1]) * int(y.shape[-1]) * y.element_size(), done + 1
+        if size >= CHUNK:
+            yield chunk, done
+            chunk, size = [], 0
+    if chunk:
+        yield chunk, done
 
-    def __call__(self) -> Any:
-        return self.kernel(self.x)
+
+def _row(region: Region, node: fx.Node, weight: Tensor, program: Program) -> Decision:
+    site = str(node.meta.get("site") or node.meta.get("path") or region.qualified(node.name))
+    size = weight.numel() * weight.element_size()
+    fresh = Decision(site, "linear", tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size)
+    return program.decisions.setdefault(site, fresh)
 
 
-def _format_of(node: fx.Node) -> str:
-    return str(node.target).split(".")[1].removeprefix("linear_")
+def _input(region: Region, node: fx.Node, ctx: Context) -> Tensor:
+    """Noise of the shape and dtype that the layer's input has on the example inputs."""
+    source = node.kwargs.get("x", node.kwargs.get("input"))
+    assert isinstance(source, fx.Node)
+    generator = torch.Generator().manual_seed(ctx.seed)
+    return torch.randn(example_shape(region, source, ctx.example_inputs), generator=generator).to(source.meta["val"].dtype)
 
 
-def _owner(node: fx.Node) -> str:
-    """Where the packed weight lay, for example "encoder.layer.0.attention.self.query" of "....query.weight_packed.values"."""
+def _stored_under(node: fx.Node) -> str:
+    """The weight's name, of a packed node: "encoder.query.weight" of "encoder.query.weight_packed.values"."""
     first = next(v for k, v in node.kwargs.items() if isinstance(v, fx.Node) and v.op == "get_attr" and k != "bias")
-    return str(first.target).rpartition(".weight_packed.")[0] or f"{node.name}_dense"
+    return str(first.target).rpartition("_packed.")[0]
+
+
+def _place(node: fx.Node) -> dict[str, Any]:
+    return {key: node.meta[key] for key in ("path", "module") if key in node.meta}
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
