@@ -29,6 +29,8 @@ class UnsupportedError(Exception):
 
 @dataclass
 class Section:
+    """A section of the object: its header's fields and its bytes; `address` once it is placed."""
+
     name: str
     kind: int
     flags: int
@@ -41,6 +43,8 @@ class Section:
 
 @dataclass
 class Symbol:
+    """A symbol of the object; `section` is an index, `value` an offset into that section."""
+
     name: str
     info: int
     section: int

@@ -57,6 +57,7 @@ def loop(extent: Expr, start: Expr = 0, parallel: bool = False) -> Any:
 
 @contextmanager
 def when(condition: Expr) -> Iterator[None]:
+    """`with when(condition):` the block runs only then."""
     with builder.If(condition), builder.Then():
         yield
 
@@ -88,10 +89,12 @@ def join(parts: Sequence[Expr], lanes: int) -> Expr:
 
 
 def lane(vector: Expr, number: int) -> Expr:
+    """One element of a vector."""
     return tirx.Shuffle([vector], [tirx.const(number, "int32")])
 
 
 def broadcast(value: Expr, lanes: int) -> Expr:
+    """A scalar in all lanes of a vector."""
     return tirx.Broadcast(value, lanes) if lanes > 1 else value
 
 
@@ -101,6 +104,7 @@ def stack(size: int, dtype: str) -> Buffer:
 
 
 def zero() -> Expr:
+    """0 in float32."""
     return tirx.const(0.0, "float32")
 
 

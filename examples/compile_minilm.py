@@ -47,7 +47,8 @@ class Lee:
         data = folder("gensim") / "test" / "test_data"
         self.documents = (data / "lee.cor").read_text(encoding="latin-1").splitlines()
         self.background = (data / "lee_background.cor").read_text(encoding="latin-1").splitlines()
-        ratings = torch.tensor([[float(v) for v in line.split()] for line in (data / "similarities0-1.txt").read_text(encoding="latin-1").splitlines()])
+        table = (data / "similarities0-1.txt").read_text(encoding="latin-1")
+        ratings = torch.tensor([[float(v) for v in line.split()] for line in table.splitlines()])
         self.pairs = torch.triu_indices(len(self.documents), len(self.documents), offset=1)
         self.ratings = ratings[self.pairs[0], self.pairs[1]]
         self.tokenizer, self.length = tokenizer, length

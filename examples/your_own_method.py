@@ -10,6 +10,7 @@ passes/recipes/scaled_magnitude.py, or put them in a package of your own with th
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear

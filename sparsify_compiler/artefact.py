@@ -84,6 +84,8 @@ def read_report(path: str | Path) -> Report:
         return Report.from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtefactError(f"cannot be read: {error}", where=str(file), hint="give the folder that save() wrote, or a report's JSON file") from error
+    except ArtefactError as error:
+        raise ArtefactError(error.what, where=str(file), hint=error.hint) from error
 
 
 def _write(compiled: CompiledModel, folder: Path) -> None:

@@ -40,7 +40,7 @@ def calibrate(program: Program, batches: Iterable[Inputs], needs: Mapping[str, f
     Raises CalibrationError for empty batches, activations that are not finite, or a statistic that does not fit into max_bytes;
     InputError for a batch that is no call of the model; UnknownNameError for an unknown statistic.
     """
-    for name in {name for names in needs.values() for name in names}:
+    for name in sorted({name for names in needs.values() for name in names}):
         if name not in STATISTICS:
             raise unknown("statistic", name, STATISTICS, where="calibrate")
     walkable = _walkable(batches, max_bytes)

@@ -27,7 +27,8 @@ def run(model: nn.Module, call: ExampleCall, where: str) -> Any:
         with torch.no_grad(), unchanged(model):
             return model(*args, **kwargs)
     except Exception as problem:  # the model's own code may raise anything
-        raise InputError(f"the model fails on its example inputs: {type(problem).__name__}: {problem}", where=where) from problem
+        raise InputError(f"the model fails on its example inputs: {type(problem).__name__}: {problem}", where=where,
+                         hint="a plain call of the model with them must work before it can be compiled") from problem
 
 
 def compare(captured: nn.Module, call: ExampleCall, expected: Any) -> None:

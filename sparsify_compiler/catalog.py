@@ -30,6 +30,7 @@ class Kind:
     pattern: str
     holds_object: bool = True
     without: tuple[str, ...] = ()  # names of folders that belong to another kind
+    named_like: str = ""  # the kind that gives an entry its name; files of other names beside them are helpers
 
 
 KINDS: Mapping[str, Kind] = {
@@ -40,7 +41,7 @@ KINDS: Mapping[str, Kind] = {
     "budget": Kind("passes/prune/budgets/*.py"),
     "format": Kind("formats/*.py"),
     "op": Kind("ops/*.py", holds_object=False),
-    "kernel": Kind("codegen/kernels/*.py", holds_object=False),
+    "kernel": Kind("codegen/kernels/*.py", holds_object=False, named_like="cost"),  # costs are there for our ops and for dense ones
     "cost": Kind("cost_models/ops/*.py", holds_object=False),
 }
 
@@ -130,9 +131,10 @@ def _entries(kind: str) -> dict[str, tuple[str, Path]]:
     if kind not in KINDS:
         raise unknown("kind of entry", kind, KINDS)
     entries: dict[str, tuple[str, Path]] = {}
+    known = _entries(KINDS[kind].named_like) if KINDS[kind].named_like else None
     for package, root in _roots():
         for file in sorted(root.glob(KINDS[kind].pattern)):
-            if file.name.startswith("_") or file.parent.name in KINDS[kind].without:
+            if file.name.startswith("_") or file.parent.name in KINDS[kind].without or (known is not None and file.stem not in known):
                 continue
             if file.stem in entries:
                 raise SparsifyError(f"the {kind} {file.stem!r} is defined twice", where=f"{entries[file.stem][1]} and {file}",

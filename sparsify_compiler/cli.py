@@ -15,7 +15,7 @@ MODEL_HELP = "package.module:callable or file.py:callable returning (model, exam
 app = typer.Typer(name="sparsify", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", add_completion=False)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
-MaybeModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP, show_default=False)]
+MaybeModel = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `sparsify compile --out` or save() wrote.", show_default=False)]
 Batch = Annotated[int, typer.Option(help="Sentences in the example inputs of an hf: model.", min=1)]
 Sequence_ = Annotated[int, typer.Option("--sequence", help="Tokens in the example inputs of an hf: model.", min=2)]
@@ -63,20 +63,23 @@ def compile_(
     Examples:
       sparsify compile my_model.py:make --recipe wanda --density 0.5 --out compiled/
       sparsify compile hf:./all-MiniLM-L6-v2 --speedup 1.5 --batch 8 --html r.html
-      sparsify compile pkg.models:make --recipe "mask_weights(structure='16x1')"
+      sparsify compile pkg.models:make --recipe "mask_weights(structure='2:4')"
     where my_model.py holds
       def make():
           return model.eval(), {"x": example}, calibration_batches
     """
     from .cli_model import load_model
-    from .cli_options import make_budget, parse_dynamic
+    from .cli_options import check_outputs, make_budget, parse_dynamic
     from .compile import as_pipeline
     from .compile import compile as run
 
     budget = make_budget(density=density, speedup=speedup, latency_ms=latency_ms, bytes=size, quality_drop=quality_drop)
     pipeline, dimensions = as_pipeline(recipe), parse_dynamic(dynamic or [])
+    check_outputs(out, (html, json))
     _set_threads(threads)
     source = load_model(model, batch=batch, sequence=sequence)
+    if source.calibration is None and not quiet:
+        typer.echo(f"note: {model} gives no calibration batches; the example inputs stand in for them", err=True)
     calibration = [source.example_inputs] if source.calibration is None else source.calibration
     compiled = run(source.model, source.example_inputs, recipe=pipeline, target=target, budget=budget, calibration=calibration,
                    dynamic=dimensions, against=tuple(against or ("eager",)), seed=seed, progress=not quiet)  # fmt: skip
@@ -95,7 +98,9 @@ def report(folder: Folder, html: Annotated[Path | None, typer.Option(help="Write
       sparsify report compiled/ --html report.html
     """
     from .artefact import read_report
+    from .cli_options import check_outputs
 
+    check_outputs(None, (html, json))
     _write_report(read_report(folder), html, json)
 
 

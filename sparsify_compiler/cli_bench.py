@@ -35,6 +35,11 @@ def bench(path: Path, spec: str | None, sizes: Mapping[str, int], rounds: int) -
         args, kwargs = _call_of(source.example_inputs) if source else example_call(compiled.program.regions[""].spec, sizes)
         if source:
             forms["original model, eager"] = lambda: source.model(*args, **kwargs)
+        try:
+            compiled(*args, **kwargs)
+        except InputError as error:
+            what = f"its example inputs do not fit the saved model: {error.where}: {error.what}"
+            raise InputError(what, where=spec or str(path), hint=f"name the model that {path} was compiled from") from error
         dense = CompiledModel(dense_program(compiled.program)) if compiled.program.skeleton is None else instantiate(dense_program(compiled.program))
         forms["same graph, dense weights"] = lambda: dense(*args, **kwargs)
         forms["compiled"] = lambda: compiled(*args, **kwargs)

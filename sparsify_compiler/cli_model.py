@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 HINT = "give package.module:callable, path/to/file.py:callable, or hf:PATH of a local Hugging Face folder"
+TRACEBACK = "add --traceback to see where"
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
     "A compiler turns a program into another one that does the same, faster.",
@@ -52,7 +53,10 @@ def load_model(spec: str, *, batch: int = 1, sequence: int = 128) -> Source:
 def _call(spec: str, function: Callable[[], Any]) -> Source:
     from torch import nn
 
-    result = function()
+    try:
+        result = function()
+    except Exception as error:  # the user's own code may raise anything
+        raise InputError(f"the function raised {type(error).__name__}: {error}", where=spec, hint=TRACEBACK) from error
     if not (isinstance(result, tuple) and len(result) in (2, 3) and isinstance(result[0], nn.Module)):
         raise InputError(
             f"the function returned {type(result).__name__}, not (model, example_inputs) or (model, example_inputs, calibration)",
@@ -85,6 +89,10 @@ def _file(path: Path) -> Any:
     sys.path.insert(0, str(path.parent))  # as `python file.py` does
     try:
         spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code may raise anything
+        if sys.modules.get(path.stem) is module:
+            del sys.modules[path.stem]
+        raise InputError(f"{path} could not be run: {type(error).__name__}: {error}", where="MODEL", hint=TRACEBACK) from error
     finally:
         sys.path.remove(str(path.parent))
     return module

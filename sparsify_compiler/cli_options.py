@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
+from .errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from .budget import Budget
@@ -40,3 +41,16 @@ def make_budget(**given: Any) -> Budget | None:
 
     named = {name: value for name, value in given.items() if value is not None}
     return Budget(**named) if named else None
+
+
+def check_outputs(folder: Path | None, files: Iterable[Path | None]) -> None:
+    """Refuse, before any work is done, places that results cannot be written to. Raises StorageError."""
+    from .artefact_manifest import is_artefact
+
+    if folder is not None and folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or is_artefact(folder))):
+        raise StorageError("something else is there already", where=str(folder), hint="choose a new folder, or remove this one yourself")
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise StorageError("there is no such folder to write into", where=str(file), hint=f"mkdir -p {file.parent}")
+        if file is not None and file.is_dir():
+            raise StorageError("this is a folder, not a file", where=str(file), hint=f"name a file, for example {file / 'report'}")

@@ -44,10 +44,11 @@ def why(what: str, model: str, batch: int, sequence: int) -> str:
     source = load_model(model, batch=batch, sequence=sequence)
     pipeline = _pipeline(what)
     _, _, ctx = _run(pipeline, source.model, source.example_inputs)
-    acted = f"{pipeline} acted {ctx.rewrites} times" if ctx.rewrites else f"{pipeline} did not act"
+    times = "once" if ctx.rewrites == 1 else f"{ctx.rewrites} times"
+    acted = f"{pipeline} acted {times}" if ctx.rewrites else f"{pipeline} did not act"
     if not ctx.misses:
         return f"{acted}; nothing in this model came near its pattern" if not ctx.rewrites else f"{acted} and left nothing out"
-    return "\n".join([f"{acted}; {len(ctx.misses)} near misses:", *(f"  {miss}" for miss in ctx.misses)])
+    return "\n".join([f"{acted}; what it left, and why:", *(f"  {miss}" for miss in ctx.misses)])
 
 
 def table(kind: str) -> Table:
@@ -101,6 +102,8 @@ def _pipeline(what: str) -> Pipeline:
     """A pass or recipe by its bare name, or pipeline text. Raises UnknownNameError or ParseError."""
     from .pipeline import Pipeline
 
+    if ":" in what and "(" not in what:
+        raise InputError(f"not a pass, recipe or pipeline: {what!r}", hint="the pass comes first, then the model: sparsify show fold_batchnorm my.py:make")
     return Pipeline.parse(f"{what}()" if what.isidentifier() else what)
 
 

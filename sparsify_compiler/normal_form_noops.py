@@ -57,13 +57,26 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
 
 
 def _neutral(node: fx.Node, source: fx.Node) -> bool:
-    """x + 0 of integers (of floats it turns -0 into 0), x * 1, x / 1 of floats."""
+    """x + 0, x - 0, x * 1, x / 1, where the dtype stays. Of floats x + 0 turns -0 into 0: see `_starts_a_sum`."""
     before, number = value(source), node.kwargs["other"]
     if before is None or isinstance(number, (bool, fx.Node)) or not _same_type(node, source):
         return False
     if is_call(node, aten.add.Tensor, aten.sub.Tensor):
-        return type(number) is int and number == 0 and not before.is_floating_point()
+        inexact = is_call(node, aten.add.Tensor) and (before.is_floating_point() or before.is_complex())
+        return type(number) is int and number == 0 and "alpha" not in node.kwargs and (not inexact or _starts_a_sum(node))
     return bool(number == 1)
+
+
+def _starts_a_sum(node: fx.Node) -> bool:
+    """Whether 0 + x is what Python's sum() begins with: only added to more terms. The sum is the same without the 0; where every term is -0
+    it is -0 instead of 0, which compares equal.
+    """
+    return bool(node.users) and all(is_call(user, aten.add.Tensor) and _is_term(user, node) for user in node.users)
+
+
+def _is_term(add: fx.Node, node: fx.Node) -> bool:
+    other = add.kwargs["other"] if add.kwargs["self"] is node else add.kwargs["self"]
+    return isinstance(other, fx.Node) and value(other) is not None and "alpha" not in add.kwargs
 
 
 def _leaves_with_input(node: fx.Node, source: fx.Node) -> bool:

@@ -26,7 +26,16 @@ def fit(value: Any, annotation: Any, what: str, where: str, read: Callable[[str]
             continue
     if isinstance(value, str) and isinstance(annotation, type) and issubclass(annotation, Enum):
         raise ParseError(f"{what} is {value!r}", where=where, hint=nearest(value, [str(e.value) for e in annotation]))
-    raise ParseError(f"{what} must be {_spell(annotation)}, got {value!r}", where=where)
+    raise ParseError(f"{what} must be {_spell(annotation)}, got {value!r}", where=where, hint=_in_a_tuple(value, annotation))
+
+
+def _in_a_tuple(value: Any, annotation: Any) -> str:
+    """What to write where one value stands for a tuple of them."""
+    try:
+        _fit((value,), annotation)
+    except _UnfitError:
+        return ""
+    return f"write {(value,)!r}"
 
 
 def _readings(value: Any, read: Callable[[str], Any]) -> list[Any]:

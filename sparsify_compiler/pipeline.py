@@ -89,6 +89,10 @@ class Pipeline:
         """
         ctx = Context() if ctx is None else ctx
         watchers = tuple(from_environment() if instruments is None else instruments)
+        for watcher in watchers:
+            if not isinstance(watcher, Instrument):
+                raise InputError(f"an instrument is an object such as Verify(), not {watcher!r}", where="instruments",
+                                 hint="sparsify_compiler.instruments has them; SPARSIFY_DEBUG=verify takes names")
         check_stages(self.passes, program.stage)
         program, signature = program.clone(), signature_of(program)
         for watcher in watchers:
@@ -153,7 +157,7 @@ def _placed(error: SparsifyError, item: Pass) -> SparsifyError:
     """The same error, with the pass's name in its place."""
     place = f"pass {item.name()}"
     if place not in error.where:
-        where = f"{place}, {error.where}" if error.where else place
+        where = f"{place}, {error.where}" if error.where not in ("", item.name()) else place
         SparsifyError.__init__(error, error.what, where=where, hint=error.hint)
     return error
 

@@ -60,9 +60,9 @@ STATISTICS: Mapping[str, Statistic] = {
     # float32 [width]: mean of each channel
     "input_mean": Statistic(_doubles, lambda s, x: s.add_(x.sum(0, dtype=torch.float64).to(s)), lambda s, n: (s / n).float(), lambda w: 8 * w),
     # float32 [width]: largest magnitude of each channel
-    "absmax": Statistic(torch.zeros, _add_absmax, lambda s, n: s, lambda w: 4 * w),
+    "absmax": Statistic(lambda w: torch.zeros(w, dtype=torch.float32), _add_absmax, lambda s, n: s, lambda w: 4 * w),
     # float32 [width, width]: X^T X, summed over the rows
-    "gram": Statistic(lambda w: torch.zeros(w, w), _add_gram, lambda s, n: s, lambda w: 4 * w * w),
+    "gram": Statistic(lambda w: torch.zeros(w, w, dtype=torch.float32), _add_gram, lambda s, n: s, lambda w: 4 * w * w),
     # int64 [SKETCH_BINS]: how many magnitudes fall into each bin of the float line; read it with `quantile`
     "quantiles": Statistic(lambda w: torch.zeros(SKETCH_BINS, dtype=torch.int64), _add_sketch, lambda s, n: s, lambda w: 8 * SKETCH_BINS),
     # int64 []: number of rows seen

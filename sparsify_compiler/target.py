@@ -83,7 +83,12 @@ def host() -> Target:
         raise TargetError(f"no kernels for this processor architecture: {arch}", hint=nearest(arch, FEATURES))
     flags = tvm.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")()
     features = tuple(sorted(f for f in FEATURES[arch] if f in flags and bool(flags[f])))
-    return Target("native", arch, _mcpu(arch, features), features, len(os.sched_getaffinity(0)))
+    return Target("native", arch, _mcpu(arch, features), features, _cores())
+
+
+def _cores() -> int:
+    """Processors that this process may use; macOS and Windows only tell how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _mcpu(arch: str, features: tuple[str, ...]) -> str:
@@ -97,14 +102,22 @@ def _mcpu(arch: str, features: tuple[str, ...]) -> str:
     return "skylake-avx512" if "avx512f" in features else "haswell" if "avx2" in features else "x86-64"
 
 
+def _known(name: str) -> str:
+    known = f"known: {', '.join(NAMES)}"
+    hint = nearest(name, NAMES)
+    return hint if hint.startswith("known") else f"{hint} {known}"
+
+
 def resolve(target: str | Target) -> Target:
-    """A Target from its name ("cpu" and "native" are this machine), or the Target itself."""
+    """A Target from its name ("cpu" and "native" are this machine), or the Target itself. Raises TargetError."""
     if isinstance(target, Target):
         return target
     if target in ("cpu", "native"):
         return host()
+    if not isinstance(target, str):
+        raise TargetError(f"a target is a name or a Target, not {type(target).__name__}", where="target", hint=f"known: {', '.join(NAMES)}")
     if target not in NAMES:
-        raise TargetError(f"unknown target {target!r}", hint=nearest(target, NAMES))
+        raise TargetError(f"unknown target {target!r}", where="target", hint=_known(target))
     level = {"x86-avx2": 3, "x86-avx512": 9, "x86-amx": 12}[target]
     features = tuple(sorted(FEATURES["x86_64"][:level]))
     return Target(target, "x86_64", _mcpu("x86_64", features), features, os.cpu_count() or 1)

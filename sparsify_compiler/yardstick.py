@@ -40,11 +40,10 @@ def dense_forms(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def _compiled(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], object]:
     import torch._dynamo
-    import torch._inductor.config as inductor
 
-    torch._dynamo.reset()
-    compiled = torch.compile(model, dynamic=False)
-    with torch.no_grad(), inductor.patch(freezing=True):
+    # What the user has compiled stays compiled: these options make a backend of our own, so nothing has to be reset to get frozen weights.
+    compiled = torch.compile(model, dynamic=False, options={"freezing": True})
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
         compiled(*args, **kwargs)
     return lambda: compiled(*args, **kwargs)
 

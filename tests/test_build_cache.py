@@ -42,10 +42,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    """A process that will load SCHEDULE when it is told to, imports done."""
+def start(folder: Path, before: str = "") -> subprocess.Popen[str]:
+    """A process that will load SCHEDULE when it is told to, imports done; it runs the code `before` first."""
     environment = {**os.environ, "SPARSIFY_CACHE": str(folder), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen([sys.executable, "-c", before + SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -118,19 +118,34 @@ def test_two_processes_at_once(folder: Path) -> None:
     assert len(entries(folder)) == 1
 
 
-def test_killed_while_building(folder: Path) -> None:
-    for delay in (0.01, 0.06, 0.15):
-        process = start(folder)
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    folder.mkdir(exist_ok=True)
-    key = build.key(SCHEDULE, host())
-    (folder / f".{key}.abandoned").write_bytes(b"what a killed process may leave")
-    assert works(build.load(SCHEDULE, host()))
+DYING = {
+    "compiling": "build.compile_binary = die",
+    "writing": "cache.os.fdopen = lambda handle, mode: Half(handle)",
+    "renaming": "cache.os.replace = die",
+}
+
+
+@pytest.mark.parametrize("step", DYING)
+def test_killed_while_building(folder: Path, step: str) -> None:
+    process = start(folder, f"""
+import os, signal
+from sparsify_compiler.codegen import build, cache
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+class Half:
+    def __init__(self, handle): self.handle = handle
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def write(self, data):
+        os.write(self.handle, data[:len(data) // 2])
+        die()
+{DYING[step]}
+""")
+    process.communicate("go\n", timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert not entries(folder)
+    assert len(list(folder.glob(".rows-*"))) == (step != "compiling")
+    assert works(build.load(SCHEDULE, host()))  # it waits for no lock of the dead, and cleans up
     assert len(entries(folder)) == 1
     assert not list(folder.glob(".rows-*"))
     assert not cache.warnings()

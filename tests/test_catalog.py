@@ -26,6 +26,11 @@ def test_get_ignores_case_and_underscores() -> None:
 
 def test_ops_and_kernels_are_modules() -> None:
     assert catalog.get("op", "linear_csr").__name__ == "sparsify_compiler.ops.linear_csr"
+    assert catalog.get("kernel", "linear_csr").__name__ == "sparsify_compiler.codegen.kernels.linear_csr"
+
+
+def test_kernels_are_named_like_ops_and_what_they_share_is_no_kernel() -> None:
+    assert set(catalog.names("kernel")) == {*catalog.names("op"), "linear"}
 
 
 def test_unknown_names_offer_the_nearest() -> None:

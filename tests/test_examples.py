@@ -28,7 +28,7 @@ def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(blocks) >= 2
     space: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), space)  # noqa: S102 — our own README
+        exec(compile(block, "README.md", "exec"), space)  # our own README
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert str(space["pipeline"]).startswith("fold_batchnorm() | mask_weights(")
 

@@ -110,6 +110,20 @@ def test_what_is_no_norm_stays(function: Callable[..., Any]) -> None:
     assert not {"rms_norm.default", "layer_norm.default"} & set(names(of(function, x(3, 4))))
 
 
+@pytest.mark.parametrize(("function", "expected"), [
+    (lambda t, w: sum([functional.linear(t, w), t * 2, t.exp()]), ["linear.default", "mul.Tensor", "exp.default", "add.Tensor", "add.Tensor"]),
+    (lambda t, w: t.relu() - 0, ["relu.default"]),  # exact: -0 - 0 is -0
+    (lambda t, w: (t.sign().long() + 0).neg(), ["sign.default", "to.dtype", "neg.default"]),
+    (lambda t, w: (0 + t).reciprocal(), ["add.Tensor", "reciprocal.default"]),  # 1 / -0 is not 1 / 0
+    (lambda t, w: (t + 0.0) + t.exp(), ["add.Tensor", "exp.default", "add.Tensor"]),  # written by a user who means it
+    (lambda t, w: ((t > 0) + 0) + t, ["gt.Scalar", "add.Tensor", "add.Tensor"]),  # makes integers of bools
+    (lambda t, w: (0 + t).add(t.exp(), alpha=2), ["add.Tensor", "exp.default", "add.Tensor"]),
+    (lambda t, w: (t + 0) + 1, ["add.Tensor", "add.Tensor"]),
+])
+def test_a_sum_begins_with_its_first_term(function: Callable[..., Any], expected: list[str]) -> None:
+    assert names(of(function, x(3, 4), w=(4, 4))) == expected
+
+
 def test_a_norm_in_bfloat16_stays_as_it_is_written() -> None:
     program = of(lambda t: t * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6), x(3, 4).bfloat16())
     assert "rms_norm.default" not in names(program)

@@ -112,7 +112,9 @@ def test_the_table_knows_every_stage_and_only_grows() -> None:
 def test_kernels_belong_to_packed_ops() -> None:
     lowered = program()
     lowered.stage = Stage.LOWERED
-    first(lowered.regions[""]).meta["kernel"] = object()
+    first(lowered.regions[""]).meta["kernel"] = object()  # a linear may have its packed dense form
+    verify(lowered)
+    first(lowered.regions[""], aten.relu.default).meta["kernel"] = object()
     with pytest.raises(VerifyError, match="only packed ops"):
         verify(lowered)
 

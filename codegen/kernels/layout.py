@@ -106,7 +106,7 @@ def prepare(groups: Groups, dtype: torch.dtype, bias: Tensor | None, out_feature
     full_columns = torch.full((total,), in_features, dtype=torch.int64).index_copy_(0, places, columns)
     if dtype == torch.bfloat16:
         full_values = full_values.view(total // 2, 2, r).transpose(1, 2).flatten().view(torch.int32)
-    full_bias = torch.zeros(strips * OUTPUTS)
+    full_bias = torch.zeros(strips * OUTPUTS, dtype=torch.float32)
     if bias is not None:
         full_bias[:out_features] = bias.detach().float()
     return Prepared(layout, full_values.view(-1), full_columns.to(getattr(torch, layout.index)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +21,7 @@ from sparsify_compiler.shapes import example_shape
 
 aten = torch.ops.aten
 EAGER = "dense eager"
-CHUNK = 1 << 27  # bytes of dense weights that are measured together: more than the caches hold, little beside a large model
+CHUNK = 1 << 26  # bytes of dense weights that are measured together: more than the caches hold, little beside a large model
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,17 @@ class Lower(Pass):
             raise TargetError("there is no target to lower for", where=self.name(), hint="compile(..., target='cpu') gives one")
         found = [(region, node) for region, node in program.nodes() if _is_packed(node) or _is_dense(node)]
         for chunk, done in _chunks(found):
-            layers = [_Layer.of(region, node, program, ctx) for region, node in chunk]
-            timings = round_robin({layer.key: layer.forms for layer in layers}, rounds=self.rounds)
-            for layer in layers:
-                if not ctx.spend():
-                    return program
-                self._choose(layer, timings[layer.key])
+            self._lower(chunk, program, ctx)
             ctx.progress("lower", done, len(found))
         return program
+
+    def _lower(self, chunk: Iterable[tuple[Region, fx.Node]], program: Program, ctx: Context) -> None:
+        """Measure some layers together. The forms that lose are freed on return, before the next layers are laid out."""
+        layers = [_Layer.of(region, node, program, ctx) for region, node in chunk]
+        timings = round_robin({layer.key: layer.forms for layer in layers}, rounds=self.rounds)
+        for layer in layers:
+            if ctx.spend():
+                self._choose(layer, timings[layer.key])
 
     def _choose(self, layer: _Layer, timings: Mapping[str, Timing]) -> None:
         """Bind the fastest form to the node, and write down why."""
@@ -125,7 +129,7 @@ class _Layer:
         packed = _is_packed(node)
         weight = catalog.get("format", op.removeprefix("linear_")).from_tensors(tensors, attributes).decode() if packed else tensors["weight"]
         layer = _Layer(region, node, _row(region, node, weight, program), weight, bias, _input(region, node, ctx), packed)
-        layer.forms[EAGER] = lambda: nn.functional.linear(layer.x, weight, bias)
+        layer.forms[EAGER] = partial(nn.functional.linear, layer.x, weight, bias)
         for candidate in ctx.kernels.candidates("linear", {"weight": weight}, {}, layer.x.dtype, (layer.rows,), ctx.target):
             layer.add(candidate)
             layer.dense.add(candidate.name)
@@ -135,7 +139,7 @@ class _Layer:
 
     def add(self, candidate: Any) -> None:
         kernel = self.kernels[candidate.name] = candidate.bind(self.bias)
-        self.forms[candidate.name] = lambda: kernel(self.x)
+        self.forms[candidate.name] = partial(kernel, self.x)  # holds x, not the layer: a cycle would keep the weights until gc runs
 
     def bind(self, form: str) -> None:
         """Let the node run in this form."""

@@ -114,7 +114,8 @@ class MaskWeights(Pass):
         for density in (self.density, ctx.density, self._structure.density):
             if density is not None:
                 return density
-        raise BudgetError("no density was given", where="mask_weights", hint="mask_weights(density=0.5), or compile(..., budget=Budget(density=0.5))")
+        raise BudgetError("no density was given", where="mask_weights",
+                          hint="mask_weights(density=0.5), compile(..., budget=Budget(density=0.5)), or --density 0.5 on the command line")
 
     def _fits(self, layer: Layer, density: float, left: list[LeftDense]) -> bool:
         """Can this layer be pruned? Notes in `left` why not. Raises ModelError, and StructureError when a misfit is an error."""
