@@ -37,7 +37,7 @@ def _check_mode(model: nn.Module) -> None:
 
 def _check_types(tensors: list[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             raise ModelError("this weight of a lazy module has no shape yet", where=name, hint="call the model once, then model.eval()")
         if tensor.is_meta:
             raise ModelError("this weight is on the meta device: it has no values", where=name, hint="load the weights first")

@@ -103,7 +103,7 @@ def _pipeline(what: str) -> Pipeline:
     from .pipeline import Pipeline
 
     if ":" in what and "(" not in what:
-        raise InputError(f"not a pass, recipe or pipeline: {what!r}", hint="the pass comes first, then the model: sparsify show fold_batchnorm my.py:make")
+        raise InputError(f"not a pass, recipe or pipeline: {what!r}", hint="first the pass, then the model: sparsify show fold_batchnorm my.py:make")
     return Pipeline.parse(f"{what}()" if what.isidentifier() else what)
 
 

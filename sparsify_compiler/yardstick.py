@@ -40,10 +40,13 @@ def dense_forms(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def _compiled(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], object]:
     import torch._dynamo
+    import torch._inductor.config as inductor
 
-    # What the user has compiled stays compiled: these options make a backend of our own, so nothing has to be reset to get frozen weights.
+    # The options make a backend of its own, so that what the user has compiled is neither taken for this form nor has to be reset;
+    # Dynamo itself looks at the global switch. Without the limits, torch gives up after a few compiles of one function.
     compiled = torch.compile(model, dynamic=False, options={"freezing": True})
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
+    limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
+    with torch.no_grad(), inductor.patch(freezing=True), limits:
         compiled(*args, **kwargs)
     return lambda: compiled(*args, **kwargs)
 

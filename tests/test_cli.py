@@ -35,6 +35,12 @@ def parts():
 def wrong():
     return 1
 
+def fails():
+    raise OSError("no weights here")
+
+def other():
+    return nn.Conv2d(3, 4, 1).eval(), (torch.randn(1, 3, 4, 4),)
+
 number = 3
 """
 VERBS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
@@ -43,6 +49,7 @@ VERBS = [command.name or command.callback.__name__ for command in app.registered
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_model.py").write_text(MODEL)
+    (tmp_path / "broken.py").write_text("import nothing_like_it")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -108,6 +115,8 @@ def test_bench_compares_with_dense(compiled: Path, capsys: pytest.CaptureFixture
     assert "same graph, dense weights" in capsys.readouterr().out
     assert main(["bench", f"{compiled}/out", "my_model.py:make", "--rounds", "3"]) == 0
     assert "original model" in capsys.readouterr().out
+    assert main(["bench", f"{compiled}/out", "my_model.py:other", "--rounds", "3"]) == 2
+    assert "do not fit the saved model" in capsys.readouterr().err
 
 
 def test_a_model_captured_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +168,16 @@ WRONG = [
     (["compile", "my_model.py:make", "--density", "1.5"], "density is 1.5"),
     (["compile", "my_model.py:make", "--dynamic", "x"], "cannot read 'x'"),
     (["compile", "my_model.py:make", "--dynamic", "nope.0=batch", "--density", "0.5"], "nope"),
+    (["compile", "my_model.py:fails"], "my_model.py:fails: the function raised OSError: no weights here"),
+    (["compile", "broken.py:make"], "broken.py could not be run: ModuleNotFoundError: No module named 'nothing_like_it'"),
+    (["compile", "my_model.py:make", "--density", "0.5", "--out", "."], "something else is there"),
+    (["compile", "my_model.py:make", "--density", "0.5", "--html", "no/such/r.html"], "no such folder"),
+    (["compile", "my_model.py:make", "--recipe", "mask_weights(targets='0')"], "write ('0',)"),
+    (["compile", "my_model.py:make", "--recipe", "magnitude", "--quiet"], "--density 0.5"),
     (["report", "."], "not an artefact"),
+    (["report", "my_model.py"], "my_model.py: not a report"),
+    (["report", "nowhere", "--json", "."], "this is a folder"),
+    (["show", "my_model.py:make"], "first the pass, then the model"),
     (["report", "nowhere"], "cannot be read"),
     (["bench", "nowhere"], "no such folder"),
     (["show", "fold_batchnor"], "did you mean fold_batchnorm?"),
@@ -193,6 +211,17 @@ def test_options_are_read() -> None:
     for wrong in ("batch", "batch=", "=3", "batch=0", "batch=-1"):
         with pytest.raises(InputError):
             parse_sizes([wrong])
+
+
+def test_without_calibration_a_note_says_what_stands_in(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "my_model.py:other", "--recipe", "magnitude", "--density", "0.5"]) == 0
+    assert "note: my_model.py:other gives no calibration batches" in capsys.readouterr().err
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "sparsify_compiler", "show", ""], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: PASS_OR_PIPELINE: the pipeline is empty")
 
 
 def test_it_runs_as_a_program() -> None:

@@ -141,6 +141,10 @@ def test_masks_are_bool_and_of_the_weights_shape() -> None:
     with pytest.raises(VerifyError, match=r"the mask is \[1, 4\], its weight \[8, 4\]"):
         verify(with_mask(torch.ones(1, 4, dtype=torch.bool)))
     verify(with_mask(torch.ones(8, 4), by="capture"))
+    for stage in (Stage.TRACED, Stage.SPARSE):  # a model may bring its own: weight * buffer
+        brought = with_mask(torch.ones(8, 4, dtype=torch.bool), by="capture")
+        brought.stage = stage
+        verify(brought)
 
 
 def test_the_signature_is_shapes_and_dtypes_of_outputs() -> None:

@@ -55,6 +55,7 @@ class Lower(Pass):
         if ctx.target is None or ctx.kernels is None:
             raise TargetError("there is no target to lower for", where=self.name(), hint="compile(..., target='cpu') gives one")
         found = [(region, node) for region, node in program.nodes() if _is_packed(node) or _is_dense(node)]
+        ctx.progress("lower", 0, len(found))
         for chunk, done in _chunks(found):
             self._lower(chunk, program, ctx)
             ctx.progress("lower", done, len(found))
