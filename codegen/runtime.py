@@ -9,7 +9,6 @@ A BoundKernel holds one prepared weight and the few machine-code variants that d
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify_compiler import catalog
 from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels import linear
 from sparsify_compiler.codegen.kernels.layout import LANES, Prepared, prepare
 from sparsify_compiler.codegen.kernels.panel import Panel
 from sparsify_compiler.codegen.kernels.rows import Rows
-from sparsify_compiler.errors import InputError, KernelError
+from sparsify_compiler.errors import InputError, KernelError, UnknownNameError
 from sparsify_compiler.target import Target
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -65,10 +65,9 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
     values = tensors["values"]
     if dtype not in DTYPES or values.dtype not in (dtype, torch.bfloat16) or values.device.type != "cpu":
         return []
-    try:
-        schedules = importlib.import_module(f"{__package__}.kernels.{op}").SCHEDULES["cpu"]
-    except ModuleNotFoundError:
+    if op not in catalog.names("kernel"):
         return []
+    schedules = catalog.get("kernel", op).SCHEDULES["cpu"]
     r = _vector_rows(attributes.get("r", 1))
     index = "int16" if attributes["in_features"] < 32767 else "int32"
     wide = max(rows, default=LANES) > LANES
@@ -88,10 +87,10 @@ def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], a
             if not linear.runs(tensors, tensors["weight"].dtype, target):
                 raise KernelError("torch has no packed dense linear for this dtype and machine", where=op, hint="compile the model again here")
             return linear.PackedLinear(tensors["weight"], bias, int(options["rows"]))
-        groups = importlib.import_module(f"{__package__}.kernels.{op}").groups(tensors, attributes)
+        groups = catalog.get("kernel", op).groups(tensors, attributes)
         prepared = prepare(groups, getattr(torch, str(options["dtype"])), bias, attributes["out_features"], attributes["in_features"])
         name = f"{op.removeprefix('linear_')}_r{int(options['r'])}v{int(options['vectors'])}"
-    except (KeyError, ValueError, AttributeError, ModuleNotFoundError) as error:
+    except (KeyError, ValueError, AttributeError, UnknownNameError) as error:
         raise KernelError(f"the stored kernel does not fit: {error!r}", where=op, hint="save the model again") from error
     return BoundKernel(name, dict(options), prepared, target, files)
 

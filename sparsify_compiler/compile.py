@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .passes_api import Pass
 from .pipeline import Pipeline
 from .progress import display
 from .target import Target, resolve
+from .yardstick import check_forms
 
 
 def compile(
@@ -56,9 +57,11 @@ def compile(
     """
     if budget is not None and not isinstance(budget, Budget):
         raise BudgetError(f"a budget is Budget(density=...) or the like, not {type(budget).__name__} {budget!r}", where="budget")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InputError(f"a seed is an int, not {type(seed).__name__} {seed!r}", where="seed")
     with display(progress) as show, torch.no_grad():
-        return Job(model, example_inputs, as_pipeline(recipe), resolve(target), budget, _batches(calibration), dynamic, quality, tuple(against),
-                    seed, show, instruments).run()
+        return Job(model, example_inputs, as_pipeline(recipe), resolve(target), budget, _batches(calibration), dynamic, quality, check_forms(against),
+                   seed, show, instruments).run()
 
 
 def as_pipeline(recipe: str | Path | Pipeline | Pass) -> Pipeline:
@@ -73,6 +76,8 @@ def as_pipeline(recipe: str | Path | Pipeline | Pass) -> Pipeline:
         raise InputError(f"a recipe is a name, a Pipeline, a Pass or the path of a YAML file, not {type(recipe).__name__}", where="recipe")
     if any(mark in recipe for mark in "(|"):
         return Pipeline.parse(recipe)
+    if recipe in catalog.names("pass"):
+        raise InputError(f"{recipe!r} is a pass, not a recipe", where="recipe", hint=f"write {recipe}() for a pipeline of this one pass")
     made = catalog.get("recipe", recipe)()
     return made if isinstance(made, Pipeline) else Pipeline((made,))
 
@@ -81,6 +86,9 @@ def _batches(calibration: Iterable[Inputs] | None) -> list[Inputs] | None:
     """The batches in memory: a generator could be walked only once, and a search over densities walks them again and again."""
     if calibration is None:
         return None
+    if isinstance(calibration, torch.Tensor | str | bytes | Mapping) or not isinstance(calibration, Iterable):
+        raise InputError(f"calibration is an iterable of batches, not {type(calibration).__name__}", where="calibration",
+                         hint="give a list of tuples or dicts, each like example_inputs")
     batches = list(calibration)
     if not batches:
         raise CalibrationError("the calibration is empty: there is no batch in it", where="calibration",

@@ -9,9 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import UnknownNameError, nearest
+from .errors import InputError, UnknownNameError, nearest
 
 FORMS = ("eager", "compile")
+
+
+def check_forms(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Names of dense forms as a tuple; one may be given as text. Raises UnknownNameError, InputError where there is none."""
+    given = (names,) if isinstance(names, str) else tuple(names)
+    for name in given:
+        if name not in FORMS:
+            raise UnknownNameError(f"unknown dense form {name!r}", where="against", hint=nearest(str(name), FORMS))
+    if not given:
+        raise InputError("there is no dense form to measure against", where="against", hint=nearest("", FORMS))
+    return given
 
 
 def dense_forms(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
@@ -23,9 +34,7 @@ def dense_forms(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     """
     forms: dict[str, Callable[[], object]] = {}
     warnings: list[str] = []
-    for name in names:
-        if name not in FORMS:
-            raise UnknownNameError(f"unknown dense form {name!r}", where="against", hint=nearest(name, FORMS))
+    for name in check_forms(names):
         if name == "eager":
             forms[f"eager {_dtype(model)}"] = lambda: model(*args, **kwargs)
         elif (reason := _why_no_compiler()) is not None:

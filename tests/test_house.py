@@ -22,7 +22,7 @@ EXCEPTIONS = {
     ("sparsify_compiler/executor.py", "exec"): "runs Python that it has just written for a graph in memory; nothing is read from a file",
 }
 HEAVY = ("tvm", "transformers", "sympy", "matplotlib", "rich", "scipy", "jinja2", "typer", "networkx", "pydantic", "yaml")
-ENGINE_FOR_CODEGEN = ("target", "formats", "ops", "errors")
+ENGINE_FOR_CODEGEN = ("catalog", "target", "formats", "ops", "errors")
 
 
 @cache

@@ -69,6 +69,11 @@ class Lower(Pass):
             if ctx.spend():
                 self._choose(layer, timings[layer.key])
 
+    @staticmethod
+    def _say(row: Decision, reason: str) -> None:
+        """Add why; what an earlier pass said of the site stands."""
+        row.reason = f"{row.reason}; {reason}" if row.reason else reason
+
     def _choose(self, layer: _Layer, timings: Mapping[str, Timing]) -> None:
         """Bind the fastest form to the node, and write down why."""
         dense = {name: timings[name].median for name in timings if name in layer.dense}
@@ -84,11 +89,11 @@ class Lower(Pass):
         if best is not None and (self.prefer == "bytes" or sparse[best] <= dense[yardstick] * (1 - self.margin)):
             layer.bind(best)
             row.kernel, row.compiled_ms, row.bytes = best, sparse[best], layer.kernels[best].resident_bytes
-            row.reason = f"{gain:.2f} times the speed of {yardstick}" + ("" if gain >= 1 else ", kept for its bytes")
+            self._say(row, f"{gain:.2f} times the speed of {yardstick}" + ("" if gain >= 1 else ", kept for its bytes"))
             return
         if layer.packed:
             why = f"the best kernel ({best}) has {gain:.2f} times the dense speed" if best is not None else "no kernel for this op, dtype and target"
-            row.reason = f"stays dense: {why}"
+            self._say(row, f"stays dense: {why}")
             layer.make_dense()
         layer.bind(yardstick)
         row.kernel, row.compiled_ms, row.format = yardstick, dense[yardstick], "dense"
