@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -46,10 +46,11 @@ class Candidate:
     tensors: Mapping[str, Tensor]
     attributes: Mapping[str, int]
     target: Target
+    siblings: dict[int, Prepared] = field(default_factory=dict, compare=False, repr=False)  # candidates for one weight share its layout, by bias
 
     def bind(self, bias: Tensor | None = None) -> BoundKernel | linear.PackedLinear:
         """Lay the weight out, build or load the variants. Raises KernelError."""
-        return rebind(self.op, self.options, self.tensors, self.attributes, bias, {}, self.target)
+        return rebind(self.op, self.options, self.tensors, self.attributes, bias, {}, self.target, self.siblings)
 
 
 def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, int], dtype: torch.dtype, rows: Sequence[int],
@@ -72,14 +73,16 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
     index = "int16" if attributes["in_features"] < 32767 else "int32"
     wide = max(rows, default=LANES) > LANES
     options: dict[str, int | str] = {"r": r, "dtype": str(dtype).removeprefix("torch."), "index": index}
-    return [Candidate(f"{op.removeprefix('linear_')}_r{r}v{vectors}", {**options, "vectors": vectors}, op, tensors, attributes, target)
+    shared: dict[int, Prepared] = {}
+    return [Candidate(f"{op.removeprefix('linear_')}_r{r}v{vectors}", {**options, "vectors": vectors}, op, tensors, attributes, target, shared)
             for vectors in (schedules[r] if wide else schedules[r][:1])]
 
 
 def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, int], bias: Tensor | None,
-           files: Mapping[str, bytes], target: Target) -> BoundKernel | linear.PackedLinear:
+           files: Mapping[str, bytes], target: Target, shared: dict[int, Prepared] | None = None) -> BoundKernel | linear.PackedLinear:
     """The kernel that a candidate with these options binds to this weight; `files` of an artefact spare building it.
 
+    shared  layouts of this weight made before, by the identity of the bias; a new one is added
     Raises KernelError when this machine cannot run it.
     """
     try:
@@ -87,8 +90,12 @@ def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], a
             if not linear.runs(tensors, tensors["weight"].dtype, target):
                 raise KernelError("torch has no packed dense linear for this dtype and machine", where=op, hint="compile the model again here")
             return linear.PackedLinear(tensors["weight"], bias, int(options["rows"]))
-        groups = catalog.get("kernel", op).groups(tensors, attributes)
-        prepared = prepare(groups, getattr(torch, str(options["dtype"])), bias, attributes["out_features"], attributes["in_features"])
+        prepared = shared.get(id(bias)) if shared is not None else None
+        if prepared is None:
+            groups = catalog.get("kernel", op).groups(tensors, attributes)
+            prepared = prepare(groups, getattr(torch, str(options["dtype"])), bias, attributes["out_features"], attributes["in_features"])
+            if shared is not None:
+                shared[id(bias)] = prepared
         name = f"{op.removeprefix('linear_')}_r{int(options['r'])}v{int(options['vectors'])}"
     except (KeyError, ValueError, AttributeError, UnknownNameError) as error:
         raise KernelError(f"the stored kernel does not fit: {error!r}", where=op, hint="save the model again") from error

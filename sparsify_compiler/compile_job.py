@@ -89,7 +89,7 @@ class Job:
         """The Program, lowered, that meets the budget. Raises BudgetError with the best that was reached when none does."""
         budget = self.budget
         if budget is None or budget.density is not None:
-            return self.lower(self.rewrite(captured, budget.density if budget else None))
+            return self.build(captured, budget.density if budget else None)
         fixed = _fixed_density(self.pipeline)
         if budget.quality_drop is not None:
             baseline = self.measure_quality(instantiate(captured), captured)
@@ -108,32 +108,38 @@ class Job:
         return Attempt(density, baseline - self.measure_quality(instantiate(rewritten), captured), rewritten)
 
     def try_bytes(self, captured: Program, density: float) -> Attempt[Program]:
-        lowered = self.lower(self.rewrite(captured, density))
+        lowered = self.build(captured, density)
         return Attempt(density, float(CompiledModel(lowered, self.target).resident_bytes()), lowered)
 
     def try_latency(self, captured: Program, density: float) -> Attempt[Program]:
         """Sites that do not pay keep their own weights: quality is only given up where it buys time."""
-        lowered = self.lower(self.rewrite(captured, density))
+        lowered = self.build(captured, density)
         idle = tuple(d.site for d in lowered.decisions.values() if d.format == "dense" and d.structure != "dense")
         if idle:
-            lowered = self.lower(self.rewrite(captured, density, ignore=idle))
+            lowered = self.build(captured, density, ignore=idle)
         args, kwargs = call_arguments(self.example)
         compiled = CompiledModel(lowered, self.target)
         return Attempt(density, interleave({"compiled": lambda: compiled(*args, **kwargs)})["compiled"].median, lowered)
 
-    def rewrite(self, captured: Program, density: float | None, ignore: tuple[str, ...] = ()) -> Program:
-        """The recipe's own passes: masks, folds and the like, up to where packing begins."""
-        passes = [p for p in self.pipeline.passes if not _lowers(p)]
-        if ignore:
-            passes = [_without(p, ignore) for p in passes]
-        return Pipeline(tuple(passes)).run(captured, self.context(density), self.instruments)
+    def build(self, captured: Program, density: float | None, ignore: tuple[str, ...] = ()) -> Program:
+        """All passes in one run, so that masks are gone before lowering lays out kernels."""
+        return (self.rewriting(ignore) | self.lowering()).run(captured, self.context(density), self.instruments)
+
+    def rewrite(self, captured: Program, density: float) -> Program:
+        return self.rewriting().run(captured, self.context(density), self.instruments)
 
     def lower(self, rewritten: Program) -> Program:
+        return self.lowering().run(rewritten, self.context(None), self.instruments)
+
+    def rewriting(self, ignore: tuple[str, ...] = ()) -> Pipeline:
+        """The recipe's own passes: masks, folds and the like, up to where packing begins."""
+        return Pipeline(tuple(_without(p, ignore) if ignore else p for p in self.pipeline.passes if not _lowers(p)))
+
+    def lowering(self) -> Pipeline:
         """pack() and lower(), with the options that the recipe gives them where it names them."""
         named = {p.name(): p for p in self.pipeline.passes if _lowers(p)}
         prefer = {"prefer": "bytes"} if self.budget is not None and self.budget.bytes is not None else {}
-        passes = tuple(named.get(name) or catalog.get("pass", name)(**(prefer if name == "lower" else {})) for name in LOWERING)
-        return Pipeline(passes).run(rewritten, self.context(None), self.instruments)
+        return Pipeline(tuple(named.get(name) or catalog.get("pass", name)(**(prefer if name == "lower" else {})) for name in LOWERING))
 
     def context(self, density: float | None) -> Context:
         runtime = importlib.import_module(".codegen.runtime", __package__)

@@ -13,6 +13,7 @@ from torch import fx
 
 from .errors import CalibrationError, InputError, SparsifyError
 from .instruments import Instrument, from_environment
+from .memory import give_back
 from .passes_api import Context, Pass
 from .pipeline_text import parse_passes, parse_value, print_value
 from .pipeline_yaml import from_yaml, to_yaml
@@ -134,6 +135,7 @@ def _run_one(item: Pass, program: Program, ctx: Context, signature: Signature) -
     program.stage = item.gives_stage or program.stage
     for region in program.regions.values():
         prune_unused(region)
+    give_back()
     try:
         verify(program, signature)
     except SparsifyError as error:

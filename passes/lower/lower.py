@@ -15,6 +15,7 @@ from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError, TargetError
 from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.measure import Timing, round_robin
+from sparsify_compiler.memory import give_back
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage, get_tensor, set_tensor
 from sparsify_compiler.shapes import example_shape
@@ -58,6 +59,7 @@ class Lower(Pass):
         ctx.progress("lower", 0, len(found))
         for chunk, done in _chunks(found):
             self._lower(chunk, program, ctx)
+            give_back()
             ctx.progress("lower", done, len(found))
         return program
 
