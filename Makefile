@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-demo: $(READY)  ## compile a real trained encoder on real sentences and read the report (about 2 minutes)
+demo: $(READY)  ## compile a real trained encoder on real sentences and read the report (about 1 minute)
 	$(BIN)/python examples/compile_minilm.py
 
 test: $(READY)  ## the default test suite
