@@ -264,3 +264,25 @@ print(omp.status())
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr
     assert done.stdout == "torch's OpenMP threads\n"
+
+
+def test_bitcode_and_the_jit_where_our_linker_cannot_help(tmp_path: Path) -> None:
+    """The way of every machine but x86-64 Linux: same numbers, still on torch's threads; built first, then from the cache."""
+    code = """
+import os, torch
+from sparsify_compiler import catalog
+from sparsify_compiler.codegen import elf, runtime
+from sparsify_compiler.target import host
+def refuse(data): raise elf.UnsupportedError("another format")
+elf.shared_library = refuse
+weight, mask = torch.randn(384, 300), torch.rand(384, 300) < 0.2
+stored = catalog.get("format", "csr").encode(weight, mask)
+kernel = runtime.candidates("linear_csr", stored.tensors(), stored.attributes(), torch.float32, (1, 128), host())[0].bind()
+threads = len(os.listdir("/proc/self/task"))
+for rows in (1, 7, 128):
+    x = torch.randn(rows, 300)
+    torch.testing.assert_close(kernel(x), x @ (weight * mask).T, rtol=1e-4, atol=1e-4)
+assert len(os.listdir("/proc/self/task")) <= threads + torch.get_num_threads(), "a second thread pool was started"
+"""
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={**os.environ, "SPARSIFY_CACHE": str(tmp_path)})

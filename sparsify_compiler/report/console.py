@@ -88,7 +88,8 @@ def _sites(report: Report, width: int) -> Table:
             gain,
         ]
         if width >= MIDDLE:
-            cells[3:3] = [Text(words.runs(site)), Text(words.plain_ms(site.dense_ms)), Text(words.plain_ms(site.compiled_ms))]
+            times = Text(words.plain_ms(site.dense_ms)), Text(words.plain_ms(site.compiled_ms))
+            cells[3:3] = [Text(site.format), Text(site.kernel), *times]
         if width >= WIDE:
             cells.append(Text("" if paid else site.reason, style="yellow"))
         table.add_row(*cells)
@@ -104,7 +105,8 @@ def _columns(width: int, name: int) -> Table:
     table.add_column("structure", overflow="fold")
     table.add_column("kept", justify="right", no_wrap=True)
     if width >= MIDDLE:
-        table.add_column("runs", overflow="fold")
+        table.add_column("format", overflow="fold")
+        table.add_column("kernel", overflow="fold")
         table.add_column("dense ms", justify="right", no_wrap=True)
         table.add_column("now ms", justify="right", no_wrap=True)
     table.add_column("gain", justify="right", no_wrap=True)

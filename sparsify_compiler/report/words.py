@@ -76,8 +76,8 @@ def quality(row: Quality) -> str:
 
 
 def runs(site: Decision) -> str:
-    """What runs there."""
-    return site.kernel if site.format == "dense" or site.kernel.startswith(site.format) else f"{site.format} {site.kernel}"
+    """What runs there: format and kernel."""
+    return site.kernel if site.format == "dense" else f"{site.format}, {site.kernel}"
 
 
 def pays(site: Decision) -> bool:
