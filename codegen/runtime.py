@@ -35,6 +35,8 @@ ALONE = 12_000      # vector FMAs below which waking other threads costs more th
 PLANS = 4096        # shapes of x remembered
 SLAB = 1 << 24      # elements of x or y in one call of a kernel: its indices are 32 bits wide, and its packed copy of x is bounded
 
+Layouts = list[tuple[Tensor | None, Prepared]]  # one weight laid out, with the bias that is in it
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -46,7 +48,7 @@ class Candidate:
     tensors: Mapping[str, Tensor]
     attributes: Mapping[str, int]
     target: Target
-    siblings: dict[int, Prepared] = field(default_factory=dict, compare=False, repr=False)  # candidates for one weight share its layout, by bias
+    siblings: Layouts = field(default_factory=list, compare=False, repr=False)  # layouts of this weight, with their bias
 
     def bind(self, bias: Tensor | None = None) -> BoundKernel | linear.PackedLinear:
         """Lay the weight out, build or load the variants. Raises KernelError."""
@@ -73,16 +75,16 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
     index = "int16" if attributes["in_features"] < 32767 else "int32"
     wide = max(rows, default=LANES) > LANES
     options: dict[str, int | str] = {"r": r, "dtype": str(dtype).removeprefix("torch."), "index": index}
-    shared: dict[int, Prepared] = {}
+    shared: Layouts = []
     return [Candidate(f"{op.removeprefix('linear_')}_r{r}v{vectors}", {**options, "vectors": vectors}, op, tensors, attributes, target, shared)
             for vectors in (schedules[r] if wide else schedules[r][:1])]
 
 
 def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, int], bias: Tensor | None,
-           files: Mapping[str, bytes], target: Target, shared: dict[int, Prepared] | None = None) -> BoundKernel | linear.PackedLinear:
+           files: Mapping[str, bytes], target: Target, shared: Layouts | None = None) -> BoundKernel | linear.PackedLinear:
     """The kernel that a candidate with these options binds to this weight; `files` of an artefact spare building it.
 
-    shared  layouts of this weight made before, by the identity of the bias; a new one is added
+    shared  layouts of this weight made before, each with the very bias that is in it; a new one is added
     Raises KernelError when this machine cannot run it.
     """
     try:
@@ -90,12 +92,12 @@ def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], a
             if not linear.runs(tensors, tensors["weight"].dtype, target):
                 raise KernelError("torch has no packed dense linear for this dtype and machine", where=op, hint="compile the model again here")
             return linear.PackedLinear(tensors["weight"], bias, int(options["rows"]))
-        prepared = shared.get(id(bias)) if shared is not None else None
+        prepared = next((made for held, made in shared or () if held is bias), None)
         if prepared is None:
             groups = catalog.get("kernel", op).groups(tensors, attributes)
             prepared = prepare(groups, getattr(torch, str(options["dtype"])), bias, attributes["out_features"], attributes["in_features"])
             if shared is not None:
-                shared[id(bias)] = prepared
+                shared.append((bias, prepared))
         name = f"{op.removeprefix('linear_')}_r{int(options['r'])}v{int(options['vectors'])}"
     except (KeyError, ValueError, AttributeError, UnknownNameError) as error:
         raise KernelError(f"the stored kernel does not fit: {error!r}", where=op, hint="save the model again") from error
@@ -159,7 +161,7 @@ class BoundKernel:
         return self.prepared.resident_bytes
 
     def state(self) -> dict[str, Tensor]:
-        """The plain tensors to store; with `options` and files() they are all that rebind needs."""
+        """The tensors that it holds. None need storing: rebind lays the stored weight out again."""
         return {name: getattr(self.prepared, name) for name in STATE}
 
     def files(self) -> dict[str, bytes]:

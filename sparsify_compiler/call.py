@@ -17,6 +17,11 @@ from .program import InputSpec, Program, Region, TensorSpec
 _CACHED_CALLS = 512
 
 
+def call_arguments(example: tuple[Any, ...] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs, a tuple of positional or a dict of named arguments, as (args, kwargs) of a call."""
+    return (example, {}) if isinstance(example, tuple) else ((), dict(example))
+
+
 class Flattener:
     """Turns the arguments of one call into the tensors of the graph's placeholders, in order, and refuses what the graph was not made for.
 

@@ -16,7 +16,7 @@ from torch import nn
 from . import catalog
 from .budget import Budget
 from .calibrate import calibrate
-from .call import instantiate
+from .call import call_arguments, instantiate
 from .capture import capture
 from .compiled import CompiledModel
 from .errors import TargetError
@@ -26,7 +26,7 @@ from .passes_api import Context, Miss, Pass
 from .pipeline import Pipeline
 from .plan import Attempt, search
 from .program import Program
-from .quality import measure, output_distance
+from .quality import Distance, measure, output_distance
 from .report import Form, PassTime, Quality, Refusal, Report
 from .target import Target, host
 from .version import __version__
@@ -119,7 +119,7 @@ class Job:
             lowered = self.build(captured, density, ignore=idle)
         args, kwargs = call_arguments(self.example)
         compiled = CompiledModel(lowered, self.target)
-        return Attempt(density, interleave({"compiled": lambda: compiled(*args, **kwargs)})["compiled"].median, lowered)
+        return Attempt(density, interleave({COMPILED: lambda: compiled(*args, **kwargs)})[COMPILED].median, lowered)
 
     def build(self, captured: Program, density: float | None, ignore: tuple[str, ...] = ()) -> Program:
         """All passes in one run, so that masks are gone before lowering lays out kernels."""
@@ -181,7 +181,7 @@ class Job:
             example=_describe(self.example),
             sites=list(program.decisions.values()),
             left_out=list(program.left_out),
-            misses=[Refusal(miss.why, miss.at) for miss in self.misses],
+            misses=[Refusal(miss.why, miss.at) for miss in dict.fromkeys(self.misses)],
         )
 
     def qualities(self, captured: Program, compiled: nn.Module) -> list[Quality]:
@@ -190,8 +190,7 @@ class Job:
         if self.quality is not None:
             note = "the given metric; higher is better"
             rows.append(Quality("quality", measure(self.quality, self.model), measure(self.quality, compiled), note))
-        distance = output_distance(instantiate(captured), compiled, self.batches[:QUALITY_BATCHES] if self.batches else [self.example])
-        return [*rows, *[Quality(f"{d.name}: cosine to dense", None, d.cosine) for d in distance]]
+        return [*rows, *[Quality(f"{d.name}: cosine to dense", None, d.cosine) for d in self.distance(captured, compiled)]]
 
     def calibrate(self, program: Program, needs: Mapping[str, frozenset[str]]) -> Any:
         assert self.batches is not None
@@ -201,13 +200,11 @@ class Job:
         """The user's metric; without one, how close the outputs are to the dense model's: the lowest cosine of them, at most 1."""
         if self.quality is not None:
             return measure(self.quality, model)
-        batches = self.batches[:QUALITY_BATCHES] if self.batches else [self.example]
-        return min(d.cosine for d in output_distance(instantiate(captured), model, batches))
+        return min(d.cosine for d in self.distance(captured, model))
 
-
-def call_arguments(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as (args, kwargs) of a call."""
-    return (example, {}) if isinstance(example, tuple) else ((), dict(example))
+    def distance(self, captured: Program, model: nn.Module) -> list[Distance]:
+        """How far the model's outputs are from the dense ones, on some calibration batches or else the example inputs."""
+        return output_distance(instantiate(captured), model, self.batches[:QUALITY_BATCHES] if self.batches else [self.example])
 
 
 def _lowers(item: Pass) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from . import catalog
-from .call import instantiate
+from .call import call_arguments, instantiate
 from .errors import VerifyError
 from .fold import evaluate, is_constant
 from .passes_api import Preserves
@@ -38,7 +38,7 @@ def outputs(program: Program, example: Example | None, seed: int = 0) -> list[An
         if example is None:
             made = [region.module(*sample_inputs(region, seed)) for region in program.regions.values()]
             return pytree.tree_leaves(made)
-        args, kwargs = (example, {}) if isinstance(example, tuple) else ((), dict(example))
+        args, kwargs = call_arguments(example)
         return pytree.tree_leaves(instantiate(program)(*args, **kwargs))
 
 

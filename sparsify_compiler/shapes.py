@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .call import flatten_call
+from .call import call_arguments, flatten_call
 from .program import Region
 
 
@@ -33,8 +33,7 @@ def _size(dimension: int | torch.SymInt, bound: Mapping[Any, int]) -> int:
 
 def _bindings(region: Region, example: tuple[Any, ...] | Mapping[str, Any]) -> dict[Any, int]:
     """Symbol -> size, read off the placeholders."""
-    args, kwargs = (example, {}) if isinstance(example, tuple) else ((), example)
-    values = flatten_call(region.spec, args, kwargs)
+    values = flatten_call(region.spec, *call_arguments(example))
     placeholders = [node for node in region.graph.nodes if node.op == "placeholder"]
     bound: dict[Any, int] = {}
     for node, value in zip(placeholders, values, strict=True):

@@ -91,22 +91,19 @@ def features(linear: fx.Node) -> tuple[int, int]:
 
 def backwards(start: fx.Node, stop: Callable[[fx.Node], bool], through: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """Nodes where `stop` holds, nearest first, on the ways back from `start` through nodes where `through` holds."""
-    found, pending, seen = [], [start], set()
-    while pending:
-        node = pending.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        if stop(node):
-            found.append(node)
-        elif through(node):
-            pending += node.all_input_nodes
-    return found
+    return _walk([start], stop, through, lambda node: node.all_input_nodes)
 
 
 def forwards(start: fx.Node, stop: Callable[[fx.Node], bool], through: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """The same, along the users of `start`."""
-    found, pending, seen = [], list(start.users), set()
+    return _walk(start.users, stop, through, lambda node: node.users)
+
+
+def _walk(begin: Iterable[fx.Node], stop: Callable[[fx.Node], bool], through: Callable[[fx.Node], bool],
+          following: Callable[[fx.Node], Iterable[fx.Node]]) -> list[fx.Node]:
+    """Breadth first from `begin`."""
+    found: list[fx.Node] = []
+    pending, seen = list(begin), set[fx.Node]()
     while pending:
         node = pending.pop(0)
         if node in seen:
@@ -115,7 +112,7 @@ def forwards(start: fx.Node, stop: Callable[[fx.Node], bool], through: Callable[
         if stop(node):
             found.append(node)
         elif through(node):
-            pending += list(node.users)
+            pending += following(node)
     return found
 
 
