@@ -8,9 +8,9 @@ import sympy
 from sympy import Expr, Piecewise, Symbol
 
 TABLE: Mapping[str, str] = {
-    "M": "rows of the input: product of all its dimensions but the last",
-    "N": "outputs of a linear layer",
-    "K": "inputs of a linear layer",
+    "M": "rows of the input: product of all its dimensions but the last; for a convolution, places of its output",
+    "N": "outputs of a linear layer or convolution",
+    "K": "inputs of a linear layer, or of one group of a convolution",
     "density": "kept / total weights; for blocks kept / total blocks",
     "value_bytes": "bytes of one stored weight",
     "x_bytes": "bytes of one input or output element",
@@ -18,12 +18,16 @@ TABLE: Mapping[str, str] = {
     "c": "inputs of a block",
     "n": "kept inputs of a group",
     "m": "inputs of a group",
+    "taps": "places of a kernel, or operations for each element of the result",
+    "read": "elements of all inputs that are no weights",
+    "written": "elements of the result",
     "peak": "flops a second that the machine reaches in this dtype",
     "bandwidth": "bytes a second that the machine reads",
     "launch": "seconds that a call costs before it does anything",
 }
 
-M, N, K, r, c, n, m = (Symbol(name, integer=True, nonnegative=True) for name in ("M", "N", "K", "r", "c", "n", "m"))
+M, N, K, r, c, n, m, taps, read, written = (
+    Symbol(name, integer=True, nonnegative=True) for name in ("M", "N", "K", "r", "c", "n", "m", "taps", "read", "written"))
 density, value_bytes, x_bytes, peak, bandwidth, launch = (
     Symbol(name, nonnegative=True) for name in ("density", "value_bytes", "x_bytes", "peak", "bandwidth", "launch"))
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .passes_api import Miss, Pass, Preserves
     from .pipeline import Pipeline
     from .program import Program, Stage
+    from .reparameterize import reparameterize
     from .report import Report
     from .rule import Match, Rule, RulePass
     from .sites import find_sites
@@ -33,11 +34,11 @@ _LAZY = {
     "Budget": "budget", "CompiledModel": "compiled", "Match": "rule", "Miss": "passes_api", "Pass": "passes_api", "Pipeline": "pipeline",
     "Preserves": "passes_api", "Program": "program", "Report": "report", "Rule": "rule", "RulePass": "rule", "Stage": "program",
     "Target": "target", "errors": "", "export_dense": "artefact", "find_sites": "sites", "load": "artefact",
-    "recipes": "",
+    "recipes": "", "reparameterize": "reparameterize",
 }
 
 __all__ = ["Budget", "CompiledModel", "Match", "Miss", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule", "RulePass", "Stage", "Target",
-           "__version__", "capture", "compile", "errors", "export_dense", "find_sites", "load", "recipes"]
+           "__version__", "capture", "compile", "errors", "export_dense", "find_sites", "load", "recipes", "reparameterize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,3 +29,8 @@ class Decision:
     dense_bytes: int | None = None
     bytes: int | None = None
     reason: str = ""  # why this choice; for a site that stayed dense, why
+    merged: int | None = None  # how many ops an exact rewrite made into this one
+    flops_before: float | None = None  # of those ops, and below of the one, by the formulas of the cost model
+    flops: float | None = None
+    moved_before: float | None = None  # bytes read and written
+    moved: float | None = None

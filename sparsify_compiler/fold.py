@@ -9,7 +9,7 @@ of its masks still holds for the result; the result is then stored as weight and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,11 +80,12 @@ def plan(region: Region, nodes: Sequence[fx.Node], output: fx.Node | None) -> li
         used = node is output or any(user not in constant for user in node.users)
         if node not in constant or not used or not isinstance(node.meta.get("val"), Tensor):
             continue
-        value, masks = evaluate(region, node, memo), _masks_above(region, node)
-        mask = next((m for m in masks if _holds(get_tensor(region.module, str(m.target)), value)), None)
-        if masks and mask is None:
+        value = evaluate(region, node, memo)
+        above = [m for m in masks(region, node) if get_tensor(region.module, str(m.target)).dim() <= value.dim()]  # a bias has no mask
+        mask = holding(region, above, value)
+        if above and mask is None:
             if output is not None:
-                return Miss(f"would dissolve the mask {masks[0].target}")
+                return Miss(f"would dissolve the mask {above[0].target}")
             continue
         folds.append(Fold(node, value, mask))
     return folds
@@ -92,25 +93,38 @@ def plan(region: Region, nodes: Sequence[fx.Node], output: fx.Node | None) -> li
 
 def store(region: Region, item: Fold, by: str) -> fx.Node:
     """Put the value into the region under a new name and read it where the node was. Returns the node that now stands for it."""
-    graph, node = region.graph, item.node
-    name = _fresh_name(region, node)
-    trained = item.value.is_floating_point() and any(_is_parameter(region, leaf) for leaf in _leaves(node))
-    grad = any(get_tensor(region.module, str(leaf.target)).requires_grad for leaf in _leaves(node))
-    tensor = nn.Parameter(item.value, requires_grad=grad) if trained else item.value
-    set_tensor(region.module, name, tensor)
-    with graph.inserting_before(node):
-        new = graph.get_attr(name)
-        new.meta = _meta(node, by, fake_like(item.value, mode_of(region)))
-        if item.mask is not None:
-            mask = get_tensor(region.module, str(item.mask.target))
-            set_tensor(region.module, f"{name}_mask", mask)
-            mask_node = graph.get_attr(f"{name}_mask")
-            mask_node.meta = _meta(node, by, fake_like(mask, mode_of(region)))
-            product = graph.call_function(aten.mul.Tensor, (), {"self": new, "other": mask_node})
-            product.meta = _meta(node, by, new.meta["val"])
-            new = product
+    node = item.node
+    user = next(iter(node.users), node)
+    argument = next((k for k, v in user.kwargs.items() if v is node), "value")
+    new = put(region, node, item.value, argument, leaves(node), user.meta, by, item.mask)
     node.replace_all_uses_with(new)
     erase_dead([node])
+    return new
+
+
+def put(region: Region, before: fx.Node, value: Tensor, argument: str, made_of: Iterable[fx.Node], place: Mapping[str, Any], by: str,
+        mask: fx.Node | None = None) -> fx.Node:
+    """Store a new tensor in the region, named `<place's module path>.<argument>_folded`, and read it before a node; times its mask, where given.
+
+    It is a parameter where one of the get_attr nodes that it is made of is one, and trains where one of them does.
+    """
+    made_of = list(made_of)
+    name = _fresh_name(region, place, argument)
+    trained = value.is_floating_point() and any(_is_parameter(region, leaf) for leaf in made_of)
+    grad = any(get_tensor(region.module, str(leaf.target)).requires_grad for leaf in made_of)
+    set_tensor(region.module, name, nn.Parameter(value, requires_grad=grad) if trained else value)
+    about: dict[str, Any] = {key: place[key] for key in ("path", "module") if key in place} | {"by": by}
+    with region.graph.inserting_before(before):
+        new = region.graph.get_attr(name)
+        new.meta = about | {"val": fake_like(value, mode_of(region))}
+        if mask is not None:
+            tensor = get_tensor(region.module, str(mask.target))
+            set_tensor(region.module, f"{name}_mask", tensor)
+            mask_node = region.graph.get_attr(f"{name}_mask")
+            mask_node.meta = about | {"val": fake_like(tensor, mode_of(region))}
+            product = region.graph.call_function(aten.mul.Tensor, (), {"self": new, "other": mask_node})
+            product.meta = about | {"val": new.meta["val"]}
+            new = product
     return new
 
 
@@ -145,33 +159,34 @@ def _is_random(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-def _leaves(node: fx.Node) -> list[fx.Node]:
+def leaves(node: fx.Node) -> list[fx.Node]:
     """The parameters and buffers that a constant is made of."""
     return [one for one in _above(node) if one.op == "get_attr"]
 
 
-def _masks_above(region: Region, node: fx.Node) -> list[fx.Node]:
-    return [leaf for leaf in _leaves(node) if _is_mask(region, leaf)]
+def masks(region: Region, node: fx.Node) -> list[fx.Node]:
+    """The masks among them."""
+    return [leaf for leaf in leaves(node) if _is_mask(region, leaf)]
 
 
 def _is_mask(region: Region, node: fx.Node) -> bool:
     return node.op == "get_attr" and get_tensor(region.module, str(node.target)).dtype == torch.bool
 
 
-def _holds(mask: Tensor, value: Tensor) -> bool:
-    return mask.shape == value.shape and not bool((value[~mask] != 0).any())
+def holding(region: Region, above: Iterable[fx.Node], value: Tensor) -> fx.Node | None:
+    """The first of these masks that is still one of the value: of its shape, and zero where the mask is."""
+    tensors = ((node, get_tensor(region.module, str(node.target))) for node in above)
+    return next((node for node, mask in tensors if mask.shape == value.shape and not bool((value[~mask] != 0).any())), None)
 
 
 def _is_parameter(region: Region, leaf: fx.Node) -> bool:
     return isinstance(get_tensor(region.module, str(leaf.target)), nn.Parameter)
 
 
-def _fresh_name(region: Region, node: fx.Node) -> str:
+def _fresh_name(region: Region, place: Mapping[str, Any], argument: str) -> str:
     """`<module path>.<argument>_folded` after the op that reads the value, with a number where that is taken."""
-    user = next(iter(node.users), None)
-    argument = next((k for k, v in user.kwargs.items() if v is node), "value") if user is not None else "value"
-    place = str((user or node).meta.get("path", ""))
-    path = place.removeprefix(region.path).strip(".") if region.path else place
+    whole = str(place.get("path", ""))
+    path = whole.removeprefix(region.path).strip(".") if region.path else whole
     tensors = {name for name, _ in [*region.module.named_parameters(remove_duplicate=False), *region.module.named_buffers(remove_duplicate=False)]}
     if any(".".join(path.split(".")[: i + 1]) in tensors for i in range(path.count(".") + 1)):
         path = path.replace(".", "_") + "_at"  # a parameter stands where the module's name would go
@@ -181,13 +196,6 @@ def _fresh_name(region: Region, node: fx.Node) -> str:
         number += 1
         name = f"{base}_{number}"
     return name
-
-
-def _meta(node: fx.Node, by: str, value: Any) -> dict[str, Any]:
-    place = next(iter(node.users), node).meta
-    kept: dict[str, Any] = {key: place[key] for key in ("path", "module") if key in place}
-    return {**kept, "by": by, "val": value}
-
 
 
 def erase_dead(nodes: Iterable[fx.Node]) -> None:

@@ -44,6 +44,9 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
         return None if _leaves_with_input(node, source) else source
     if is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor):
         return source if _neutral(node, source) else None
+    if is_call(node, aten.copy.default):  # what it writes over is gone
+        written = node.kwargs["src"]
+        return written if isinstance(written, fx.Node) and _same_type(node, written) and same_shape(shape(written), shape(node)) else None
     if is_call(node, aten.slice_scatter.default):
         written = node.kwargs["src"]
         return written if isinstance(written, fx.Node) and _whole(node, source) else None

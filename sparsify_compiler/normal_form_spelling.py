@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import fx
@@ -30,7 +31,8 @@ def respell(node: fx.Node) -> bool:
     """Bring one call with named arguments to its one spelling. True when it changed."""
     if node.op != "call_function":
         return False
-    return any(rewrite(node) for rewrite in (_rename, _matrix_transpose, _softmax, _matmul, _addmm, _linear_over_leading, _convolution))
+    return any(rewrite(node) for rewrite in (_rename, _matrix_transpose, _softmax, _matmul, _addmm, _linear_over_leading, _convolution,
+                                              _stored_norm))
 
 
 def _rename(node: fx.Node) -> bool:
@@ -171,3 +173,13 @@ def _spread(number: Any, dims: int) -> list[Any]:
     if not isinstance(number, (list, tuple)):
         return [number] * dims
     return list(number) * dims if len(number) == 1 else list(number)
+
+
+def _stored_norm(node: fx.Node) -> bool:
+    """The first of the three results of a batch norm in eval mode, as decomposition spells it: aten.batch_norm. The others are empty."""
+    if node.target is not operator.getitem or node.args[1] != 0 or not is_call(node.args[0], aten._native_batch_norm_legit_no_training.default):
+        return False
+    norm = node.args[0]
+    assert isinstance(norm, fx.Node)
+    replace(node, insert(node, aten.batch_norm.default, node.meta.get("val"), **norm.kwargs, training=False, cudnn_enabled=False))
+    return True

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from . import catalog
 from .call import call_arguments, instantiate
 from .errors import VerifyError
-from .fold import evaluate, is_constant
+from .fold import evaluate, is_constant, masks
 from .passes_api import Preserves
 from .program import Program, Region, TensorSpec, get_tensor
 from .verify import OWN, signature_of, verify
@@ -78,9 +78,12 @@ def difference(old: Any, new: Any) -> float:
 
 def compare_zeros(before: Program, after: Program) -> None:
     """Raises VerifyError where a weight that a mask had set to zero is not zero any more, or its layer cannot be found."""
-    new = dict(masked_weights(after, every=True))
-    for path, weight in masked_weights(before):
+    new, old = dict(masked_weights(after, every=True)), masked_weights(before)
+    merged = [weight for path, weight in masked_weights(after) if path not in dict(old)]  # a layer may have become a part of another
+    for path, weight in old:
         if path not in new:
+            if any(w.shape == weight.shape and not bool(((weight == 0) & (w != 0)).any()) for w in merged):
+                continue
             raise VerifyError("had a mask, and its layer is gone", where=path)
         if new[path].shape != weight.shape or bool(((weight == 0) & (new[path] != 0)).any()):
             raise VerifyError("zeros of the mask were lost", where=path)
@@ -94,7 +97,7 @@ def masked_weights(program: Program, every: bool = False) -> list[tuple[str, Ten
         path = str(node.meta.get("path") or node.name)
         if getattr(node.target, "namespace", "") == OWN and str(node.target).startswith(f"{OWN}.linear_"):
             found.append((path, _decoded(region, node)))
-        elif isinstance(weight, fx.Node) and is_constant(weight) and (every or weight.op == "call_function"):
+        elif isinstance(weight, fx.Node) and is_constant(weight) and (every or masks(region, weight)):
             found.append((path, evaluate(region, weight)))
     return found
 

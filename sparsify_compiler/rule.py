@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from torch import fx
@@ -33,9 +34,13 @@ class Rule:
     check(match)   None to accept, or a Miss that says why not
     rewrite(...)   the same value in another way; takes those of the pattern's arguments that it needs, by name
     params         arguments that must depend on parameters alone; constants such as None and numbers are fine
+    only_if_cheaper  refuse where what the rewrite computes at run time has more FLOPs or bytes than what it replaces
+    folds          False leaves the new parameter arithmetic in the graph, so that gradients reach the parameters themselves
     """
 
     params: ClassVar[tuple[str, ...]] = ()
+    only_if_cheaper: ClassVar[bool] = False
+    folds: ClassVar[bool] = True
     pattern: Callable[..., Any]
     rewrite: Callable[..., Any]
 
@@ -134,7 +139,7 @@ class RulePass(Pass):
         raise NotImplementedError
 
     def run(self, program: Program, ctx: Context) -> Program:
-        rules = [(rule, [trace(p, rule.params) for p in rule.patterns()]) for rule in self.rules()]
+        rules = _traced(self)
         for region in program.regions.values():
             for miss in rewrite_region(region, rules, ctx, self.name(), self.about).misses():
                 ctx.miss(miss.why, region.qualified(miss.at) if miss.at else region.path)
@@ -142,6 +147,12 @@ class RulePass(Pass):
 
 
 Traced = Sequence[tuple[Rule, Sequence[Pattern]]]
+
+
+@lru_cache(maxsize=64)
+def _traced(item: RulePass) -> Traced:
+    """A pass's rules with their patterns, traced once for each value of its options."""
+    return [(rule, [trace(pattern, rule.params) for pattern in rule.patterns()]) for rule in item.rules()]
 
 
 def rewrite_region(region: Region, rules: Traced, ctx: Context, by: str, about: frozenset[str] = frozenset()) -> Tried:

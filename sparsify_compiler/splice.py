@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .cost import total
 from .errors import SparsifyError
 from .fakes import fake_of, mode_of
-from .fold import erase_dead, plan, store
+from .fold import erase_dead, is_constant, plan, store
 from .normal_form import normalise
 from .passes_api import Context, Miss
 from .pattern import op_name
@@ -26,7 +27,8 @@ def rewrite(rule: Rule, match: Match, ctx: Context, by: str) -> Miss | None:
     """Trace the formula, splice it before the matched output, fold, and let it take over. A Miss when that would dissolve a mask."""
     region, output = match.region, match.output
     created, result = _splice(_formula(rule, match), match, by)
-    folds = plan(region, created, result)
+    why = _dearer(match, created) if rule.only_if_cheaper else None
+    folds = why or (plan(region, created, result) if rule.folds else [])
     if isinstance(folds, Miss):
         erase_dead(reversed(created))
         return folds
@@ -37,6 +39,12 @@ def rewrite(rule: Rule, match: Match, ctx: Context, by: str) -> Miss | None:
         store(region, item, by)
     erase_dead([*reversed(match.nodes), *reversed(created)])
     return None
+
+
+def _dearer(match: Match, created: Sequence[fx.Node]) -> Miss | None:
+    """A Miss when the new nodes, without those that fold, cost more than the matched ones."""
+    raised = total(node for node in created if not is_constant(node)).dearer(total(node for node in match.nodes if not is_constant(node)))
+    return None if raised is None else Miss(f"would raise {raised}")
 
 
 @dataclass(frozen=True)

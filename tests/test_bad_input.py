@@ -48,7 +48,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"example_inputs": (X.numpy(),)}, InputError, "not numpy"),
     ({"dynamic": {"inptu": {0: "batch"}}}, InputError, r"'inptu'(.|\n)*did you mean input\?"),
     # names
-    ({"recipe": "magnitud"}, UnknownNameError, r"recipe 'magnitud'\n  did you mean magnitude\?"),
+    ({"recipe": "magnitud"}, UnknownNameError, r"recipe 'magnitud'\n  did you mean magnitude"),
     ({"recipe": "mask_weight()"}, UnknownNameError, r"did you mean mask_weights\?"),
     ({"recipe": f"{MASK}, score=magnitud)"}, UnknownNameError, r"score 'magnitud'\n  did you mean magnitude\?"),
     ({"recipe": "nowhere.yaml"}, InputError, r"nowhere\.yaml: cannot read"),

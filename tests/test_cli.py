@@ -180,7 +180,7 @@ WRONG = [
     (["show", "my_model.py:make"], "first the pass, then the model"),
     (["report", "nowhere"], "cannot be read"),
     (["bench", "nowhere"], "no such folder"),
-    (["show", "fold_batchnor"], "did you mean fold_batchnorm?"),
+    (["show", "fold_batchnor"], "did you mean fold_batchnorm"),
     (["why", "nope", "my_model.py:make"], "unknown"),
 ]
 

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm, conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d, linear
+from torch.nn.functional import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d, linear
 
+from sparsify_compiler.passes.reparam._frames import frame_of
+from sparsify_compiler.passes.reparam._norms import along, batch_statistics, by_input, norm, plus, scale_and_shift, without_batch
 from sparsify_compiler.passes_api import Miss
 from sparsify_compiler.rule import Match, Rule, RulePass
 
@@ -18,7 +20,11 @@ from sparsify_compiler.rule import Match, Rule, RulePass
 class FoldBatchnorm(RulePass):
     """Fold an eval-mode BatchNorm into the conv, transposed conv or linear before it, or into the one after it.
 
-    Matches    batch_norm(conv(x, w, b), mean, var, g, beta, eps)  or  conv(batch_norm(x, mean, var, g, beta, eps), w, b, padding=0)
+    A weight that another layer reads too is copied for this one; the other layer keeps what it had.
+
+    Matches    batch_norm(conv(x, w, b), mean, var, g, beta, eps)  or  conv(batch_norm(x, mean, var, g, beta, eps), w, b, padding=0); conv of any
+               dimensions and groups, transposed (behind the norm: stride 1, padding all of its kernel), or linear, also where a transpose,
+               permute or flatten stands between the features and the norm's channels
     Rewrites   with s = g / sqrt(var + eps), t = beta - mean * s:
                conv(x, w * s, b * s + t)  or  conv(x, w * s, b + sum(w * t))
     Preserves  values, up to float reassociation
@@ -29,44 +35,64 @@ class FoldBatchnorm(RulePass):
 
     def rules(self) -> Sequence[Rule]:
         plain, transposed = (conv1d, conv2d, conv3d), (conv_transpose1d, conv_transpose2d, conv_transpose3d)
-        after = [LinearThenNorm(), *map(ConvThenNorm, plain), *map(TransposedThenNorm, transposed)]
-        return [*after, NormThenLinear(), *map(NormThenConv, plain)]
-
-
-def scale_and_shift(mean: Tensor, var: Tensor, g: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm as s * x + t for each channel: s and t, both [C]."""
-    s = torch.rsqrt(var + eps) if g is None else g * torch.rsqrt(var + eps)
-    return s, -mean * s if beta is None else beta - mean * s
-
-
-def along(vector: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """A vector shaped to multiply `tensor` along one of its dimensions."""
-    return vector.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
+        after = [LinearThenNorm(), LinearViewNorm(), *map(ConvThenNorm, plain), *map(TransposedThenNorm, transposed)]
+        return [*after, NormThenLinear(), NormViewLinear(), *map(NormThenConv, plain), *map(NormThenTransposed, transposed)]
 
 
 class _Fold(Rule):
     params = ("w", "b", "mean", "var", "g", "beta")
 
     def check(self, m: Match) -> Miss | None:
-        if m.mean is None or m.var is None:
-            return Miss("the norm has no running statistics: it uses those of the batch")
-        return None
+        return batch_statistics(m.mean, m.var, m.training)
 
 
 class LinearThenNorm(_Fold):
     """batch_norm after linear, on [batch, features]."""
 
     @staticmethod
-    def pattern(x: Any, w: Any, b: Any, mean: Any, var: Any, g: Any, beta: Any, eps: Any) -> Any:
-        return batch_norm(linear(x, w, b), mean, var, g, beta, eps=eps)
+    def pattern(x: Any, w: Any, b: Any, mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any) -> Any:
+        return norm(linear(x, w, b), mean, var, g, beta, eps, training)
 
     def check(self, m: Match) -> Miss | None:
-        return super().check(m) or (None if m.output.meta["val"].ndim == 2 else Miss("the norm's channels are not the linear's features"))
+        value = m.output.meta["val"]
+        return super().check(m) or (None if value.ndim == 2 else Miss(f"{_NOT_FEATURES}: dimension 1 of {_shape(value)}, not the last"))
 
     @staticmethod
     def rewrite(x: Tensor, w: Tensor, b: Tensor | None, mean: Tensor, var: Tensor, g: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
         s, t = scale_and_shift(mean, var, g, beta, eps)
         return linear(x, w * s[:, None], t if b is None else b * s + t)
+
+
+class LinearViewNorm(_Fold):
+    """batch_norm after linear, with a transpose, permute or flatten between that makes the features its channels."""
+
+    def patterns(self) -> tuple[Callable[..., Any], ...]:
+        return self.transposed, self.permuted, self.flattened
+
+    @staticmethod
+    def transposed(x: Any, w: Any, b: Any, i: Any, j: Any, mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any) -> Any:
+        return norm(linear(x, w, b).transpose(i, j), mean, var, g, beta, eps, training)
+
+    @staticmethod
+    def permuted(x: Any, w: Any, b: Any, dims: Any, mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any) -> Any:
+        return norm(torch.permute(linear(x, w, b), dims), mean, var, g, beta, eps, training)
+
+    @staticmethod
+    def flattened(x: Any, w: Any, b: Any, start: Any, end: Any, mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any) -> Any:
+        return norm(torch.flatten(linear(x, w, b), start, end), mean, var, g, beta, eps, training)
+
+    def check(self, m: Match) -> Miss | None:
+        found, rank = m.binding.variables, m.x.ndim
+        if "start" in found:
+            fits = m.start % rank == 0 and m.end % rank == rank - 2
+        else:
+            fits = m.dims[1] % rank == rank - 1 if "dims" in found else {m.i % rank, m.j % rank} == {1, rank - 1}
+        return super().check(m) or (None if fits else Miss(f"{_NOT_FEATURES}: dimension 1 of {_shape(m.output.meta['val'])}"))
+
+    @staticmethod
+    def rewrite(x: Tensor, w: Tensor, b: Tensor | None, i: Any, j: Any, dims: Any, start: Any, end: Any,
+                mean: Tensor, var: Tensor, g: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+        return _viewed(LinearThenNorm.rewrite(x, w, b, mean, var, g, beta, eps), i, j, dims, start, end)
 
 
 class ConvThenNorm(_Fold):
@@ -76,8 +102,11 @@ class ConvThenNorm(_Fold):
         self.conv = conv
 
     def pattern(self, x: Any, w: Any, b: Any, stride: Any, padding: Any, dilation: Any, groups: Any,
-                mean: Any, var: Any, g: Any, beta: Any, eps: Any) -> Any:
-        return batch_norm(self.conv(x, w, b, stride, padding, dilation, groups), mean, var, g, beta, eps=eps)
+                mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any) -> Any:
+        return norm(self.conv(x, w, b, stride, padding, dilation, groups), mean, var, g, beta, eps, training)
+
+    def check(self, m: Match) -> Miss | None:
+        return super().check(m) or without_batch(m)
 
     def rewrite(self, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int,
                 mean: Tensor, var: Tensor, g: Tensor | None, beta: Tensor | None, eps: float) -> Any:
@@ -92,8 +121,11 @@ class TransposedThenNorm(_Fold):
         self.conv = conv
 
     def pattern(self, x: Any, w: Any, b: Any, stride: Any, padding: Any, output_padding: Any, groups: Any, dilation: Any,
-                mean: Any, var: Any, g: Any, beta: Any, eps: Any) -> Any:
-        return batch_norm(self.conv(x, w, b, stride, padding, output_padding, groups, dilation), mean, var, g, beta, eps=eps)
+                mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any) -> Any:
+        return norm(self.conv(x, w, b, stride, padding, output_padding, groups, dilation), mean, var, g, beta, eps, training)
+
+    def check(self, m: Match) -> Miss | None:
+        return super().check(m) or without_batch(m)
 
     def rewrite(self, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, output_padding: Any, groups: int, dilation: Any,
                 mean: Tensor, var: Tensor, g: Tensor | None, beta: Tensor | None, eps: float) -> Any:
@@ -107,16 +139,49 @@ class NormThenLinear(_Fold):
     """linear after batch_norm, on [batch, features]."""
 
     @staticmethod
-    def pattern(x: Any, w: Any, b: Any, mean: Any, var: Any, g: Any, beta: Any, eps: Any) -> Any:
-        return linear(batch_norm(x, mean, var, g, beta, eps=eps), w, b)
+    def pattern(x: Any, w: Any, b: Any, mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any) -> Any:
+        return linear(norm(x, mean, var, g, beta, eps, training), w, b)
 
     def check(self, m: Match) -> Miss | None:
-        return super().check(m) or (None if m.x.ndim == 2 else Miss("the norm's channels are not the linear's features"))
+        return super().check(m) or (None if m.x.ndim == 2 else Miss(f"{_NOT_FEATURES}: dimension 1 of {_shape(m.x)}, not the last"))
 
     @staticmethod
     def rewrite(x: Tensor, w: Tensor, b: Tensor | None, mean: Tensor, var: Tensor, g: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
         s, t = scale_and_shift(mean, var, g, beta, eps)
-        return linear(x, w * s, w @ t if b is None else b + w @ t)
+        return linear(x, w * s, plus(w @ t, b))
+
+
+class NormViewLinear(_Fold):
+    """linear after batch_norm, with a transpose, permute or flatten between that makes the norm's channels its features."""
+
+    def patterns(self) -> tuple[Callable[..., Any], ...]:
+        return self.transposed, self.permuted, self.flattened
+
+    @staticmethod
+    def transposed(x: Any, w: Any, b: Any, i: Any, j: Any, mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any) -> Any:
+        return linear(norm(x, mean, var, g, beta, eps, training).transpose(i, j), w, b)
+
+    @staticmethod
+    def permuted(x: Any, w: Any, b: Any, dims: Any, mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any) -> Any:
+        return linear(torch.permute(norm(x, mean, var, g, beta, eps, training), dims), w, b)
+
+    @staticmethod
+    def flattened(x: Any, w: Any, b: Any, start: Any, end: Any, mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any) -> Any:
+        return linear(torch.flatten(norm(x, mean, var, g, beta, eps, training), start, end), w, b)
+
+    def check(self, m: Match) -> Miss | None:
+        found, rank = m.binding.variables, m.x.ndim
+        if "start" in found:
+            fits = m.start % rank == 1 and m.end % rank == rank - 1
+        else:
+            fits = m.dims[-1] % rank == 1 if "dims" in found else {m.i % rank, m.j % rank} == {1, rank - 1}
+        return super().check(m) or (None if fits else Miss(f"{_NOT_FEATURES}: dimension 1 of {_shape(m.x)}"))
+
+    @staticmethod
+    def rewrite(x: Tensor, w: Tensor, b: Tensor | None, i: Any, j: Any, dims: Any, start: Any, end: Any,
+                mean: Tensor, var: Tensor, g: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+        s, t = (v[:, None].expand(-1, w.shape[1] // v.shape[0]).reshape(-1) for v in scale_and_shift(mean, var, g, beta, eps))
+        return linear(_viewed(x, i, j, dims, start, end), w * s, plus(w @ t, b))
 
 
 class NormThenConv(_Fold):
@@ -126,24 +191,58 @@ class NormThenConv(_Fold):
         self.conv = conv
 
     def pattern(self, x: Any, w: Any, b: Any, stride: Any, padding: Any, dilation: Any, groups: Any,
-                mean: Any, var: Any, g: Any, beta: Any, eps: Any) -> Any:
-        return self.conv(batch_norm(x, mean, var, g, beta, eps=eps), w, b, stride, padding, dilation, groups)
+                mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any) -> Any:
+        return self.conv(norm(x, mean, var, g, beta, eps, training), w, b, stride, padding, dilation, groups)
 
     def check(self, m: Match) -> Miss | None:
-        border = m.padding if isinstance(m.padding, tuple) else (0,) if m.padding == "valid" else (1,)
-        return super().check(m) or (Miss(f"the conv pads by {m.padding} after the norm: its border would change") if any(border) else None)
+        pads = any(p > 0 for line in frame_of(m.w.shape[2:], m.stride, m.padding, m.dilation) for p in line.pads)
+        border = Miss(f"the conv pads by {m.padding} after the norm: its border would change") if pads else None
+        return super().check(m) or without_batch(m) or border
 
     def rewrite(self, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int,
                 mean: Tensor, var: Tensor, g: Tensor | None, beta: Tensor | None, eps: float) -> Any:
         s, t = scale_and_shift(mean, var, g, beta, eps)
-        out, taken = w.shape[0], w.shape[1]
+        shift = (w * by_input(t, w, groups)).flatten(1).sum(1)
+        return self.conv(x, w * by_input(s, w, groups), plus(shift, b), stride, padding, dilation, groups)
 
-        def each(v: Tensor) -> Tensor:  # [in] -> [out, in / groups, 1, ...]: what every output's own group of inputs has
-            rows = v.reshape(groups, 1, taken).expand(groups, out // groups, taken)
-            return rows.reshape([out, taken, *[1] * (w.ndim - 2)])
 
-        shift = (w * each(t)).flatten(1).sum(1)
-        return self.conv(x, w * each(s), shift if b is None else b + shift, stride, padding, dilation, groups)
+class NormThenTransposed(_Fold):
+    """Transposed conv after batch_norm. Each output must see every tap, or the shift would not be one bias: stride 1, and the border cut off."""
+
+    def __init__(self, conv: Callable[..., Any]) -> None:
+        self.conv = conv
+
+    def pattern(self, x: Any, w: Any, b: Any, stride: Any, padding: Any, output_padding: Any, groups: Any, dilation: Any,
+                mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any) -> Any:
+        return self.conv(norm(x, mean, var, g, beta, eps, training), w, b, stride, padding, output_padding, groups, dilation)
+
+    def check(self, m: Match) -> Miss | None:
+        size = tuple(m.w.shape[2:])
+        whole = all(s == 1 and p >= d * (k - 1) + o
+                    for k, s, p, o, d in zip(size, m.stride, m.padding, m.output_padding, m.dilation, strict=True))
+        found = f"the transposed conv ({'x'.join(map(str, size))}, stride {m.stride}, padding {m.padding})"
+        some = None if whole else Miss(f"some outputs of {found} see fewer taps than others: the norm's shift is not one bias")
+        return super().check(m) or without_batch(m) or some
+
+    def rewrite(self, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, output_padding: Any, groups: int, dilation: Any,
+                mean: Tensor, var: Tensor, g: Tensor | None, beta: Tensor | None, eps: float) -> Any:
+        s, t = scale_and_shift(mean, var, g, beta, eps)
+        shift = (w * along(t, w, 0)).flatten(2).sum(2).reshape(groups, -1, w.shape[1]).sum(1).reshape(-1)
+        return self.conv(x, w * along(s, w, 0), plus(shift, b), stride, padding, output_padding, groups, dilation)
+
+
+_NOT_FEATURES = "the norm's channels are not the linear's features"
+
+
+def _viewed(x: Tensor, i: Any, j: Any, dims: Any, start: Any, end: Any) -> Tensor:
+    """The view that stood beside the norm; what the others take is None."""
+    if i is not None:
+        return x.transpose(i, j)
+    return torch.flatten(x, start, end) if dims is None else x.permute(dims)
+
+
+def _shape(value: Any) -> str:
+    return f"[{', '.join(map(str, value.shape))}]"
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

@@ -8,89 +8,76 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm, conv2d, pad
+from torch.nn.functional import batch_norm
 
-from sparsify_compiler.passes.reparam.fold_batchnorm import scale_and_shift
+from sparsify_compiler.passes.reparam._branches import Conv, Identity, MergeBranches, Normed
+from sparsify_compiler.passes.reparam._norms import batch_statistics, norm, scale_and_shift
 from sparsify_compiler.passes_api import Miss
+from sparsify_compiler.pattern import op_name
 from sparsify_compiler.rule import Match, Rule, RulePass
 
 
 @dataclass(frozen=True)
 class MergeConvBranches(RulePass):
-    """Merge parallel convs whose smaller kernel, in a frame of zeros, lies over the larger one; a norm beside a conv is a 1x1 conv.
+    """Merge parallel convs of any kernel sizes, paddings, dilations and groups, and the norm or the plain x beside a conv.
 
-    Matches    conv2d(x, w, b, stride, padding=p) + conv2d(x, v, c, stride, padding=q), with p - q = (size(w) - size(v)) / 2 on both axes,
-               or conv2d(x, w, b, padding=p) + batch_norm(x, mean, var, g, beta, eps), with p = (size(w) - 1) / 2
-    Rewrites   conv2d(x, w + pad(v, p - q), b + c, stride, padding=p),
-               where the norm stands for v = diag(g / sqrt(var + eps)), c = beta - mean * g / sqrt(var + eps), q = 0
+    Matches    conv(x, w, b, stride, p, d, groups) + conv(x, v, c, stride, q, e, groups), in 1 to 3 dimensions; their difference; a foreign
+               addend between them; with batch_norm(x, mean, var, g, beta, eps), x (both at stride 1) or 0 in place of one conv
+    Rewrites   conv(x, W, b + c, stride): W is the sum of the kernels, each tap at its place in the frame of zeros that holds the taps of both,
+               where x stands for v = eye, c = 0, and the norm for v = diag(g / sqrt(var + eps)), c = beta - mean * g / sqrt(var + eps)
     Preserves  values, up to float reassociation
-    Paper      Ding et al., RepVGG: Making VGG-style ConvNets Great Again, arXiv:2101.03697, section 3.3
+    Paper      Ding et al., RepVGG: Making VGG-style ConvNets Great Again, arXiv:2101.03697, section 3.3; frames of unequal kernels: ACNet,
+               arXiv:1908.03930, and RepLKNet, arXiv:2203.06717; several convs of one size: MobileOne, arXiv:2206.04040; dilated branches:
+               UniRepLKNet, arXiv:2311.15599
     """
 
-    about: ClassVar[frozenset[str]] = frozenset({"conv2d"})
+    about: ClassVar[frozenset[str]] = frozenset({"conv1d", "conv2d", "conv3d", "batch_norm"})
 
     def rules(self) -> Sequence[Rule]:
-        return MergeTwo(), MergeNorm()
+        found: list[Rule] = []
+        for rank in (2, 1, 3):
+            conv, normed, identity = Conv(rank), Normed(Identity(rank)), Identity(rank)
+            found += [MergeBranches(conv, other, sign) for other in (conv, normed, identity) for sign in (1, -1)]
+            found += [MergeBranches(other, conv, -1) for other in (normed, identity)]
+        return [*found, MergeNorms(), DropZero()]
 
 
-class MergeTwo(Rule):
-    """The larger kernel is (w, b), the smaller (v, c); dilation is 1, groups and stride are the same."""
-
-    params = ("w", "b", "v", "c")
+class DropZero(Rule):
+    """A branch plus 0: in published code, where the identity branch would be."""
 
     @staticmethod
-    def pattern(x: Any, w: Any, b: Any, v: Any, c: Any, stride: Any, p: Any, q: Any, groups: Any) -> Any:
-        return conv2d(x, w, b, stride, p, 1, groups) + conv2d(x, v, c, stride, q, 1, groups)
+    def pattern(branch: Any) -> Any:
+        return branch + 0
 
     def check(self, m: Match) -> Miss | None:
-        return _lies_over(tuple(m.w.shape[2:]), m.p, tuple(m.v.shape[2:]), m.q)
+        node, kept = m.node("branch"), m.output.meta["val"]
+        known = node is not None and op_name(node) in MergeConvBranches.about and m.branch.dtype == kept.dtype
+        return None if known else Miss("0 is added to what is no conv or norm")
 
     @staticmethod
-    def rewrite(x: Tensor, w: Tensor, b: Tensor | None, v: Tensor, c: Tensor | None, stride: Any, p: Any, q: Any, groups: int) -> Tensor:
-        bias = b if c is None else c if b is None else b + c
-        return conv2d(x, w + _framed(v, p[0] - q[0], p[1] - q[1]), bias, stride, p, 1, groups)
+    def rewrite(branch: Tensor) -> Tensor:
+        return branch
 
 
-class MergeNorm(Rule):
-    """RepVGG's identity branch: a norm is a conv whose 1x1 kernel is diagonal."""
+class MergeNorms(Rule):
+    """Two norms of one value, both with stored statistics: one norm, with the statistics of the first."""
 
-    params = ("w", "b", "mean", "var", "g", "beta")
+    params = ("mean", "var", "g", "beta", "mean2", "var2", "g2", "beta2")
 
     @staticmethod
-    def pattern(x: Any, w: Any, b: Any, p: Any, groups: Any, mean: Any, var: Any, g: Any, beta: Any, eps: Any) -> Any:
-        return conv2d(x, w, b, 1, p, 1, groups) + batch_norm(x, mean, var, g, beta, eps=eps)
+    def pattern(x: Any, mean: Any, var: Any, g: Any, beta: Any, eps: Any, training: Any,
+                mean2: Any, var2: Any, g2: Any, beta2: Any, eps2: Any, training2: Any) -> Any:
+        return norm(x, mean, var, g, beta, eps, training) + norm(x, mean2, var2, g2, beta2, eps2, training2)
 
     def check(self, m: Match) -> Miss | None:
-        if m.mean is None or m.var is None:
-            return Miss("the norm has no running statistics: it uses those of the batch")
-        return _lies_over(tuple(m.w.shape[2:]), m.p, (1, 1), (0, 0))
+        return batch_statistics(m.mean, m.var, m.training) or batch_statistics(m.mean2, m.var2, m.training2)
 
     @staticmethod
-    def rewrite(x: Tensor, w: Tensor, b: Tensor | None, p: Any, groups: int,
-                mean: Tensor, var: Tensor, g: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
-        s, t = scale_and_shift(mean, var, g, beta, eps)
-        eye = torch.eye(w.shape[1], dtype=w.dtype, device=w.device).repeat(groups, 1)  # each group's own part of the diagonal
-        v = (eye * s[:, None])[:, :, None, None]
-        return conv2d(x, w + _framed(v, *p), t if b is None else b + t, 1, p, 1, groups)
-
-
-def _framed(v: Tensor, rows: int, columns: int) -> Tensor:
-    return pad(v, (columns, columns, rows, rows))
-
-
-def _lies_over(large: tuple[int, ...], p: Any, small: tuple[int, ...], q: Any) -> Miss | None:
-    """None when the small kernel, centred in the large one, meets the same pixels at the same place."""
-    if isinstance(p, str) or isinstance(q, str):
-        return Miss(f"padding by name ({p}, {q}) is not merged")
-    if not all(a >= b for a, b in zip(large, small, strict=True)):
-        return Miss(f"a {_x(small)} kernel does not lie inside {_x(large)}")
-    if not all(a - b == 2 * (i - j) for a, b, i, j in zip(large, small, p, q, strict=True)):
-        return Miss(f"{_x(small)} with padding {q} is not centred in {_x(large)} with padding {p}")
-    return None
-
-
-def _x(size: tuple[int, ...]) -> str:
-    return "x".join(map(str, size))
+    def rewrite(x: Tensor, mean: Tensor, var: Tensor, g: Tensor | None, beta: Tensor | None, eps: float,
+                mean2: Tensor, var2: Tensor, g2: Tensor | None, beta2: Tensor | None, eps2: float) -> Tensor:
+        (s, t), (s2, t2) = scale_and_shift(mean, var, g, beta, eps), scale_and_shift(mean2, var2, g2, beta2, eps2)
+        both = s + s2
+        return batch_norm(x, mean, var, both * torch.sqrt(var + eps), t + t2 + mean * both, eps=eps)
 
 
 class _Block(nn.Module):

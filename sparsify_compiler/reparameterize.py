@@ -1,0 +1,80 @@
+"""reparameterize(): the exact merges alone, from a model to a plain module that trains on, exports and saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .call import instantiate
+from .capture import capture
+from .compile import as_pipeline
+from .errors import CaptureError, SparsifyError
+from .passes_api import Context, Pass
+from .pipeline import Pipeline
+from .program import Program
+
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+
+
+def reparameterize(model: nn.Module, example_inputs: Inputs, *, recipe: str | Path | Pipeline | Pass = "reparam", dynamic: Any = None) -> nn.Module:
+    """Merge what can be merged exactly, and where that pays: a module with the model's signature, its outputs the same up to float reassociation.
+
+    model           in evaluation mode: norms are merged with the statistics that they have stored. It is not modified and shares no tensor
+                    with the result
+    example_inputs  a tuple of positional or a dict of named arguments
+    recipe          what to run: by default every exact merge. Only passes that preserve values are allowed
+    dynamic         as in compile(): dimensions that may change between calls. By default the first of every tensor (the batch), where the model
+                    allows it
+
+    The result holds plain aten operations on parameters: it trains, torch.export and torch.onnx.export take it, and its state_dict() saves
+    as safetensors. `sparsify why "collapse()" <model>` says what was not merged, and why.
+
+    Raises InputError, CaptureError and their like, and SparsifyError for a recipe with a pass that changes values.
+    """
+    pipeline = as_pipeline(recipe)
+    inexact = [item.name() for item in pipeline.passes if item.preserves != "values"]
+    if inexact:
+        raise SparsifyError(f"{inexact[0]} changes values, and reparameterize() is exact", where="recipe", hint="use compile() for it")
+    program = _captured(model, example_inputs, dynamic)
+    after = pipeline.run(program, Context(example_inputs=example_inputs))
+    with torch.no_grad():
+        return _own(instantiate(after)).eval()
+
+
+def _captured(model: nn.Module, example_inputs: Inputs, dynamic: Any) -> Program:
+    """With a dynamic batch, unless the model can only be captured whole with a fixed one."""
+    if dynamic is not None or not (batch := _batch(example_inputs)):
+        return capture(model, example_inputs, dynamic)
+    try:
+        program = capture(model, example_inputs, batch)
+    except CaptureError:
+        return capture(model, example_inputs)
+    if program.skeleton is not None:
+        fixed = capture(model, example_inputs)
+        program = fixed if fixed.skeleton is None else program
+    return program
+
+
+def _batch(example_inputs: Inputs) -> dict[Any, dict[int, str]]:
+    named = example_inputs.items() if isinstance(example_inputs, Mapping) else enumerate(example_inputs)
+    sized = {key: value.shape[0] for key, value in named if isinstance(value, Tensor) and value.dim() > 1}
+    return {key: {0: "batch"} for key in sized} if len(set(sized.values())) == 1 else {}
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """The same module with tensors of its own; what is shared inside stays shared."""
+    copies: dict[int, Tensor] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in copies:
+                    fresh = tensor.detach().clone()
+                    copies[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+                tensors[name] = copies[id(tensor)]  # type: ignore[assignment]
+    return module
