@@ -1,4 +1,4 @@
-"""What the engine calls: candidates for a sparse linear, bound to its weight, called with torch tensors.
+"""What the engine calls: candidates for a sparse linear, or for the packed dense form of a layer, bound to its weight, called with torch tensors.
 
     for candidate in candidates("linear_bsr", tensors, attributes, torch.float32, rows=(1, 128), target=host()):
         kernel = candidate.bind(bias)
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen import build
-from sparsify_compiler.codegen.kernels import linear
+from sparsify_compiler.codegen.kernels import conv2d, linear
 from sparsify_compiler.codegen.kernels.layout import LANES, Prepared, prepare
 from sparsify_compiler.codegen.kernels.panel import Panel
 from sparsify_compiler.codegen.kernels.rows import Rows
@@ -35,36 +35,41 @@ ALONE = 12_000      # vector FMAs below which waking other threads costs more th
 PLANS = 4096        # shapes of x remembered
 SLAB = 1 << 24      # elements of x or y in one call of a kernel: its indices are 32 bits wide, and its packed copy of x is bounded
 
-Layouts = list[tuple[Tensor | None, Prepared]]  # one weight laid out, with the bias that is in it
+DENSE = {op: module for module in (linear, conv2d) for op in module.OPS}  # kernels of torch itself, for weights as they are
+
+Layouts = list[Any]  # one weight laid out: for a sparse op (bias that is in it, Prepared), for a dense one what oneDNN packed
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a sparse linear on this machine: `name` for reports, `options` all that `rebind` needs to know."""
+    """One way to run an op on this machine: `name` for reports, `options` all that `rebind` needs to know."""
 
     name: str
-    options: Mapping[str, int | str]
+    options: Mapping[str, Any]
     op: str
     tensors: Mapping[str, Tensor]
-    attributes: Mapping[str, int]
+    attributes: Mapping[str, Any]
     target: Target
-    siblings: Layouts = field(default_factory=list, compare=False, repr=False)  # layouts of this weight, with their bias
+    siblings: Layouts = field(default_factory=list, compare=False, repr=False)  # layouts of this weight
 
-    def bind(self, bias: Tensor | None = None) -> BoundKernel | linear.PackedLinear:
+    def bind(self, bias: Tensor | None = None) -> BoundKernel | linear.PackedLinear | conv2d.PackedConv:
         """Lay the weight out, build or load the variants. Raises KernelError."""
         return rebind(self.op, self.options, self.tensors, self.attributes, bias, {}, self.target, self.siblings)
 
 
-def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, int], dtype: torch.dtype, rows: Sequence[int],
-               target: Target) -> list[Candidate]:
+def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
+               target: Target, shared: Layouts | None = None) -> list[Candidate]:
     """Every kernel that can run this op on x of `dtype`, most promising first; none where the dtypes or the target have no kernel.
 
-    tensors, attributes   of the stored weight (formats/<name>.py); of op "linear" the dense weight alone, for its packed dense form
-    rows                  numbers of rows of x to expect, e.g. (1, 128)
+    tensors, attributes   of the stored weight (formats/<name>.py). Of a dense op ("linear", "conv2d") the weight, for its packed form, its stride,
+                          padding, dilation and groups, and what to compute with it: add, activation, arguments (engine's epilogue.py)
+    rows                  numbers of rows of x to expect, e.g. (1, 128); of a convolution the shape of x
+    shared                packed weights of this very layer, made before; a new one is added
     """
-    if op == linear.OP:
-        packed = Candidate(linear.NAME, {"rows": max(rows, default=1)}, op, tensors, attributes, target)
-        return [packed] if linear.runs(tensors, dtype, target) else []
+    if op in DENSE:
+        options = DENSE[op].options(tensors, attributes, dtype, rows, target)
+        made = [] if shared is None else shared
+        return [] if options is None else [Candidate(linear.NAME, options, op, tensors, attributes, target, made)]
     values = tensors["values"]
     if dtype not in DTYPES or values.dtype not in (dtype, torch.bfloat16) or values.device.type != "cpu":
         return []
@@ -74,24 +79,24 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
     r = _vector_rows(attributes.get("r", 1))
     index = "int16" if attributes["in_features"] < 32767 else "int32"
     wide = max(rows, default=LANES) > LANES
-    options: dict[str, int | str] = {"r": r, "dtype": str(dtype).removeprefix("torch."), "index": index}
-    shared: Layouts = []
-    return [Candidate(f"{op.removeprefix('linear_')}_r{r}v{vectors}", {**options, "vectors": vectors}, op, tensors, attributes, target, shared)
+    chosen: dict[str, int | str] = {"r": r, "dtype": str(dtype).removeprefix("torch."), "index": index}
+    layouts: Layouts = [] if shared is None else shared
+    return [Candidate(f"{op.removeprefix('linear_')}_r{r}v{vectors}", {**chosen, "vectors": vectors}, op, tensors, attributes, target, layouts)
             for vectors in (schedules[r] if wide else schedules[r][:1])]
 
 
-def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, int], bias: Tensor | None,
-           files: Mapping[str, bytes], target: Target, shared: Layouts | None = None) -> BoundKernel | linear.PackedLinear:
+def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+           files: Mapping[str, bytes], target: Target, shared: Layouts | None = None) -> BoundKernel | linear.PackedLinear | conv2d.PackedConv:
     """The kernel that a candidate with these options binds to this weight; `files` of an artefact spare building it.
 
-    shared  layouts of this weight made before, each with the very bias that is in it; a new one is added
+    shared  layouts of this weight made before, of a sparse op each with the very bias that is in it; a new one is added
     Raises KernelError when this machine cannot run it.
     """
     try:
-        if op == linear.OP:
-            if not linear.runs(tensors, tensors["weight"].dtype, target):
-                raise KernelError("torch has no packed dense linear for this dtype and machine", where=op, hint="compile the model again here")
-            return linear.PackedLinear(tensors["weight"], bias, int(options["rows"]))
+        if op in DENSE:
+            dense: linear.PackedLinear | conv2d.PackedConv = DENSE[op].bind(op, options, tensors, attributes, bias, target,
+                                                                            [] if shared is None else shared)
+            return dense
         prepared = next((made for held, made in shared or () if held is bias), None)
         if prepared is None:
             groups = catalog.get("kernel", op).groups(tensors, attributes)
@@ -99,7 +104,7 @@ def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], a
             if shared is not None:
                 shared.append((bias, prepared))
         name = f"{op.removeprefix('linear_')}_r{int(options['r'])}v{int(options['vectors'])}"
-    except (KeyError, ValueError, AttributeError, UnknownNameError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, UnknownNameError) as error:
         raise KernelError(f"the stored kernel does not fit: {error!r}", where=op, hint="save the model again") from error
     return BoundKernel(name, dict(options), prepared, target, files)
 

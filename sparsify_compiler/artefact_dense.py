@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import catalog
-from .artefact_kernels import operands
 from .artefact_tensors import TensorStore
 from .call import Hole
 from .compiled import CompiledModel
+from .operands import operands
 from .program import Program, Region, Stage, get_tensor, prune_unused, set_tensor
 from .storage import atomic_path, write_safetensors
 

@@ -34,7 +34,7 @@ FUNCTION_NAMES = {id(function): name for name, function in FUNCTIONS.items()}
 # Classes of inputs and outputs that may be imported on the word of a file. Any other class must have been imported by the user.
 IMPORTABLE = ("builtins", "collections", "transformers")
 TENSOR_NAME = re.compile(r"[\w.:-]+")
-META = ("path", "module", "by", "site")  # besides "val", what of a node's metadata is saved
+META = ("path", "module", "by", "site", "epilogue")  # besides "val", what of a node's metadata is saved
 DEFAULT_FACTORIES: Mapping[str, Any] = {"list": list, "dict": dict, "set": set, "int": int, "float": float, "str": str, "None": None}
 
 

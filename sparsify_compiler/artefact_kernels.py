@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from . import catalog
 from .errors import ArtefactError, KernelError
-from .program import Region, get_tensor
+from .operands import operands, operator_of
+from .program import Region
 from .target import Target, host, resolve
 
 
@@ -50,23 +51,11 @@ def _bind(region: Region, node: fx.Node, options: Mapping[str, Any], files: Mapp
     """The node's kernel. What it prepares from the stored weight is prepared again, so that weights are stored once."""
     from .codegen import runtime
 
-    tensors, attributes, bias = operands(region, node)
-    return runtime.rebind(str(node.target).split(".")[1], options, tensors, attributes, bias, files, target)
-
-
-def operands(region: Region, node: fx.Node) -> tuple[dict[str, Tensor], dict[str, int], Tensor | None]:
-    """A packed node's format tensors, its attributes, and its bias."""
-    tensors, attributes, bias = {}, {}, None
-    for name, value in node.kwargs.items():
-        if isinstance(value, fx.Node) and value.op == "get_attr":
-            tensor = get_tensor(region.module, str(value.target))
-            if name == "bias":
-                bias = tensor
-            else:
-                tensors[name] = tensor
-        elif isinstance(value, int) and not isinstance(value, bool):
-            attributes[name] = value
-    return tensors, attributes, bias
+    try:
+        tensors, attributes, bias = operands(region, node)
+    except ValueError as error:
+        raise ArtefactError(str(error), where="graph.json", hint="save the model again") from error
+    return runtime.rebind(operator_of(node), options, tensors, attributes, bias, files, target)
 
 
 def check_packed(region: Region) -> None:

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from .epilogue import META, epilogue_of
+from .operands import input_of
 from .program import Region, get_tensor
 
 _LITERALS = (int, bool, str, type(None))
 
 
 def flat_function(region: Region) -> Callable[..., Any]:
-    """forward(*flat inputs) of the region's graph, with node.meta["kernel"] called where a node has one.
+    """forward(*flat inputs) of the region's graph, with node.meta["kernel"] called where a node has one, and its epilogue left to it.
 
     The tensors of the region are bound now: build it again after replacing one.
     """
@@ -44,9 +46,12 @@ class _Writer:
         self.inputs: list[str] = []
         self._names: dict[fx.Node, str] = {}
         self._constants: dict[int, str] = {}
-        self._dying = _last_uses(region.graph)
+        self._kernels, self._skipped = _kernels(region.graph)
+        self._dying = _last_uses([(node, self._read(node)) for node in region.graph.nodes if node not in self._skipped])
 
     def statement(self, node: fx.Node) -> list[str]:
+        if node in self._skipped:
+            return []
         name = self._names[node] = f"v{len(self._names)}"
         if node.op == "placeholder":
             self.inputs.append(name)
@@ -60,10 +65,14 @@ class _Writer:
         freed = f"; {' = '.join(dying)} = None" if dying else ""
         return [f"{name} = {self._call(node)}{freed}"]
 
+    def _read(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes whose values a statement needs."""
+        return list(self._kernels[node][1]) if node in self._kernels else node.all_input_nodes
+
     def _call(self, node: fx.Node) -> str:
-        kernel = node.meta.get("kernel")
-        if kernel is not None:
-            return f"{self._constant(kernel)}({self._value(node.kwargs['x' if 'x' in node.kwargs else 'input'])})"
+        if node in self._kernels:
+            kernel, inputs = self._kernels[node]
+            return f"{self._constant(kernel)}({', '.join(self._value(value) for value in inputs)})"
         positional, named = list(node.args), dict(node.kwargs)
         if isinstance(node.target, torch._ops.OpOverload) and not positional:
             # The dispatcher takes positional arguments a microsecond faster than named ones.
@@ -92,12 +101,33 @@ class _Writer:
         return self._constants[id(value)]
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Node -> the nodes whose values nobody needs after it, so that they can be freed."""
+def _kernels(graph: fx.Graph) -> tuple[dict[fx.Node, tuple[Any, tuple[fx.Node, ...]]], set[fx.Node]]:
+    """Node -> the kernel to call there and on what; nodes that a kernel behind them computes.
+
+    A kernel with an epilogue is called where the epilogue ends: what it adds may be computed after the node that the kernel belongs to.
+    """
+    calls: dict[fx.Node, tuple[Any, tuple[fx.Node, ...]]] = {}
+    skipped: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.meta.get("kernel") is None:
+            continue
+        inputs: tuple[fx.Node, ...] = (input_of(node),)
+        later = [node]
+        if META in node.meta:
+            epilogue = epilogue_of(node)
+            later += epilogue.nodes
+            inputs += () if epilogue.other is None else (epilogue.other,)
+        calls[later[-1]] = node.meta["kernel"], inputs
+        skipped.update(later[:-1])
+    return calls, skipped
+
+
+def _last_uses(statements: list[tuple[fx.Node, list[fx.Node]]]) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> the nodes whose values nobody needs after it, so that they can be freed. Takes each node with those that it reads."""
     seen: set[fx.Node] = set()
     dying: dict[fx.Node, list[fx.Node]] = {}
-    for node in reversed(graph.nodes):
-        for used in node.all_input_nodes:
+    for node, read in reversed(statements):
+        for used in read:
             if used not in seen:
                 seen.add(used)
                 dying.setdefault(node, []).append(used)

@@ -47,8 +47,8 @@ class Statistics(Protocol):
 class KernelProvider(Protocol):
     """What lowering asks of the kernel room (codegen.runtime)."""
 
-    def candidates(self, op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, int], dtype: torch.dtype,
-                   rows: Sequence[int], target: Target) -> Sequence[Any]: ...
+    def candidates(self, op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype,
+                   rows: Sequence[int], target: Target, shared: list[Any] | None = None) -> Sequence[Any]: ...
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Context:
     seed: int = 0
     statistics: Statistics | None = None
     calibrate: Callable[[Program, Mapping[str, frozenset[str]]], Statistics] | None = None  # asked for what a pass needs(), just before it runs
+    batches: Sequence[Any] | None = None  # the calibration batches, for passes that walk through them themselves
     kernels: KernelProvider | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None  # a pass reports its own steps
     misses: list[Miss] = field(default_factory=list)

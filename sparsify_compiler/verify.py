@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from .errors import VerifyError
+from .operands import CONVOLUTIONS
 from .program import Program, Region, Stage, get_tensor
 
 OWN = "sparsify"  # the namespace of our ops
@@ -161,8 +162,8 @@ def _packed(region: Region, node: fx.Node, legal: Legal) -> str | None:
         return f"{node.target} is a packed op, which this stage does not allow"
     if "kernel" in node.meta and not legal.kernels:
         return "is bound to a kernel, which this stage does not allow"
-    dense = node.target is torch.ops.aten.linear.default  # whose kernel is its packed dense form
-    return "only packed ops and linears are bound to kernels" if "kernel" in node.meta and not (own or dense) else None
+    dense = node.target in (torch.ops.aten.linear.default, *CONVOLUTIONS)  # whose kernel is their packed dense form
+    return "only packed ops, linears and convolutions are bound to kernels" if "kernel" in node.meta and not (own or dense) else None
 
 
 CHECKS: tuple[Callable[[Region, fx.Node, Legal], str | None], ...] = (_known_kind, _functional_op, _packed, _by_name, _resolves, _has_value, _masks)

@@ -1,0 +1,122 @@
+"""A layer that lowering measures: what computes it now, every form that it can run in, and how it is bound to one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify_compiler.decision import Decision
+from sparsify_compiler.epilogue import META, Epilogue, epilogues
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.program import Program, Region
+from sparsify_compiler.shapes import example_shape
+
+EAGER = "dense eager"
+NOTHING = Epilogue()
+CHUNK = 1 << 26  # bytes of dense weights that are measured together: more than the caches hold, little beside a large model
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to run a layer. `kernel` is None for torch's own operators, `epilogue` what the kernel computes of what follows the layer."""
+
+    dense: bool = True
+    kernel: Any = None
+    epilogue: Epilogue = NOTHING
+
+
+@dataclass(eq=False)
+class Layer:
+    """One layer. `chain` is what follows it that some form of it could compute: every form is timed with it, so that they can be compared."""
+
+    region: Region
+    node: fx.Node
+    decision: Decision
+    weight: Tensor  # dense, masked where it is masked
+    bias: Tensor | None
+    chain: Epilogue = NOTHING
+    forms: dict[str, Form] = field(default_factory=dict)
+    runs: dict[str, Callable[[], object]] = field(default_factory=dict)  # what to time, the yardstick first
+
+    @property
+    def key(self) -> str:
+        return f"{self.region.path}:{self.node.name}"
+
+    def add(self, name: str, function: Callable[..., Tensor], x: Tensor, other: Tensor | None, form: Form) -> None:
+        """Take a form, which `function` runs on x, and on `other` where it adds; the rest of the chain is computed by torch's operators."""
+        self.forms[name], self.runs[name] = form, timed(function, x, other, form.epilogue, self.chain)
+
+    def bind(self, name: str) -> None:
+        """Let the node run in this form."""
+        form = self.forms[name]
+        if form.kernel is not None:
+            self.node.meta["kernel"] = form.kernel
+            if form.epilogue.nodes:
+                self.node.meta[META] = " ".join(form.epilogue.names)
+
+
+def timed(function: Callable[..., Tensor], x: Tensor, other: Tensor | None, first: Epilogue, chain: Epilogue) -> Callable[[], Tensor]:
+    """A call of the function, which computes the beginning `first` of the chain, and of the chain's rest.
+
+    It holds no layer: the cycle would keep the weights until the garbage collector runs.
+    """
+    arguments = (x,) if first.other is None else (x, other)
+    rest = chain.after(first)
+    if not rest.nodes:
+        return partial(function, *arguments)
+    return lambda: rest(function(*arguments), other)
+
+
+def fused(node: fx.Node, operator: str, tensors: dict[str, Tensor], attributes: dict[str, Any], dtype: torch.dtype, rows: tuple[int, ...],
+          ctx: Context, taken: set[fx.Node]) -> list[tuple[Epilogue, Any]]:
+    """The dense kernels for a layer, each with the epilogue that it computes, shortest first. The longest one's nodes are taken from then on."""
+    assert ctx.kernels is not None
+    assert ctx.target is not None
+    shared: list[Any] = []  # one packed weight for all of them
+    found: list[tuple[Epilogue, Any]] = []
+    for epilogue in epilogues(node, taken):
+        given = attributes | epilogue.attributes()
+        found += [(epilogue, candidate) for candidate in ctx.kernels.candidates(operator, tensors, given, dtype, rows, ctx.target, shared)]
+    if found:
+        taken.update(found[-1][0].nodes)
+    return found
+
+
+def row_of(region: Region, node: fx.Node, kind: str, weight: Tensor, program: Program) -> Decision:
+    """The decision of the site that a node belongs to; a new one where no pass has said anything yet."""
+    site = str(node.meta.get("site") or node.meta.get("path") or region.qualified(node.name))
+    size = weight.numel() * weight.element_size()
+    fresh = Decision(site, kind, tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size)
+    return program.decisions.setdefault(site, fresh)
+
+
+def say(row: Decision, reason: str) -> None:
+    """Add why; what an earlier pass said of the site stands."""
+    row.reason = f"{row.reason}; {reason}" if row.reason else reason
+
+
+def noise(region: Region, node: fx.Node, ctx: Context) -> Tensor:
+    """Random numbers of the shape and dtype that a node's value has on the example inputs."""
+    generator = torch.Generator().manual_seed(ctx.seed)
+    return torch.randn(example_shape(region, node, ctx.example_inputs), generator=generator).to(node.meta["val"].dtype)
+
+
+def chunks(found: Iterable[tuple[Region, fx.Node]], size_of: Callable[[Region, fx.Node], int]) -> Iterator[tuple[list[tuple[Region, fx.Node]], int]]:
+    """The layers in groups of about CHUNK bytes, and how many layers are done after each."""
+    chunk: list[tuple[Region, fx.Node]] = []
+    size = done = 0
+    for region, node in found:
+        chunk.append((region, node))
+        size, done = size + size_of(region, node), done + 1
+        if size >= CHUNK:
+            yield chunk, done
+            chunk, size = [], 0
+    if chunk:
+        yield chunk, done
+
+

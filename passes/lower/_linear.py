@@ -1,0 +1,124 @@
+"""Linear layers, masked and packed or dense: each runs in the fastest of its forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify_compiler import catalog
+from sparsify_compiler.fakes import fake_like, mode_of
+from sparsify_compiler.measure import Timing
+from sparsify_compiler.operands import input_of, operands, operator_of
+from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, fused, noise, row_of, say
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.program import Program, Region, set_tensor
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Linear(Layer):
+    """One linear layer. `packed` where its weight is in a sparse format; rows is the number of rows of its input."""
+
+    packed: bool = False
+    rows: int = 0
+
+    def make_dense(self) -> None:
+        """Replace the packed node by linear(x, weight, bias) with the masked weight."""
+        region, node, graph = self.region, self.node, self.region.graph
+        name = f"{_stored_under(node)}_masked"
+        set_tensor(region.module, name, nn.Parameter(self.weight, requires_grad=False))
+        with graph.inserting_before(node):
+            weight = graph.get_attr(name)
+            weight.meta = {"val": fake_like(self.weight, mode_of(region)), "by": "lower"} | _place(node)
+            bias = {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
+            self.node = graph.call_function(aten.linear.default, (), {"input": node.kwargs["x"], "weight": weight, **bias})
+        self.node.meta = {**node.meta, "by": "lower"}
+        node.replace_all_uses_with(self.node)
+        graph.erase_node(node)
+
+
+def is_packed(node: fx.Node) -> bool:
+    """A sparse op that has no kernel yet."""
+    return node.op == "call_function" and getattr(node.target, "namespace", "") == "sparsify" and "kernel" not in node.meta
+
+
+def is_linear(node: fx.Node) -> bool:
+    """A linear layer with a stored weight that is in its place already."""
+    weight = node.kwargs.get("weight")
+    return node.target is aten.linear.default and isinstance(weight, fx.Node) and weight.op == "get_attr" and "kernel" not in node.meta
+
+
+def size_of(region: Region, node: fx.Node) -> int:
+    """Bytes of the dense weight."""
+    y = node.meta["val"]
+    return int(input_of(node).meta["val"].shape[-1]) * int(y.shape[-1]) * int(y.element_size())
+
+
+def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken: set[fx.Node]) -> Linear:
+    """The layer at a node, its kernels built and ready to run."""
+    assert ctx.kernels is not None
+    assert ctx.target is not None
+    tensors, attributes, bias = operands(region, node)
+    op, packed = operator_of(node), is_packed(node)
+    weight = catalog.get("format", op.removeprefix("linear_")).from_tensors(tensors, attributes).decode() if packed else tensors["weight"]
+    x = noise(region, input_of(node), ctx)
+    rows = x.numel() // max(x.shape[-1], 1)
+    layer = Linear(region, node, row_of(region, node, "linear", weight, program), weight, bias, packed=packed, rows=rows)
+    dense = fused(node, "linear", {"weight": weight}, {}, x.dtype, (rows,), ctx, taken)
+    layer.chain = dense[-1][0] if dense else layer.chain
+    other = None if layer.chain.other is None else noise(region, node, ctx)
+    layer.add(EAGER, partial(_eager, weight, bias), x, other, Form())
+    for epilogue, candidate in dense:
+        kernel = candidate.bind(bias)
+        layer.add(candidate.name + epilogue.label, kernel, x, other, Form(True, kernel, epilogue))
+    for candidate in ctx.kernels.candidates(op, tensors, attributes, x.dtype, (rows,), ctx.target) if packed else ():
+        kernel = candidate.bind(bias)
+        layer.add(candidate.name, kernel, x, other, Form(False, kernel))
+    return layer
+
+
+def choose(layer: Linear, timings: Mapping[str, Timing], margin: float, prefer: str) -> None:
+    """Bind the fastest form to the node, and write down why."""
+    dense = {name: t.median for name, t in timings.items() if layer.forms[name].dense}
+    sparse = {name: t.median for name, t in timings.items() if not layer.forms[name].dense}
+    yardstick = min(dense, key=lambda name: dense[name])
+    if dense[yardstick] > dense[EAGER] * (1 - margin):
+        yardstick = EAGER  # packing another copy of the weight has to pay too
+    best = min(sparse, key=lambda name: sparse[name], default=None)
+    gain = dense[yardstick] / sparse[best] if best is not None else 0.0
+    row = layer.decision
+    row.rows, row.dense_form, row.dense_ms = layer.rows, yardstick, dense[yardstick]
+    row.sparse_ms = sparse[best] if best is not None else None
+    if best is not None and (prefer == "bytes" or sparse[best] <= dense[yardstick] * (1 - margin)):
+        layer.bind(best)
+        row.kernel, row.compiled_ms, row.bytes = best, sparse[best], layer.forms[best].kernel.resident_bytes
+        say(row, f"{gain:.2f} times the speed of {yardstick}" + ("" if gain >= 1 else ", kept for its bytes"))
+        return
+    if layer.packed:
+        why = f"the best kernel ({best}) has {gain:.2f} times the dense speed" if best is not None else "no kernel for this op, dtype and target"
+        say(row, f"stays dense: {why}")
+        layer.make_dense()
+    layer.bind(yardstick)
+    row.kernel, row.compiled_ms, row.format = yardstick, dense[yardstick], "dense"
+    row.bytes = layer.weight.numel() * layer.weight.element_size()
+    row.reason = row.reason or "stays dense: no pass changed it"
+
+
+def _eager(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight, bias)
+
+
+def _stored_under(node: fx.Node) -> str:
+    """The weight's name, of a packed node: "encoder.query.weight" of "encoder.query.weight_packed.values"."""
+    first = next(v for k, v in node.kwargs.items() if isinstance(v, fx.Node) and v.op == "get_attr" and k != "bias")
+    return str(first.target).rpartition("_packed.")[0]
+
+
+def _place(node: fx.Node) -> dict[str, Any]:
+    return {key: node.meta[key] for key in ("path", "module") if key in node.meta}
