@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .calibrate_cache import Cache, default_folder, fingerprint
+from .calibrate_loss import Loss, self_supervised
 from .calibrate_run import Entry, Inputs, Source, collect, find_sources
 from .errors import CalibrationError, InputError, unknown
 from .program import Program
@@ -25,8 +26,8 @@ Progress = Callable[[str, int, int], None]
 
 def calibrate(program: Program, batches: Iterable[Inputs], needs: Mapping[str, frozenset[str]], *, max_bytes: int = MAX_BYTES,
               cache: Path | bool | None = True, progress: Progress = lambda what, done, total: None,
-              warn: Callable[[str], object] = lambda text: None) -> Calibration:
-    """Statistics of the inputs of sites, over all batches. Padded tokens count like all others (see statistic.py).
+              warn: Callable[[str], object] = lambda text: None, loss: Loss | None = None) -> Calibration:
+    """Statistics of sites, over all batches. Padded tokens count like all others (see statistic.py).
 
     batches    tuples of positional or dicts of named arguments, like example_inputs. Walked once a run, in order; an iterator that can be
                walked only once is drawn into memory
@@ -36,6 +37,8 @@ def calibrate(program: Program, batches: Iterable[Inputs], needs: Mapping[str, f
     cache      True for the user's cache folder ($SPARSIFY_CACHE), a folder, or False. Results are found again by content: graph, weights,
                batches, statistics. A cache that cannot be used never fails the run; `warn` hears why
     progress   called with (what, batches done, batches in total or 0)
+    loss       loss(the model's output, the batch) -> one number, for statistics of gradients; by default next-token cross entropy for a language
+               model's logits, else the mean square of the outputs. With a loss of one's own nothing is cached: code has no fingerprint
 
     Raises CalibrationError for empty batches, activations that are not finite, or a statistic that does not fit into max_bytes;
     InputError for a batch that is no call of the model; UnknownNameError for an unknown statistic.
@@ -45,7 +48,7 @@ def calibrate(program: Program, batches: Iterable[Inputs], needs: Mapping[str, f
             raise unknown("statistic", name, STATISTICS, where="calibrate")
     walkable = _walkable(batches, max_bytes)
     folder = default_folder() if cache is True else Path(cache) if isinstance(cache, str | Path) else None
-    return Calibration(program, walkable, needs, max_bytes, folder, progress, warn)
+    return Calibration(program, walkable, needs, max_bytes, folder if loss is None else None, progress, warn, loss or self_supervised)
 
 
 class Calibration:
@@ -55,19 +58,21 @@ class Calibration:
     """
 
     def __init__(self, program: Program, batches: Iterable[Inputs], needs: Mapping[str, frozenset[str]], max_bytes: int, folder: Path | None,
-                 progress: Progress, warn: Callable[[str], object]) -> None:
+                 progress: Progress, warn: Callable[[str], object], loss: Loss = self_supervised) -> None:
         self.runs = 0
-        self._program, self._batches, self._progress = program, batches, progress
+        self._program, self._batches, self._progress, self._loss = program, batches, progress, loss
         self._sources = find_sources(program, needs)
-        self._groups = _group(self._sources, needs, max_bytes)
+        self._groups = _group(self._sources, max_bytes)
         self._cache = Cache(folder, fingerprint(program, batches), warn) if folder is not None and self._groups else None
         self._results: dict[int, dict[Entry, Tensor]] = {}
         if self._groups:
             self._results[0] = self._gather(0)
 
     def get(self, site: str, statistic: str) -> Tensor:
-        """The statistic of a site's input, as STATISTICS describes it. Raises CalibrationError when it was not asked for or has no data."""
-        source = self._sources.get(site)
+        """The statistic of a site, as STATISTICS describes it. Raises CalibrationError when it was not asked for or has no data."""
+        source = self._sources.get((site, statistic))
+        if source is None and (site, statistic) in self._sources:
+            return STATISTICS[statistic].finish(STATISTICS[statistic].start(0), 0)
         entry = None if source is None else (source.key, statistic)
         number = next((i for i, group in enumerate(self._groups) if any(e == entry for e, _ in group)), None)
         if entry is None or number is None:
@@ -89,21 +94,23 @@ class Calibration:
         if found is None:
             self.runs += 1
             with torch.no_grad():
-                found = collect(self._program, self._batches, list(self._sources.values()), entries, self._progress)
+                sources = [source for source in self._sources.values() if source is not None]
+                found = collect(self._program, self._batches, sources, entries, self._progress, self._loss)
             if self._cache is not None:
                 self._cache.write(entries, found)
         return found
 
 
-def _group(sources: Mapping[str, Source], needs: Mapping[str, frozenset[str]], max_bytes: int) -> list[list[tuple[Entry, int]]]:
+def _group(sources: Mapping[tuple[str, str], Source | None], max_bytes: int) -> list[list[tuple[Entry, int]]]:
     """Entries with their bytes, cut into groups that fit into memory: the small ones first, then by the order of execution."""
     entries: dict[Entry, int] = {}
-    for site, source in sources.items():
-        for name in sorted(needs[site]):
-            entries[source.key, name] = STATISTICS[name].size(source.width)
-            if entries[source.key, name] > max_bytes:
-                raise CalibrationError(f"the statistic {name} takes {entries[source.key, name]:,} bytes, and {max_bytes:,} are allowed", where=site,
-                                       hint="raise max_bytes, or leave this site out")
+    for (site, name), source in sources.items():
+        if source is None:
+            continue
+        entries[source.key, name] = STATISTICS[name].size(source.width)
+        if entries[source.key, name] > max_bytes:
+            raise CalibrationError(f"the statistic {name} takes {entries[source.key, name]:,} bytes, and {max_bytes:,} are allowed", where=site,
+                                   hint="raise max_bytes, or leave this site out")
     groups: list[list[tuple[Entry, int]]] = []
     used = max_bytes
     for entry, size in sorted(entries.items(), key=lambda item: item[1] >= SMALL):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
+from .calibrate_loss import Loss, differentiate, self_supervised
 from .call import instantiate
 from .errors import CalibrationError, InputError
-from .program import Program
+from .program import Program, Site
 from .statistic import STATISTICS
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
@@ -20,10 +23,13 @@ Entry = tuple[tuple[str, str, int], str]  # (key of a source, name of a statisti
 
 @dataclass(frozen=True)
 class Source:
-    """A value that one or more sites read as their input.
+    """A value to be watched on behalf of one or more sites.
 
-    region, node  where it is computed; op is the first node that reads it
+    region, node  where it is computed; op is the node that reads it. For a gradient, node is the op itself
     channel       which dimension holds the channels, counted from the end
+    width         how many channels there are; for a gradient, the number of weights
+    other         of a block, the node of the residual stream after it
+    shape         of a gradient, the weight's shape
     """
 
     site: str
@@ -32,40 +38,87 @@ class Source:
     op: str
     channel: int
     width: int
+    other: str = ""
+    shape: tuple[int, ...] | None = None
 
     @property
     def key(self) -> tuple[str, str, int]:
-        return self.region, self.node, self.channel
+        return self.region, f"{self.node}>{self.other}" if self.other else f"{self.node}'" if self.shape is not None else self.node, self.channel
 
 
-def find_sources(program: Program, needs: Mapping[str, frozenset[str]]) -> dict[str, Source]:
-    """Site path -> where its input comes from, in the order of execution. Sites that read the same value have equal keys.
+def find_sources(program: Program, needs: Mapping[str, frozenset[str]]) -> dict[tuple[str, str], Source | None]:
+    """(site path, statistic) -> what to watch for it, in the order of execution; None where such a site has nothing of the kind.
 
-    Raises CalibrationError for a path that is no linear or convolution site.
+    Sources of equal key are one value. Raises CalibrationError for a path that is no linear or convolution site.
     """
     from .sites import find_sites
 
     nodes = {(region.path, node.name): node for region, node in program.nodes()}
-    found: dict[str, Source] = {}
+    found: dict[tuple[str, str], Source | None] = {}
+    seen: set[str] = set()
+    wanted = {STATISTICS[name].of for names in needs.values() for name in names}
+    elsewhere = {"hidden": _hidden(program, nodes) if "hidden" in wanted else {}, "block": _around(program, nodes) if "block" in wanted else {}}
     for site in find_sites(program, ("linear", "conv")):
-        if not needs.get(site.path) or site.path in found:
+        if not needs.get(site.path) or site.path in seen:
             continue
+        seen.add(site.path)
         op = nodes[site.region, site.roles["op"]]
-        value, weight = op.kwargs["input"], op.kwargs["weight"]
-        assert isinstance(value, fx.Node)
-        assert isinstance(weight, fx.Node)
-        channel = -1 if site.kind == "linear" else 1 - weight.meta["val"].dim()
-        found[site.path] = Source(site.path, site.region, value.name, op.name, channel, int(value.meta["val"].shape[channel]))
+        channel = -1 if site.kind == "linear" else 1 - op.kwargs["weight"].meta["val"].dim()  # type: ignore[union-attr]
+        for name in sorted(needs[site.path]):
+            of = STATISTICS[name].of
+            if name == "gram" and channel != -1:
+                raise CalibrationError("the statistic gram is gathered for linear layers only", where=site.path)
+            if of in elsewhere:
+                found[site.path, name] = elsewhere[of].get((site.region, op.name))
+            else:
+                found[site.path, name] = _input(site, op, channel) if of == "input" else _gradient(site, op)
     for path, names in needs.items():
-        if names and path not in found:
+        if names and path not in seen:
             raise CalibrationError("there is no linear or convolution site of this path to gather statistics at", where=path)
-        if "gram" in names and found[path].channel != -1:
-            raise CalibrationError("the statistic gram is gathered for linear layers only", where=path)
+    return found
+
+
+def _input(site: Site, op: fx.Node, channel: int) -> Source:
+    value = op.kwargs["input"]
+    assert isinstance(value, fx.Node)
+    return Source(site.path, site.region, value.name, op.name, channel, int(value.meta["val"].shape[channel]))
+
+
+def _gradient(site: Site, op: fx.Node) -> Source:
+    weight = op.kwargs["weight"]
+    assert isinstance(weight, fx.Node)
+    shape = tuple(int(size) for size in weight.meta["val"].shape)
+    return Source(site.path, site.region, op.name, op.name, -1, math.prod(shape), shape=shape)
+
+
+def _hidden(program: Program, nodes: Mapping[tuple[str, str], fx.Node]) -> dict[tuple[str, str], Source]:
+    """(region, up or gate op) -> the input of their FFN's down projection."""
+    from .sites import find_sites
+
+    found: dict[tuple[str, str], Source] = {}
+    for ffn in find_sites(program, ("ffn",)):
+        down = nodes[ffn.region, ffn.roles["down"]]
+        source = _input(replace(ffn, path=f"{ffn.path}, down"), down, -1)
+        found |= {(ffn.region, ffn.roles[role]): source for role in ("up", "gate") if role in ffn.roles}
+    return found
+
+
+def _around(program: Program, nodes: Mapping[tuple[str, str], fx.Node]) -> dict[tuple[str, str], Source]:
+    """(region, op) -> the residual stream before and after the block that it lies in."""
+    from .site_block import find_blocks
+    from .site_graph import CONVOLUTIONS
+
+    found: dict[tuple[str, str], Source] = {}
+    for block in find_blocks(program):
+        sizes = nodes[block.region, block.input].meta["val"].shape
+        channel = 1 - len(sizes) if any(nodes[block.region, op].target in CONVOLUTIONS for op in block.ops) else -1
+        source = Source(block.path, block.region, block.input, block.output, channel, int(sizes[channel]), other=block.output)
+        found |= {(block.region, op): source for op in block.ops}
     return found
 
 
 def collect(program: Program, batches: Iterable[Inputs], sources: Sequence[Source], entries: Sequence[Entry],
-            progress: Callable[[str, int, int], None]) -> dict[Entry, Tensor]:
+            progress: Callable[[str, int, int], None], loss: Loss = self_supervised) -> dict[Entry, Tensor]:
     """Run all batches once; the statistics of `entries`, except of sources that no input reached.
 
     Raises CalibrationError when there is no batch or an activation is not finite, InputError for a batch that is no call of the model.
@@ -80,13 +133,33 @@ def collect(program: Program, batches: Iterable[Inputs], sources: Sequence[Sourc
         region.module.recompile()
     model, done = instantiate(tapped), 0
     total = len(batches) if isinstance(batches, Sized) else 0
+    gradients = [tap for tap in taps.values() if isinstance(tap, GradientTap)]
     for batch in batches:
-        _call(model, batch, done)
+        if gradients:
+            with torch.inference_mode(False), torch.enable_grad():
+                _backward(model, loss, _recordable(batch), done, gradients)
+        else:
+            _call(model, batch, done)
         done += 1
         progress("calibrate", done, total)
     if not done:
         raise CalibrationError("calibration holds no batch", where="calibration", hint="give at least one, like example_inputs")
     return {(key, name): value for key, tap in taps.items() for name, value in tap.results().items()}
+
+
+def _recordable(batch: Inputs) -> Inputs:
+    """The batch with tensors that autograd may save: those made in inference mode are copied."""
+    copied: Inputs = pytree.tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, batch)
+    return copied
+
+
+def _backward(model: nn.Module, loss: Loss, batch: Inputs, number: int, taps: Sequence[GradientTap]) -> None:
+    """Call the model and differentiate the loss by the weights that this batch reached."""
+    output = _call(model, batch, number)
+    weights = [weight for tap in taps for weight in tap.seen]
+    gradients = iter(differentiate(loss, output, batch, weights) if weights else [])
+    for tap in taps:
+        tap.take([next(gradients) for _ in tap.seen])
 
 
 class Tap(nn.Module):
@@ -100,45 +173,89 @@ class Tap(nn.Module):
         self.sums: dict[str, Tensor] = {}
         self.rows = 0
 
-    def forward(self, x: Tensor) -> None:
-        """Add the rows of x. Raises CalibrationError where it is not finite."""
+    def forward(self, *values: Tensor) -> None:
+        """Add the rows of the values. Raises CalibrationError where one is not finite."""
+        self.add(*[self._rows(value) for value in values])
+
+    def _rows(self, x: Tensor) -> Tensor:
         rows = x.detach().movedim(self.channel, -1)
         rows = rows.reshape(-1, rows.shape[-1])
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if not bool(rows.sum(dtype=torch.float64).isfinite()):
             raise CalibrationError("the input of this site is NaN or infinite on a calibration batch", where=self.site,
                                    hint="check the batches, and that the model runs in a dtype that holds its activations")
+        return rows
+
+    def add(self, *rows: Tensor) -> None:
+        """Add rows [rows, width], as many sets of them as the statistics take."""
         for name in self.names:
             if name not in self.sums:
-                self.sums[name] = STATISTICS[name].start(rows.shape[1])
-            STATISTICS[name].add(self.sums[name], rows)
-        self.rows += rows.shape[0]
+                self.sums[name] = STATISTICS[name].start(rows[0].shape[-1])
+            STATISTICS[name].add(self.sums[name], *rows)
+        self.rows += rows[0].shape[0]
 
     def results(self) -> dict[str, Tensor]:
         """The statistics; none when no row came by."""
         return {name: STATISTICS[name].finish(total, self.rows) for name, total in self.sums.items()} if self.rows else {}
 
 
+class GradientTap(Tap):
+    """Stands between a weight and its op, and adds up the gradient of the loss by the weight."""
+
+    def __init__(self, source: Source, names: Sequence[str]) -> None:
+        super().__init__(source.site, names, -1)
+        self.shape = source.shape or ()
+        self.seen: list[Tensor] = []  # one leaf a call of this batch
+
+    def forward(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+        """The same weight, as a leaf of its own."""
+        leaf = (weight.clone() if weight.is_inference() else weight.detach()).requires_grad_()
+        self.seen.append(leaf)
+        return leaf
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add one batch's gradients. Raises CalibrationError where they are not finite."""
+        known = [gradient.detach().float() for gradient in gradients if gradient is not None]
+        self.seen = []
+        if not known:
+            return
+        total = sum(known[1:], known[0]).reshape(-1)
+        if not bool(total.isfinite().all()):
+            raise CalibrationError("the gradient of this weight is NaN or infinite on a calibration batch", where=self.site,
+                                   hint="check the loss, and that the model runs in a dtype that holds its gradients")
+        self.add(total)
+
+    def results(self) -> dict[str, Tensor]:
+        """The statistics, in the weight's shape; none when no gradient came by."""
+        return {name: value.view(self.shape) for name, value in super().results().items()}
+
+
 def _insert(program: Program, source: Source, names: Sequence[str], name: str) -> Tap:
     region = program.regions[source.region]
+    op = region.node(source.op)
+    if source.shape is not None:
+        tap: Tap = GradientTap(source, names)
+        region.module.add_module(name, tap)
+        with region.graph.inserting_before(op):
+            op.kwargs = {**op.kwargs, "weight": region.graph.call_module(name, (op.kwargs["weight"],))}
+        return tap
     tap = Tap(source.site, names, source.channel)
     region.module.add_module(name, tap)
-    op = region.node(source.op)
-    with region.graph.inserting_before(op):
-        region.graph.call_module(name, (region.node(source.node),))
+    values = tuple(region.node(node) for node in (source.node, source.other) if node)
+    with region.graph.inserting_after(op) if source.other else region.graph.inserting_before(op):
+        region.graph.call_module(name, values)
     return tap
 
 
-def _call(model: nn.Module, batch: Inputs, number: int) -> None:
+def _call(model: nn.Module, batch: Inputs, number: int) -> Any:
     """One call. The user's mistake in a batch is told with the batch's number."""
     try:
         if isinstance(batch, tuple):
-            model(*batch)
-        elif isinstance(batch, Mapping):
-            model(**batch)
-        else:
-            raise InputError(f"is a {type(batch).__name__}; a batch is a tuple of positional or a dict of named arguments",
-                             hint="put a single tensor into a tuple: (x,)")
+            return model(*batch)
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        raise InputError(f"is a {type(batch).__name__}; a batch is a tuple of positional or a dict of named arguments",
+                         hint="put a single tensor into a tuple: (x,)")
     except InputError as error:
         where = f"calibration batch {number}" + (f", {error.where}" if error.where else "")
         raise InputError(error.what, where=where, hint=error.hint) from error

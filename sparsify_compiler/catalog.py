@@ -39,6 +39,7 @@ KINDS: Mapping[str, Kind] = {
     "score": Kind("passes/prune/scores/*.py"),
     "structure": Kind("passes/prune/structures/*.py"),
     "budget": Kind("passes/prune/budgets/*.py"),
+    "repair": Kind("passes/prune/repairs/*.py"),
     "format": Kind("formats/*.py"),
     "op": Kind("ops/*.py", holds_object=False),
     "kernel": Kind("codegen/kernels/*.py", holds_object=False, named_like="cost"),  # costs are there for our ops and for dense ones

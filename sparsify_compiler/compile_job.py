@@ -146,7 +146,7 @@ class Job:
         ctx = Context(target=self.target, density=density, example_inputs=self.example, seed=self.seed, kernels=runtime,
                       progress=self.progress, misses=self.misses)
         if self.batches is not None:
-            ctx.calibrate = self.calibrate
+            ctx.calibrate, ctx.batches = self.calibrate, self.batches
         return ctx
 
     # --- what came of it --------------------------------------------------------------------------------------------------------------

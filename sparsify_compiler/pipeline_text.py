@@ -38,7 +38,7 @@ def print_value(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{print_value(k)}: {print_value(v)}' for k, v in value.items())}}}"
     if is_dataclass(value) and not isinstance(value, type):
-        options = ((f.name, getattr(value, f.name)) for f in fields(value) if f.init)
+        options = ((f.name, getattr(value, f.name)) for f in fields(value) if f.init and getattr(value, f.name) != f.default)
         return f"{type(value).__name__}({', '.join(f'{k}={print_value(v)}' for k, v in options)})"
     raise ParseError(f"{value!r} is not a plain value",
                      hint="an option is a number, text, a tuple or list of these, or a dataclass such as NM(n=2, m=4)")
@@ -47,6 +47,11 @@ def print_value(value: Any) -> str:
 def parse_value(text: str) -> Any:
     """The value that this text names. Raises ParseError with its position."""
     return Reader(text).value(_expression(text))
+
+
+def parse_call(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of "name" or "name(option=value)". Raises ParseError."""
+    return Reader(text).call(_expression(text))[:2]
 
 
 def parse_passes(text: str) -> tuple[Pass, ...]:
@@ -147,7 +152,8 @@ class Reader:
             return {self.value(k): self.value(v) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
         if isinstance(node, ast.Call):
             name, options, _ = self.call(node)
-            return build(catalog.find(VALUES, name), options, name)
+            found = catalog.find(VALUES, name)
+            return build(found, options, name) if isinstance(found, type) else ast.unparse(node)  # a function with options stays text
         raise self.wrong(node, "not a plain value", "numbers, text, tuples, lists, or a dataclass such as NM(n=2, m=4)")
 
 

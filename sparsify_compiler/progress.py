@@ -1,4 +1,4 @@
-"""Showing how far a compile is: bars on a terminal, one line a finished step elsewhere."""
+"""Showing how far a compile is: bars on a terminal, one line a finished step, and now and then one with the time left, elsewhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Show = Callable[[str, int, int], None]
+EVERY = 30.0  # seconds between two lines about one long step
 
 
 @contextmanager
@@ -27,9 +28,9 @@ def display(progress: bool | Show) -> Iterator[Show]:
 @contextmanager
 def _bars() -> Iterator[Show]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -43,10 +44,17 @@ def _bars() -> Iterator[Show]:
 
 def _lines() -> Show:
     started: dict[str, float] = {}
+    told: dict[str, float] = {}
 
     def show(what: str, done: int, total: int) -> None:
-        begin = started.setdefault(what, time.perf_counter())
+        now = time.perf_counter()
+        begin = started.setdefault(what, now)
+        if 0 < done < total and now - told.setdefault(what, begin) > EVERY:
+            told[what] = now
+            sys.stderr.write(f"{what}: {done} of {total}, {(now - begin) / done * (total - done):.0f} s left\n")
+            sys.stderr.flush()
         if done >= total:
+            told.pop(what, None)
             sys.stderr.write(f"{what}: {time.perf_counter() - begin:.1f} s\n")
             sys.stderr.flush()
             del started[what]

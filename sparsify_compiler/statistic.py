@@ -1,4 +1,6 @@
-"""What calibration can know about a site's input: one entry a statistic, each a sum that grows batch by batch in bounded memory.
+"""What calibration can know about a site: one entry a statistic, each a sum that grows batch by batch in bounded memory.
+
+Most are about the site's input; `of` says where another one looks.
 
 The input is seen as rows of `width` channels (a convolution's as one row a pixel). All rows count alike, also those of padded tokens: the
 model's attention mask does not reach the layers. Give batches of full sentences, or trim them, where that matters.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +27,19 @@ class Statistic:
     add     takes the sum and float32 rows [rows, width] (float64 for a float64 model); changes the sum in place
     finish  the sum and the number of rows -> the statistic
     size    width -> bytes of the sum
+    of      "input": the rows are the site's input.
+            "hidden": the input of the FFN's down projection, for the sites that make it, up and gate; other sites get the empty sum of width 0.
+            "block": `add` takes two sets of rows, the residual stream before and after the block that the site lies in; other sites get
+            the statistic of no rows.
+            "gradient": `add` takes the gradient of the loss by the site's weight, flat, once a batch; width is the number of weights, and
+            the statistic has the weight's shape
     """
 
     start: Callable[[int], Tensor]
-    add: Callable[[Tensor, Tensor], object]
+    add: Callable[..., object]
     finish: Callable[[Tensor, int], Tensor]
     size: Callable[[int], int]
+    of: Literal["input", "hidden", "block", "gradient"] = "input"
 
 
 def _doubles(width: int) -> Tensor:
@@ -54,6 +64,23 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
     total.addmm_(rows.T.to(total), rows.to(total))
 
 
+def _add_angles(total: Tensor, before: Tensor, after: Tensor) -> None:
+    cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=1, eps=1e-30)
+    total += (cosine.clamp(-1, 1).arccos().sum() / torch.pi).to(total.device)
+
+
+def _add_gradient(total: Tensor, gradient: Tensor) -> None:
+    total += gradient.to(total)
+
+
+def _add_gradient_squares(total: Tensor, gradient: Tensor) -> None:
+    total += gradient.to(total).square()
+
+
+def _floats(width: int) -> Tensor:
+    return torch.zeros(width, dtype=torch.float32)
+
+
 STATISTICS: Mapping[str, Statistic] = {
     # float32 [width]: L2 norm of each channel over all rows
     "input_norm": Statistic(_doubles, _add_squares, lambda s, n: s.sqrt().float(), lambda w: 8 * w),
@@ -67,6 +94,13 @@ STATISTICS: Mapping[str, Statistic] = {
     "quantiles": Statistic(lambda w: torch.zeros(SKETCH_BINS, dtype=torch.int64), _add_sketch, lambda s, n: s, lambda w: 8 * SKETCH_BINS),
     # int64 []: number of rows seen
     "samples": Statistic(lambda w: torch.zeros((), dtype=torch.int64), lambda s, x: s.add_(x.shape[0]), lambda s, n: s, lambda w: 8),
+    # float32 [hidden]: L2 norm of each hidden channel of the FFN that up and gate make; [0] for other sites
+    "hidden_norm": Statistic(_doubles, _add_squares, lambda s, n: s.sqrt().float(), lambda w: 8 * w, "hidden"),
+    # float32 []: mean angle between the residual stream before and after the block, in units of pi; 0 for a site in no block
+    "block_angle": Statistic(lambda w: torch.zeros((), dtype=torch.float64), _add_angles, lambda s, n: (s / max(n, 1)).float(), lambda w: 8, "block"),
+    # float32 [the weight's shape]: the gradient of the loss by the weight, and its square, summed over the batches
+    "gradient": Statistic(_floats, _add_gradient, lambda s, n: s, lambda w: 4 * w, "gradient"),
+    "gradient_square": Statistic(_floats, _add_gradient_squares, lambda s, n: s, lambda w: 4 * w, "gradient"),
 }
 
 

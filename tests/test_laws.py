@@ -74,7 +74,7 @@ def prepared(name: str, dtype: torch.dtype = torch.float32, model: nn.Module | N
 def context(inputs: Example) -> Context:
     from sparsify_compiler.codegen import runtime
 
-    ctx = Context(target=host(), density=0.5, example_inputs=inputs, kernels=runtime)
+    ctx = Context(target=host(), density=0.5, example_inputs=inputs, kernels=runtime, batches=[inputs])
     ctx.calibrate = lambda program, needs: calibrate(program, [inputs], needs, cache=False)
     return ctx
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from sparsify_compiler.errors import SelectorError, nearest
 from sparsify_compiler.program import Program, Region, Site, get_tensor
 from sparsify_compiler.selectors import select
 from sparsify_compiler.sites import find_sites
@@ -14,6 +15,7 @@ from sparsify_compiler.sites import find_sites
 BASIC = ("linear", "conv")
 DEFAULT = ("linear",)
 COMPOSITE = ("ffn", "attention", "moe")  # each stands for the basic sites that its roles name
+ROLES = {"ffn": ("up", "gate", "down"), "attention": ("q", "k", "v", "out"), "moe": ("router",)}  # "ffn:up" stands for that role alone
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,19 @@ def find_layers(program: Program, targets: Iterable[str], ignore: Iterable[str])
 def _selected(sites: list[Site], selectors: Iterable[str], program: Program) -> set[tuple[str, str]]:
     """(region, node) of the ops that the selectors mean. Raises SelectorError for one that matches nothing.
 
-    "ffn", "attention" and "moe" stand for the members of all sites of that kind. Paths, patterns and classes see linear and convolution
-    sites only, so that they never reach beyond what they match.
+    "ffn", "attention" and "moe" stand for the members of all sites of that kind, "ffn:up" and the like for those in that role. Paths, patterns
+    and classes see linear and convolution sites only, so that they never reach beyond what they match.
     """
     found: set[tuple[str, str]] = set()
     for selector in selectors:
-        kinds = COMPOSITE if selector in COMPOSITE else BASIC
-        for site in select([site for site in sites if site.kind in kinds], (selector,), (), program):
-            found |= {(site.region, node) for node in site.roles.values()}
+        kind, _, role = selector.partition(":")
+        if kind not in COMPOSITE:
+            kind, role = selector, ""
+        elif role and role not in ROLES[kind]:
+            raise SelectorError(f"{kind} has no role {role!r}", where=selector, hint=nearest(role, ROLES[kind]))
+        kinds = COMPOSITE if kind in COMPOSITE else BASIC
+        for site in select([site for site in sites if site.kind in kinds], (kind,), (), program):
+            found |= {(site.region, node) for name, node in site.roles.items() if role in ("", name)}
     return found
 
 

@@ -6,23 +6,28 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from sparsify_compiler import catalog
-from sparsify_compiler.decision import Decision
-from sparsify_compiler.errors import BudgetError, CalibrationError, ModelError, ParseError, StructureError, unknown
-from sparsify_compiler.fakes import fake_like, mode_of
-from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, LeftDense, Use, find_layers
+from sparsify_compiler.errors import BudgetError, ModelError, ParseError, SparsifyError
+from sparsify_compiler.passes.prune._apply import Result, apply, leave_dense, sources_of
+from sparsify_compiler.passes.prune._evidence import evidence_of
+from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, LeftDense, find_layers
+from sparsify_compiler.passes.prune._named import Named
+from sparsify_compiler.passes.prune._visits import OF_LINEAR, DenseStatistics, DenseVisits, SweptVisits, Visits, gathered_on_the_way, summed
+from sparsify_compiler.passes.prune.repairs._base import Cut, Repaired
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.prune.structures.unstructured import Unstructured
 from sparsify_compiler.passes_api import Context, Pass, Preserves
-from sparsify_compiler.program import Program, Region, Stage, get_tensor, set_tensor
+from sparsify_compiler.program import Program, Stage
+from sparsify_compiler.sweep_checkpoint import Checkpoint, chosen_folder
+from sparsify_compiler.sweep_gather import patches_of
 
-aten = torch.ops.aten
+CHOSEN_BY_REPAIR = "repair"
+RANKING = "weight_times_input_norm"  # what budgets compare where the repair chooses the masks
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,22 @@ class MaskWeights(Pass):
     Preserves  signature; quality is measured
     Paper      none: the frame that magnitude pruning (arXiv:1506.02626), Wanda (arXiv:2306.11695) and their like fill in
 
-    score      a file of passes/prune/scores
+    score      a file of passes/prune/scores, with options of its own in parentheses: "relative_importance(power=0.5)"
     structure  which weights may be kept together: Unstructured(), NM(n=2, m=4), Block(rows=16, columns=1), FanIn(), or "2:4" and the like
-    budget     a file of passes/prune/budgets: how the density is shared out over the layers
+    budget     a file of passes/prune/budgets: how the density is shared out over the layers; "owl(spread=0.1)" with options
     density    kept / total over all selected layers; by default the structure's own (n/m), or else the user's budget
     targets    selectors of sites. All linear layers by default, output heads too: name a head in `ignore` to keep it dense.
                "ffn" and "attention" stand for the linear layers in them
     ignore     selectors of sites that stay dense
     on_misfit  what to do with a layer whose shape the structure does not divide: "error", or "skip" and say so
     seed       of a random score; by default the compile's own
+    repair     a file of passes/prune/repairs, which mends the values that are kept; "obs(damping=0.1)" with options. score="repair" lets it
+               choose what to keep too, where it can (obs, admm)
+    inputs     what reaches a layer when its statistics are gathered: "dense", the dense model's activations, from one run for all layers (or more
+               where memory is short); "pruned", what the layers before it, cut and repaired, make of the batches; "block", the same, but within one
+               residual block all layers see what its dense layers make, the order of Wanda's and SparseGPT's code. The last two walk through
+               the layers in the order of execution, one group's statistics in memory, and need a model that was captured whole. Where
+               SPARSIFY_CHECKPOINT names a folder, finished layers are kept there and a killed run goes on behind them
 
     A weight that something else reads too (an embedding tied to the output head) is left alone; one that several selected layers share
     is pruned once, by the sum of their scores. Layers that are masked already, or all zero, stay as they are.
@@ -56,14 +68,20 @@ class MaskWeights(Pass):
     ignore: tuple[str, ...] = ()
     on_misfit: Literal["error", "skip"] = "error"
     seed: int | None = None
+    repair: str = "none"
+    inputs: Literal["dense", "block", "pruned"] = "dense"
 
     preserves: ClassVar[Preserves] = Preserves.SIGNATURE
     gives_stage: ClassVar[Stage | None] = Stage.SPARSE
 
     def __post_init__(self) -> None:
-        for kind, name in (("score", self.score), ("budget", self.budget)):
-            if name not in catalog.names(kind):
-                raise unknown(kind, name, catalog.names(kind), where="mask_weights")
+        for kind, name in (("score", self.score), ("budget", self.budget), ("repair", self.repair)):
+            if (kind, name) != ("score", CHOSEN_BY_REPAIR):
+                Named.parse(kind, name)
+        if self.score == CHOSEN_BY_REPAIR and not sys.modules[self._mended.function.__module__].CHOOSES:
+            raise ParseError(f"the repair {self._mended.name} does not choose what to keep", where="mask_weights", hint="name a score")
+        if self.inputs not in ("dense", "block", "pruned"):
+            raise ParseError(f"inputs is 'dense', 'block' or 'pruned', not {self.inputs!r}", where="mask_weights")
         if isinstance(self.structure, str):
             object.__setattr__(self, "structure", Structure.parse(self.structure))
         for selectors in ("targets", "ignore"):
@@ -75,7 +93,11 @@ class MaskWeights(Pass):
             raise BudgetError(f"a density lies above 0 and at most at 1, got {self.density}", where="mask_weights")
 
     def needs(self, program: Program) -> Mapping[str, frozenset[str]]:
-        statistics = frozenset(self._statistics())
+        """All that is asked of the dense model. What a sweep gathers on its way is none of it."""
+        score, repair = self._scored.statistics, tuple(OF_LINEAR.get(name, name) for name in self._mended.statistics)
+        if self.inputs != "dense":
+            score, repair = tuple(name for name in score if not gathered_on_the_way(name)), ()
+        statistics = frozenset((*score, *repair, *self._shared.statistics))
         layers = find_layers(program, self.targets, self.ignore)[0] if statistics else []
         return {use.site.path: statistics for layer in layers for use in layer.uses}
 
@@ -88,22 +110,79 @@ class MaskWeights(Pass):
         if not layers and not left:
             ctx.miss("the model has no linear or convolution sites")
         fitting = [layer for layer in layers if self._fits(layer, density, left)]
-        shapes = {layer.path: tuple(layer.weight.shape) for layer in fitting}
-        densities = catalog.get("budget", self.budget)(shapes, density)
+        densities = self._densities(program, fitting, density, ctx)
+        left += [LeftDense(use, "its budget is density 1") for layer in fitting if densities[layer.path] >= 1 for use in layer.uses]
+        cut = [layer for layer in fitting if densities[layer.path] < 1]
         for site in left:
-            _leave_dense(site, program, ctx)
-        for done, layer in enumerate(fitting):
-            if densities[layer.path] >= 1:
-                for use in layer.uses:
-                    _leave_dense(LeftDense(use, "its budget is density 1"), program, ctx)
-            elif not ctx.spend():
-                break
-            else:
+            leave_dense(site, program, ctx)
+        if not cut:
+            return program
+        visits = self._visits(program, ctx)
+        kept = self._checkpoint(program, densities, ctx)
+        done = 0
+        for group in visits.groups(program, cut):
+            stored = {layer.path: kept.read(layer.path) for layer in group} if kept is not None else {}
+            if not all(stored.get(layer.path) for layer in group):
+                visits.enter(group)
+            for layer in group:
+                if not ctx.spend():
+                    return program
                 with _placed(layer):
-                    mask = self._structure.mask(self._score(layer, ctx), densities[layer.path])
-                self._apply(layer, mask, densities[layer.path], program)
-            ctx.progress("mask weights", done + 1, len(fitting))
+                    before = stored.get(layer.path)
+                    result = Result.of(before) if before else self._cut(layer, densities[layer.path], visits, ctx)
+                if kept is not None and not before:
+                    kept.write(layer.path, result.tensors())
+                if result.note:
+                    ctx.miss(result.note, layer.path)
+                visits.leave(sources_of(layer), (layer.weight.detach() if result.weight is None else result.weight) * result.mask)
+                apply(layer, result, str(self.structure), densities[layer.path], program)
+                done += 1
+                ctx.progress("mask weights", done, len(cut))
         return program
+
+    def _densities(self, program: Program, layers: list[Layer], density: float, ctx: Context) -> dict[str, float]:
+        """What the budget gives to each layer, on the evidence of the dense model."""
+        shapes = {layer.path: tuple(layer.weight.shape) for layer in layers}
+        ranking = Named.parse("score", RANKING if self.score == CHOSEN_BY_REPAIR else self.score)
+        needed = self.needs(program)
+        more = {use.site.path: frozenset(ranking.statistics) - needed.get(use.site.path, frozenset()) for layer in layers for use in layer.uses}
+        found = DenseStatistics(ctx, program, more)
+        visits = DenseVisits(found)
+        evidence = evidence_of(program, layers, lambda layer: self._score(layer, ranking, visits, ctx), found)
+        shared: dict[str, float] = self._shared(shapes, density, evidence)
+        return shared
+
+    def _visits(self, program: Program, ctx: Context) -> Visits:
+        dense = DenseStatistics(ctx, program, {})
+        if self.inputs == "dense":
+            return DenseVisits(dense)
+        names = (*filter(gathered_on_the_way, self._scored.statistics), *self._mended.statistics)
+        return SweptVisits(program, ctx.batches, self.inputs == "block", names, dense)
+
+    def _checkpoint(self, program: Program, densities: Mapping[str, float], ctx: Context) -> Checkpoint | None:
+        """Where finished layers are kept, if the user says where."""
+        folder = chosen_folder()
+        if folder is None or ctx.batches is None or self.inputs == "dense":
+            return None
+        return Checkpoint(folder, program, ctx.batches, f"{self} seed {ctx.seed} {sorted(densities.items())}")
+
+    def _cut(self, layer: Layer, density: float, visits: Visits, ctx: Context) -> Result:
+        """The mask of a layer, and its values where they are repaired."""
+        weight, mask = layer.weight.detach(), None
+        if self.score != CHOSEN_BY_REPAIR:
+            mask = self._structure.mask(self._score(layer, self._scored, visits, ctx), density)
+        if mask is not None and self._mended.name == "none":
+            return Result(mask)
+        if not _can_be_repaired(layer) and mask is not None:
+            return Result(mask, note=f"the repair {self._mended.name} does not know this kind of convolution: its values stay")
+        flat = weight.reshape(weight.shape[0], -1).to(torch.promote_types(weight.dtype, torch.float32))
+        statistics = summed(visits, layer, self._mended.statistics)
+        cut = Cut(flat, None if mask is None else mask.reshape(flat.shape), self._structure, density, statistics)
+        found: Repaired = self._mended(cut)
+        if not bool(found.weight.isfinite().all()):
+            raise ModelError(f"the repair {self.repair} gave NaN or infinity", hint="raise its damping, or give more calibration batches")
+        bias = None if found.bias is None else found.bias.to(weight.dtype)
+        return Result(found.mask.reshape(weight.shape), found.weight.to(weight.dtype).reshape(weight.shape), bias, found.note)
 
     @property
     def _structure(self) -> Structure:
@@ -132,82 +211,47 @@ class MaskWeights(Pass):
         left += [LeftDense(use, reason) for use in layer.uses if reason is not None]
         return reason is None
 
-    def _statistics(self) -> tuple[str, ...]:
-        names: tuple[str, ...] = sys.modules[catalog.get("score", self.score).__module__].STATISTICS
-        return names
+    @property
+    def _scored(self) -> Named:
+        return Named(CHOSEN_BY_REPAIR, _not_scored) if self.score == CHOSEN_BY_REPAIR else Named.parse("score", self.score)
 
-    def _score(self, layer: Layer, ctx: Context) -> Tensor:
+    @property
+    def _shared(self) -> Named:
+        return Named.parse("budget", self.budget)
+
+    @property
+    def _mended(self) -> Named:
+        return Named.parse("repair", self.repair)
+
+    def _score(self, layer: Layer, scored: Named, visits: Visits, ctx: Context) -> Tensor:
         """The score of the layer's weight, summed over the sites that share it."""
-        names = self._statistics()
-        if names and ctx.statistics is None:
-            raise CalibrationError(f"the score {self.score} needs statistics and there is no calibration", where=layer.path)
         total: Tensor | None = None
         for use in layer.uses:
-            given = {name: ctx.statistics.get(use.site.path, name) for name in names} if ctx.statistics is not None else {}
+            given = {name: visits.statistic(use, name) for name in scored.statistics}
             seed = zlib.crc32(f"{self.seed if self.seed is not None else ctx.seed} {use.site.path}".encode())
-            score: Tensor = catalog.get("score", self.score)(layer.weight.detach(), given, seed)
+            score: Tensor = scored(layer.weight.detach(), given, seed)
             total = score if total is None else total + score
         assert total is not None
         return total
 
-    def _apply(self, layer: Layer, mask: Tensor, budget: float, program: Program) -> None:
-        products: dict[tuple[str, fx.Node], fx.Node] = {}
-        for use in layer.uses:
-            source = use.op.kwargs["weight"]
-            assert isinstance(source, fx.Node)
-            key = (use.region.path, source)
-            if key not in products:
-                products[key] = _multiply(use.region, source, mask, use.op.meta)
-            use.op.kwargs = {**use.op.kwargs, "weight": products[key]}
-            use.op.meta["site"] = use.site.path
-            program.decisions[use.site.path] = row = _row(use, layer.weight)
-            row.structure, row.density, row.budget = str(self.structure), float(mask.double().mean()), budget
-            if use is not layer.uses[0]:
-                row.dense_bytes, row.reason = None, f"shares the weight of {layer.path}"
+
+def _not_scored(*given: object) -> Tensor:
+    raise ParseError("the repair chooses what to keep: there is no score", where="mask_weights")
+
+
+def _can_be_repaired(layer: Layer) -> bool:
+    return all(patches_of(use.op) is not None for use in layer.uses)
 
 
 @contextmanager
 def _placed(layer: Layer) -> Iterator[None]:
-    """Add the layer's path to a StructureError."""
+    """Add the layer's path to an error that does not know it."""
     try:
         yield
-    except StructureError as error:
-        raise StructureError(error.what, where=f"{layer.path}, {error.where}", hint=error.hint) from error
-
-
-def _multiply(region: Region, weight: fx.Node, mask: Tensor, meta: Mapping[str, Any]) -> fx.Node:
-    """Insert weight * mask behind the weight's get_attr; the mask becomes a buffer beside the weight."""
-    name, number = f"{weight.target}_mask", 0
-    taken = {str(node.target) for node in region.graph.nodes if node.op == "get_attr"}
-    while name in taken and get_tensor(region.module, name) is not mask:
-        name, number = f"{weight.target}_mask{number + 1}", number + 1
-    set_tensor(region.module, name, mask)
-    about = {"by": "mask_weights"} | {key: meta[key] for key in ("path", "module") if key in meta}
-    with region.graph.inserting_after(weight):
-        mask_node = region.graph.get_attr(name)
-    mask_node.meta = about | {"val": fake_like(mask, mode_of(region))}
-    with region.graph.inserting_after(mask_node):
-        product = region.graph.call_function(aten.mul.Tensor, (), {"self": weight, "other": mask_node})
-    product.meta = about | {"val": fake_like(get_tensor(region.module, str(weight.target)), mode_of(region))}
-    return product
-
-
-def _leave_dense(left: LeftDense, program: Program, ctx: Context) -> None:
-    """Write down why a site stays dense; what an earlier pass decided there stands."""
-    use = left.use
-    if left.chosen:
-        ctx.miss(left.reason, use.site.path)
-    source = use.op.kwargs.get("weight")
-    weight = get_tensor(use.region.module, str(source.target)) if isinstance(source, fx.Node) and source.op == "get_attr" else None
-    if use.site.path not in program.decisions:
-        program.decisions[use.site.path] = replace(_row(use, weight), reason=f"stays dense: {left.reason}")
-
-
-def _row(use: Use, weight: Tensor | None) -> Decision:
-    if weight is None:
-        return Decision(use.site.path, use.site.kind)
-    size = weight.numel() * weight.element_size()
-    return Decision(use.site.path, use.site.kind, tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size, bytes=size)
+    except SparsifyError as error:
+        if error.where.split(", ")[0] == layer.path:
+            raise
+        raise type(error)(error.what, where=f"{layer.path}, {error.where}" if error.where else layer.path, hint=error.hint) from error
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

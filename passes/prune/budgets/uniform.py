@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from sparsify_compiler.passes.prune.budgets._base import Evidence, Shapes
+
+STATISTICS: tuple[str, ...] = ()
 
 
-def uniform(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:
+def uniform(shapes: Shapes, density: float, evidence: Evidence | None = None) -> dict[str, float]:
     """Site -> density, the same for all."""
     return dict.fromkeys(shapes, density)

@@ -73,14 +73,14 @@ class Structure:
 
     @staticmethod
     def parse(text: str) -> Structure:
-        """The structure of a shorthand: "unstructured", "row", "fan_in", "2:4", "16x1", or in full "NM(n=2, m=4)". Raises ParseError."""
+        """The structure of a shorthand: "unstructured", "row", "column", "fan_in", "2:4", "16x1", or in full "NM(n=2, m=4)". Raises ParseError."""
         plain = text.strip().lower().replace("-", "_").replace(" ", "")
         pair = re.fullmatch(r"(\d+)([:x×])(\d+)", plain)
         if pair:
             first, second = int(pair[1]), int(pair[3])
             return _make("nm", n=first, m=second) if pair[2] == ":" else _make("block", rows=first, columns=second)
-        if plain in ("unstructured", "row"):
-            return _make("unstructured", scope="row" if plain == "row" else "layer")
+        if plain in ("unstructured", "row", "column"):
+            return _make("unstructured", scope="layer" if plain == "unstructured" else plain)
         if plain == "fan_in":
             return _make("fan_in")
         return _parse_in_full(text)
@@ -96,16 +96,25 @@ def _parse_in_full(text: str) -> Structure:
 
     try:
         value = parse_value(text)
+    except StructureError:
+        raise
     except SparsifyError:
         value = None
     if isinstance(value, Structure):
         return value
-    raise ParseError(f"not a structure: {text!r}", where="structure", hint='write "unstructured", "row", "fan_in", "2:4", "16x1", or NM(n=2, m=4)')
+    raise ParseError(f"not a structure: {text!r}", where="structure",
+                     hint='write "unstructured", "row", "column", "fan_in", "2:4", "16x1", or in full NM(n=2, m=4)')
 
 
 def kept(total: int, density: float) -> int:
     """How many of `total` elements a density keeps: ceil(density * total)."""
     return min(total, math.ceil(density * total - SLACK))
+
+
+def keep_groups(score: Tensor, size: int, density: float) -> Tensor:
+    """bool, the length of the vector `score`: the ceil(density * runs) runs of `size` neighbours of highest mean; the last run may be shorter."""
+    means = torch.stack([run.mean() for run in torch.split(score, size)])
+    return keep_top(means[None], kept(len(means), density))[0].repeat_interleave(size)[: len(score)]
 
 
 def keep_top(score: Tensor, count: int) -> Tensor:

@@ -14,20 +14,25 @@ from sparsify_compiler.passes.prune.structures._base import Structure, keep_top,
 
 @dataclass(frozen=True)
 class Unstructured(Structure):
-    """Any weight may be kept; scores are compared within the whole layer, or within each output row (Wanda, arXiv:2306.11695)."""
+    """Any weight may be kept; scores are compared within the whole layer, each output row (Wanda, arXiv:2306.11695) or each input column (DaSS).
 
-    scope: Literal["layer", "row"] = "layer"
+    To compare them across layers take the budget global_threshold.
+    """
+
+    scope: Literal["layer", "row", "column"] = "layer"
 
     def __post_init__(self) -> None:
-        if self.scope not in ("layer", "row"):
-            raise StructureError(f"scope is 'layer' or 'row', not {self.scope!r}", where="Unstructured")
+        if self.scope not in ("layer", "row", "column"):
+            raise StructureError(f"scope is 'layer', 'row' or 'column', not {self.scope!r}", where="Unstructured")
 
     def __str__(self) -> str:
-        return "row" if self.scope == "row" else "unstructured"
+        return "unstructured" if self.scope == "layer" else self.scope
 
     def formats(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
         return (("condensed", {}), ("csr", {})) if self.scope == "row" else (("csr", {}),)
 
     def _keep(self, score: Tensor, density: float) -> Tensor:
+        if self.scope == "column":
+            return keep_top(score.T.contiguous(), kept(score.shape[0], density)).T
         groups = score if self.scope == "row" else score.reshape(1, -1)
         return keep_top(groups, kept(groups.shape[1], density)).view(score.shape)

@@ -1,0 +1,70 @@
+"""The loss that calibration differentiates where the user gives none: what can be asked of a model without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils import _pytree as pytree
+
+from .errors import CalibrationError
+
+Loss = Callable[[Any, Any], Tensor]  # (the model's output, the batch) -> one number
+
+
+def self_supervised(output: Any, batch: tuple[Any, ...] | Mapping[str, Any]) -> Tensor:
+    """Next-token cross entropy where some output is logits [batch, tokens, words] of token numbers in the batch; else the outputs' mean square.
+
+    Tokens that a mask of the same shape in the batch marks with 0 are not counted. Raises CalibrationError where no output has a gradient.
+    """
+    outputs = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+    if not outputs:
+        raise CalibrationError("no output of the model depends on its weights in a way that has a gradient", where="calibration",
+                               hint="give a loss of your own, or a score that needs no gradient")
+    logits, tokens = outputs[0], _tokens(outputs[0], batch)
+    if tokens is None:
+        return torch.stack([x.float().square().mean() for x in outputs]).sum()
+    target = tokens[:, 1:].clone()
+    mask = _mask(tokens, batch)
+    if mask is not None:
+        target[mask[:, 1:] == 0] = -100
+    total = cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), reduction="sum")
+    return total / max(int((target != -100).sum()), 1)
+
+
+def differentiate(loss: Loss, output: Any, batch: Any, weights: list[Tensor]) -> list[Tensor | None]:
+    """The gradients of the loss by each weight; None where it does not depend on one. Raises CalibrationError for a loss that is no such number."""
+    value = loss(output, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise CalibrationError(f"the loss must be one number, got {found}", where="calibration",
+                               hint="return a tensor of one element from loss(output, batch)")
+    if not value.requires_grad:
+        raise CalibrationError("the loss does not depend on the weights", where="calibration",
+                               hint="compute it from the output with torch operations")
+    if not bool(value.isfinite()):
+        raise CalibrationError("the loss is NaN or infinite on a calibration batch", where="calibration")
+    return list(torch.autograd.grad(value.reshape(()), weights, allow_unused=True))
+
+
+def _tokens(logits: Tensor, batch: tuple[Any, ...] | Mapping[str, Any]) -> Tensor | None:
+    """The token numbers that logits [batch, tokens, words] are of: the integers of shape [batch, tokens] that are all words."""
+    for value in _tensors(batch):
+        alike = logits.dim() == 3 and value.dtype == torch.long and value.shape == logits.shape[:2] and value.shape[1] > 1
+        if alike and int(value.min()) >= 0 and 1 < int(value.max()) < logits.shape[2]:
+            return value
+    return None
+
+
+def _mask(tokens: Tensor, batch: tuple[Any, ...] | Mapping[str, Any]) -> Tensor | None:
+    for value in _tensors(batch):
+        if value is not tokens and value.shape == tokens.shape and bool(((value == 0) | (value == 1)).all()):
+            return value
+    return None
+
+
+def _tensors(batch: tuple[Any, ...] | Mapping[str, Any]) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch) if isinstance(x, Tensor)]
