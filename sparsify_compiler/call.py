@@ -147,19 +147,29 @@ def unflatten_result(spec: InputSpec, flat: Sequence[Any]) -> Any:
 class CapturedModule(nn.Module):
     """A region, called like the module that it was captured from. Parameters and buffers keep that module's names and are the region's own."""
 
-    def __init__(self, region: Region, attributes: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, region: Region) -> None:
         super().__init__()
         graph = region.module
         self._graph = (graph,)  # in a tuple, so that it is no submodule: the tensors show under their own names instead
         self._modules, self._parameters, self._buffers = graph._modules, graph._parameters, graph._buffers
-        self._attributes = dict(attributes or {})
+        # The graph's code is run on this module: torch.compile then sees the parameters as the module's own, and can freeze them.
+        self._code, self._kernels = type(graph).forward, vars(graph).get("forward")
         self._spec = region.spec
         self._flatten = Flattener(region.spec, _device(graph))
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises InputError where the call does not fit what was captured."""
-        return unflatten_result(self._spec, self._graph[0].forward(*self._flatten(args, kwargs)))
+        inputs = self._flatten(args, kwargs)
+        return unflatten_result(self._spec, self._code(self, *inputs) if self._kernels is None else self._kernels(*inputs))
+
+
+class CapturedPart(CapturedModule):
+    """A region inside a user's model, which may read plain attributes of the module that was there (a Linear's in_features)."""
+
+    def __init__(self, region: Region, attributes: Mapping[str, Any]) -> None:
+        super().__init__(region)
+        self._attributes = dict(attributes)
 
     def __getattr__(self, name: str) -> Any:
         attributes = self.__dict__.get("_attributes")
@@ -186,12 +196,12 @@ def instantiate(program: Program) -> nn.Module:
     if program.skeleton is None:
         return CapturedModule(program.regions[""])
     model = clone_structure(program.skeleton)
-    filled: dict[str, CapturedModule] = {}
+    filled: dict[str, CapturedPart] = {}
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if isinstance(child, Hole):
                 if child.path not in filled:
-                    filled[child.path] = CapturedModule(program.regions[child.path], child.attributes)
+                    filled[child.path] = CapturedPart(program.regions[child.path], child.attributes)
                 module._modules[name] = filled[child.path]
     return model
 

@@ -49,7 +49,7 @@ _tiny = partial(Network, small=(3, 32, 32), image=(3, 32, 32))
 # Whole networks, each with a hand-written rival.
 NETWORKS: dict[str, Network] = {
     "repvgg_a0": Network(repvgg.repvgg_a0),
-    "mobileone_s0": Network(mobileone.mobileone_s0, small=(3, 160, 160)),  # on smaller images its 44 random layers are chaotic in float32
+    "mobileone_s0": Network(mobileone.mobileone_s0),
     "fastvit_t8": Network(fastvit.fastvit_t8),
     "replknet_small": Network(replknet.replknet_small),
     "acnet": Network(acnet_dbb.acnet),
@@ -57,9 +57,9 @@ NETWORKS: dict[str, Network] = {
     "convnext_atto": Network(convnext_vit.convnext_atto),
     "repa_vit_small": Network(convnext_vit.repa_vit_small, small=(3, 224, 224), twin=convnext_vit.vit_small),
     "repa_vit_large": Network(convnext_vit.repa_vit_large, small=(3, 224, 224), twin=convnext_vit.vit_large),
-    "efficientnet_lite0": Network(pretrained.efficientnet_lite0, small=(3, 224, 224), trained=True,
+    "efficientnet_lite0": Network(pretrained.efficientnet_lite0, small=(3, 96, 96), trained=True,
                                   by_hand=_copied(pretrained.efficientnet_by_hand)),
-    "english_g2": Network(pretrained.english_g2, image=(1, 64, 200), small=(1, 64, 200), trained=True,
+    "english_g2": Network(pretrained.english_g2, image=(1, 64, 200), small=(1, 64, 100), trained=True,
                           by_hand=_copied(pretrained.recogniser_by_hand)),
 }
 
