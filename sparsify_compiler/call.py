@@ -42,6 +42,9 @@ class Flattener:
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Raises InputError where the call does not fit the captured graph."""
         leaves = self._leaves(args, kwargs)
+        if torch.compiler.is_compiling():  # a set that grows at the first call would be a reason to compile again at the second
+            self._check(leaves)
+            return leaves if self._all_tensors else [leaves[i] for i in self._tensors]
         key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves])
         try:
             known = key in self._seen
