@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench clean help
+.PHONY: demo test test-slow lint bench peers clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -27,6 +27,10 @@ bench: $(READY)  ## measure against every dense form on this machine; see benchm
 	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/model.py
+
+peers: $(READY)  ## measure beside every other engine that can be installed; see benchmarks/peers.py
+	PYTHON=$(PYTHON) scripts/peers_env.sh build/peers
+	$(BIN)/python benchmarks/peers.py
 
 clean:  ## remove the virtual environment and all that was built
 	rm -rf $(VENV) build dist demo_out .pytest_cache .mypy_cache .ruff_cache
