@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsify_compiler import catalog
 from sparsify_compiler.errors import ArtefactError, StructureError
 from sparsify_compiler.formats._base import Format
+from sparsify_compiler.formats.bitmap import Bitmap
 from sparsify_compiler.formats.bsr import Bsr
 from sparsify_compiler.formats.condensed import Condensed
 from sparsify_compiler.formats.csr import Csr
@@ -26,7 +27,7 @@ def make_mask(name: str, rows: int, columns: int, density: float, seed: int, n: 
               c: int = 2) -> tuple[Tensor, dict[str, int]]:
     """A random mask that the format of that name can hold; `columns` is rounded up to what divides."""
     rand = torch.Generator().manual_seed(seed)
-    if name == "csr":
+    if name in ("csr", "bitmap"):
         return torch.rand(rows, columns, generator=rand) < density, {}
     if name == "condensed":
         return torch.rand(rows, columns, generator=rand).argsort(1) < round(density * columns), {}
@@ -37,17 +38,17 @@ def make_mask(name: str, rows: int, columns: int, density: float, seed: int, n: 
     return blocks.repeat_interleave(r, 0).repeat_interleave(c, 1)[:rows], {"r": r, "c": c}
 
 
-NAMES = st.sampled_from(["csr", "condensed", "nm", "bsr"])
+NAMES = st.sampled_from(["csr", "bitmap", "condensed", "nm", "bsr"])
 MASKS = st.builds(make_mask, NAMES, st.integers(1, 9), st.integers(1, 12), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.integers(0, 99),
                   n=st.integers(1, 2), m=st.integers(2, 5), r=st.integers(1, 4), c=st.integers(1, 3))
 
 
-def kind_of(attributes: dict[str, int], mask: Tensor) -> type[Format]:
+def kind_of(attributes: dict[str, int], mask: Tensor, any_mask: type[Format] = Csr) -> type[Format]:
     if "n" in attributes:
         return Nm
     if "r" in attributes:
         return Bsr
-    return Condensed if len(set(mask.sum(1).tolist())) == 1 else Csr
+    return Condensed if len(set(mask.sum(1).tolist())) == 1 else any_mask
 
 
 @quick
@@ -56,7 +57,7 @@ def test_round_trip_is_exact(made: tuple[Tensor, dict[str, int]], dtype: torch.d
     mask, attributes = made
     weight = torch.randn(mask.shape[::-1]).T.to(dtype) if transposed else torch.randn(mask.shape).to(dtype)
     weight[torch.rand(mask.shape) < 0.2] = 0.0  # a kept place may hold a zero
-    kind = kind_of(attributes, mask)
+    kind = kind_of(attributes, mask, Bitmap if transposed else Csr)
     form = kind.encode(weight, mask, **attributes)
     assert torch.equal(form.mask(), mask)
     assert torch.equal(form.decode(), weight.masked_fill(~mask, 0))
@@ -67,7 +68,7 @@ def test_round_trip_is_exact(made: tuple[Tensor, dict[str, int]], dtype: torch.d
     assert torch.equal(form.gather(form.decode()), form.values)
 
 
-@pytest.mark.parametrize("name", ["csr", "condensed", "nm", "bsr"])
+@pytest.mark.parametrize("name", ["csr", "bitmap", "condensed", "nm", "bsr"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 4), (7, 4), (1, 40000), (5, 40000)])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_shapes_that_are_edges(name: str, rows: int, columns: int, density: float) -> None:
@@ -105,6 +106,9 @@ def test_layout_is_as_documented() -> None:
     packed = Nm.encode(weight, torch.tensor([[0, 1, 1, 0]]).bool().expand(3, 4), n=1, m=2)
     assert packed.offsets.tolist() == [[1, 0]] * 3
     assert packed.values.tolist() == [[2.0, 3.0], [6.0, 7.0], [10.0, 11.0]]
+    bitmap = Bitmap.encode(torch.arange(9.0)[None], torch.tensor([[0, 1, 1, 0, 0, 0, 0, 1, 1]]).bool())
+    assert bitmap.bits.tolist() == [[0b10000110, 1]]
+    assert bitmap.values.tolist() == [1.0, 2.0, 7.0, 8.0]
 
 
 @pytest.mark.parametrize(("kind", "attributes", "mask", "why"), [
@@ -153,10 +157,12 @@ def _tamper() -> list[Any]:
     everywhere = [replace("values", lambda t: t[:-1]), replace("values", Tensor.int), attribute("out_features", 7), attribute("out_features", -1),
                   attribute("in_features", True), attribute("in_features", 2.0), attribute("more", 1),
                   lambda tensors, attributes: tensors.pop("values"), lambda tensors, attributes: attributes.pop("in_features")]
-    return [(name, function) for name in ("csr", "condensed", "nm", "bsr") for function in everywhere] + [
+    return [(name, function) for name in ("csr", "bitmap", "condensed", "nm", "bsr") for function in everywhere] + [
         ("csr", change("columns", 0, 12)), ("csr", change("columns", 0, -1)), ("csr", change("columns", 0, 11)),
         ("csr", replace("columns", Tensor.long)), ("csr", change("row_pointers", 1, 60)), ("csr", change("row_pointers", 0, 1)),
         ("csr", change("row_pointers", -1, 1)), ("csr", replace("row_pointers", lambda t: t[:-1])),
+        ("bitmap", replace("bits", lambda t: t[:, :1])), ("bitmap", replace("bits", Tensor.short)), ("bitmap", change("bits", (0, 1), 16)),
+        ("bitmap", replace("bits", lambda t: t | 1)), ("bitmap", replace("values", lambda t: t[:, None])),
         ("condensed", change("columns", (0, 0), 99)), ("condensed", change("columns", (0, 0), 11)),
         ("condensed", replace("columns", lambda t: t[:, :1])),
         ("nm", change("offsets", (0, 0), 4)), ("nm", change("offsets", (0, 0), 3)), ("nm", attribute("n", 0)), ("nm", attribute("m", 5)),

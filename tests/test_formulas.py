@@ -21,7 +21,7 @@ from sparsify_compiler.cost_models.symbols import TABLE, evaluate
 from sparsify_compiler.formats._base import Format
 
 DENSE = ("linear", "conv2d", "elementwise")
-SPARSE = ("linear_csr", "linear_condensed", "linear_nm", "linear_bsr")
+SPARSE = ("linear_csr", "linear_bitmap", "linear_condensed", "linear_nm", "linear_bsr")
 
 
 class Products(TorchDispatchMode):

@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of the sum of |w||x|:
 def mask_of(structure: str, rows: int, columns: int, density: float, **sizes: int) -> Tensor:
     """A random mask [rows, columns] of a structure."""
     noise = torch.rand(rows, columns)
-    if structure == "csr":
+    if structure in ("csr", "bitmap"):
         return noise < density
     if structure == "condensed":
         return torch.zeros(rows, columns, dtype=torch.bool).scatter_(1, noise.topk(round(columns * density), 1).indices, True)
@@ -62,7 +62,7 @@ def assert_right(kernel: runtime.BoundKernel, weight: Tensor, bias: Tensor, x: T
 
 
 STRUCTURES: list[tuple[str, dict[str, int]]] = [
-    ("csr", {}), ("condensed", {}), ("nm", {"n": 2, "m": 4}), ("nm", {"n": 1, "m": 3}),
+    ("csr", {}), ("bitmap", {}), ("condensed", {}), ("nm", {"n": 2, "m": 4}), ("nm", {"n": 1, "m": 3}),
     *(("bsr", {"r": r, "c": c}) for r, c in ((16, 1), (32, 1), (8, 1), (4, 1), (4, 4), (2, 1), (3, 2), (24, 3))),
 ]
 CASES = [pytest.param(name, sizes, dtype, id=f"{name}-{'x'.join(map(str, sizes.values()))}-{str(dtype)[6:]}")

@@ -104,12 +104,13 @@ def test_pack_keeps_values_and_zeros(structure: str, dtype: torch.dtype) -> None
 
 
 def test_the_smallest_format_that_fits() -> None:
-    weight = torch.randn(32, 32)
-    for structure, name in ((NM(2, 4), "nm"), (Block(16, 1), "bsr"), (Unstructured("row"), "condensed"), (Unstructured(), "csr")):
-        mask = structure.mask(weight.abs(), 0.5)
+    for structure, density, name in ((NM(2, 4), 0.5, "nm"), (Block(16, 1), 0.5, "bsr"), (Unstructured("row"), 0.5, "bitmap"),
+                                     (Unstructured("row"), 0.04, "condensed"), (Unstructured(), 0.5, "bitmap"), (Unstructured(), 0.01, "csr")):
+        weight = torch.randn(32, 512 if density < 0.1 else 32)
+        mask = structure.mask(weight.abs(), density)
         assert smallest(weight, mask, str(structure)).name() == name
         assert smallest(weight, mask, "unknown").name() == name
-    assert smallest(weight, Unstructured().mask(weight.abs(), 0.3), "2:4").name() == "csr"
+    assert smallest(weight, Unstructured().mask(weight.abs(), 0.3), "2:4").name() == "bitmap"
 
 
 class TwoUses(nn.Module):
@@ -142,7 +143,7 @@ def test_tied_weights_are_left_alone_and_shared_ones_pruned_once() -> None:
     assert "not selected" in program.decisions["conv"].reason
     packed = Pipeline((Pack(),)).run(program, Context(), ())
     check_preserves(program, packed, (tokens,), Preserves.VALUES)
-    assert [packed.decisions[s].format for s in ("shared", "shared@1")] == ["csr", "csr"]
+    assert [packed.decisions[s].format for s in ("shared", "shared@1")] == ["bitmap", "bitmap"]
     assert packed.decisions["shared@1"].bytes == 0
 
 
@@ -327,7 +328,7 @@ def test_masks_of_torch_nn_utils_prune() -> None:
     packed = Pipeline((Pack(),)).run(captured, Context(), ())
     check_preserves(captured, packed, (x,), Preserves.VALUES)
     row = packed.decisions["0"]
-    assert (row.format, row.density, row.structure) == ("csr", 0.5, "unknown")
+    assert (row.format, row.density, row.structure) == ("bitmap", 0.5, "unknown")
 
 
 def test_ffn_and_attention_stand_for_their_members() -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from sparsify_compiler import catalog
 from sparsify_compiler.formats._base import Format
 
-NAMES = ("csr", "condensed", "nm", "bsr")
+NAMES = ("csr", "bitmap", "condensed", "nm", "bsr")
 
 
 def make(name: str, rows: int = 7, columns: int = 12, density: float = 0.5, dtype: torch.dtype = torch.float32) -> tuple[Any, Format, Tensor]:

@@ -13,12 +13,12 @@ from sparsify_compiler import catalog
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.fakes import fake_like, mode_of
-from sparsify_compiler.passes.prune.structures._base import Structure
+from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage, get_tensor, set_tensor
 
 aten = torch.ops.aten
-# Tried on a mask whose structure nobody wrote down, beside condensed and csr, which need no numbers.
+# Tried on a mask whose structure nobody wrote down, before the formats that need no numbers: kernels gain more from a structure than bits save.
 COMMON = ("2:4", "1:4", "4:8", "2:8", "32x32", "16x16", "32x1", "16x1", "8x1", "4x1")
 
 
@@ -76,22 +76,24 @@ class _Masked:
 
 def smallest(weight: Tensor, mask: Tensor, structure: str) -> Any:
     """The weight [N, K] in the format with the fewest bytes, among those that suit its structure (text) and fit its mask."""
-    made = []
-    for name, attributes in _suited(structure):
-        kind = catalog.get("format", name)
-        if kind.fits(weight, mask, **attributes) is None:
-            made.append(kind.encode(weight, mask, **attributes))
-    if not made:  # the mask is not what its structure says, or the structure is unknown
-        made = [catalog.get("format", "csr").encode(weight, mask)]
+    for suited in _suited(structure):
+        made = []
+        for name, attributes in suited:
+            kind = catalog.get("format", name)
+            if kind.fits(weight, mask, **attributes) is None:
+                made.append(kind.encode(weight, mask, **attributes))
+        if made:
+            break
     return min(made, key=lambda form: form.bytes())
 
 
-def _suited(structure: str) -> tuple[tuple[str, Mapping[str, int]], ...]:
+def _suited(structure: str) -> tuple[tuple[tuple[str, Mapping[str, int]], ...], ...]:
+    """Formats with their attributes: those of the structure, then what holds the mask when it is not what its structure says."""
     try:
-        return Structure.parse(structure).formats()
+        return Structure.parse(structure).formats(), ANY_MASK
     except ParseError:
         common = tuple(pair for text in COMMON for pair in Structure.parse(text).formats())
-        return (*common, ("condensed", {}), ("csr", {}))
+        return common, (("condensed", {}), *ANY_MASK)
 
 
 def _store(product: _Masked, form: Any) -> dict[str, fx.Node]:

@@ -86,6 +86,10 @@ class Structure:
         return _parse_in_full(text)
 
 
+# Formats that hold any mask: bits are smaller above a density of about 1/16, columns below it.
+ANY_MASK: tuple[tuple[str, Mapping[str, int]], ...] = (("bitmap", {}), ("csr", {}))
+
+
 def _make(name: str, **options: int | str) -> Structure:
     made: Structure = catalog.get("structure", name)(**options)
     return made

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsify_compiler.passes.prune.structures._base import Structure, keep_top, kept
+from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure, keep_top, kept
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class FanIn(Structure):
         return "fan_in"
 
     def formats(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
-        return (("condensed", {}),)
+        return (("condensed", {}), *ANY_MASK)
 
     def _keep(self, score: Tensor, density: float) -> Tensor:
         return keep_top(score, kept(score.shape[1], density))

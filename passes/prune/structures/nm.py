@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsify_compiler.errors import StructureError
-from sparsify_compiler.passes.prune.structures._base import Structure, keep_top
+from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure, keep_top
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class NM(Structure):
 
     def formats(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
         if self.along == "outputs":
-            return (("csr", {}),)
+            return ANY_MASK
         same: tuple[tuple[str, Mapping[str, int]], ...] = (("nm", {"n": self.n, "m": self.m}),)
         return (*same, ("condensed", {})) if self.padded else same  # every row keeps the same number, whatever the last group's
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsify_compiler.errors import StructureError
-from sparsify_compiler.passes.prune.structures._base import Structure, keep_groups
+from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure, keep_groups
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rows(Structure):
         return f"Rows(size={self.size})" if self.size != 1 else "Rows()"
 
     def formats(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
-        return (("csr", {}),)
+        return ANY_MASK
 
     def _keep(self, score: Tensor, density: float) -> Tensor:
         return keep_groups(score.double().mean(1), self.size, density)[:, None].expand(score.shape).clone()

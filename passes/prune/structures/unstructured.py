@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from sparsify_compiler.errors import StructureError
-from sparsify_compiler.passes.prune.structures._base import Structure, keep_top, kept
+from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure, keep_top, kept
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Unstructured(Structure):
         return "unstructured" if self.scope == "layer" else self.scope
 
     def formats(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
-        return (("condensed", {}), ("csr", {})) if self.scope == "row" else (("csr", {}),)
+        return (("condensed", {}), *ANY_MASK) if self.scope == "row" else ANY_MASK
 
     def _keep(self, score: Tensor, density: float) -> Tensor:
         if self.scope == "column":
