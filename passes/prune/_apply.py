@@ -59,7 +59,7 @@ def apply(layer: Layer, result: Result, structure: str, budget: float, program: 
         if result.bias is not None:
             old_bias = use.op.kwargs.get("bias")
             if (use.region.path, old_bias) not in biases:
-                biases[use.region.path, old_bias] = _add_bias(use, source, result.bias)
+                biases[use.region.path, old_bias] = add_bias(use, source, result.bias)
             use.op.kwargs = {**use.op.kwargs, "bias": biases[use.region.path, old_bias]}
         use.op.meta["site"] = use.site.path
         program.decisions[use.site.path] = row = _row(use, layer.weight)
@@ -96,7 +96,7 @@ def _multiply(region: Region, weight: fx.Node, mask: Tensor, meta: Mapping[str, 
     return product
 
 
-def _add_bias(use: Use, weight: fx.Node, change: Tensor) -> fx.Node:
+def add_bias(use: Use, weight: fx.Node, change: Tensor, by: str = "mask_weights") -> fx.Node:
     """A get_attr of the layer's bias plus `change`, under the bias's own name where nothing else reads that."""
     region, old = use.region, use.op.kwargs.get("bias")
     was = get_tensor(region.module, str(old.target)) if isinstance(old, fx.Node) and old.op == "get_attr" else None
@@ -111,7 +111,7 @@ def _add_bias(use: Use, weight: fx.Node, change: Tensor) -> fx.Node:
     with region.graph.inserting_after(weight):
         node = region.graph.get_attr(name)
     about = {key: use.op.meta[key] for key in ("path", "module") if key in use.op.meta}
-    node.meta = about | {"by": "mask_weights", "val": fake_like(new, mode_of(region))}
+    node.meta = about | {"by": by, "val": fake_like(new, mode_of(region))}
     return node
 
 

@@ -1,0 +1,87 @@
+"""Drop the channels that nothing reads any more: what a mask over whole columns cut becomes smaller for real."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify_compiler.axis_follow import Follow
+from sparsify_compiler.channel_cut import cut_channels
+from sparsify_compiler.channel_groups import Group, find_groups
+from sparsify_compiler.fold import erase_dead, evaluate, is_mask_product
+from sparsify_compiler.passes.prune._smaller import write_rows
+from sparsify_compiler.passes.prune._units import Units
+from sparsify_compiler.passes_api import Context, Pass
+from sparsify_compiler.program import Program, Region, get_tensor
+
+
+@dataclass(frozen=True)
+class DropDeadChannels(Pass):
+    """Drop every unit of a dependency group (neuron, head, filter) whose weights are zero in all linears and convolutions that read it.
+
+    Matches    linear(f(linear(x, w1, b1)), w2, b2) and conv(f(conv(x, w1, b1)), w2, b2), columns of w2 zero; f any ops that keep channels apart
+    Rewrites   the same with those columns of w2, rows of w1, entries of b1 and of the norms between gone; a mask that keeps all then goes too
+    Preserves  values, up to float reassociation
+    Paper      none: what every structured mask needs to pay, as in CFSP, arXiv:2409.13199
+
+    One unit stays of a group that is dead altogether. Groups over whose units a norm goes are left alone: it would see fewer features.
+    """
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        groups = find_groups(program)
+        masks: dict[str, Tensor] = {}
+        for group in groups.groups:
+            alive = _alive(groups.found, group) if group.fixed is None and group.exact else None
+            if alive is not None and not bool(alive.all()) and group.size > 1 and ctx.spend():
+                masks[group.path] = alive
+            elif alive is None and group.fixed is None:
+                ctx.miss(f"a norm goes over its {group.size} {group.kind}, or nothing reads them: they stay", group.path)
+        gone = [group for group in groups.groups if group.path in masks]
+        if not gone:
+            ctx.miss("no channel is dead")
+            return program
+        write = write_rows(program, Units.of(program, groups.found), gone, 1.0)
+        cut_channels(program, groups.found, {group.atom: masks[group.path] for group in gone}, self.name())
+        write(program)
+        for region in program.regions.values():
+            _drop_full_masks(region)
+        return program
+
+
+def _alive(found: Follow, group: Group) -> Tensor:
+    """bool [units]: which are read with a weight that is not zero; the first one at least."""
+    alive = torch.zeros(group.size, dtype=torch.bool)
+    for member in group.members:
+        for op in member.reads:
+            source = op.kwargs["weight"]
+            assert isinstance(source, fx.Node)
+            weight = evaluate(member.region, source)
+            units = found.axes.units(found.values[source][1] or (), group.atom)
+            used = (weight != 0).movedim(1, 0).flatten(1).any(1).cpu() & (units >= 0)
+            alive[units[used]] = True
+    if not bool(alive.any()):
+        alive[0] = True
+    return alive
+
+
+def _drop_full_masks(region: Region) -> None:
+    """weight * mask becomes the weight where the mask keeps all."""
+    for node in list(region.graph.nodes):
+        if node._erased or not is_mask_product(region, node):
+            continue
+        weight, mask = node.kwargs["self"], node.kwargs["other"]
+        fits = isinstance(mask, fx.Node) and mask.op == "get_attr" and weight.meta["val"].shape == mask.meta["val"].shape
+        if fits and bool(get_tensor(region.module, str(mask.target)).all()):
+            node.replace_all_uses_with(weight)
+            erase_dead([node])
+
+
+def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """An FFN whose second linear does not read every third hidden channel."""
+    torch.manual_seed(0)
+    up, down = nn.Linear(8, 12), nn.Linear(12, 4)
+    with torch.no_grad():
+        down.weight[:, ::3] = 0
+    return nn.Sequential(up, nn.GELU(), down).eval(), (torch.randn(2, 8),)
