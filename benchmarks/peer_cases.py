@@ -24,7 +24,8 @@ from sparsify_compiler.passes.prune.structures._base import Structure
 
 SHAPES = ("4096x4096", "11008x4096", "768x3072")
 ROWS = (1, 16, 128, 512)
-KEPT = (("2:4", 0.5), *(("unstructured", d) for d in (0.3, 0.2, 0.1, 0.05)), *((s, d) for s in ("4x1", "16x1", "32x1", "32x32") for d in (0.2, 0.1)))
+BLOCKS = ("fan_in", "4x1", "16x1", "32x1", "32x32")
+KEPT = (("2:4", 0.5), *(("unstructured", d) for d in (0.3, 0.2, 0.1, 0.05)), *((s, d) for s in BLOCKS for d in (0.2, 0.1)))
 CHAIN_BYTES = 256 << 20  # of the float32 weights of a chain, at most: above every cache of a small machine, below its memory many times over
 LAYERS = 12              # of a chain, at most
 
@@ -47,6 +48,11 @@ class Case:
         """Cases of one group have the same dense form."""
         return f"{self.model}/{self.rows}"
 
+    @property
+    def is_chain(self) -> bool:
+        """Is it nothing but Linear and ReLU?"""
+        return self.model not in ("bert", "mobilenet")
+
     @staticmethod
     def parse(text: str) -> Case:
         """The inverse of `name`."""
@@ -57,7 +63,7 @@ class Case:
 def names() -> list[str]:
     """Every case that --cases selects from."""
     chains = [Case(shape, rows, *kept) for shape in SHAPES for rows in ROWS for kept in (*KEPT, ("dense", 1.0))]
-    stacks = [Case("bert", 128, structure, d) for structure in ("unstructured", "4x1", "16x1", "32x1", "32x32") for d in (0.2, 0.1)]
+    stacks = [Case("bert", 128, structure, d) for structure in ("unstructured", *BLOCKS) for d in (0.2, 0.1)]
     networks = [Case("mobilenet", 1, structure, d) for structure in ("unstructured", "16x1") for d in (0.25, 0.1)]
     return [case.name for case in (*chains, *stacks, *networks)]
 
@@ -88,7 +94,7 @@ def export(case: Case, folder: Path) -> None:
     with torch.inference_mode():
         np.save(folder / "expected.npy", model(x).numpy())
     np.save(folder / "x.npy", x.numpy())
-    for i, layer in enumerate(layer for layer in model.children() if isinstance(layer, nn.Linear)):
+    for i, layer in enumerate(layer for layer in model.children() if isinstance(layer, nn.Linear) and case.is_chain):
         np.save(folder / f"weight-{i}.npy", layer.weight.detach().numpy())
         np.save(folder / f"bias-{i}.npy", layer.bias.detach().numpy())
     with warnings.catch_warnings():

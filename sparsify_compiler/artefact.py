@@ -24,13 +24,14 @@ from torch import fx, nn
 
 from .artefact_dense import export_dense
 from .artefact_graph import decode_region, encode_region
-from .artefact_kernels import bind_kernels, check_packed
+from .artefact_kernels import bind_kernels, check_packed, leave_on_disk
 from .artefact_manifest import MANIFEST, is_artefact, peek, read_manifest, write_manifest
 from .artefact_skeleton import encode_skeleton, restore_skeleton
 from .artefact_tensors import TensorSource, TensorStore
 from .compiled import CompiledModel
 from .decision import Decision
 from .errors import ArtefactError, InputError
+from .memory import give_back
 from .program import LeftOut, Program, Region, Stage, TensorSpec
 from .report import Report
 from .storage import read_safetensors, settled, write_safetensors, writing
@@ -58,6 +59,9 @@ def load(path: str | Path, model: nn.Module | None = None, target: Target | str 
     model    the original model, or a fresh one of the same class: needed where the model was captured in regions. It is not modified
     target   the machine to run on; this one by default
     rebuild  compile the kernels again from their IR instead of using the binaries
+
+    A packed weight is in memory once, as its kernel laid it out: what was stored stays in the file, mapped, until something reads it (state_dict,
+    save, torch.compile). The folder may be removed or replaced meanwhile, but its files must not be written into.
 
     Raises ArtefactError: missing, damaged, changed, written by a newer version, or made for a machine whose code cannot run here.
     """
@@ -172,7 +176,10 @@ def _read(folder: Path, model: nn.Module | None, target: Target | str | None, re
     runs_on = made_for
     if nodes:
         runs_on = bind_kernels(folder, manifest, graph["kernels"], nodes, made_for, target, rebuild)
-    return CompiledModel(program, runs_on, read_report(folder))
+    mapped = leave_on_disk(folder / WEIGHTS, graph, program)
+    del source
+    give_back()
+    return CompiledModel(program, runs_on, read_report(folder), mapped)
 
 
 def _decode(graph: Mapping[str, Any], source: TensorSource, model: nn.Module | None) -> tuple[Program, list[tuple[Region, fx.Node, int]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,15 @@ class CompiledModel(nn.Module):
     program  the graphs, in whatever stage they are; nodes with a kernel run it directly, and as registered ops under torch.compile and export
     target   the machine that the kernels are for; None when there are none
     report   what compile() found out; without one, report() tells the decisions only
+    mapped   tensors of the program whose bytes lie in a file, not in memory
     Attributes that it does not have itself come from the model's own classes, where those are still there (`.config`, `.generate`).
     """
 
-    def __init__(self, program: Program, target: Target | None = None, report: Report | None = None) -> None:
+    def __init__(self, program: Program, target: Target | None = None, report: Report | None = None, mapped: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.program, self.target = program, target
         self._report = report
+        self._mapped = frozenset(tensor.untyped_storage().data_ptr() for tensor in mapped)
         self._kernels = tuple(node.meta["kernel"] for _, node in program.nodes() if node.meta.get("kernel") is not None)
         self._bind()
         super().train(False)
@@ -64,7 +66,8 @@ class CompiledModel(nn.Module):
             state = kernel.state()
             held += state.values()
             opaque += 0 if state else kernel.resident_bytes
-        return opaque + sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+        return opaque + sum(size for place, size in storages.items() if place not in self._mapped)
 
     def save(self, path: str | Path) -> None:
         """Write the artefact folder, whole or not at all. Raises StorageError, ArtefactError."""

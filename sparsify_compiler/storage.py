@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,14 +98,15 @@ def sha256(path: Path) -> str:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Contiguous CPU tensors as a safetensors file, one at a time.
+    """Contiguous CPU tensors as a safetensors file, one at a time; those of wider elements come first, so that each is aligned to its own.
 
     The library's own writer holds every tensor's bytes at once, which would break the bound on peak memory, and reports a full disk as
     an error of its own.
     """
     header: dict[str, object] = {}
     offset = 0
-    for name, tensor in tensors.items():
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    for name, tensor in ordered:
         size = tensor.numel() * tensor.element_size()
         header[name] = {"dtype": SAFETENSORS_DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
         offset += size
@@ -112,7 +114,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
+        for _, tensor in ordered:
             if tensor.numel():
                 flat = memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
                 for start in range(0, len(flat), CHUNK):
@@ -131,6 +133,27 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtefactError(f"not a readable safetensors file: {error}", where=str(path), hint="save the model again") from error
+
+
+def map_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that read_safetensors has read, left where they are: pages are read when they are touched.
+
+    They stay what they are when the file is removed or replaced (never when it is changed in place), and writing to one does not change it.
+    Tensors that do not lie at a multiple of their elements' size, as other writers leave them, and empty ones are not among them.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+    storage: Any = torch.UntypedStorage.from_file(str(path), False, size)
+    dtypes = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+    made: dict[str, Tensor] = {}
+    for name, about in header.items():
+        dtype = dtypes.get(about.get("dtype")) if name != "__metadata__" else None
+        first, last = about.get("data_offsets", (0, 0))
+        if dtype is not None and last > first and (start + first) % dtype.itemsize == 0:
+            made[name] = torch.empty(0, dtype=dtype).set_(storage, (start + first) // dtype.itemsize, about["shape"])
+    return made
 
 
 @contextmanager

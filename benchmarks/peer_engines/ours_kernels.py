@@ -21,7 +21,7 @@ def forms(folder: Path, threads: int) -> Iterator[tuple[Any, ...]]:
     """One form for each format that suits the structure and each candidate kernel of it."""
     torch.set_num_threads(threads)
     case = case_of(folder)
-    if "x" not in case.model or case.structure == "dense":
+    if not case.is_chain or case.structure == "dense":
         yield "ours kernels", "only chains of sparse linear layers"
         return
     for word, dtype in DTYPES.items():

@@ -16,7 +16,7 @@ from ._torch import Call, case_of, module
 def forms(folder: Path, threads: int) -> Iterator[tuple[Any, ...]]:
     """y = ReLU(W x + b) with x as columns, W a CSR tensor."""
     torch.set_num_threads(threads)
-    if "x" not in case_of(folder).model:
+    if not case_of(folder).is_chain:
         yield "torch fp32 CSR", "only chains of linear layers"
         return
     warnings.filterwarnings("ignore", message="Sparse CSR")

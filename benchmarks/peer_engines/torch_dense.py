@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsify_compiler.yardstick import dense_forms
 
-from ._torch import DTYPES, Call, module
+from ._torch import DTYPES, Call, case_of, module
 
 
 def forms(folder: Path, threads: int) -> Iterator[tuple[Any, ...]]:
@@ -24,7 +24,7 @@ def forms(folder: Path, threads: int) -> Iterator[tuple[Any, ...]]:
             yield f"torch {word} {'compile' if 'compile' in name else 'eager'}", word, Call(lambda _, form=form: form(), x)
         if warnings:
             yield f"torch {word} compile", warnings[0]
-        if all(isinstance(layer, nn.Linear | nn.ReLU) for layer in model):
+        if case_of(folder).is_chain:
             yield f"oneDNN {word} packed", word, Call(_packed(model, x), x)
 
 

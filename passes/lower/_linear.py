@@ -19,6 +19,7 @@ from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, set_tensor
 
 aten = torch.ops.aten
+REFERENCE = "reference"  # the packed op as it is everywhere, where no kernel computes it: small and slow
 
 
 @dataclass(eq=False)
@@ -77,9 +78,12 @@ def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken:
     for epilogue, candidate in dense:
         kernel = candidate.bind(bias)
         layer.add(candidate.name + epilogue.label, kernel, x, other, Form(True, kernel, epilogue))
-    for candidate in ctx.kernels.candidates(op, tensors, attributes, x.dtype, (rows,), ctx.target) if packed else ():
+    found = ctx.kernels.candidates(op, tensors, attributes, x.dtype, (rows,), ctx.target) if packed else []
+    for candidate in found:
         kernel = candidate.bind(bias)
         layer.add(candidate.name, kernel, x, other, Form(False, kernel))
+    if packed and not found:
+        layer.add(REFERENCE, partial(catalog.get("op", op).op, **tensors, bias=bias, **attributes), x, other, Form(False))
     return layer
 
 
@@ -97,11 +101,13 @@ def choose(layer: Linear, timings: Mapping[str, Timing], margin: float, prefer: 
     row.sparse_ms = sparse[best] if best is not None else None
     if best is not None and (prefer == "bytes" or sparse[best] <= dense[yardstick] * (1 - margin)):
         layer.bind(best)
-        row.kernel, row.compiled_ms, row.bytes = best, sparse[best], layer.forms[best].kernel.resident_bytes
+        row.kernel, row.compiled_ms = best, sparse[best]
+        if best != REFERENCE:
+            row.bytes = layer.forms[best].kernel.resident_bytes
         say(row, f"{gain:.2f} times the speed of {yardstick}" + ("" if gain >= 1 else ", kept for its bytes"))
         return
     if layer.packed:
-        why = f"the best kernel ({best}) has {gain:.2f} times the dense speed" if best is not None else "no kernel for this op, dtype and target"
+        why = f"the best kernel ({best}) has {gain:.2f} times the dense speed" if best != REFERENCE else "no kernel for this op, dtype and target"
         say(row, f"stays dense: {why}")
         layer.make_dense()
     layer.bind(yardstick)
