@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,14 +144,14 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(start - 8))
-    storage: Any = torch.UntypedStorage.from_file(str(path), False, size)
+    whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     dtypes = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
     made: dict[str, Tensor] = {}
     for name, about in header.items():
         dtype = dtypes.get(about.get("dtype")) if name != "__metadata__" else None
         first, last = about.get("data_offsets", (0, 0))
         if dtype is not None and last > first and (start + first) % dtype.itemsize == 0:
-            made[name] = torch.empty(0, dtype=dtype).set_(storage, (start + first) // dtype.itemsize, about["shape"])
+            made[name] = whole[start + first : start + last].view(dtype).view(about["shape"])
     return made
 
 
