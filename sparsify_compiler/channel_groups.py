@@ -20,7 +20,7 @@ from .operands import CONVOLUTIONS
 from .program import Program, Region, Site, get_tensor
 from .site_graph import common_path
 
-KINDS = ("heads", "neurons", "filters", "stream", "head_dim", "copies")
+KINDS = ("heads", "neurons", "filters", "stream", "embedding", "head_dim", "copies")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Group:
     """Units that can be taken out, each with all that depends on it.
 
     kind     "heads" of an attention (of grouped queries: a head of k and v with its queries; "copies" are the queries of every group), "neurons"
-             between two linears, "filters" that a convolution makes, "stream": a residual stream; "head_dim": within every head
+             between two linears, "filters" that a convolution makes, "stream": a residual stream, "embedding": what a table gives before anything is
+             added to it; "head_dim": within every head
     path     module path, unique among all groups
     atom     the axis that its members share
     size     number of units
@@ -150,8 +151,11 @@ def _kind(marks: Mapping[str, None], members: Sequence[Member], order: Mapping[f
             return kind
     made = [node for member in members for node in member.writes]
     read = [order[node] for member in members for node in member.reads]
-    if "sum" in marks and made and read and min(read) < max(map(order.__getitem__, made)):  # what was read is written to again
+    again = bool(made and read) and min(read) < max(map(order.__getitem__, made))  # what was read is written to once more
+    if "sum" in marks and (again or "normed" in marks):
         return "stream"
+    if any(is_call(node, aten.embedding.default) for node in made):
+        return "embedding"
     return "filters" if any(is_call(node, *CONVOLUTIONS) for node in made) else "neurons"
 
 

@@ -50,6 +50,16 @@ def _add_squares(total: Tensor, rows: Tensor) -> None:
     total += rows.square().sum(0, dtype=torch.float64).to(total.device)
 
 
+def _add_moments(total: Tensor, rows: Tensor) -> None:
+    total[0] += rows.sum(0, dtype=torch.float64).to(total.device)
+    total[1] += rows.double().square().sum(0).to(total.device)
+
+
+def _variance(total: Tensor, rows: int) -> Tensor:
+    means = total / max(rows, 1)
+    return (means[1] - means[0].square()).clamp_min(0)
+
+
 def _add_absmax(total: Tensor, rows: Tensor) -> None:
     if rows.shape[0]:
         total.copy_(torch.maximum(total, rows.abs().amax(0).to(total)))
@@ -86,6 +96,8 @@ STATISTICS: Mapping[str, Statistic] = {
     "input_norm": Statistic(_doubles, _add_squares, lambda s, n: s.sqrt().float(), lambda w: 8 * w),
     # float32 [width]: mean of each channel
     "input_mean": Statistic(_doubles, lambda s, x: s.add_(x.sum(0, dtype=torch.float64).to(s)), lambda s, n: (s / n).float(), lambda w: 8 * w),
+    # float64 [width]: variance of each channel over all rows
+    "input_variance": Statistic(lambda w: torch.zeros(2, w, dtype=torch.float64), _add_moments, _variance, lambda w: 16 * w),
     # float32 [width]: largest magnitude of each channel
     "absmax": Statistic(lambda w: torch.zeros(w, dtype=torch.float32), _add_absmax, lambda s, n: s, lambda w: 4 * w),
     # float32 [width, width]: X^T X, summed over the rows

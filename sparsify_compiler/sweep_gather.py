@@ -1,4 +1,4 @@
-"""What a sweep gathers of the inputs of linears and convolutions, summed over batches."""
+"""What a sweep gathers of the inputs of linears, convolutions and batch norms, summed over batches."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Gathering:
         source = op.kwargs["input"]
         assert isinstance(source, fx.Node)
         if others:
-            channel = -1 if is_call(op, aten.linear.default) else 1 - op.kwargs["weight"].meta["val"].dim()  # type: ignore[union-attr]
+            channel = -1 if is_call(op, aten.linear.default) else _channel(op)
             rows = _checked(values[source].movedim(channel, -1), op)
             for name in others:
                 key = _key(op, name)
@@ -140,6 +140,12 @@ class Gathering:
                 self._sums[key] += found
             else:
                 self._sums[key] = found
+
+
+def _channel(op: fx.Node) -> int:
+    """The dimension of the input's channels, from the end: of a convolution's image, batched or not; of a batch_norm's the second."""
+    like = op.kwargs["input" if is_call(op, aten.batch_norm.default) else "weight"]
+    return 1 - len(shape(like) or ())
 
 
 def _shortfall(op: fx.Node, values: _Values, dense: _Values, rows: Tensor) -> Tensor:

@@ -549,7 +549,7 @@ def test_post_norm_without_affine_is_exact_and_with_it_refused() -> None:
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    (lambda h, s: h + h.relu(), "relu (relu) reads the residual stream add itself, and would see that its mean is gone"),
+    (lambda h, s: h + h.relu(), "relu (relu) reads the residual stream add itself, and would see what is changed in it"),
     (lambda h, s: h + s.one.tanh() * 1.0 + s.extra(h), "reads the residual stream add itself"),
     (lambda h, s: h + s.one * s.extra(s.norm(h)), "scales what it writes to the residual stream: fold_scale first"),
     (lambda h, s: h + s.extra(s.norm(h)).relu(), "writes to the residual stream, and has no weight to take the mean out of"),

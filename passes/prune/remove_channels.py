@@ -39,8 +39,8 @@ class RemoveChannels(Pass):
     budget    a file of passes/prune/budgets: how the density is shared out over the groups
     density   kept / total units of the selected groups, weighted with their weights; by default the user's budget
     targets   selectors of groups: "heads" (of grouped queries a head of k and v with all its queries; "copies" are the queries of each group),
-              "neurons" between two linears, "filters" between convolutions, "stream" (what is summed around blocks), "head_dim" (within every
-              head), or a group's module path
+              "neurons" between two linears, "filters" between convolutions, "stream" (what is summed around blocks), "embedding" (what
+              a table gives, before anything is added), "head_dim" (within every head), or a group's module path
     ignore    selectors of groups that stay whole
     sides     whose weights are scored: of the "readers" of a group's units, their "writers", or "all"
     multiple  the width of what is left is a multiple of this, where there is that much of it

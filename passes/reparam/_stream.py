@@ -25,7 +25,7 @@ class Stream:
 
     writers  values that enter by an op that is not the stream's own: each is where its last node gives it
     leaves   (node, constant argument, dimension of its features) for parameters that are added or put beside other values
-    norms    layer_norms over the features
+    norms    norms over the features, of the kind that the walk began at
     miss     why the walk stopped: something reads or writes the stream that is not looked through
     """
 
@@ -37,7 +37,7 @@ class Stream:
 
 
 def stream_of(norm: fx.Node) -> Stream:
-    """The stream that a layer_norm reads, in all directions."""
+    """The stream that a layer_norm or rms_norm reads, in all directions."""
     stream = Stream(norms=[norm])
     waiting: list[Place] = [(norm.kwargs["input"], (rank(norm) or 0) - 1)]  # type: ignore[list-item]
     while waiting and stream.miss is None:
@@ -49,7 +49,7 @@ def stream_of(norm: fx.Node) -> Stream:
             else:
                 stream.writers[node] = dim
             if not centred(node):  # what is free of its mean stays as it is, whoever reads it
-                waiting += _below(stream, node, dim)
+                waiting += _below(stream, node, dim, norm.target)
     return stream
 
 
@@ -86,18 +86,18 @@ def _above(stream: Stream, node: fx.Node, dim: int) -> Iterator[Place]:
             yield part, own
 
 
-def _below(stream: Stream, node: fx.Node, dim: int) -> Iterator[Place]:
+def _below(stream: Stream, node: fx.Node, dim: int, norm: object) -> Iterator[Place]:
     """The values of the stream that a node goes into. Norms are noted; any other reader ends the walk."""
     for user in node.users:
         moved = _moved(user, node, dim)
-        if is_call(user, aten.layer_norm.default) and len(user.kwargs["normalized_shape"]) == 1 and dim == (rank(node) or 0) - 1:
+        if is_call(user, norm) and len(user.kwargs["normalized_shape"]) == 1 and dim == (rank(node) or 0) - 1:
             if user not in stream.norms:
                 stream.norms.append(user)
         elif moved is not None:
             yield user, moved
         elif op_name(user) != "sym_size":
             who = f"{op_name(user)} ({user.name})" if user.op == "call_function" else "the output"
-            stream.miss = Miss(f"{who} reads the residual stream {node.name} itself, and would see that its mean is gone", user.name)
+            stream.miss = Miss(f"{who} reads the residual stream {node.name} itself, and would see what is changed in it", user.name)
 
 
 def _moved(user: fx.Node, node: fx.Node, dim: int) -> int | None:

@@ -1,0 +1,116 @@
+"""rotate_stream and what is cut behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import zoo
+from torch import Tensor, nn
+
+from sparsify_compiler import recipes
+from sparsify_compiler.calibrate import calibrate
+from sparsify_compiler.call import instantiate
+from sparsify_compiler.capture import capture
+from sparsify_compiler.errors import CalibrationError, ModelError, ParseError
+from sparsify_compiler.instruments import SameNumbers, Verify
+from sparsify_compiler.passes.prune.remove_channels import RemoveChannels
+from sparsify_compiler.passes.reparam.fold_norm_affine import FoldNormAffine
+from sparsify_compiler.passes.reparam.layernorm_to_rmsnorm import LayernormToRmsnorm
+from sparsify_compiler.passes.reparam.rotate_stream import RotateStream
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.preserves import outputs
+from sparsify_compiler.program import Program
+
+
+def run(pipeline: Any, program: Program, inputs: Any, batches: bool = True) -> tuple[Program, Context]:
+    ctx = Context(example_inputs=inputs, batches=[inputs])
+    if batches:
+        ctx.calibrate = lambda now, needs: calibrate(now, [inputs], needs, cache=False)
+    return Pipeline(pipeline).run(program, ctx, (Verify(), SameNumbers())), ctx
+
+
+@pytest.mark.parametrize("share", [0, 1, 2])
+@pytest.mark.parametrize("untie", [False, True])
+def test_a_language_model_says_the_same_in_its_new_bases(share: int, untie: bool) -> None:
+    _, inputs, program = zoo.captured("llama")
+    rotated, ctx = run((FoldNormAffine(untie), RotateStream(share, untie)), program, inputs)
+    assert ctx.rewrites > 0
+    tied = {id(t) for name, t in instantiate(rotated).named_parameters() if t.shape == (100, 36)}
+    assert len(tied) == (2 if untie else 1)
+
+
+@pytest.mark.parametrize("untie", [False, True])
+def test_features_are_sorted_and_the_last_are_cut(untie: bool) -> None:
+    _, inputs, program = zoo.captured("llama")
+    sliced, _ = run(recipes.slicegpt(0.75, untie=untie, multiple=1).passes, program, inputs)
+    sizes = {name: tuple(t.shape) for name, t in instantiate(sliced).named_parameters()}
+    assert {s for name, s in sizes.items() if "layers.1.self_attn.q_proj" in name} == {(36, 27)}
+    assert {s for name, s in sizes.items() if "layers.1.mlp.down_proj" in name} == {(27, 96)}
+    assert [s for name, s in sizes.items() if "embed_tokens" in name] == [(100, 27 if untie else 36)]
+
+
+def test_more_features_say_it_better() -> None:
+    _, small, program = zoo.captured("llama")
+    ids = torch.randint(5, 100, (8, 16), generator=torch.Generator().manual_seed(1))  # more tokens than features
+    inputs = {**small, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    dense = outputs(program, inputs)[0]
+    errors = []
+    for density in (0.5, 0.8, 0.95):
+        sliced, _ = run(recipes.slicegpt(density, multiple=1).passes, program, inputs)
+        errors.append(float((outputs(sliced, inputs)[0] - dense).norm() / dense.norm()))
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_what_lies_in_a_few_directions_is_kept_whole() -> None:
+    """A stream of rank 4 in 8 features loses nothing when 4 are cut: the norm still divides by the root of all 8."""
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.inside = nn.Embedding(9, 8), nn.Linear(8, 8)
+            self.up, self.out = nn.Linear(8, 12), nn.Linear(8, 5)
+            with torch.no_grad():
+                space = torch.linalg.qr(torch.randn(8, 4))[0]
+                self.tokens.weight.copy_(torch.randn(9, 4) @ space.T)
+                self.inside.weight.copy_(space @ torch.randn(4, 8))
+                self.inside.bias.copy_(space @ torch.randn(4))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            h = self.tokens(ids)
+            h = h + self.inside(nn.functional.rms_norm(h, (8,), eps=1e-3))
+            y: Tensor = self.out(nn.functional.rms_norm(h, (8,), eps=1e-3))
+            return y
+
+    torch.manual_seed(0)
+    model, inputs = Narrow().eval(), (torch.arange(9)[None],)
+    program = capture(model, inputs)
+    sliced, _ = run(recipes.slicegpt(0.5, untie=True, multiple=1).passes, program, inputs)
+    assert torch.allclose(outputs(sliced, inputs)[0], outputs(program, inputs)[0], atol=1e-4)
+    assert {t.shape[-1] for name, t in instantiate(sliced).named_parameters() if "weight" in name} == {4}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "whisper"])
+def test_a_transformer_with_layer_norms(name: str) -> None:
+    _, inputs, program = zoo.captured(name)
+    made, ctx = run((LayernormToRmsnorm(), FoldNormAffine(), RotateStream()), program, inputs)
+    assert "by rotate_stream" in made.text(), ctx.misses
+
+
+def test_refusals() -> None:
+    _, inputs, cached = zoo.captured("llama_cached")
+    ctx = Context()
+    Pipeline((RotateStream(),)).run(cached, ctx)
+    assert ctx.misses
+    with pytest.raises(ModelError, match="eager Python"):
+        run((RemoveChannels("leading", density=0.5, targets=("stream",)),), cached, inputs)
+    _, inputs, program = zoo.captured("llama")
+    with pytest.raises(CalibrationError, match="principal components"):
+        run((FoldNormAffine(), RotateStream()), program, inputs, batches=False)
+    with pytest.raises(ParseError):
+        RotateStream(share=-1)
+    _, inputs, bert = zoo.captured("bert")
+    _, ctx = run((RotateStream(),), bert, inputs)
+    assert "layernorm_to_rmsnorm" in ctx.misses[0].why
