@@ -27,6 +27,7 @@ class DropDeadChannels(Pass):
     Paper      none: what every structured mask needs to pay, as in CFSP, arXiv:2409.13199
 
     One unit stays of a group that is dead altogether. Groups over whose units a norm goes are left alone: it would see fewer features.
+    `sparsify why drop_dead_channels model` tells of every group that cannot shrink the reason.
     """
 
     def run(self, program: Program, ctx: Context) -> Program:
@@ -36,8 +37,9 @@ class DropDeadChannels(Pass):
             alive = _alive(groups.found, group) if group.fixed is None and group.exact else None
             if alive is not None and not bool(alive.all()) and group.size > 1 and ctx.spend():
                 masks[group.path] = alive
-            elif alive is None and group.fixed is None:
-                ctx.miss(f"a norm goes over its {group.size} {group.kind}, or nothing reads them: they stay", group.path)
+            elif alive is None:
+                reason = group.fixed or "a norm goes over them, or nothing reads them"
+                ctx.miss(f"its {group.size} {group.kind} stay: {reason}", group.path)
         gone = [group for group in groups.groups if group.path in masks]
         if not gone:
             ctx.miss("no channel is dead")
