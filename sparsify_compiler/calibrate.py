@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .calibrate_cache import Cache, default_folder, fingerprint
 from .calibrate_loss import Loss, self_supervised
-from .calibrate_run import Entry, Inputs, Source, collect, find_sources
+from .calibrate_run import Entry, Inputs, Source, collect, find_sources, weight_names
 from .errors import CalibrationError, InputError, unknown
 from .program import Program
 from .statistic import STATISTICS, quantile
@@ -22,11 +22,12 @@ MAX_BYTES = 1 << 30
 SMALL = 1 << 20  # statistics below this many bytes are all gathered in the first run, and stay
 
 Progress = Callable[[str, int, int], None]
+Known = Mapping[str, Mapping[str, Tensor]]
 
 
 def calibrate(program: Program, batches: Iterable[Inputs], needs: Mapping[str, frozenset[str]], *, max_bytes: int = MAX_BYTES,
               cache: Path | bool | None = True, progress: Progress = lambda what, done, total: None,
-              warn: Callable[[str], object] = lambda text: None, loss: Loss | None = None) -> Calibration:
+              warn: Callable[[str], object] = lambda text: None, loss: Loss | None = None, known: Known | None = None) -> Calibration:
     """Statistics of sites, over all batches. Padded tokens count like all others (see statistic.py).
 
     batches    tuples of positional or dicts of named arguments, like example_inputs. Walked once a run, in order; an iterator that can be
@@ -39,16 +40,19 @@ def calibrate(program: Program, batches: Iterable[Inputs], needs: Mapping[str, f
     progress   called with (what, batches done, batches in total or 0)
     loss       loss(the model's output, the batch) -> one number, for statistics of gradients; by default next-token cross entropy for a language
                model's logits, else the mean square of the outputs. With a loss of one's own nothing is cached: code has no fingerprint
+    known      statistic -> name of a parameter -> its value, which is taken instead of gathering it (movement.Movement.known())
 
     Raises CalibrationError for empty batches, activations that are not finite, or a statistic that does not fit into max_bytes;
-    InputError for a batch that is no call of the model; UnknownNameError for an unknown statistic.
+    InputError for a batch that is no call of the model; UnknownNameError for an unknown statistic, or a known one of no parameter.
     """
+    given = _given(program, known or {})
+    needs = {site: frozenset(name for name in names if (site, name) not in given) for site, names in needs.items()}
     for name in sorted({name for names in needs.values() for name in names}):
         if name not in STATISTICS:
             raise unknown("statistic", name, STATISTICS, where="calibrate")
     walkable = _walkable(batches, max_bytes)
     folder = default_folder() if cache is True else Path(cache) if isinstance(cache, str | Path) else None
-    return Calibration(program, walkable, needs, max_bytes, folder if loss is None else None, progress, warn, loss or self_supervised)
+    return Calibration(program, walkable, needs, max_bytes, folder if loss is None else None, progress, warn, loss or self_supervised, given)
 
 
 class Calibration:
@@ -58,9 +62,10 @@ class Calibration:
     """
 
     def __init__(self, program: Program, batches: Iterable[Inputs], needs: Mapping[str, frozenset[str]], max_bytes: int, folder: Path | None,
-                 progress: Progress, warn: Callable[[str], object], loss: Loss = self_supervised) -> None:
+                 progress: Progress, warn: Callable[[str], object], loss: Loss = self_supervised,
+                 given: Mapping[tuple[str, str], Tensor] | None = None) -> None:
         self.runs = 0
-        self._program, self._batches, self._progress, self._loss = program, batches, progress, loss
+        self._program, self._batches, self._progress, self._loss, self._given = program, batches, progress, loss, given or {}
         self._sources = find_sources(program, needs)
         self._groups = _group(self._sources, max_bytes)
         self._cache = Cache(folder, fingerprint(program, batches), warn) if folder is not None and self._groups else None
@@ -70,6 +75,8 @@ class Calibration:
 
     def get(self, site: str, statistic: str) -> Tensor:
         """The statistic of a site, as STATISTICS describes it. Raises CalibrationError when it was not asked for or has no data."""
+        if (site, statistic) in self._given:
+            return self._given[site, statistic]
         source = self._sources.get((site, statistic))
         if source is None and (site, statistic) in self._sources:
             return STATISTICS[statistic].finish(STATISTICS[statistic].start(0), 0)
@@ -99,6 +106,23 @@ class Calibration:
             if self._cache is not None:
                 self._cache.write(entries, found)
         return found
+
+
+def _given(program: Program, known: Known) -> dict[tuple[str, str], Tensor]:
+    """(site, statistic) -> what the user knows of the site's weight. Raises UnknownNameError, and InputError for a wrong shape."""
+    weights = weight_names(program) if known else {}
+    found: dict[tuple[str, str], Tensor] = {}
+    for statistic, values in known.items():
+        if statistic not in STATISTICS or STATISTICS[statistic].of != "gradient":
+            raise unknown("statistic of weights", statistic, [name for name in STATISTICS if STATISTICS[name].of == "gradient"], where="known")
+        if values and not set(values) & {name for name, _ in weights.values()}:
+            raise unknown("parameter", next(iter(values)), {name for name, _ in weights.values()}, where=f"known, {statistic}")
+        for site, (name, shape) in weights.items():
+            if name in values and tuple(values[name].shape) != shape:
+                raise InputError(f"shape {list(values[name].shape)} for a weight of shape {list(shape)}", where=f"known, {statistic}, {name}")
+            if name in values:
+                found[site, statistic] = values[name]
+    return found
 
 
 def _group(sources: Mapping[tuple[str, str], Source | None], max_bytes: int) -> list[list[tuple[Entry, int]]]:

@@ -78,6 +78,20 @@ def find_sources(program: Program, needs: Mapping[str, frozenset[str]]) -> dict[
     return found
 
 
+def weight_names(program: Program) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Site path -> the name in the whole model and the shape of its weight, where it is a parameter."""
+    from .sites import find_sites
+
+    nodes = {(region.path, node.name): (region, node) for region, node in program.nodes()}
+    found = {}
+    for site in find_sites(program, ("linear", "conv")):
+        region, op = nodes[site.region, site.roles["op"]]
+        weight = op.kwargs["weight"]
+        if isinstance(weight, fx.Node) and weight.op == "get_attr":
+            found[site.path] = (region.qualified(str(weight.target)), tuple(int(size) for size in weight.meta["val"].shape))
+    return found
+
+
 def _input(site: Site, op: fx.Node, channel: int) -> Source:
     value = op.kwargs["input"]
     assert isinstance(value, fx.Node)
@@ -216,14 +230,15 @@ class GradientTap(Tap):
     def take(self, gradients: Sequence[Tensor | None]) -> None:
         """Add one batch's gradients. Raises CalibrationError where they are not finite."""
         known = [gradient.detach().float() for gradient in gradients if gradient is not None]
-        self.seen = []
+        seen, self.seen = self.seen, []
         if not known:
             return
         total = sum(known[1:], known[0]).reshape(-1)
+        weight = seen[0].detach().reshape(-1).float()
         if not bool(total.isfinite().all()):
             raise CalibrationError("the gradient of this weight is NaN or infinite on a calibration batch", where=self.site,
                                    hint="check the loss, and that the model runs in a dtype that holds its gradients")
-        self.add(total)
+        self.add(total, weight)
 
     def results(self) -> dict[str, Tensor]:
         """The statistics, in the weight's shape; none when no gradient came by."""

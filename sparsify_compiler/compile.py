@@ -11,6 +11,8 @@ from torch import nn
 
 from . import catalog
 from .budget import Budget
+from .calibrate import Known
+from .calibrate_loss import Loss
 from .compile_job import Inputs, Job
 from .compiled import CompiledModel
 from .errors import BudgetError, CalibrationError, InputError
@@ -31,6 +33,8 @@ def compile(
     budget: Budget | None = None,
     calibration: Iterable[Inputs] | None = None,
     dynamic: Any = None,
+    loss: Loss | None = None,
+    known: Known | None = None,
     quality: Callable[[nn.Module], float] | None = None,
     against: Sequence[str] = ("eager",),
     seed: int = 0,
@@ -46,6 +50,9 @@ def compile(
     budget          Budget(density= | speedup= | latency_ms= | bytes= | quality_drop=); None where the recipe says its densities itself
     calibration     batches like example_inputs, for recipes that need statistics and for the quality of the outputs
     dynamic         {"input_ids": {0: "batch", 1: "seq"}}, or by position: dimensions that may change between calls
+    loss            loss(the model's output, the batch) -> one number, for scores that need gradients (snip, taylor); by default next-token cross
+                    entropy for a language model, else the mean square of the outputs
+    known           statistics of weights that were gathered elsewhere, as Movement.known() gives them
     quality         model -> float, higher is better, measured on the dense and on the compiled model
     against         dense forms to measure the whole model against: "eager", "compile" (torch.compile with frozen weights)
     seed            fixes whatever is random
@@ -59,9 +66,11 @@ def compile(
         raise BudgetError(f"a budget is Budget(density=...) or the like, not {type(budget).__name__} {budget!r}", where="budget")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"a seed is an int, not {type(seed).__name__} {seed!r}", where="seed")
+    if loss is not None and not callable(loss):
+        raise InputError(f"a loss is a function of the model's output and the batch, not {type(loss).__name__}", where="loss")
     with display(progress) as show, torch.no_grad():
         return Job(model, example_inputs, as_pipeline(recipe), resolve(target), budget, _batches(calibration), dynamic, quality, check_forms(against),
-                   seed, show, instruments).run()
+                   seed, show, instruments, loss, known).run()
 
 
 def as_pipeline(recipe: str | Path | Pipeline | Pass) -> Pipeline:

@@ -15,7 +15,8 @@ from torch import nn
 
 from . import catalog
 from .budget import Budget
-from .calibrate import calibrate
+from .calibrate import Known, calibrate
+from .calibrate_loss import Loss
 from .call import call_arguments, instantiate
 from .capture import capture
 from .compiled import CompiledModel
@@ -54,6 +55,8 @@ class Job:
     seed: int
     progress: Callable[[str, int, int], None]
     instruments: Sequence[Instrument] | None
+    loss: Loss | None = None
+    known: Known | None = None
     warnings: list[str] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -194,7 +197,8 @@ class Job:
 
     def calibrate(self, program: Program, needs: Mapping[str, frozenset[str]]) -> Any:
         assert self.batches is not None
-        return calibrate(program, self.batches, needs, progress=self.progress, warn=self.warnings.append)
+        return calibrate(program, self.batches, needs, progress=self.progress, warn=self.warnings.append, loss=self.loss,
+                         known=self.known)
 
     def measure_quality(self, model: nn.Module, captured: Program) -> float:
         """The user's metric; without one, how close the outputs are to the dense model's: the lowest cosine of them, at most 1."""

@@ -31,8 +31,8 @@ class Statistic:
             "hidden": the input of the FFN's down projection, for the sites that make it, up and gate; other sites get the empty sum of width 0.
             "block": `add` takes two sets of rows, the residual stream before and after the block that the site lies in; other sites get
             the statistic of no rows.
-            "gradient": `add` takes the gradient of the loss by the site's weight, flat, once a batch; width is the number of weights, and
-            the statistic has the weight's shape
+            "gradient": `add` takes the gradient of the loss by the site's weight and the weight, both flat, once a batch; width is the number of
+            weights, and the statistic has the weight's shape
     """
 
     start: Callable[[int], Tensor]
@@ -79,12 +79,16 @@ def _add_angles(total: Tensor, before: Tensor, after: Tensor) -> None:
     total += (cosine.clamp(-1, 1).arccos().sum() / torch.pi).to(total.device)
 
 
-def _add_gradient(total: Tensor, gradient: Tensor) -> None:
+def _add_gradient(total: Tensor, gradient: Tensor, weight: Tensor) -> None:
     total += gradient.to(total)
 
 
-def _add_gradient_squares(total: Tensor, gradient: Tensor) -> None:
+def _add_gradient_squares(total: Tensor, gradient: Tensor, weight: Tensor) -> None:
     total += gradient.to(total).square()
+
+
+def _add_movement(total: Tensor, gradient: Tensor, weight: Tensor) -> None:
+    total -= gradient.to(total) * weight.to(total)
 
 
 def _floats(width: int) -> Tensor:
@@ -113,6 +117,9 @@ STATISTICS: Mapping[str, Statistic] = {
     # float32 [the weight's shape]: the gradient of the loss by the weight, and its square, summed over the batches
     "gradient": Statistic(_floats, _add_gradient, lambda s, n: s, lambda w: 4 * w, "gradient"),
     "gradient_square": Statistic(_floats, _add_gradient_squares, lambda s, n: s, lambda w: 4 * w, "gradient"),
+    # float32 [the weight's shape]: by how much gradient descent moves the weight away from zero, -g * W, summed over the batches. What a
+    # movement.Movement has summed up in training takes its place where it is given
+    "movement": Statistic(_floats, _add_movement, lambda s, n: s, lambda w: 4 * w, "gradient"),
 }
 
 

@@ -21,7 +21,8 @@ from .statistic import STATISTICS
 #   cross       float32 [K, K]: D^T X, where D are the rows that the dense model has in the place of X. Needs a sweep with dense=True
 #   residual    float32 [out, K]: R^T X, where R is by how much the stream that the layer's output is added to is short of what it is in the dense
 #               model; [0, K] where the output is not added to anything. Needs a sweep with dense=True
-OWN = ("patch_gram", "patch_mean", "patch_norm", "patch_rows", "cross", "residual")
+#   rows        float32 [rows, K]: all of them
+OWN = ("patch_gram", "patch_mean", "patch_norm", "patch_rows", "cross", "residual", "rows")
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
 _Values = Mapping[fx.Node, Any]
 
@@ -129,6 +130,9 @@ class Gathering:
                 found = torch.tensor(rows.shape[0])
             elif name == "patch_gram":
                 found = rows.T @ rows
+            elif name == "rows":
+                self._sums[key] = torch.cat([self._sums[key], rows]) if key in self._sums else rows.clone()
+                continue
             elif dense is None:
                 raise CalibrationError(f"the statistic {name} compares with the dense model, which runs beside a sweep only", where=op.name,
                                        hint="say inputs='pruned'")

@@ -56,6 +56,11 @@ def mend(name: str, given: Cut) -> Repaired:
     return found
 
 
+def whole(found: Repaired) -> Tensor:
+    """The weight that the layer computes with in effect."""
+    return found.weight if found.low_rank is None else found.weight + found.low_rank[1] @ found.low_rank[0]
+
+
 def error(given: Cut, weight: Tensor, x: Tensor | None = None, bias: Tensor | None = None) -> float:
     x = rows() if x is None else x
     off = x @ (weight - given.weight).T
@@ -66,16 +71,16 @@ def error(given: Cut, weight: Tensor, x: Tensor | None = None, bias: Tensor | No
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_repair_keeps_to_the_mask_and_is_not_worse_than_none(name: str, structure: str) -> None:
     given = cut(structure)
-    if name == "dsnot" and structure in STRUCTURES[4:]:
+    if name in ("dsnot", "exchange") and structure in STRUCTURES[4:]:
         with pytest.raises(StructureError):
             mend(name, given)
         return
     before = given.weight.clone(), given.statistics["patch_gram"].clone()
     found = mend(name, given)
     assert torch.equal(found.weight * found.mask, found.weight)
-    if name != "dsnot":
+    if name not in ("dsnot", "exchange"):
         assert torch.equal(found.mask, given.given_mask())
-        assert error(given, found.weight, bias=found.bias) <= error(given, mend("none", given).weight) * 1.0001
+        assert error(given, whole(found), bias=found.bias) <= error(given, mend("none", given).weight) * 1.0001
     else:
         assert int(found.mask.sum()) == int(given.given_mask().sum())
         assert torch.equal(found.mask.sum(1), given.given_mask().sum(1))
@@ -90,14 +95,18 @@ def test_a_repair_that_chooses_keeps_to_the_structure(name: str, structure: str)
     given = cut(structure, chosen=False)
     found = mend(name, given)
     wanted = given.structure.mask(torch.rand(16, 32), given.density)
-    assert int(found.mask.sum()) == int(wanted.sum())
-    if structure in ("row", "fan_in"):
+    besides = sum(part.numel() for part in found.low_rank or ())
+    if not besides or given.structure.density is not None:
+        assert int(found.mask.sum()) == int(wanted.sum())
+    else:
+        assert int(found.mask.sum()) < int(found.mask.sum()) + besides < int(wanted.sum()) + (64 if structure == "Rows(size=2)" else 16)
+    if structure in ("row", "fan_in") and not besides:
         assert torch.equal(found.mask.sum(1), wanted.sum(1))
     elif structure not in ("unstructured", "Rows(size=2)"):
-        again = given.structure.mask(found.mask.float() + torch.rand(16, 32) * 1e-3, given.density)
+        again = given.structure.mask(found.mask.float() + torch.rand(16, 32) * 1e-3, float(found.mask.double().mean()))
         assert torch.equal(again, found.mask)
-    if structure != "Rows(size=2)":
-        assert error(given, found.weight) < error(given, mend("none", cut(structure)).weight)
+    if structure != "Rows(size=2)" and name != "sparse_low_rank":  # random weights have no low-rank part to find
+        assert error(given, whole(found)) < error(given, mend("none", cut(structure)).weight)
 
 
 def test_least_squares_is_the_exact_optimum() -> None:
@@ -161,6 +170,38 @@ def test_bias_makes_up_for_the_mean() -> None:
     assert float(off.mean(0).abs().max()) < 1e-3 * float((rows() @ given.weight.T).abs().mean())
 
 
+def test_sparse_and_low_rank_parts_are_found_again() -> None:
+    """A sum of the two is split within its budget, where a mask alone of that budget is far off; inputs that are always zero do no harm."""
+    generator = torch.Generator().manual_seed(2)
+    sparse = torch.randn(64, 96, generator=generator) * 4 * (torch.rand(64, 96, generator=generator) < 0.08)
+    weight = sparse + torch.randn(64, 4, generator=generator) @ torch.randn(4, 96, generator=generator)
+    x = torch.randn(500, 96, generator=generator)
+    x[:, 5] = 0
+    given = Cut(weight, None, Structure.parse("unstructured"), 0.25, statistics(x))
+    found = mend("sparse_low_rank(share=0.5, rounds=60)", given)
+    assert found.low_rank is not None
+    assert int(found.mask.sum()) + sum(part.numel() for part in found.low_rank) <= 0.25 * weight.numel() + 1
+    masked = weight * given.structure.mask(weight.abs(), 0.25)
+    assert error(given, whole(found), x) < 0.02 * error(given, masked, x)
+    with pytest.raises(StructureError, match="share"):
+        mend("sparse_low_rank(share=1.5)", given)
+
+
+def test_a_layer_with_a_low_rank_part_computes_both_and_is_not_cut_again() -> None:
+    model = nn.Sequential(nn.Linear(16, 32)).eval()
+    recipe = MaskWeights("repair", "row", density=0.5, repair="sparse_low_rank", inputs="pruned")
+    after, _, _ = run(model, recipe)
+    module = after.regions[""].module
+    weight, mask, reads, writes = (get_tensor(module, f"0.{name}") for name in ("weight", "weight_mask", "low_rank_reads", "low_rank_writes"))
+    x = BATCHES[0][0]
+    torch.testing.assert_close(instantiate(after)(x), nn.functional.linear(x, weight * mask + writes @ reads, model[0].bias))
+    assert after.decisions["0"].density == pytest.approx((int(mask.sum()) + reads.numel() + writes.numel()) / weight.numel())
+    ctx = Context(density=0.5)
+    Pipeline((MaskWeights(),)).run(after, ctx, ())
+    assert ctx.rewrites == 0
+    assert sum("low-rank part of 0" in miss.why for miss in ctx.misses) == 2
+
+
 def test_dsnot_lowers_the_mean_error() -> None:
     x, weight, shape = rows(2000, 256), torch.randn(16, 256, generator=torch.Generator().manual_seed(3)), Structure.parse("row")
     given = Cut(weight, shape.mask(weight.abs() * x.norm(dim=0), 0.5), shape, 0.5, statistics(x))
@@ -175,7 +216,7 @@ def test_dsnot_lowers_the_mean_error() -> None:
 # --- bad Gram matrices -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in REPAIRS if name not in ("none", "bias", "dsnot")])
+@pytest.mark.parametrize("name", [name for name in REPAIRS if name not in ("none", "bias", "dsnot", "exchange", "sparse_low_rank")])
 @pytest.mark.parametrize("case", ["one row", "dead inputs", "twins", "zero", "huge", "tiny"])
 def test_singular_gram_matrices_are_damped(name: str, case: str) -> None:
     x = rows()
@@ -244,7 +285,8 @@ def test_every_repair_in_the_pass(name: str, inputs: Any) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     plain, _, captured = run(model, MaskWeights("weight_times_input_norm"))
     after, ctx, _ = run(model, MaskWeights("weight_times_input_norm", repair=name, inputs=inputs))
-    assert [row.density for row in after.decisions.values()] == [0.5, 0.5, 0.5]
+    if name != "sparse_low_rank":  # under a given mask, its low-rank part comes on top, and the report counts it
+        assert [row.density for row in after.decisions.values()] == [0.5, 0.5, 0.5]
     assert ctx.rewrites == 3
     check_preserves(captured, after, BATCHES[0], Preserves.SIGNATURE)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -302,7 +344,9 @@ def test_shared_modules_are_repaired_once_and_tied_weights_are_left(name: str, i
     assert ctx.rewrites == 1
     assert any("tied" in miss.why for miss in ctx.misses)
     linears = [n for _, n in after.nodes() if str(n.target) == "aten.linear.default"]
-    assert linears[0].kwargs == {**linears[1].kwargs, "input": linears[0].kwargs["input"]}
+    assert ("low_rank_reads" in after.text()) == (name == "sparse_low_rank")
+    one, other = (node for node in linears if node.meta["path"].startswith("shared") and "low_rank" not in node.meta["path"])
+    assert one.kwargs == {**other.kwargs, "input": one.kwargs["input"]}
 
 
 @every_repair
@@ -310,6 +354,10 @@ def test_convolutions(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=4), nn.Conv2d(16, 8, 1)).eval()
     images = [(torch.rand(2, 8, 8, 8),) for _ in range(3)]
+    if name == "sparse_low_rank":
+        with pytest.raises(StructureError, match="linear layers only"):
+            run(model, MaskWeights(targets=("conv",), repair=name, inputs="pruned"), images)
+        return
     after, ctx, captured = run(model, MaskWeights(targets=("conv",), repair=name, inputs="pruned"), images)
     plain, _, _ = run(model, MaskWeights(targets=("conv",)), images)
     assert name == "none" or [miss.at for miss in ctx.misses] == ["2"]

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.passes.prune._layers import Layer, LeftDense, Use
+from sparsify_compiler.passes.prune._low_rank import add_low_rank
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, get_tensor, set_tensor
 
@@ -26,16 +27,31 @@ class Result:
     weight: Tensor | None = None
     bias: Tensor | None = None  # to be added to the layer's own
     note: str = ""
+    low_rank: tuple[Tensor, Tensor] | None = None  # (reads [r, K], writes [out, r]): what the layer computes besides, as two dense layers
 
     def tensors(self) -> dict[str, Tensor]:
         """As plain tensors, to be stored."""
-        parts = {"mask": self.mask, "weight": self.weight, "bias": self.bias, "note": torch.tensor(list(self.note.encode()), dtype=torch.uint8)}
+        reads, writes = self.low_rank or (None, None)
+        note = torch.tensor(list(self.note.encode()), dtype=torch.uint8)
+        parts = {"mask": self.mask, "weight": self.weight, "bias": self.bias, "note": note, "reads": reads, "writes": writes}
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> Result:
         """The inverse of `tensors`."""
-        return Result(tensors["mask"], tensors.get("weight"), tensors.get("bias"), bytes(tensors["note"].tolist()).decode())
+        low_rank = (tensors["reads"], tensors["writes"]) if "reads" in tensors else None
+        return Result(tensors["mask"], tensors.get("weight"), tensors.get("bias"), bytes(tensors["note"].tolist()).decode(), low_rank)
+
+    def whole(self, dense: Tensor) -> Tensor:
+        """The weight that the layer computes with in effect; `dense` is what it was. A repaired weight is zero beyond its mask already."""
+        cut = dense.detach() * self.mask if self.weight is None else self.weight
+        return cut if self.low_rank is None else cut + (self.low_rank[1] @ self.low_rank[0])
+
+    @property
+    def density(self) -> float:
+        """Numbers that are kept / weights; those of the low-rank part count too."""
+        besides = sum(part.numel() for part in self.low_rank or ())
+        return float(self.mask.double().mean()) + besides / max(self.mask.numel(), 1)
 
 
 def sources_of(layer: Layer) -> list[fx.Node]:
@@ -61,9 +77,11 @@ def apply(layer: Layer, result: Result, structure: str, budget: float, program: 
             if (use.region.path, old_bias) not in biases:
                 biases[use.region.path, old_bias] = add_bias(use, source, result.bias)
             use.op.kwargs = {**use.op.kwargs, "bias": biases[use.region.path, old_bias]}
+        if result.low_rank is not None:
+            add_low_rank(use.region, use.op, source, result.low_rank)
         use.op.meta["site"] = use.site.path
         program.decisions[use.site.path] = row = _row(use, layer.weight)
-        row.structure, row.density, row.budget = structure, float(result.mask.double().mean()), budget
+        row.structure, row.density, row.budget = structure, result.density, budget
         if use is not layer.uses[0]:
             row.dense_bytes, row.reason = None, f"shares the weight of {layer.path}"
 

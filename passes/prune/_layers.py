@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from sparsify_compiler.errors import SelectorError, nearest
+from sparsify_compiler.passes.prune._low_rank import MARK
 from sparsify_compiler.program import Program, Region, Site, get_tensor
 from sparsify_compiler.selectors import select
 from sparsify_compiler.sites import find_sites
@@ -94,6 +95,8 @@ def _selected(sites: list[Site], selectors: Iterable[str], program: Program) -> 
 def _unfit(use: Use, readers: dict[Hashable, list[tuple[Region, fx.Node]]], eager: dict[Hashable, str], chosen: list[Use]) -> str | None:
     """Why this site's weight cannot be pruned by itself; None when it can."""
     source = use.op.kwargs.get("weight")
+    if MARK in use.op.meta:
+        return f"it is the low-rank part of {use.op.meta[MARK]}"
     if not isinstance(source, fx.Node):
         return "it has no weight"
     if source.op != "get_attr":

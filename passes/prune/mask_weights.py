@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsify_compiler.errors import BudgetError, ModelError, ParseError, SparsifyError
+from sparsify_compiler.errors import BudgetError, ModelError, ParseError, SparsifyError, StructureError
 from sparsify_compiler.passes.prune._apply import Result, apply, leave_dense, sources_of
 from sparsify_compiler.passes.prune._evidence import evidence_of
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, LeftDense, find_layers
@@ -134,7 +134,7 @@ class MaskWeights(Pass):
                     kept.write(layer.path, result.tensors())
                 if result.note:
                     ctx.miss(result.note, layer.path)
-                visits.leave(sources_of(layer), (layer.weight.detach() if result.weight is None else result.weight) * result.mask)
+                visits.leave(sources_of(layer), result.whole(layer.weight))
                 apply(layer, result, str(self.structure), densities[layer.path], program)
                 done += 1
                 ctx.progress("mask weights", done, len(cut))
@@ -182,7 +182,10 @@ class MaskWeights(Pass):
         if not bool(found.weight.isfinite().all()):
             raise ModelError(f"the repair {self.repair} gave NaN or infinity", hint="raise its damping, or give more calibration batches")
         bias = None if found.bias is None else found.bias.to(weight.dtype)
-        return Result(found.mask.reshape(weight.shape), found.weight.to(weight.dtype).reshape(weight.shape), bias, found.note)
+        if found.low_rank is not None and any(use.site.kind != "linear" for use in layer.uses):
+            raise StructureError("a low-rank part can stand beside linear layers only", where=layer.path, hint="name this layer in ignore=")
+        low_rank = None if found.low_rank is None else (found.low_rank[0].to(weight.dtype), found.low_rank[1].to(weight.dtype))
+        return Result(found.mask.reshape(weight.shape), found.weight.to(weight.dtype).reshape(weight.shape), bias, found.note, low_rank)
 
     @property
     def _structure(self) -> Structure:

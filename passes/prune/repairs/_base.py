@@ -60,12 +60,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Repaired:
-    """weight [out, K], zero where mask [out, K] is False; bias [out], to be added to the layer's own; note: what the report should tell."""
+    """weight [out, K], zero where mask [out, K] is False; bias [out], to be added to the layer's own; note: what the report should tell.
+
+    low_rank  (reads [r, K], writes [out, r]): the layer computes x (weight + writes @ reads)^T, the second part as two dense layers
+    """
 
     weight: Tensor
     mask: Tensor
     bias: Tensor | None = None
     note: str = ""
+    low_rank: tuple[Tensor, Tensor] | None = None
 
 
 def windows(structure: Structure, columns: int, width: int, density: float) -> list[tuple[int, int, float]]:
@@ -91,10 +95,11 @@ def windows(structure: Structure, columns: int, width: int, density: float) -> l
     return found
 
 
-def damped(gram: Tensor, share: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, str]:
-    """(gram + share * mean diagonal * identity, its lower Cholesky factor, what had to be done beyond that).
+def damped(gram: Tensor, share: float, dtype: torch.dtype, power: float = 0.0) -> tuple[Tensor, Tensor, str]:
+    """(gram + share * m^(1 - power) * diagonal^power, m the mean of the diagonal; its lower Cholesky factor; what had to be done beyond that).
 
-    Inputs that are always zero get a diagonal of one. Where Cholesky fails, the share grows until it does not.
+    Power 0 damps all inputs alike, 1 each by its own scale. Inputs that are always zero get a diagonal of m.
+    Where Cholesky fails, the share grows until it does not.
     Raises CalibrationError for a Gram matrix that is not finite.
     """
     if not bool(gram.isfinite().all()):
@@ -110,7 +115,7 @@ def damped(gram: Tensor, share: float, dtype: torch.dtype) -> tuple[Tensor, Tens
     for attempt in range(TRIES):
         matrix = base.clone()
         extra = max(share, 1e-8) * MORE**attempt if attempt else share
-        matrix.diagonal().add_(extra * mean)
+        matrix.diagonal().add_(extra * mean * (diagonal / mean).clamp(min=0) ** power)
         matrix.diagonal()[dead] += mean
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not bool(failed) and bool(factor.isfinite().all()):

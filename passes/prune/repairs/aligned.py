@@ -17,7 +17,7 @@ STATISTICS: tuple[str, ...] = ("patch_gram", "cross", "residual")
 CHOOSES = True
 
 
-def aligned(cut: Cut, *, pull: float = 3.0, damping: float = 0.1, refit: float = 0.3, columns: int = 128) -> Repaired:
+def aligned(cut: Cut, *, pull: float = 3.0, damping: float = 0.1, refit: float = 0.3, power: float = 0.0, columns: int = 128) -> Repaired:
     """First move the whole weight to where the cut model's rows X give the dense model's output Y, then cut it by OBS, then solve for what is kept.
 
     Y is the layer's output in the dense model; where it is added to a residual stream, also what that stream is short of by now. A few thousand
@@ -26,10 +26,10 @@ def aligned(cut: Cut, *, pull: float = 3.0, damping: float = 0.1, refit: float =
     """
     dtype = cut.weight.dtype
     gram = cut.statistics["patch_gram"].to(dtype)
-    pulled, factor, _ = damped(gram, pull, dtype)
+    pulled, factor, _ = damped(gram, pull, dtype, power)
     target = cut.target() + cut.weight * (pulled - gram).diagonal()
     moved = torch.cholesky_solve(target.T, factor).T
     upper, note = inverse_factor(gram, damping, dtype)
-    _, mask = sweep_columns(replace(cut, weight=moved), moved, upper, columns)
-    matrix, _, _ = damped(gram, refit, dtype)
-    return Repaired(solve(matrix, moved @ matrix, mask), mask, note=note)
+    swept, mask = sweep_columns(replace(cut, weight=moved), moved, upper, columns)
+    matrix, _, _ = damped(gram, refit, dtype, power)
+    return Repaired(solve(matrix, moved @ matrix, mask, swept), mask, note=note)
