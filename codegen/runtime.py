@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen import build
-from sparsify_compiler.codegen.kernels import conv2d, linear
+from sparsify_compiler.codegen.kernels import conv2d, linear, mkl, repeated
 from sparsify_compiler.codegen.kernels.layout import LANES, Prepared, prepare
 from sparsify_compiler.codegen.kernels.panel import Panel
 from sparsify_compiler.codegen.kernels.rows import Rows
@@ -35,8 +35,10 @@ ALONE = 12_000      # vector FMAs below which waking other threads costs more th
 PLANS = 4096        # shapes of x remembered
 SLAB = 1 << 24      # elements of x or y in one call of a kernel: its indices are 32 bits wide, and its packed copy of x is bounded
 
-DENSE = {op: module for module in (linear, conv2d) for op in module.OPS}  # kernels of torch itself, for weights as they are
+# Kernels of torch itself, for weights as they are.
+DENSE: Mapping[str, tuple[Any, ...]] = {"linear": (linear, mkl), **dict.fromkeys(conv2d.OPS, (conv2d, repeated))}
 
+Dense = linear.PackedLinear | mkl.MklLinear | conv2d.PackedConv
 Layouts = list[Any]  # one weight laid out: for a sparse op (bias that is in it, Prepared), for a dense one what oneDNN packed
 
 
@@ -52,7 +54,7 @@ class Candidate:
     target: Target
     siblings: Layouts = field(default_factory=list, compare=False, repr=False)  # layouts of this weight
 
-    def bind(self, bias: Tensor | None = None) -> BoundKernel | linear.PackedLinear | conv2d.PackedConv:
+    def bind(self, bias: Tensor | None = None) -> BoundKernel | Dense:
         """Lay the weight out, build or load the variants. Raises KernelError."""
         return rebind(self.op, self.options, self.tensors, self.attributes, bias, {}, self.target, self.siblings)
 
@@ -62,14 +64,15 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
     """Every kernel that can run this op on x of `dtype`, most promising first; none where the dtypes or the target have no kernel.
 
     tensors, attributes   of the stored weight (formats/<name>.py). Of a dense op ("linear", "conv2d") the weight, for its packed form, its stride,
-                          padding, dilation and groups, and what to compute with it: add, activation, arguments (engine's epilogue.py)
+                          padding, dilation and groups, and what to compute with it: add, activation, arguments (engine's epilogue.py);
+                          any_rows where other numbers of rows than these will come
     rows                  numbers of rows of x to expect, e.g. (1, 128); of a convolution the shape of x
     shared                packed weights of this very layer, made before; a new one is added
     """
     if op in DENSE:
-        options = DENSE[op].options(tensors, attributes, dtype, rows, target)
         made = [] if shared is None else shared
-        return [] if options is None else [Candidate(linear.NAME, options, op, tensors, attributes, target, made)]
+        offered = [(module.NAME, module.options(tensors, attributes, dtype, rows, target)) for module in DENSE[op]]
+        return [Candidate(name, options, op, tensors, attributes, target, made) for name, options in offered if options is not None]
     values = tensors["values"]
     if dtype not in DTYPES or values.dtype not in (dtype, torch.bfloat16) or values.device.type != "cpu":
         return []
@@ -86,7 +89,7 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
 
 
 def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
-           files: Mapping[str, bytes], target: Target, shared: Layouts | None = None) -> BoundKernel | linear.PackedLinear | conv2d.PackedConv:
+           files: Mapping[str, bytes], target: Target, shared: Layouts | None = None) -> BoundKernel | Dense:
     """The kernel that a candidate with these options binds to this weight; `files` of an artefact spare building it.
 
     shared  layouts of this weight made before, of a sparse op each with the very bias that is in it; a new one is added
@@ -94,8 +97,9 @@ def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], a
     """
     try:
         if op in DENSE:
-            dense: linear.PackedLinear | conv2d.PackedConv = DENSE[op].bind(op, options, tensors, attributes, bias, target,
-                                                                            [] if shared is None else shared)
+            first, *others = DENSE[op]
+            module = next((other for other in others if options.get("form") == other.NAME), first)
+            dense: Dense = module.bind(op, options, tensors, attributes, bias, target, [] if shared is None else shared)
             return dense
         prepared = next((made for held, made in shared or () if held is bias), None)
         if prepared is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import InputError, nearest
+from .executor import live_function
 from .program import InputSpec, Program, Region, TensorSpec
 
 _CACHED_CALLS = 512
@@ -36,6 +37,7 @@ class Flattener:
         self._flat = self._positional == 0 and all(child.is_leaf() for child in self._named.values())
         self._tensors = tuple(i for i, leaf in enumerate(spec.leaves) if isinstance(leaf, TensorSpec))
         self._all_tensors = len(self._tensors) == len(spec.leaves)
+        self._ordered = self._flat and self._keys == spec.parameters[:len(self._keys)]
         self._seen: set[Any] = set()
         self._labels = _labels(spec)
 
@@ -58,6 +60,8 @@ class Flattener:
         return leaves if self._all_tensors else [leaves[i] for i in self._tensors]
 
     def _leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        if self._ordered and not kwargs and len(args) == len(self._keys):
+            return list(args)
         rest: tuple[Any, ...] = ()
         if args:
             rest, kwargs = self.spec.bind(args, kwargs)
@@ -156,15 +160,27 @@ class CapturedModule(nn.Module):
         self._graph = (graph,)  # in a tuple, so that it is no submodule: the tensors show under their own names instead
         self._modules, self._parameters, self._buffers = graph._modules, graph._parameters, graph._buffers
         # The graph's code is run on this module: torch.compile then sees the parameters as the module's own, and can freeze them.
-        self._code, self._kernels = type(graph).forward, vars(graph).get("forward")
-        self._spec = region.spec
+        self._code: Callable[..., Sequence[Any]] = type(graph).forward
+        self._kernels: Callable[..., Sequence[Any]] | None = vars(graph).get("forward")
+        self._live = None if self._kernels is not None else live_function(region)
+        self._spec, self._single = region.spec, region.spec.out_spec.is_leaf()
         self._flatten = Flattener(region.spec, _device(graph))
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises InputError where the call does not fit what was captured."""
         inputs = self._flatten(args, kwargs)
-        return unflatten_result(self._spec, self._code(self, *inputs) if self._kernels is None else self._kernels(*inputs))
+        flat = self._kernels(*inputs) if self._kernels is not None else self._run(inputs)
+        return flat[0] if self._single else unflatten_result(self._spec, flat)
+
+    def _run(self, inputs: Sequence[Tensor]) -> Sequence[Any]:
+        if self._live is None or torch.compiler.is_compiling():
+            return self._code(self, *inputs)
+        try:
+            flat: Sequence[Any] = self._live(self, *inputs)
+            return flat
+        except KeyError:  # a parameter was replaced by a computed one (torch's parametrizations): the slower way asks for attributes
+            return self._code(self, *inputs)
 
 
 class CapturedPart(CapturedModule):

@@ -1,6 +1,6 @@
-"""A graph as one flat Python function: operators, kernels and tensors are its globals, so a call costs what its operators cost.
+"""A graph as one flat Python function: operators and kernels are its globals, so a call costs what its operators cost.
 
-A GraphModule walks `self.encoder.layer.0...` for every tensor at every call and dispatches every sparse op through torch.ops; on a small
+A GraphModule walks `self.encoder.layer.0...` for every tensor at every call and dispatches every op through torch.ops by name; on a small
 model that is a tenth of the time.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .direct import DIRECT
 from .epilogue import META, epilogue_of
 from .operands import input_of
 from .program import Region, get_tensor
@@ -25,9 +26,21 @@ def flat_function(region: Region) -> Callable[..., Any]:
 
     The tensors of the region are bound now: build it again after replacing one.
     """
-    writer = _Writer(region)
+    return _function(_Writer(region))
+
+
+def live_function(region: Region) -> Callable[..., Any]:
+    """forward(module, *flat inputs) of the region's graph, without kernels; its tensors are read, at each call, where they stand in the module.
+
+    So the module trains, loads and is copied like any other. Raises KeyError where a tensor is no plain parameter or buffer there any more.
+    """
+    return _function(_LiveWriter(region))
+
+
+def _function(writer: _Writer) -> Callable[..., Any]:
+    region = writer.region
     lines = [line for node in region.graph.nodes for line in writer.statement(node)]
-    source = f"def forward({', '.join(writer.inputs)}):\n" + "".join(f"    {line}\n" for line in lines)
+    source = f"def forward({', '.join(writer.inputs)}):\n" + "".join(f"    {line}\n" for line in (*writer.opening, *lines))
     name = f"<sparsify {region.path or 'model'} {id(writer):x}>"
     # Python shows the lines of the function in tracebacks and profiles.
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
@@ -41,9 +54,10 @@ class _Writer:
     """Turns nodes into statements and collects what they refer to."""
 
     def __init__(self, region: Region) -> None:
-        self.module = region.module
+        self.region, self.module = region, region.module
         self.globals: dict[str, Any] = {}
         self.inputs: list[str] = []
+        self.opening: list[str] = []  # statements before all others
         self._names: dict[fx.Node, str] = {}
         self._constants: dict[int, str] = {}
         self._kernels, self._skipped = _kernels(region.graph)
@@ -57,13 +71,16 @@ class _Writer:
             self.inputs.append(name)
             return []
         if node.op == "get_attr":
-            self.globals[name] = get_tensor(self.module, str(node.target))
+            self._tensor(node, name)
             return []
         if node.op == "output":
             return [f"return {self._value(node.args[0])}"]
         dying = [self._names[n] for n in self._dying.get(node, ()) if n.op not in ("get_attr", "output")]
         freed = f"; {' = '.join(dying)} = None" if dying else ""
         return [f"{name} = {self._call(node)}{freed}"]
+
+    def _tensor(self, node: fx.Node, name: str) -> None:
+        self.globals[name] = get_tensor(self.module, str(node.target))
 
     def _read(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose values a statement needs."""
@@ -81,7 +98,7 @@ class _Writer:
                     break
                 positional.append(named.pop(argument.name))
         parts = [self._value(value) for value in positional] + [f"{key}={self._value(value)}" for key, value in named.items()]
-        return f"{self._constant(node.target)}({', '.join(parts)})"
+        return f"{self._constant(DIRECT.get(node.target, node.target))}({', '.join(parts)})"
 
     def _value(self, value: Any) -> str:
         if isinstance(value, fx.Node):
@@ -99,6 +116,38 @@ class _Writer:
             name = self._constants[id(value)] = f"c{len(self._constants)}"
             self.globals[name] = value
         return self._constants[id(value)]
+
+
+class _LiveWriter(_Writer):
+    """Reads every tensor out of the module that is the function's first argument: one lookup a tensor, and two a module that owns some."""
+
+    def __init__(self, region: Region) -> None:
+        super().__init__(region)
+        self.inputs.append("module")
+        self._kernels, self._skipped = {}, set()
+        self._dying = _last_uses([(node, node.all_input_nodes) for node in region.graph.nodes])
+        self._owners: dict[str, str] = {"": "module"}
+        self._tables: dict[str, str] = {}
+
+    def _tensor(self, node: fx.Node, name: str) -> None:
+        owner, _, leaf = str(node.target).rpartition(".")
+        kind = "_parameters" if leaf in self.module.get_submodule(owner)._parameters else "_buffers"
+        self._names[node] = f"{self._table(owner, kind)}[{leaf!r}]"
+
+    def _table(self, owner: str, kind: str) -> str:
+        place = f"{owner}.{kind}"
+        if place not in self._tables:
+            self._tables[place] = f"t{len(self._tables)}"
+            self.opening.append(f"{self._tables[place]} = {self._owner(owner)}.{kind}")
+        return self._tables[place]
+
+    def _owner(self, path: str) -> str:
+        if path not in self._owners:
+            parent, _, name = path.rpartition(".")
+            parent_name = self._owner(parent)
+            self._owners[path] = f"m{len(self._owners)}"
+            self.opening.append(f"{self._owners[path]} = {parent_name}._modules[{name!r}]")
+        return self._owners[path]
 
 
 def _kernels(graph: fx.Graph) -> tuple[dict[fx.Node, tuple[Any, tuple[fx.Node, ...]]], set[fx.Node]]:

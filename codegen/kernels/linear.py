@@ -19,7 +19,7 @@ from sparsify_compiler.codegen.kernels.pointwise import NONE, Spelled, spell
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
 
-OPS, NAME = ("linear",), "dense packed"
+NAME = "dense packed"
 
 
 def options(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],

@@ -26,6 +26,9 @@ from sparsify_compiler.shapes import example_shape
 
 aten = torch.ops.aten
 LAST = "dense eager, channels last"
+# A packed weight that is more than so many times its own bytes (oneDNN pads groups of few channels to blocks of 16) has to save so much of the
+# layer's time to be worth its room; nobody minds a few kilobytes.
+SWOLLEN, SAVES, FEW_BYTES = 2, 0.2, 1 << 16
 # Read memory as it lies, whatever the layout of their input is.
 STRIDED = frozenset({aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default})
 
@@ -38,25 +41,41 @@ class Conv(Layer):
     own: float = 0.0
     chosen: str = LAST
     time: float = 0.0
+    weighed: str = ""  # what was said of a packed weight that is many times larger than the layer's own
 
     def pick(self, timings: Mapping[str, Timing], margin: float) -> None:
         """Choose a form for channels last, and let go of the others."""
         times, bar = {name: timing.median for name, timing in timings.items()}, 1 - abs(margin)
+        packed = [name for name in times if self.forms[name].kernel is not None]
         best = LAST
         # Packed where it takes the same time, as it brings x into this layout for whatever follows; and with all that it can compute besides.
-        for name in [name for name in times if self.forms[name].kernel is not None]:
+        for name in [name for name in packed if not self._swells(name)]:
             best = best if times[best] < times[name] * bar else name
+        large = min((name for name in packed if self._swells(name)), key=lambda name: times[name], default=None)
+        if large is not None and times[large] < times[best]:
+            pays, held = times[large] < times[best] * (1 - SAVES), self.forms[large].kernel.resident_bytes
+            self.weighed = f"{large} holds {held:,} bytes for a weight of {self._bytes:,} and takes {times[large]:.3g} ms instead of " \
+                f"{times[best]:.3g}: {'worth it' if pays else 'not worth it'}"
+            best = large if pays else best
         self.chosen = best
         self.own, self.time = times[EAGER], times[self.chosen]
         self.forms = {self.chosen: self.forms[self.chosen]}
         self.runs.clear()
 
+    @property
+    def _bytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
+    def _swells(self, form: str) -> bool:
+        held = self.forms[form].kernel.resident_bytes
+        return bool(held > SWOLLEN * self._bytes and held - self._bytes > FEW_BYTES)
+
     def write(self, form: str, time: float, reason: str) -> None:
         """Note in the decision what runs."""
         row = self.decision
         row.rows, row.dense_form, row.dense_ms, row.kernel, row.compiled_ms = self.positions, form, time, form, time
-        row.bytes = self.weight.numel() * self.weight.element_size()
-        say(row, reason)
+        row.bytes = self._bytes
+        say(row, f"{reason}; {self.weighed}" if self.weighed else reason)
 
 
 def is_conv(node: fx.Node) -> bool:

@@ -71,7 +71,8 @@ def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken:
     x = noise(region, input_of(node), ctx)
     rows = x.numel() // max(x.shape[-1], 1)
     layer = Linear(region, node, row_of(region, node, "linear", weight, program), weight, bias, packed=packed, rows=rows)
-    dense = fused(node, "linear", {"weight": weight}, {}, x.dtype, (rows,), ctx, taken)
+    fixed = all(isinstance(size, int) for size in input_of(node).meta["val"].shape)
+    dense = fused(node, "linear", {"weight": weight}, {} if fixed else {"any_rows": True}, x.dtype, (rows,), ctx, taken)
     layer.chain = dense[-1][0] if dense else layer.chain
     other = None if layer.chain.other is None else noise(region, node, ctx)
     layer.add(EAGER, partial(_eager, weight, bias), x, other, Form())
