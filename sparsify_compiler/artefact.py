@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from .artefact_dense import export_dense
 from .artefact_graph import decode_region, encode_region
-from .artefact_kernels import bind_kernels, check_packed, leave_on_disk
+from .artefact_kernels import bind_kernels, check_packed
 from .artefact_manifest import MANIFEST, is_artefact, peek, read_manifest, write_manifest
 from .artefact_skeleton import encode_skeleton, restore_skeleton
 from .artefact_tensors import TensorSource, TensorStore
@@ -32,6 +32,7 @@ from .compiled import CompiledModel
 from .decision import Decision
 from .errors import ArtefactError, InputError
 from .memory import give_back
+from .packed_storage import leave_in_artefact
 from .program import LeftOut, Program, Region, Stage, TensorSpec
 from .report import Report
 from .storage import read_safetensors, settled, write_safetensors, writing
@@ -176,7 +177,7 @@ def _read(folder: Path, model: nn.Module | None, target: Target | str | None, re
     runs_on = made_for
     if nodes:
         runs_on = bind_kernels(folder, manifest, graph["kernels"], nodes, made_for, target, rebuild)
-    mapped = leave_on_disk(folder / WEIGHTS, graph, program)
+    mapped = leave_in_artefact(folder / WEIGHTS, graph, program)
     del source
     give_back()
     return CompiledModel(program, runs_on, read_report(folder), mapped)

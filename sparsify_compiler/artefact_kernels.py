@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx
 
 from . import catalog
 from .errors import ArtefactError, KernelError
 from .operands import operands, operator_of
-from .program import Program, Region, get_tensor, set_tensor
-from .storage import map_safetensors
+from .program import Region
 from .target import Target, host, resolve
 
 
@@ -58,37 +56,6 @@ def _bind(region: Region, node: fx.Node, options: Mapping[str, Any], files: Mapp
     except ValueError as error:
         raise ArtefactError(str(error), where="graph.json", hint="save the model again") from error
     return runtime.rebind(operator_of(node), options, tensors, attributes, bias, files, target)
-
-
-def leave_on_disk(weights: Path, graph: Mapping[str, Any], program: Program) -> list[Tensor]:
-    """Map the stored tensors of packed weights that have a kernel, which holds its own copy of them, instead of keeping them in memory.
-
-    Returns what is mapped now: nothing on a system where a mapped file could not be replaced.
-    """
-    if os.name != "posix":
-        return []
-    mapped: list[Tensor] = []
-    found: dict[str, Tensor] = {}
-    for data in graph["regions"]:
-        region = program.regions[data["path"]]
-        for name in [name for node in region.graph.nodes if _runs_packed(node) for name in _stored(node)]:
-            found = found or map_safetensors(weights)
-            record, held = data["tensors"][name], get_tensor(region.module, name)
-            tensor = found.get(record["key"])
-            same = tensor is not None and (tensor.dtype, tensor.shape, tensor.stride()) == (held.dtype, held.shape, held.stride())
-            if tensor is not None and same and not isinstance(held, nn.Parameter):
-                set_tensor(region.module, name, tensor)
-                mapped.append(tensor)
-    return mapped
-
-
-def _runs_packed(node: fx.Node) -> bool:
-    return node.meta.get("kernel") is not None and getattr(node.target, "namespace", "") == "sparsify"
-
-
-def _stored(node: fx.Node) -> list[str]:
-    """Names of the tensors that a packed node reads, its bias left out."""
-    return [str(value.target) for key, value in node.kwargs.items() if key != "bias" and isinstance(value, fx.Node) and value.op == "get_attr"]
 
 
 def check_packed(region: Region) -> None:

@@ -23,6 +23,8 @@ from .compiled import CompiledModel
 from .errors import TargetError
 from .instruments import Instrument
 from .measure import interleave
+from .memory import give_back
+from .packed_storage import leave_in_temporary_file
 from .passes_api import Context, Miss, Pass
 from .pipeline import Pipeline
 from .plan import Attempt, search
@@ -112,7 +114,8 @@ class Job:
 
     def try_bytes(self, captured: Program, density: float) -> Attempt[Program]:
         lowered = self.build(captured, density)
-        return Attempt(density, float(CompiledModel(lowered, self.target).resident_bytes()), lowered)
+        compiled = CompiledModel(lowered, self.target, mapped=leave_in_temporary_file(lowered))
+        return Attempt(density, float(compiled.resident_bytes()), lowered)
 
     def try_latency(self, captured: Program, density: float) -> Attempt[Program]:
         """Sites that do not pay keep their own weights: quality is only given up where it buys time."""
@@ -158,7 +161,8 @@ class Job:
         """The compiled model with its report: times of the whole, bytes, quality."""
         args, kwargs = call_arguments(self.example)
         report = self.report(program)
-        compiled = CompiledModel(program, self.target, report)
+        compiled = CompiledModel(program, self.target, report, leave_in_temporary_file(program))
+        give_back()
         timings = self.timed("measure", lambda: interleave({**dense, COMPILED: lambda: compiled(*args, **kwargs)}))
         report.dense = [Form(name, timings[name].median, timings[name].low, timings[name].high) for name in dense]
         report.compiled = Form(COMPILED, timings[COMPILED].median, timings[COMPILED].low, timings[COMPILED].high)

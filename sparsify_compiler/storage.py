@@ -155,6 +155,14 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     return made
 
 
+def mapped_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors in a temporary file that only they hold (see map_safetensors). Raises StorageError where it cannot be written."""
+    with _storage_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="sparsify-") as folder:
+        file = Path(folder) / "tensors.safetensors"
+        write_safetensors(file, {name: tensor.contiguous() for name, tensor in tensors.items()})
+        return map_safetensors(file)
+
+
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Held by one process at a time for a path. The file lies in the system's temporary folder: nothing is left beside the artefact."""

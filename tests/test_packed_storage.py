@@ -15,7 +15,8 @@ from sparsify_compiler import catalog
 from sparsify_compiler.artefact import GRAPH, KERNELS, WEIGHTS, export_dense
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.operands import operands
-from sparsify_compiler.program import Region, get_tensor
+from sparsify_compiler.packed_storage import leave_in_temporary_file
+from sparsify_compiler.program import Region, get_tensor, set_tensor
 from sparsify_compiler.storage import map_safetensors, read_safetensors, write_safetensors
 
 # structure, density -> the format that Pack takes
@@ -75,25 +76,42 @@ def test_bytes_on_disk_are_those_of_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("structure", ["unstructured", "16x1"])
-def test_a_loaded_model_holds_a_packed_weight_once(structure: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_packed_weight_is_in_memory_once(structure: str, loaded: bool, tmp_path: Path) -> None:
     compiled, x = packed(structure, 0.2)
     compiled.save(tmp_path / "out")
-    again = sc.load(tmp_path / "out")
-    region, node = packed_node(again)
-    stored = operands(region, node)[0].values()
-    assert compiled.resident_bytes() - again.resident_bytes() == sum(t.numel() * t.element_size() for t in stored)
+    model = sc.load(tmp_path / "out") if loaded else compiled
+    region, node = packed_node(model)
+    kernel, stored = node.meta["kernel"].state().values(), operands(region, node)[0].values()
+    others = [get_tensor(region.module, str(n.target)) for n in region.graph.nodes if n.op == "get_attr" and "packed" not in str(n.target)]
+    dense = [n.meta["kernel"].resident_bytes for n in region.graph.nodes if n is not node and n.meta.get("kernel") is not None]
+    counted = sum(t.untyped_storage().nbytes() for t in (*kernel, *others)) + sum(dense)
+    assert model.resident_bytes() == compiled.resident_bytes() == counted
     held = {t.untyped_storage().data_ptr() for t in stored}
     assert len(held) == 1, "each of them lies in the one mapped file"
-    assert held.isdisjoint(t.untyped_storage().data_ptr() for t in node.meta["kernel"].state().values())
-    other = next(get_tensor(region.module, str(n.target)) for n in region.graph.nodes if n.op == "get_attr" and "packed" not in str(n.target))
-    assert other.untyped_storage().data_ptr() not in held
+    assert held.isdisjoint(t.untyped_storage().data_ptr() for t in (*kernel, *others))
     before = {name: tensor.clone() for name, tensor in compiled.state_dict().items()}
-    again.save(tmp_path / "out")  # over the very file that is mapped
-    third = sc.load(tmp_path / "out")
+    model.save(tmp_path / "out")  # over the very file that is mapped
+    again = sc.load(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
-    for model in (again, third):
-        assert torch.equal(model(x), compiled(x))
-        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for each in (model, again):
+        assert torch.equal(each(x), compiled(x))
+        assert all(torch.equal(before[name], tensor) for name, tensor in each.state_dict().items())
+
+
+def test_without_room_for_a_file_it_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    compiled, x = packed("16x1", 0.2)
+    expected, once = compiled(x), compiled.resident_bytes()
+    stored = operands(*packed_node(compiled))[0]
+    for name, tensor in stored.items():
+        set_tensor(compiled.program.regions[""].module, f"0.weight_packed.{name}", tensor.clone())
+    monkeypatch.setattr("sparsify_compiler.storage.write_safetensors", full)
+    twice = CompiledModel(compiled.program, compiled.target, mapped=leave_in_temporary_file(compiled.program))
+    assert twice.resident_bytes() - once == sum(t.numel() * t.element_size() for t in stored.values())
+    assert torch.equal(twice(x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

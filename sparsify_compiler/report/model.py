@@ -62,8 +62,7 @@ class Report:
 
     target and versions as plain data; date as ISO 8601 text, given by whoever measured. `dense` lists every dense form that was measured;
     the fastest one is the yardstick. Bytes in memory and on disk are of the whole model, indices included; on disk they are those of the
-    artefact's weights, graph and kernels. In memory a packed weight counts twice after compile(), as stored and as its kernel laid it out, and
-    once after load(), which leaves what is stored in the file.
+    artefact's weights, graph and kernels. In memory a packed weight counts once, as its kernel laid it out: what is stored of it lies in a file.
     """
 
     model: str = ""
