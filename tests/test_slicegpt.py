@@ -36,7 +36,7 @@ def run(pipeline: Any, program: Program, inputs: Any, batches: bool = True) -> t
 @pytest.mark.parametrize("untie", [False, True])
 def test_a_language_model_says_the_same_in_its_new_bases(share: int, untie: bool) -> None:
     _, inputs, program = zoo.captured("llama")
-    rotated, ctx = run((FoldNormAffine(untie), RotateStream(share, untie)), program, inputs)
+    rotated, ctx = run((FoldNormAffine(untie), RotateStream(share, untie=untie)), program, inputs)
     assert ctx.rewrites > 0
     tied = {id(t) for name, t in instantiate(rotated).named_parameters() if t.shape == (100, 36)}
     assert len(tied) == (2 if untie else 1)

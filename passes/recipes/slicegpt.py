@@ -17,5 +17,5 @@ def slicegpt(density: float | None = None, share: int = 1, untie: bool = False, 
 
     Paper      SliceGPT: Compress Large Language Models by Deleting Rows and Columns, Ashkboos et al., arXiv:2401.15024
     """
-    return Pipeline((LayernormToRmsnorm(untie), FoldNormAffine(untie), RotateStream(share, untie),
+    return Pipeline((LayernormToRmsnorm(untie), FoldNormAffine(untie), RotateStream(share, density, untie),
                      RemoveChannels("leading", "uniform", density, ("stream", "embedding") if untie else ("stream",), multiple=multiple)))

@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify_compiler.errors import CalibrationError, ParseError
+from sparsify_compiler.errors import BudgetError, CalibrationError, ParseError
 from sparsify_compiler.normal_form_edit import argument, aten, insert, is_call
 from sparsify_compiler.passes.reparam._bases import Bases, Rotation, plan_bases
 from sparsify_compiler.passes.reparam._stream import stream_of
 from sparsify_compiler.passes_api import Context, Miss, Pass
 from sparsify_compiler.program import Program, set_tensor
+from sparsify_compiler.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class RotateStream(Pass):
 
     share  how many values in turn that a norm reads have one basis. With 1 (the paper's) every residual connection needs a matrix from one basis to
            the next; with 0 there is one basis, and none
+    density  share of the features that will be kept, by default the user's budget: the components of each part are then those of what is left when
+           the parts before it were cut (the paper's order; with share=1, and a model that was captured whole). Otherwise of the dense model
     untie  rotate an embedding or weight that others read too, by giving the stream a copy of its own; else what it writes keeps its basis
 
     Matches    rms_norm(h), h a sum of linear(x, w, b), embedding(i, e) and parameters p that nothing but rms_norms and sums reads
@@ -35,11 +38,14 @@ class RotateStream(Pass):
     """
 
     share: int = 1
+    density: float | None = None
     untie: bool = False
 
     idempotent: ClassVar[bool] = False  # the principal components are found anew
 
     def __post_init__(self) -> None:
+        if self.density is not None and not 0 < self.density <= 1:
+            raise BudgetError(f"a density lies above 0 and at most at 1, got {self.density}", where="rotate_stream")
         if self.share < 0:
             raise ParseError(f"share is a number of norms, or 0 for all, not {self.share}", where="rotate_stream")
 
@@ -61,9 +67,36 @@ class RotateStream(Pass):
             if not norms:
                 ctx.miss("there is no rms_norm in the graph: layernorm_to_rmsnorm makes them", region.path)
         plans = [plan for plan in plans if ctx.spend()]
-        for plan, bases in zip(plans, _principal(program, plans, ctx), strict=True):
+        density = self.density if self.density is not None else ctx.density
+        ordered = self.share == 1 and density is not None and ctx.batches is not None and program.skeleton is None
+        found = _in_order(program, plans, density or 1.0, ctx) if ordered else _principal(program, plans, ctx)
+        for plan, bases in zip(plans, found, strict=True):
             Rotation(plan, bases, self.name()).run()
         return program
+
+
+def _in_order(program: Program, plans: list[Bases], density: float, ctx: Context) -> list[dict[int, Tensor]]:
+    """For each plan, basis -> eigenvectors as below; what reaches a norm has lost the last features of all parts before it."""
+    sweep = Sweep(program, ctx.batches or ())
+    result: list[dict[int, Tensor]] = [{} for _ in plans]
+    stops = {norm.kwargs["input"]: (number, basis) for number, plan in enumerate(plans) for basis, norms in plan.norms.items() for norm in norms}
+    for done, node in enumerate(sorted(stops, key=sweep.order), 1):  # type: ignore[arg-type]
+        assert isinstance(node, fx.Node)
+        number, basis = stops[node]
+        values = sweep.reach(node)
+        rows = torch.cat([value.reshape(-1, value.shape[-1]) for value in values])
+        directions = torch.nn.functional.normalize(rows, dim=1)
+        result[number][basis] = q = _sorted_basis((directions.T @ directions).double())
+        kept = q[:, : max(1, round(density * q.shape[1]))].to(rows)
+        sweep.substitute(node, [value @ kept @ kept.T for value in values])
+        ctx.progress("rotate stream", done, len(stops))
+    return result
+
+
+def _sorted_basis(gram: Tensor) -> Tensor:
+    """Eigenvectors, largest eigenvalue first."""
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    return vectors
 
 
 def _principal(program: Program, plans: list[Bases], ctx: Context) -> list[dict[int, Tensor]]:
@@ -84,7 +117,7 @@ def _principal(program: Program, plans: list[Bases], ctx: Context) -> list[dict[
         bases = {}
         for basis, norms in plan.norms.items():
             gram = torch.stack([found.get(_name(number, norm), "gram").double() for norm in norms]).sum(0)
-            bases[basis] = torch.linalg.eigh(gram).eigenvectors.flip(1)
+            bases[basis] = _sorted_basis(gram)
         result.append(bases)
     return result
 
