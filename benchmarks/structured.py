@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--split", choices=["held out", "choose"], default="held out")
     parser.add_argument("--density", type=float, default=0.75)
     parser.add_argument("--model", nargs="+", choices=list(OF), default=list(OF))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS))
@@ -190,7 +191,7 @@ class Mpnet(Subject):
         place = mpnet_folder(arguments.cache)
         self.model = AutoModel.from_pretrained(place, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(place)
-        calibrated, measured = brown(arguments.brown)
+        calibrated, measured = brown(arguments.brown, arguments.split)
         self.batches = [self._batch(text, 64) for text in spread(calibrated, arguments.samples)]
         self.timed = self._batch(calibrated[0], LENGTH)
         documents = [line for line in (Path(package("gensim")) / "test/test_data/lee.cor").read_text(encoding="latin-1").splitlines() if line]
