@@ -228,8 +228,9 @@ def test_its_tensors_save_and_load(tmp_path: Any) -> None:
 
 
 def test_it_exports_to_onnx(tmp_path: Any) -> None:
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
     images = lived_in("repvgg_tiny", torch.float32)[1]
     result = merged("repvgg_tiny", torch.float32)
     torch.onnx.export(result, (images,), tmp_path / "model.onnx", dynamo=True, verbose=False)
@@ -237,8 +238,7 @@ def test_it_exports_to_onnx(tmp_path: Any) -> None:
     onnx.checker.check_model(stored)
     assert Counter(node.op_type for node in stored.graph.node)["Conv"] == 7
     assert not any(node.op_type in ("BatchNormalization", "Add") for node in stored.graph.node)
-    onnx_reference = pytest.importorskip("onnx.reference")
-    got, = onnx_reference.ReferenceEvaluator(stored).run(None, {stored.graph.input[0].name: images.numpy()})
+    got, = ReferenceEvaluator(stored).run(None, {stored.graph.input[0].name: images.numpy()})
     assert torch.allclose(torch.from_numpy(got), result(images), rtol=1e-4, atol=1e-5)
 
 
