@@ -80,6 +80,19 @@ def build(case: Case) -> tuple[nn.Module, Tensor, int]:
     return _cut(nn.Sequential(*layers), case, nn.Linear), torch.randn(case.rows, shapes[0][1]), len(shapes)
 
 
+def restore(case: Case, folder: Path) -> tuple[nn.Module, Tensor]:
+    """The model and the input that `export` wrote into the folder, in memory of their own. Drawing large weights anew would take seconds."""
+    if not case.is_chain:
+        return build(case)[:2]
+    parts: list[nn.Module] = []
+    for i in range(len(list(folder.glob("weight-*.npy")))):
+        weight, bias = (torch.from_numpy(np.load(folder / f"{name}-{i}.npy")) for name in ("weight", "bias"))
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+        parts += [layer, nn.ReLU()]
+    return nn.Sequential(*parts).eval(), torch.from_numpy(np.load(folder / "x.npy"))
+
+
 def masked(model: nn.Module) -> nn.Module:
     """The same model, the zeros of each cut layer in a mask of its own, as torch.nn.utils.prune writes it: what our compiler takes."""
     for layer in model.modules():

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import peer_report
-from peer_cases import Case, build, masked, names
+from peer_cases import Case, build, export, masked, names, restore
 from peer_process import Engine, EngineError
 
 
@@ -34,6 +35,15 @@ def test_a_chain_is_cut_as_its_name_says(structure: str, density: float) -> None
     assert len(weights) == layers
     assert {tuple(w.shape) for w in weights} == {(96, 64), (64, 96)}
     assert all(abs(float((w != 0).float().mean()) - density) < 0.01 for w in weights)
+
+
+@pytest.mark.parametrize("name", ["96x64/4/16x1/0.2", "bert/8/dense/1"])
+def test_what_is_exported_comes_back(name: str, tmp_path: Path) -> None:
+    case = Case.parse(name)
+    export(case, tmp_path)
+    model, x = restore(case, tmp_path)
+    assert torch.equal(model(x), torch.from_numpy(np.load(tmp_path / "expected.npy")))
+    assert (tmp_path / "model.onnx").stat().st_size > 0.99 * sum(p.numel() * 4 for p in model.parameters())  # equal ones are stored once
 
 
 def test_masks_beside_weights_compute_the_same() -> None:

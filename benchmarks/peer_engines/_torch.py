@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer_cases import Case, build
+from peer_cases import Case, restore
 from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -22,7 +22,7 @@ def case_of(folder: Path) -> Case:
 
 def module(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     """The case's plain model and its input."""
-    model, x, _ = build(case_of(folder))
+    model, x = restore(case_of(folder), folder)
     return model.to(dtype), x.to(dtype)
 
 
