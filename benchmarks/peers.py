@@ -18,6 +18,8 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -63,6 +65,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90.0, help="stop a group's rounds after this long (three rounds at the least)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--environments", type=Path, default=Path("build/peers"), help="where scripts/peers_env.sh made them")
+    parser.add_argument("--folder", type=Path, help="keep the cases' files here, and use those that are there: drawing large weights takes long")
+    parser.add_argument("--export", action="store_true", help="write the cases' files into --folder, and measure nothing")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--verbose", action="store_true", help="show what the engines print")
@@ -73,6 +77,14 @@ def main() -> None:
     cases = [Case.parse(name) for name in names() if any(fnmatch.fnmatchcase(name, pattern) for pattern in options.cases)]
     if not cases:
         parser.error("no case has such a name; --list shows them all")
+
+    if options.export:
+        if options.folder is None:
+            parser.error("--export needs --folder")
+        for case in cases:
+            with exported(case, options.folder):
+                pass
+        return
 
     console, results = Console(width=150), {}
     engines = start(options, console)
@@ -107,16 +119,26 @@ def measure(cases: list[Case], engines: dict[str, Engine], options: argparse.Nam
     """The forms of each case of one group, timed together; dense forms are in the list of every case."""
     forms: list[Form] = []
     for i, case in enumerate(cases):
-        with tempfile.TemporaryDirectory() as folder:
-            export(case, Path(folder))
+        with exported(case, options.folder) as folder:
             for engine in engines.values():
                 if i == 0 or ENGINES[engine.name][1]:
-                    forms += load(engine, case, Path(folder), console)
+                    forms += load(engine, case, folder, console)
     forms = [form for form in forms if ready(form, engines[form.engine], options.turn, console)]
     take_turns(forms, engines, options.rounds, options.seconds)
     for engine in engines.values():
         engine.ask("forget", [])
     return [[form for form in forms if form.case in (None, case.name)] for case in cases]
+
+
+@contextmanager
+def exported(case: Case, folder: Path | None) -> Iterator[Path]:
+    """Where the case's files are: kept in `folder` for the next run, or in a temporary one."""
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) if folder is None else folder / case.name.replace("/", "_")
+        if not (place / "case.json").exists():  # the last file that is written
+            place.mkdir(parents=True, exist_ok=True)
+            export(case, place)
+        yield place
 
 
 def load(engine: Engine, case: Case, folder: Path, console: Console) -> list[Form]:
