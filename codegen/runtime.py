@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler import catalog
-from sparsify_compiler.codegen import build
+from sparsify_compiler.codegen import build, planes
 from sparsify_compiler.codegen.kernels import conv2d, linear, mkl, repeated
 from sparsify_compiler.codegen.kernels.layout import LANES, Prepared, prepare
 from sparsify_compiler.codegen.kernels.panel import Panel
@@ -54,7 +54,7 @@ class Candidate:
     target: Target
     siblings: Layouts = field(default_factory=list, compare=False, repr=False)  # layouts of this weight
 
-    def bind(self, bias: Tensor | None = None) -> BoundKernel | Dense:
+    def bind(self, bias: Tensor | None = None) -> BoundKernel | Dense | planes.BoundPlanes:
         """Lay the weight out, build or load the variants. Raises KernelError."""
         return rebind(self.op, self.options, self.tensors, self.attributes, bias, {}, self.target, self.siblings)
 
@@ -65,10 +65,12 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
 
     tensors, attributes   of the stored weight (formats/<name>.py). Of a dense op ("linear", "conv2d") the weight, for its packed form, its stride,
                           padding, dilation and groups, and what to compute with it: add, activation, arguments (engine's epilogue.py);
-                          any_rows where other numbers of rows than these will come
+                          any_rows where other numbers of rows than these will come; layout="planes" for dense convolutions over planes
     rows                  numbers of rows of x to expect, e.g. (1, 128); of a convolution the shape of x
     shared                packed weights of this very layer, made before; a new one is added
     """
+    if op.startswith("conv2d_") or attributes.get("layout") == planes.LAYOUT:
+        return _on_planes(op, tensors, attributes, dtype, rows, target, [] if shared is None else shared)
     if op in DENSE:
         made = [] if shared is None else shared
         offered = [(module.NAME, module.options(tensors, attributes, dtype, rows, target)) for module in DENSE[op]]
@@ -88,14 +90,24 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
             for vectors in (schedules[r] if wide else schedules[r][:1])]
 
 
+def _on_planes(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int], target: Target,
+               made: Layouts) -> list[Candidate]:
+    """Convolutions that read and write planes: all sparse ones, and dense ones where that is asked for."""
+    inputs = int(attributes.get("in_features", 0)) or tensors["weight"][:1].numel()
+    return [Candidate(planes.name_of(op, chosen, inputs), chosen, op, tensors, attributes, target, made)
+            for chosen in planes.options(op, tensors, attributes, dtype, rows, target)]
+
+
 def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
-           files: Mapping[str, bytes], target: Target, shared: Layouts | None = None) -> BoundKernel | Dense:
+           files: Mapping[str, bytes], target: Target, shared: Layouts | None = None) -> BoundKernel | Dense | planes.BoundPlanes:
     """The kernel that a candidate with these options binds to this weight; `files` of an artefact spare building it.
 
     shared  layouts of this weight made before, of a sparse op each with the very bias that is in it; a new one is added
     Raises KernelError when this machine cannot run it.
     """
     try:
+        if options.get("layout") == planes.LAYOUT:
+            return planes.bind(op, options, tensors, attributes, bias, files, target, [] if shared is None else shared)
         if op in DENSE:
             first, *others = DENSE[op]
             module = next((other for other in others if options.get("form") == other.NAME), first)

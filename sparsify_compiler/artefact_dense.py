@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from . import catalog
 from .artefact_tensors import TensorStore
 from .call import Hole
 from .compiled import CompiledModel
-from .operands import operands
+from .epilogue import META as EPILOGUE
+from .operands import operands, packed_operator, packed_weight, with_dense_weight
 from .program import Program, Region, Stage, get_tensor, prune_unused, set_tensor
 from .storage import atomic_path, write_safetensors
 
@@ -55,7 +55,7 @@ def densify(region: Region) -> Region:
     """A copy of the region whose linear and conv nodes read plain dense weights."""
     dense = region.clone()
     for node in list(dense.graph.nodes):
-        if str(node.target).startswith("sparsify.linear_"):
+        if packed_operator(node):
             _unpack(dense, node)
         elif node.target is aten.mul.Tensor:
             _apply_mask(dense, node)
@@ -64,16 +64,13 @@ def densify(region: Region) -> Region:
 
 
 def _unpack(region: Region, node: fx.Node) -> None:
-    tensors, attributes, _ = operands(region, node)
-    weight = catalog.get("format", str(node.target).split(".")[1].removeprefix("linear_")).from_tensors(tensors, attributes).decode()
+    tensors, _, _ = operands(region, node)
     first = next(str(value.target) for key, value in node.kwargs.items() if key in tensors and isinstance(value, fx.Node))
     name = first.rpartition("_packed.")[0] or f"{node.name}_weight"
-    bias = {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
     with region.graph.inserting_before(node):
-        stored = _store(region, name, weight)
-        linear = region.graph.call_function(aten.linear.default, (), {"input": node.kwargs["x"], "weight": stored, **bias})
-    linear.meta = {key: value for key, value in node.meta.items() if key != "kernel"}
-    node.replace_all_uses_with(linear)
+        dense = with_dense_weight(node, _store(region, name, packed_weight(region, node)))
+    dense.meta = {key: value for key, value in node.meta.items() if key not in ("kernel", EPILOGUE)}
+    node.replace_all_uses_with(dense)
     region.graph.erase_node(node)
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from . import catalog
 from .errors import ArtefactError, KernelError
-from .operands import operands, operator_of
+from .operands import operands, operator_of, packed_operator, packed_weight
 from .program import Region
 from .target import Target, host, resolve
 
@@ -61,11 +60,8 @@ def _bind(region: Region, node: fx.Node, options: Mapping[str, Any], files: Mapp
 def check_packed(region: Region) -> None:
     """Every packed weight is what its format demands, so that no kernel reads past an end. Raises ArtefactError."""
     for node in region.graph.nodes:
-        name = str(node.target)
-        if node.op != "call_function" or not name.startswith("sparsify.linear_"):
-            continue
-        tensors, attributes, _ = operands(region, node)
-        catalog.get("format", name.split(".")[1].removeprefix("linear_")).from_tensors(tensors, attributes)
+        if packed_operator(node):
+            packed_weight(region, node)
 
 
 def _content(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx
 
+from . import catalog
 from .epilogue import epilogue_of
+from .errors import ArtefactError
 from .normal_form_edit import argument, aten
 from .program import Region, get_tensor
 
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 GEOMETRY = ("stride", "padding", "dilation", "groups")
+PACKED = re.compile(r"sparsify\.(linear|conv2d)_(\w+)\.default")  # ops over a weight in a storage format
+DENSE: Mapping[str, Any] = {"linear": aten.linear.default, "conv2d": aten.conv2d.default}  # what each is with a dense weight
 
 
 def operands(region: Region, node: fx.Node) -> tuple[dict[str, Tensor], dict[str, Any], Tensor | None]:
     """Tensors by the op's own names, attributes, and the bias.
 
-    Attributes of a packed node are the format's; of a convolution stride, padding, dilation (one number a dimension) and groups. Those of the
-    epilogue, if it has one, come with them. Raises ValueError for metadata that does not fit the graph.
+    Attributes of a packed node are the format's and, of a convolution, its geometry; of a dense convolution stride, padding, dilation (one number
+    a dimension) and groups. Those of the epilogue, if it has one, come with them. Raises ValueError for metadata that does not fit the graph.
     """
     tensors: dict[str, Tensor] = {}
     attributes: dict[str, Any] = {}
@@ -27,10 +33,43 @@ def operands(region: Region, node: fx.Node) -> tuple[dict[str, Tensor], dict[str
             tensors[name] = get_tensor(region.module, str(value.target))
         elif isinstance(value, int) and not isinstance(value, bool):
             attributes[name] = value
+        elif isinstance(value, list | tuple) and packed_operator(node):
+            attributes[name] = list(value)
     if node.target in CONVOLUTIONS:
-        attributes |= {name: _numbers(argument(node, name), tensors["weight"].dim() - 2) for name in GEOMETRY[:3]}
-        attributes["groups"] = argument(node, "groups")
+        attributes |= geometry_of(node, tensors["weight"].dim() - 2)
     return tensors, attributes | epilogue_of(node).attributes(), tensors.pop("bias", None)
+
+
+def geometry_of(node: fx.Node, dimensions: int) -> dict[str, Any]:
+    """stride, padding and dilation of a dense convolution, a list of one number a dimension each, and groups."""
+    return {name: _numbers(argument(node, name), dimensions) for name in GEOMETRY[:3]} | {"groups": argument(node, "groups")}
+
+
+def packed_operator(node: fx.Node) -> str:
+    """"linear" or "conv2d" for a node over a weight in a storage format, "" for any other."""
+    found = PACKED.fullmatch(str(node.target)) if node.op == "call_function" else None
+    return found[1] if found else ""
+
+
+def packed_weight(region: Region, node: fx.Node) -> Tensor:
+    """The dense weight of a packed node, [N, K] or [O, I / groups, kh, kw], zeros where nothing is kept. Raises ArtefactError where it is damaged."""
+    tensors, attributes, _ = operands(region, node)
+    kind = catalog.get("format", PACKED.fullmatch(str(node.target))[2])  # type: ignore[index]
+    dense: Tensor = kind.from_tensors(tensors, {name: attributes[name] for name in kind.ATTRIBUTES if name in attributes}).decode()
+    if "kernel_size" not in attributes:
+        return dense
+    height, width = attributes["kernel_size"]
+    if min(height, width, attributes["groups"]) < 1 or dense.shape[1] % (height * width) or dense.shape[0] % attributes["groups"]:
+        raise ArtefactError(f"a weight of {list(dense.shape)} is none of a {height}x{width} kernel in {attributes['groups']} groups",
+                            where=node.name, hint="the stored weight is damaged or was made by another version")
+    return dense.view(dense.shape[0], dense.shape[1] // (height * width), height, width)
+
+
+def with_dense_weight(node: fx.Node, weight: fx.Node) -> fx.Node:
+    """A dense node that computes what a packed one does, before it in the graph and without metadata; its weight is `weight`."""
+    operator = packed_operator(node)
+    rest = {name: node.kwargs[name] for name in ("bias", *GEOMETRY) if node.kwargs.get(name) is not None}
+    return node.graph.call_function(DENSE[operator], (), {"input": node.kwargs["x"], "weight": weight, **rest})
 
 
 def operator_of(node: fx.Node) -> str:

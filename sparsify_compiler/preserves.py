@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from . import catalog
 from .call import call_arguments, instantiate
 from .errors import VerifyError
 from .fold import evaluate, is_constant, masks
+from .operands import packed_operator, packed_weight
 from .passes_api import Preserves
-from .program import Program, Region, TensorSpec, get_tensor
-from .verify import OWN, signature_of, verify
+from .program import Program, Region, TensorSpec
+from .verify import signature_of, verify
 
 # Largest difference of an output, relative to its largest magnitude: float reassociation over a whole network, and no more.
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -95,20 +95,11 @@ def masked_weights(program: Program, every: bool = False) -> list[tuple[str, Ten
     for region, node in program.nodes():
         weight = node.kwargs.get("weight")
         path = str(node.meta.get("path") or node.name)
-        if getattr(node.target, "namespace", "") == OWN and str(node.target).startswith(f"{OWN}.linear_"):
-            found.append((path, _decoded(region, node)))
+        if packed_operator(node):
+            found.append((path, packed_weight(region, node)))
         elif isinstance(weight, fx.Node) and is_constant(weight) and (every or masks(region, weight)):
             found.append((path, evaluate(region, weight)))
     return found
-
-
-def _decoded(region: Region, node: fx.Node) -> Tensor:
-    tensors = {k: get_tensor(region.module, str(v.target)) for k, v in node.kwargs.items()
-               if isinstance(v, fx.Node) and k not in ("x", "bias")}
-    attributes = {k: v for k, v in node.kwargs.items() if not isinstance(v, fx.Node) and v is not None}
-    form = str(node.target).split(".")[1].removeprefix("linear_")
-    weight: Tensor = catalog.get("format", form).from_tensors(tensors, attributes).decode()
-    return weight
 
 
 def sample_inputs(region: Region, seed: int = 0) -> list[Tensor]:

@@ -23,6 +23,8 @@ from sparsify_compiler.formats._base import Format
 DENSE = ("linear", "conv2d", "elementwise")
 SPARSE = ("linear_csr", "linear_bitmap", "linear_condensed", "linear_nm", "linear_bsr")
 
+CONVOLUTIONS = tuple(name.replace("linear", "conv2d") for name in SPARSE)
+
 
 class Products(TorchDispatchMode):
     """Counts two operations for every product that elementwise multiplication makes and a sum takes up."""
@@ -68,6 +70,23 @@ def test_flops_and_bytes_are_true(op: str, rows: int, columns: int, tokens: int,
     moved = form.bytes() + sum(t.numel() * t.element_size() for t in (x, y))
     assert evaluate(cost.BYTES, sizes) == pytest.approx(moved, rel=1e-9)
     assert evaluate(cost.FLOPS, sizes) == pytest.approx(counted(op, x, form), rel=1e-9)
+
+
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(st.sampled_from(CONVOLUTIONS), st.integers(1, 9), st.integers(1, 4), st.tuples(st.integers(1, 3), st.integers(1, 2)),
+       st.sampled_from([0.0, 0.3, 1.0]), st.integers(1, 2), st.integers(1, 4))
+def test_of_convolutions_too(op: str, outputs: int, channels: int, kernel: tuple[int, int], density: float, stride: int, r: int) -> None:
+    name, taps = op.removeprefix("conv2d_"), kernel[0] * kernel[1]
+    mask, attributes = make_mask(name, outputs, channels * taps, density, 0, n=1, m=1, r=r, c=1)
+    form = catalog.get("format", name).encode(torch.randn(mask.shape), mask, **attributes)
+    x = torch.randn(2, channels, 5, 4)
+    numbers = {**form.attributes(), "kernel_size": kernel, "stride": [stride, 1], "padding": [1, 0], "dilation": [1, 1], "groups": 1}
+    with FlopCounterMode(display=False) as matrix, Products() as products:
+        y = catalog.get("op", op).reference(x, *form.tensors().values(), **numbers)
+    sizes = sizes_of(form, mask, x) | {"M": y[:, 0].numel(), "K": channels, "taps": taps, "read": x.numel(), "written": y.numel()}
+    cost = catalog.get("cost", op)
+    assert evaluate(cost.BYTES, sizes) == pytest.approx(form.bytes() + 4 * (x.numel() + y.numel()), rel=1e-9)
+    assert evaluate(cost.FLOPS, sizes) == pytest.approx(matrix.get_total_flops() + products.flops, rel=1e-9)
 
 
 def test_wide_weights_have_wider_indices() -> None:

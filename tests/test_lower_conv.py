@@ -25,7 +25,7 @@ from sparsify_compiler.epilogue import epilogues
 from sparsify_compiler.errors import ArtefactError, InputError, KernelError
 from sparsify_compiler.executor import flat_function
 from sparsify_compiler.measure import Timing
-from sparsify_compiler.passes.lower import _conv, _layer
+from sparsify_compiler.passes.lower import _conv, _layer, _layout
 from sparsify_compiler.passes.lower.lower import Lower
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
@@ -296,11 +296,11 @@ def test_a_region_that_is_slower_as_a_whole_is_put_back(monkeypatch: pytest.Monk
     """Each kernel is faster by itself, the whole is not: what was bound is undone."""
     measured: list[str] = []
 
-    def whole(*given: Any) -> tuple[float, float]:
+    def whole(*given: Any) -> dict[str, float]:
         measured.append("whole")
-        return 1.0, 1.1
+        return {_layer.EAGER: 1.0, _conv.LAST: 1.1}
 
-    monkeypatch.setattr(_conv, "_times", whole)
+    monkeypatch.setattr(_layout, "_measure", whole)
     model, x = Net().eval(), torch.randn(2, 3, 32, 32)
     before = capture(model, (x,)).text()
     compiled, program = lowered(model, (x,), Lower(rounds=3, margin=0.999999))
@@ -326,12 +326,14 @@ def test_a_packed_weight_that_is_many_times_larger_has_to_earn_its_room(large: f
     layer = _conv.conv(region, node, program, ctx, set())
     held, own = layer.forms["dense packed"].kernel.resident_bytes, 64 * 2 * 9 * 4
     assert held > 30 * own
-    layer.pick({_layer.EAGER: timing(1.1), _conv.LAST: timing(1.0), "dense packed": timing(large)}, 0.05)
-    assert layer.chosen == ("dense packed" if taken else _conv.LAST)
-    layer.write(layer.chosen, layer.time, "stays dense")
+    eager = _conv.TORCH[_conv.LAST]
+    layer.pick({_layer.EAGER: timing(1.1), eager: timing(1.0), "dense packed": timing(large)}, 0.05, "speed")
+    chosen = layer.picks[_conv.LAST]
+    assert chosen == ("dense packed" if taken else eager)
+    layer.write(chosen, layer.times[_conv.LAST], "dense")
     said = layer.decision.reason
     assert (f"{held:,} bytes for a weight of {own:,}" in said) == (large < 1)
-    assert said.endswith({0.5: "0.5 ms instead of 1: worth it", 0.9: "0.9 ms instead of 1: not worth it", 1.2: "stays dense"}[large])
+    assert said.endswith({0.5: "0.5 ms instead of 1: worth it", 0.9: "0.9 ms instead of 1: not worth it", 1.2: "stays dense: dense"}[large])
 
 
 @needs_packed

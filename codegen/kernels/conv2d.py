@@ -64,16 +64,18 @@ class PackedConv:
         groups, self._flat = int(attributes["groups"]), weight.dim() == 3
         if self._flat:  # oneDNN packs for two dimensions and more: a line is a plane of height 1
             padding, stride, dilation = [0, *padding], [1, *stride], [1, *dilation]
-        if not shared:
+        packed = next((made for made in shared if isinstance(made, Tensor)), None)
+        if packed is None:
             with torch.no_grad():
                 given, size = weight.detach().contiguous(), list(input_size)
                 given, size = (given.unsqueeze(2), [*size[:2], 1, size[2]]) if self._flat else (given, size)
-                shared.append(torch.ops.mkldnn._reorder_convolution_weight(given, padding, stride, dilation, groups, size))
+                packed = torch.ops.mkldnn._reorder_convolution_weight(given, padding, stride, dilation, groups, size)
+                shared.append(packed)
         self.options = {"input_size": list(input_size)}
-        self.resident_bytes = int(torch.ops.mkldnn._nbytes(shared[0]))
+        self.resident_bytes = int(torch.ops.mkldnn._nbytes(packed))
         bias = None if bias is None else bias.detach()
         activation, numbers, algorithm = spell(attributes) or NONE
-        pointwise, fixed = torch.ops.mkldnn._convolution_pointwise, (shared[0], bias, padding, stride, dilation, groups)
+        pointwise, fixed = torch.ops.mkldnn._convolution_pointwise, (packed, bias, padding, stride, dilation, groups)
         self._conv, self._alone = pointwise.default, (*fixed, activation, numbers, algorithm)
         unary = (None, [], None) if activation == "none" else (activation, numbers, algorithm)
         self._conv_add, self._added = pointwise.binary, (*fixed, "add", 1.0, *unary)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.epilogue import META, Epilogue, epilogues
+from sparsify_compiler.fakes import fake_like, mode_of
+from sparsify_compiler.operands import with_dense_weight
 from sparsify_compiler.passes_api import Context
-from sparsify_compiler.program import Program, Region
+from sparsify_compiler.program import Program, Region, set_tensor
 from sparsify_compiler.shapes import example_shape
 
 EAGER = "dense eager"
 NOTHING = Epilogue()
+Source = tuple[str, dict[str, Tensor], dict[str, Any]]  # operator, tensors and attributes that compute a layer: ("linear", {"weight": ...}, {})
 CHUNK = 1 << 26  # bytes of dense weights that are measured together: more than the caches hold, little beside a large model
 
 
@@ -39,6 +42,7 @@ class Layer:
     decision: Decision
     weight: Tensor  # dense, masked where it is masked
     bias: Tensor | None
+    packed: bool = False  # its weight is in a sparse format
     chain: Epilogue = NOTHING
     forms: dict[str, Form] = field(default_factory=dict)
     runs: dict[str, Callable[[], object]] = field(default_factory=dict)  # what to time, the yardstick first
@@ -50,6 +54,22 @@ class Layer:
     def add(self, name: str, function: Callable[..., Tensor], x: Tensor, other: Tensor | None, form: Form) -> None:
         """Take a form, which `function` runs on x, and on `other` where it adds; the rest of the chain is computed by torch's operators."""
         self.forms[name], self.runs[name] = form, timed(function, x, other, form.epilogue, self.chain)
+
+    def make_dense(self) -> None:
+        """Replace the packed node by a dense one with the masked weight."""
+        region, node, graph = self.region, self.node, self.region.graph
+        first = next(v for k, v in node.kwargs.items() if isinstance(v, fx.Node) and v.op == "get_attr" and k != "bias")
+        name = f"{str(first.target).rpartition('_packed.')[0]}_masked"
+        set_tensor(region.module, name, nn.Parameter(self.weight, requires_grad=False))
+        with graph.inserting_before(node):
+            weight = graph.get_attr(name)
+            place = {key: node.meta[key] for key in ("path", "module") if key in node.meta}
+            weight.meta = {"val": fake_like(self.weight, mode_of(region)), "by": "lower"} | place
+            self.node = with_dense_weight(node, weight)
+        self.node.meta = {**node.meta, "by": "lower"}
+        node.replace_all_uses_with(self.node)
+        graph.erase_node(node)
+        self.packed = False
 
     def bind(self, name: str) -> None:
         """Let the node run in this form."""
@@ -72,16 +92,17 @@ def timed(function: Callable[..., Tensor], x: Tensor, other: Tensor | None, firs
     return lambda: rest(function(*arguments), other)
 
 
-def fused(node: fx.Node, operator: str, tensors: dict[str, Tensor], attributes: dict[str, Any], dtype: torch.dtype, rows: tuple[int, ...],
-          ctx: Context, taken: set[fx.Node]) -> list[tuple[Epilogue, Any]]:
-    """The dense kernels for a layer, each with the epilogue that it computes, shortest first. The longest one's nodes are taken from then on."""
+def fused(node: fx.Node, sources: Sequence[Source], dtype: torch.dtype, rows: tuple[int, ...], ctx: Context,
+          taken: set[fx.Node]) -> list[tuple[Epilogue, Any]]:
+    """The kernels for a layer, each with the epilogue that it computes, shortest first. The longest one's nodes are taken from then on."""
     assert ctx.kernels is not None
     assert ctx.target is not None
-    shared: list[Any] = []  # one packed weight for all of them
+    shared: list[list[Any]] = [[] for _ in sources]  # one packed weight for all kernels of a source
     found: list[tuple[Epilogue, Any]] = []
     for epilogue in epilogues(node, taken):
-        given = attributes | epilogue.attributes()
-        found += [(epilogue, candidate) for candidate in ctx.kernels.candidates(operator, tensors, given, dtype, rows, ctx.target, shared)]
+        for (operator, tensors, attributes), made in zip(sources, shared, strict=True):
+            given = attributes | epilogue.attributes()
+            found += [(epilogue, candidate) for candidate in ctx.kernels.candidates(operator, tensors, given, dtype, rows, ctx.target, made)]
     if found:
         taken.update(found[-1][0].nodes)
     return found

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import catalog
-from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.measure import Timing
-from sparsify_compiler.operands import input_of, operands, operator_of
+from sparsify_compiler.operands import input_of, operands, operator_of, packed_operator, packed_weight
 from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, fused, noise, row_of, say
 from sparsify_compiler.passes_api import Context
-from sparsify_compiler.program import Program, Region, set_tensor
+from sparsify_compiler.program import Program, Region
 
 aten = torch.ops.aten
 REFERENCE = "reference"  # the packed op as it is everywhere, where no kernel computes it: small and slow
@@ -24,29 +22,14 @@ REFERENCE = "reference"  # the packed op as it is everywhere, where no kernel co
 
 @dataclass(eq=False)
 class Linear(Layer):
-    """One linear layer. `packed` where its weight is in a sparse format; rows is the number of rows of its input."""
+    """One linear layer; rows is the number of rows of its input."""
 
-    packed: bool = False
     rows: int = 0
-
-    def make_dense(self) -> None:
-        """Replace the packed node by linear(x, weight, bias) with the masked weight."""
-        region, node, graph = self.region, self.node, self.region.graph
-        name = f"{_stored_under(node)}_masked"
-        set_tensor(region.module, name, nn.Parameter(self.weight, requires_grad=False))
-        with graph.inserting_before(node):
-            weight = graph.get_attr(name)
-            weight.meta = {"val": fake_like(self.weight, mode_of(region)), "by": "lower"} | _place(node)
-            bias = {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
-            self.node = graph.call_function(aten.linear.default, (), {"input": node.kwargs["x"], "weight": weight, **bias})
-        self.node.meta = {**node.meta, "by": "lower"}
-        node.replace_all_uses_with(self.node)
-        graph.erase_node(node)
 
 
 def is_packed(node: fx.Node) -> bool:
     """A sparse op that has no kernel yet."""
-    return node.op == "call_function" and getattr(node.target, "namespace", "") == "sparsify" and "kernel" not in node.meta
+    return packed_operator(node) == "linear" and "kernel" not in node.meta
 
 
 def is_linear(node: fx.Node) -> bool:
@@ -67,12 +50,12 @@ def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken:
     assert ctx.target is not None
     tensors, attributes, bias = operands(region, node)
     op, packed = operator_of(node), is_packed(node)
-    weight = catalog.get("format", op.removeprefix("linear_")).from_tensors(tensors, attributes).decode() if packed else tensors["weight"]
+    weight = packed_weight(region, node) if packed else tensors["weight"]
     x = noise(region, input_of(node), ctx)
     rows = x.numel() // max(x.shape[-1], 1)
     layer = Linear(region, node, row_of(region, node, "linear", weight, program), weight, bias, packed=packed, rows=rows)
     fixed = all(isinstance(size, int) for size in input_of(node).meta["val"].shape)
-    dense = fused(node, "linear", {"weight": weight}, {} if fixed else {"any_rows": True}, x.dtype, (rows,), ctx, taken)
+    dense = fused(node, [("linear", {"weight": weight}, {} if fixed else {"any_rows": True})], x.dtype, (rows,), ctx, taken)
     layer.chain = dense[-1][0] if dense else layer.chain
     other = None if layer.chain.other is None else noise(region, node, ctx)
     layer.add(EAGER, partial(_eager, weight, bias), x, other, Form())
@@ -119,13 +102,3 @@ def choose(layer: Linear, timings: Mapping[str, Timing], margin: float, prefer: 
 
 def _eager(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return nn.functional.linear(x, weight, bias)
-
-
-def _stored_under(node: fx.Node) -> str:
-    """The weight's name, of a packed node: "encoder.query.weight" of "encoder.query.weight_packed.values"."""
-    first = next(v for k, v in node.kwargs.items() if isinstance(v, fx.Node) and v.op == "get_attr" and k != "bias")
-    return str(first.target).rpartition("_packed.")[0]
-
-
-def _place(node: fx.Node) -> dict[str, Any]:
-    return {key: node.meta[key] for key in ("path", "module") if key in node.meta}

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.errors import ParseError, TargetError
 from sparsify_compiler.measure import round_robin
 from sparsify_compiler.memory import give_back
-from sparsify_compiler.passes.lower import _conv, _linear
+from sparsify_compiler.operands import packed_operator
+from sparsify_compiler.passes.lower import _conv, _layout, _linear
 from sparsify_compiler.passes.lower._layer import chunks
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage
@@ -25,9 +26,10 @@ Found = tuple[Region, fx.Node]
 class Lower(Pass):
     """Choose how every linear layer and every convolution runs, by measuring its kernels against the dense forms of the same layer.
 
-    Matches    sparsify.linear_<format>(x, <format tensors>, bias); linear(x, weight, bias) and conv(x, weight, bias, ...) with a stored weight
+    Matches    sparsify.linear_<format>(x, <format tensors>, bias), sparsify.conv2d_<format>(x, <format tensors>, bias, ...);
+               linear(x, weight, bias) and conv(x, weight, bias, ...) with a stored weight
     Rewrites   the same node bound to the fastest kernel, with the activation or addition that follows where the kernel computes it too; a packed
-               node becomes linear(x, weight, bias) where no sparse kernel pays. Convolutions run channels last where the whole is faster so
+               node becomes dense where no sparse kernel pays. Convolutions run channels last, or on planes, where the whole is faster so
     Preserves  values, up to float reassociation
     Paper      none: measurement; the reason for it is "sparse, but not faster", the complaint that every earlier tool met
 
@@ -81,14 +83,15 @@ class Lower(Pass):
     def _lower_convs(self, found: list[Found], program: Program, ctx: Context, taken: set[fx.Node]) -> None:
         """The same for the convolutions of a region, which then choose a layout together."""
         picked: list[_conv.Conv] = []
+        sparse = any(packed_operator(node) for _, node in found)
         for chunk, _ in chunks(found, partial(_conv.size_of, ctx=ctx)):
-            layers = [_conv.conv(region, node, program, ctx, taken, packs=self.prefer == "speed") for region, node in chunk]
+            layers = [_conv.conv(region, node, program, ctx, taken, self.prefer == "speed", sparse) for region, node in chunk]
             timings = round_robin({layer.key: layer.runs for layer in layers}, rounds=self.rounds)
             for layer in layers:
-                layer.pick(timings[layer.key], self.margin)
+                layer.pick(timings[layer.key], self.margin, self.prefer)
             picked += layers
         if picked:
-            _conv.choose(picked[0].region, picked, ctx, self.margin)
+            _layout.choose(picked[0].region, picked, ctx, self.margin, self.prefer)
             give_back()
 
 

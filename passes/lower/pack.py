@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from sparsify_compiler import catalog
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.fakes import fake_like, mode_of
+from sparsify_compiler.operands import geometry_of, input_of, operator_of
 from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage, get_tensor, set_tensor
@@ -26,8 +27,10 @@ COMMON = ("2:4", "1:4", "4:8", "2:8", "32x32", "16x16", "32x1", "16x1", "8x1", "
 class Pack(Pass):
     """Store each masked weight in the smallest format that its mask fits, and compute with that format's op.
 
-    Matches    linear(x, weight * mask, bias), mask a buffer of bool, or of zeros and ones as torch.nn.utils.prune makes them
-    Rewrites   sparsify.linear_<format>(x, <format tensors>, bias); any other use of weight * mask gets the product as a dense weight
+    Matches    linear(x, weight * mask, bias) and conv2d(x, weight * mask, bias, ...), mask a buffer of bool, or of zeros and ones as
+               torch.nn.utils.prune makes them
+    Rewrites   sparsify.linear_<format>(x, <format tensors>, bias) and sparsify.conv2d_<format>(x, <format tensors>, bias, ...), the convolution's
+               weight [O, I / groups, kh, kw] stored as [O, I / groups * kh * kw]; any other use of weight * mask gets the product as a dense weight
     Preserves  values and the mask, exactly
     Paper      none: storage; each format names its own source
     """
@@ -48,18 +51,18 @@ class Pack(Pass):
     def _pack(self, product: _Masked, program: Program, ctx: Context) -> None:
         """Replace every use of one weight * mask."""
         rows = {user: _row(user, product, program) for user in product.node.users}
-        linears = [user for user in rows if _is_linear_weight(user, product.node)]
-        if linears:
-            form = smallest(product.weight, product.mask, rows[linears[0]].structure)
+        layers = [user for user in rows if _is_weight_of(user, product.node)]
+        if layers:
+            form = smallest(product.weight.flatten(1), product.mask.flatten(1), rows[layers[0]].structure)
             stored = _store(product, form)
-            for user in linears:
-                _replace(product.region, user, stored, form)
-                rows[user].format, rows[user].bytes = form.name(), form.bytes() if user is linears[0] else 0
-        if len(linears) < len(rows):
+            for user in layers:
+                _replace(product.region, user, stored, form, product.weight.shape[2:])
+                rows[user].format, rows[user].bytes = form.name(), form.bytes() if user is layers[0] else 0
+        if len(layers) < len(rows):
             _fold(product)
-        for user in [user for user in rows if user not in linears]:
+        for user in [user for user in rows if user not in layers]:
             rows[user].bytes = rows[user].dense_bytes
-            rows[user].reason = "stays dense: only linear layers are packed; the mask is folded into the weight"
+            rows[user].reason = "stays dense: only linear layers and two-dimensional convolutions are packed; the mask is folded into the weight"
             ctx.miss(f"{user.target} is not packed; its mask is folded into the weight", rows[user].site)
 
 
@@ -101,16 +104,17 @@ def _store(product: _Masked, form: Any) -> dict[str, fx.Node]:
     return {name: _read(product, f"{product.name}_packed.{name}", tensor) for name, tensor in form.tensors().items()}
 
 
-def _replace(region: Region, linear: fx.Node, stored: Mapping[str, fx.Node], form: Any) -> None:
-    """Compute a linear node with the format's op instead."""
-    op = catalog.get("op", f"linear_{form.name()}").op
-    bias = {"bias": linear.kwargs["bias"]} if linear.kwargs.get("bias") is not None else {}
-    with region.graph.inserting_before(linear):
-        packed = region.graph.call_function(op, (), {"x": linear.kwargs["input"], **stored, **bias, **form.attributes()})
-    packed.meta = {**linear.meta, "by": "pack"}
-    linear.replace_all_uses_with(packed)
-    region.graph.erase_node(linear)
-    packed.name = linear.name  # sites know their nodes by name
+def _replace(region: Region, layer: fx.Node, stored: Mapping[str, fx.Node], form: Any, kernel_size: Sequence[int]) -> None:
+    """Compute a linear or convolution with the format's op instead."""
+    op = catalog.get("op", f"{operator_of(layer)}_{form.name()}").op
+    bias = {"bias": layer.kwargs["bias"]} if layer.kwargs.get("bias") is not None else {}
+    geometry = {"kernel_size": list(kernel_size), **geometry_of(layer, len(kernel_size))} if kernel_size else {}
+    with region.graph.inserting_before(layer):
+        packed = region.graph.call_function(op, (), {"x": layer.kwargs["input"], **stored, **bias, **form.attributes(), **geometry})
+    packed.meta = {**layer.meta, "by": "pack"}
+    layer.replace_all_uses_with(packed)
+    region.graph.erase_node(layer)
+    packed.name = layer.name  # sites know their nodes by name
 
 
 def _fold(product: _Masked) -> None:
@@ -147,10 +151,11 @@ def _is_mask(tensor: Tensor) -> bool:
     return tensor.dtype == torch.bool or (not isinstance(tensor, nn.Parameter) and bool(((tensor == 0) | (tensor == 1)).all()))
 
 
-def _is_linear_weight(user: fx.Node, product: fx.Node) -> bool:
-    """True when the product is the [N, K] weight of this linear node, and nothing else of it."""
+def _is_weight_of(user: fx.Node, product: fx.Node) -> bool:
+    """True when the product is the weight of this linear, or convolution over a batch of images, and nothing else of it."""
     only = [name for name, value in user.kwargs.items() if value is product] == ["weight"]
-    return user.target is aten.linear.default and only and product.meta["val"].dim() == 2
+    dimensions = 2 if user.target is aten.linear.default else 4 if user.target is aten.conv2d.default else 0
+    return only and product.meta["val"].dim() == dimensions and (dimensions == 2 or input_of(user).meta["val"].dim() == 4)
 
 
 def _row(user: fx.Node, product: _Masked, program: Program) -> Decision:

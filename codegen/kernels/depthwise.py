@@ -1,0 +1,114 @@
+"""A dense depthwise convolution over images x [B, C, H, W]: every plane of y from one of x, the pixels of a row in lanes.
+
+Processors share a large image by its rows, as those of planes.py do: what one of them writes, it reads in the next layer. `numbers` are the padding,
+(height, width), and the number of such pieces.
+
+Nothing is padded or copied: lanes outside of x are masked off where they are loaded. A tile is ROWS rows of y, so that each loaded vector serves
+every row of the kernel that it meets.
+
+Bound by: loads from L1 (most are not aligned) for small kernels; the bytes of x and y where they do not fit L2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from tvm import tirx
+
+from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen.kernels.finish import LANES, PARTS, Finish, images, load_between, load_part, opaque, store_part
+
+ROWS = 4
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """How. Pairs are (height, width); the weight has one input a group, and C groups."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    finish: Finish
+    parallel: bool
+    name = "depthwise"
+
+    def compute(self) -> Any:
+        """The PrimFunc f(weight [O * kh * kw], bias [O], numbers [3], x [B, C, H, W], (other like y,) y [B, O, H', W'])."""
+        return e.function("main", lambda: _body(self))
+
+
+def _body(how: Depthwise) -> None:
+    a = SimpleNamespace(**{name: e.int32() for name in ("B", "C", "H", "W", "O", "h", "w")})
+    a.weight, a.bias = e.argument((e.int32(),), "float32"), e.argument((e.int32(),), "float32")
+    numbers = e.argument((3,), "int32")
+    made = (a.B, a.O, a.h, a.w)
+    a.x, a.other, a.y = images((a.B, a.C, a.H, a.W), made if how.finish.add else None, made)
+    a.top, a.side, pieces = (opaque(e.load(numbers, i)) for i in range(3))
+    with e.loop(a.B * pieces * a.O, parallel=how.parallel) as task, e.llvm(PARTS.read_text()):
+        o, part = opaque(tirx.truncmod(task, a.O)), opaque(tirx.truncdiv(task, a.O))
+        b, piece = opaque(tirx.truncdiv(part, pieces)), opaque(tirx.truncmod(part, pieces))
+        a.begin, a.end = opaque(tirx.truncdiv(piece * a.h, pieces)), opaque(tirx.truncdiv((piece + 1) * a.h, pieces))
+        source = opaque(b * a.x.image + tirx.truncdiv(o, opaque(tirx.truncdiv(a.O, a.C))) * a.x.plane)
+        to, added = (None if one is None else opaque(b * one.image + o * one.plane) for one in (a.y, a.other))
+        taps = how.kernel[0] * how.kernel[1]
+        weights = [e.let(e.broadcast(e.load(a.weight, o * taps + tap), LANES)) for tap in range(taps)]
+        bias = e.let(e.broadcast(e.load(a.bias, o), LANES))
+        with e.loop(tirx.truncdiv(a.w + (LANES - 1), LANES)) as vector:
+            column = opaque(vector * LANES)
+            count = opaque(e.minimum(a.w - column, LANES))
+            left = opaque(column * how.stride[1] - a.side)
+            first, end = opaque(-left), opaque(a.W - left)
+            with e.loop(tirx.truncdiv(a.end - a.begin + (ROWS - 1), ROWS)) as band:
+                row = opaque(a.begin + band * ROWS)
+                _tile(how, a, SimpleNamespace(source=source, to=to, added=added, column=column, row=row, count=count, left=left,
+                                              first=first, end=end, weights=weights, bias=bias))
+
+
+def _tile(how: Depthwise, a: Any, t: Any) -> None:
+    """ROWS rows of y, LANES columns; what lies outside of x is masked off, what lies outside of y is not written."""
+    top = opaque(t.row * how.stride[0] - a.top)
+    sums = [e.Register(LANES, t.bias) for _ in range(ROWS)]
+    for line, uses in sorted(_uses(how).items()):
+        y = opaque(top + line)
+        with e.when(tirx.And(y >= 0, y < a.H)):
+            vectors = _line(how, a, opaque(t.source + y * a.W + t.left), t.first, t.end)
+            for row, ky in uses:
+                for kx, vector in enumerate(vectors):
+                    sums[row].multiply_add(t.weights[ky * how.kernel[1] + kx], vector)
+    for row, total in enumerate(sums):
+        with e.when(t.row + row < a.end):
+            place = opaque((t.row + row) * a.w + t.column)
+            other = None if a.other is None else e.let(load_part(a.other.elements, t.added + place, t.count))
+            store_part(a.y.elements, how.finish(total.get(), other), t.to + place, t.count)
+
+
+def _uses(how: Depthwise) -> dict[int, list[tuple[int, int]]]:
+    """Row of x below the tile's first -> (row of the tile, row of the kernel) that read it."""
+    uses: dict[int, list[tuple[int, int]]] = {}
+    for row in range(ROWS):
+        for ky in range(how.kernel[0]):
+            uses.setdefault(row * how.stride[0] + ky * how.dilation[0], []).append((row, ky))
+    return uses
+
+
+def _line(how: Depthwise, a: Any, source: Any, first: Any, end: Any) -> list[Any]:
+    """For each column of the kernel the LANES inputs of one row of x; those outside of [first, end) from `source` on are 0."""
+    loaded: dict[int, Any] = {}
+
+    def load(at: int) -> Any:
+        if at not in loaded:
+            loaded[at] = e.let(load_between(a.x.elements, source + at, first - at, end - at))
+        return loaded[at]
+
+    def column(kx: int) -> Any:
+        over, at = how.stride[1], kx * how.dilation[1]
+        if over == 1:
+            return load(at)
+        whole = at - at % over  # the columns of a kernel share their loads
+        parts = [load(whole + part * LANES) for part in range(over)]
+        current = [tirx.const(i * over + at % over, "int32") for i in range(LANES)]
+        return e.let(tirx.Shuffle(parts, current))
+
+    return [column(kx) for kx in range(how.kernel[1])]

@@ -1,0 +1,124 @@
+"""What the convolution kernels share: vectors of which only a part is in the tensor, and what is computed of y before it is written.
+
+A NaN stays a NaN through every activation here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tvm import tirx
+
+from sparsify_compiler.codegen import emit as e
+
+LANES = 16
+PARTS = Path(__file__).with_name("part.ll")
+# exp2 on [-1/2, 1/2]: minimax polynomial, relative error 2e-9 (Horner, highest power first).
+EXP2 = (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1, 6.931472028550421e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Whether `other` is added, then an activation ("" for none) with its numbers."""
+
+    add: bool = False
+    activation: str = ""
+    numbers: tuple[float, ...] = ()
+
+    def __call__(self, value: Any, other: Any = None) -> Any:
+        """The vector that is written, of a vector of sums and one of what is added."""
+        value = e.let(value if other is None else value + other)
+        return e.let(ACTIVATIONS[self.activation](value, *self.numbers)) if self.activation else value
+
+
+def finish_of(attributes: Mapping[str, Any]) -> Finish | None:
+    """Of an epilogue's attributes (engine's epilogue.py); None where it has an activation that is not written here."""
+    name, arguments = attributes.get("activation", ""), attributes.get("arguments", {})
+    numbers = tuple(float(arguments[key]) for key in ("min_val", "max_val", "negative_slope") if key in arguments)
+    if (name and name not in ACTIVATIONS) or (name == "hardtanh" and numbers[0] > numbers[1]):
+        return None
+    return Finish(bool(attributes.get("add")), name, numbers)
+
+
+def opaque(value: Any) -> Any:
+    """An int32 as a name that TVM does not see through: its simplifier takes seconds for nests of quotients and remainders. LLVM removes the cell."""
+    cell = e.stack(1, "int32")
+    e.store(cell, value, 0)
+    return e.let(e.load(cell, 0))
+
+
+def load_part(buffer: Any, at: Any, count: Any) -> Any:
+    """`count` of LANES neighbours from `at` on (none where it is below 1), zeros behind them. Inside of `with e.llvm(PARTS.read_text())`."""
+    return tirx.call_extern("float32x16", "load_part", tirx.address_of(tirx.BufferLoad(buffer, [at])), count)
+
+
+def load_between(buffer: Any, at: Any, first: Any, end: Any) -> Any:
+    """The lanes from `first` to before `end` of the neighbours from `at` on, zeros around them; `at` itself may lie outside of the buffer."""
+    return tirx.call_extern("float32x16", "load_between", tirx.address_of(tirx.BufferLoad(buffer, [at])), first, end)
+
+
+def store_part(buffer: Any, value: Any, at: Any, count: Any) -> None:
+    """Write the first `count` lanes."""
+    e.builder.evaluate(tirx.call_extern("int32", "store_part", tirx.address_of(tirx.BufferLoad(buffer, [at])), value, count))
+
+
+@dataclass(frozen=True)
+class Images:
+    """A parameter: its elements as a vector, and how far it is from one image, and from one plane, to the next."""
+
+    elements: Any
+    image: Any
+    plane: Any
+
+
+def images(*sizes: Sequence[Any] | None) -> list[Images | None]:
+    """The next and last parameters: float32 images of these sizes (None for none), the lines of a plane one after the other.
+
+    Planes may have room between them.
+    """
+    made = []
+    for size in sizes:
+        strides = [e.int32() for _ in range(4)]
+        made.append(None if size is None else (size, strides, e.builder.match_buffer(
+            e.builder.arg("", e.builder.handle()), tuple(size), "float32", strides=strides, align=4)))
+    return [None if one is None else Images(e.builder.decl_buffer((one[0][0] * one[1][0],), "float32", data=one[2].data, align=4), *one[1][:2])
+            for one in made]
+
+
+def constant(value: float) -> Any:
+    """A float32 in all lanes."""
+    return e.broadcast(tirx.const(value, "float32"), LANES)
+
+
+def _clamp(x: Any, low: float, high: float) -> Any:
+    x = e.let(tirx.Select(x < constant(low), constant(low), x))
+    return tirx.Select(x > constant(high), constant(high), x)
+
+
+def _leaky(x: Any, slope: float) -> Any:
+    return tirx.Select(x < constant(0.0), x * constant(slope), x)
+
+
+def _gate(x: Any) -> Any:
+    """hardsigmoid."""
+    return _clamp(x + constant(3.0), 0.0, 6.0) * constant(1 / 6)
+
+
+def _sigmoid(x: Any) -> Any:
+    """1 / (1 + 2**(-x log2 e)); the power of two is put together from its exponent and a polynomial."""
+    power = e.let(_clamp(x * constant(-1.4426950408889634), -126.0, 126.0))
+    whole = e.let(tirx.call_llvm_pure_intrin("float32x16", "llvm.rint", power))
+    rest, value = e.let(power - whole), constant(EXP2[0])
+    for coefficient in EXP2[1:]:
+        value = e.let(value * rest + constant(coefficient))
+    exponent = (e.cast_to("int32", whole, LANES) + e.broadcast(tirx.const(127, "int32"), LANES)) << e.broadcast(tirx.const(23, "int32"), LANES)
+    return constant(1.0) / (constant(1.0) + value * tirx.reinterpret("float32x16", exponent))
+
+
+ACTIVATIONS: Mapping[str, Any] = {
+    "relu": lambda x: tirx.Select(x < constant(0.0), constant(0.0), x), "relu6": lambda x: _clamp(x, 0.0, 6.0), "hardtanh": _clamp,
+    "leaky_relu": _leaky, "hardsigmoid": _gate, "hardswish": lambda x: x * _gate(x), "sigmoid": _sigmoid, "silu": lambda x: x * _sigmoid(x),
+}  # fmt: skip
