@@ -162,7 +162,8 @@ class CapturedModule(nn.Module):
         # The graph's code is run on this module: torch.compile then sees the parameters as the module's own, and can freeze them.
         self._code: Callable[..., Sequence[Any]] = type(graph).forward
         self._kernels: Callable[..., Sequence[Any]] | None = vars(graph).get("forward")
-        self._live = None if self._kernels is not None else live_function(region)
+        tapped = any(node.op == "call_module" for node in region.graph.nodes)  # calibration looks into a copy of the graph
+        self._live = None if self._kernels is not None or tapped else live_function(region)
         self._spec, self._single = region.spec, region.spec.out_spec.is_leaf()
         self._flatten = Flattener(region.spec, _device(graph))
         self.training = False
