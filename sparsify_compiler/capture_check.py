@@ -16,6 +16,7 @@ def check_model(model: nn.Module) -> None:
     """Raises ModelError, naming the first module or parameter that stands in the way."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is {type(model).__name__}, not a torch.nn.Module", hint="wrap the function in an nn.Module")
+    _check_packed(model)
     _check_mode(model)
     tensors = list(_tensors(model))
     _check_types(tensors)
@@ -26,6 +27,17 @@ def check_model(model: nn.Module) -> None:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def _check_packed(model: nn.Module) -> None:
+    from .compiled import CompiledModel
+
+    for path, module in model.named_modules():
+        if any(isinstance(value, torch.ScriptObject) for value in vars(module).values()):
+            raise ModelError("its weights are quantised, or packed by another library", where=path, hint="give the dense floating-point model")
+        if isinstance(module, CompiledModel) and any(str(node.target).startswith("sparsify.") for _, node in module.program.nodes()):
+            raise ModelError("it is compiled already: its weights are packed", where=path,
+                             hint="compile the model that it was made of, or what sc.export_dense() writes")
 
 
 def _check_mode(model: nn.Module) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from sparsify_compiler import catalog
 from sparsify_compiler.calibrate import calibrate
 from sparsify_compiler.capture import capture
-from sparsify_compiler.errors import CalibrationError, ParseError, StructureError
+from sparsify_compiler.errors import BudgetError, CalibrationError, ParseError, StructureError
 from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes.prune.budgets._base import scaled, shifted, sizes_of
 from sparsify_compiler.passes.prune.budgets.cfsp import cfsp
+from sparsify_compiler.passes.prune.budgets.curvature import curvature
 from sparsify_compiler.passes.prune.budgets.erk import erk
 from sparsify_compiler.passes.prune.budgets.global_threshold import global_threshold
 from sparsify_compiler.passes.prune.budgets.owl import owl
@@ -42,6 +43,7 @@ class Made:
     weights: dict[str, Tensor] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
     angles: dict[str, float] = field(default_factory=dict)
+    slopes: dict[str, Tensor] = field(default_factory=dict)  # squared gradients
 
     def score(self, site: str) -> Tensor:
         return self.scores[site]
@@ -50,6 +52,8 @@ class Made:
         return self.weights[site]
 
     def statistic(self, site: str, name: str) -> Tensor:
+        if name == "gradient_square":
+            return self.slopes.get(site, torch.ones_like(self.weights[site]))
         return torch.tensor(self.angles[self.block(site)]) if name == "block_angle" else torch.ones(self.weights[site].shape[1])
 
     def block(self, site: str) -> str:
@@ -202,6 +206,21 @@ def test_a_global_threshold_keeps_the_best_of_all_layers(shapes: dict[str, tuple
         assert torch.equal(kept, expected)
     else:  # a layer that would lose all keeps one: as many are kept, as far as one for each layer allows
         assert int(kept.sum()) == max(int(expected.sum()), len(shapes))
+
+
+def test_curvature_gives_to_the_layers_that_the_loss_feels() -> None:
+    """Layers that are alike but for their gradients: the steeper one gets more; with mix=0 all get the same, with mix=1 the threshold's share."""
+    weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(4))
+    made = Made(weights={"flat": weight, "steep": weight.clone()}, slopes={"steep": torch.full((20, 30), 9.0)})
+    shapes = {"flat": (20, 30), "steep": (20, 30)}
+    found = curvature(shapes, 0.5, made, mix=1.0)
+    limit = torch.cat([weight.abs().flatten(), 3 * weight.abs().flatten()]).sort(descending=True).values[599]
+    assert found["steep"] == pytest.approx(float((3 * weight.abs() >= limit).double().mean()))
+    assert found["flat"] == pytest.approx(1 - found["steep"])
+    assert curvature(shapes, 0.5, made, mix=0.0) == {"flat": 0.5, "steep": 0.5}
+    assert curvature(shapes, 0.5, made)["steep"] == pytest.approx(0.6 * found["steep"] + 0.2)
+    with pytest.raises(BudgetError, match="mix"):
+        curvature(shapes, 0.5, made, mix=2.0)
 
 
 @pytest.mark.parametrize("values", [[-1.5, -0.0, 0.0, 2.0], [2.0**-140, 2.0**127, float("inf"), 1.0], [-(2.0**127), float("-inf"), 5.0, 5.0]])

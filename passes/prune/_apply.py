@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,8 +60,9 @@ def sources_of(layer: Layer) -> list[fx.Node]:
     return list(dict.fromkeys(source for use in layer.uses if isinstance(source := use.op.kwargs["weight"], fx.Node)))
 
 
-def apply(layer: Layer, result: Result, structure: str, budget: float, program: Program) -> None:
-    """Mask the layer in all its uses."""
+def apply(layer: Layer, result: Result, structure: str, budget: float, program: Program) -> list[Callable[[], None]]:
+    """Mask the layer in all its uses. What it gives back is to be called when all layers are cut: it changes what others read."""
+    later: list[Callable[[], None]] = []
     products: dict[fx.Node, fx.Node] = {}
     biases: dict[Any, fx.Node] = {}
     for use in layer.uses:
@@ -78,12 +80,13 @@ def apply(layer: Layer, result: Result, structure: str, budget: float, program: 
                 biases[use.region.path, old_bias] = add_bias(use, source, result.bias)
             use.op.kwargs = {**use.op.kwargs, "bias": biases[use.region.path, old_bias]}
         if result.low_rank is not None:
-            add_low_rank(use.region, use.op, source, result.low_rank)
+            later.append(partial(add_low_rank, use.region, use.op, source, result.low_rank))
         use.op.meta["site"] = use.site.path
         program.decisions[use.site.path] = row = _row(use, layer.weight)
         row.structure, row.density, row.budget = structure, result.density, budget
         if use is not layer.uses[0]:
             row.dense_bytes, row.reason = None, f"shares the weight of {layer.path}"
+    return later
 
 
 def leave_dense(left: LeftDense, program: Program, ctx: Context) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -115,18 +115,22 @@ class MaskWeights(Pass):
         cut = [layer for layer in fitting if densities[layer.path] < 1]
         for site in left:
             leave_dense(site, program, ctx)
-        if not cut:
-            return program
+        for step in self._cut_all(program, cut, densities, ctx) if cut else ():
+            step()
+        return program
+
+    def _cut_all(self, program: Program, cut: list[Layer], densities: Mapping[str, float], ctx: Context) -> list[Callable[[], None]]:
+        """Cut layer by layer; what is left to do when all are."""
         visits = self._visits(program, ctx)
         kept = self._checkpoint(program, densities, ctx)
-        done = 0
+        done, later = 0, list[Callable[[], None]]()
         for group in visits.groups(program, cut):
             stored = {layer.path: kept.read(layer.path) for layer in group} if kept is not None else {}
             if not all(stored.get(layer.path) for layer in group):
                 visits.enter(group)
             for layer in group:
                 if not ctx.spend():
-                    return program
+                    return later
                 with _placed(layer):
                     before = stored.get(layer.path)
                     result = Result.of(before) if before else self._cut(layer, densities[layer.path], visits, ctx)
@@ -135,10 +139,10 @@ class MaskWeights(Pass):
                 if result.note:
                     ctx.miss(result.note, layer.path)
                 visits.leave(sources_of(layer), result.whole(layer.weight))
-                apply(layer, result, str(self.structure), densities[layer.path], program)
+                later += apply(layer, result, str(self.structure), densities[layer.path], program)
                 done += 1
                 ctx.progress("mask weights", done, len(cut))
-        return program
+        return later
 
     def _densities(self, program: Program, layers: list[Layer], density: float, ctx: Context) -> dict[str, float]:
         """What the budget gives to each layer, on the evidence of the dense model."""

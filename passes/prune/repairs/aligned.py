@@ -17,12 +17,12 @@ STATISTICS: tuple[str, ...] = ("patch_gram", "cross", "residual")
 CHOOSES = True
 
 
-def aligned(cut: Cut, *, pull: float = 3.0, damping: float = 0.1, refit: float = 0.3, power: float = 0.0, columns: int = 128) -> Repaired:
+def aligned(cut: Cut, *, pull: float = 3.0, damping: float = 0.1, refit: float = 0.3, power: float = 0.5, columns: int = 128) -> Repaired:
     """First move the whole weight to where the cut model's rows X give the dense model's output Y, then cut it by OBS, then solve for what is kept.
 
     Y is the layer's output in the dense model; where it is added to a residual stream, also what that stream is short of by now. A few thousand
     rows say little about most directions of X, so each step is pulled to the weight that it starts from: pull and refit in the two least squares
-    problems, damping in OBS, all as shares of the mean diagonal of X^T X.
+    problems, damping in OBS, all as shares of the mean diagonal of X^T X. power of the first two is that of `damped`.
     """
     dtype = cut.weight.dtype
     gram = cut.statistics["patch_gram"].to(dtype)

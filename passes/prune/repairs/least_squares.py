@@ -33,6 +33,8 @@ def solve(matrix: Tensor, target: Tensor, mask: Tensor, start: Tensor | None = N
         kept, alike = mask[0].nonzero()[:, 0], torch.zeros_like(target)
         factor = torch.linalg.cholesky(matrix[kept][:, kept])
         return alike.index_copy_(1, kept, torch.cholesky_solve(target[:, kept].T, factor).T)
+    unit = matrix.diagonal().mean()  # squares of very small or large numbers leave the range of float32
+    matrix, target = matrix / unit, target / unit
     scale = matrix.diagonal().reciprocal() * mask  # zero outside of S keeps every step inside
     found = torch.zeros_like(target) if start is None else start * mask
     residual = (target - found @ matrix) * mask
