@@ -93,6 +93,16 @@ def lane(vector: Expr, number: int) -> Expr:
     return tirx.Shuffle([vector], [tirx.const(number, "int32")])
 
 
+def part(vector: Expr, first: int, lanes: int) -> Expr:
+    """Neighbouring elements of a vector."""
+    return tirx.Shuffle([vector], [tirx.const(first + i, "int32") for i in range(lanes)])
+
+
+def both(a: Expr, b: Expr) -> Expr:
+    """a and b"""
+    return tirx.And(a, b)
+
+
 def broadcast(value: Expr, lanes: int) -> Expr:
     """A scalar in all lanes of a vector."""
     return tirx.Broadcast(value, lanes) if lanes > 1 else value
@@ -135,6 +145,25 @@ class Register:
         return _vector("float32", self.lanes)
 
 
+def reinterpret(dtype: str, value: Expr, lanes: int = 1) -> Expr:
+    """The same bits as `lanes` elements of dtype."""
+    return tirx.reinterpret(_vector(dtype, lanes), value)
+
+
+def halves(words: Expr, lanes: int) -> Expr:
+    """The uint16 halves of that many words, low before high."""
+    return reinterpret("uint16", words, 2 * lanes)
+
+
+def constant(value: float, dtype: str) -> Expr:
+    return tirx.const(value, dtype)
+
+
+def shuffle(low: Expr, high: Expr, lanes: Sequence[int]) -> Expr:
+    """The lanes of two vectors, counted through both, in this order."""
+    return tirx.Shuffle([low, high], [tirx.const(lane, "int32") for lane in lanes])
+
+
 def transpose(rows: Sequence[Expr]) -> list[Expr]:
     """n vectors of n lanes -> their transpose: log2(n) butterfly stages of shuffles; stage s swaps bit s of row and lane numbers."""
     n, current, bit = len(rows), list(rows), 1
@@ -142,14 +171,10 @@ def transpose(rows: Sequence[Expr]) -> list[Expr]:
         before = list(current)
         for i in (i for i in range(n) if not i & bit):
             low, high = before[i], before[i | bit]
-            current[i] = let(_shuffle(low, high, [lane if not lane & bit else (lane ^ bit) + n for lane in range(n)]))
-            current[i | bit] = let(_shuffle(low, high, [lane | bit if not lane & bit else lane + n for lane in range(n)]))
+            current[i] = let(shuffle(low, high, [lane if not lane & bit else (lane ^ bit) + n for lane in range(n)]))
+            current[i | bit] = let(shuffle(low, high, [lane | bit if not lane & bit else lane + n for lane in range(n)]))
         bit *= 2
     return current
-
-
-def _shuffle(low: Expr, high: Expr, lanes: Sequence[int]) -> Expr:
-    return tirx.Shuffle([low, high], [tirx.const(lane, "int32") for lane in lanes])
 
 
 def upcast_low(word: Expr, lanes: int) -> Expr:

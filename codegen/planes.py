@@ -23,7 +23,7 @@ from sparsify_compiler.codegen.kernels.planes_layout import Geometry, PreparedPl
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.target import Target
 
-LAYOUT = "planes"
+NAME = LAYOUT = "planes"
 # Registers of pixels in a tile, for r outputs that share columns: r * vectors sums must leave some of 32 registers.
 TILES: Mapping[int, tuple[int, ...]] = {1: (8, 4), 2: (6,), 4: (4,), 8: (3,)}
 DENSE_ROWS = 8       # outputs computed together where all are kept
@@ -38,8 +38,16 @@ SLAB = 1 << 28       # elements in one call: indices are 32 bits wide, and the c
 Made = list[Any]
 
 
-def options(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, shape: Sequence[int],
-            target: Target) -> list[dict[str, Any]]:
+def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
+          target: Target) -> list[tuple[str, dict[str, Any]]]:
+    """Names and options of the convolutions that read and write planes: all sparse ones, and dense ones where attributes say layout="planes"."""
+    if not op.startswith("conv2d_") and attributes.get("layout") != LAYOUT:
+        return []
+    inputs = int(attributes.get("in_features", 0)) or tensors["weight"][:1].numel()
+    return [(_name_of(op, chosen, inputs), chosen) for chosen in _options(op, tensors, attributes, dtype, rows)]
+
+
+def _options(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, shape: Sequence[int]) -> list[dict[str, Any]]:
     """Every way to run a convolution on x of this shape, as `bind` wants it; none where there is no kernel for it."""
     weight = tensors.get("weight", tensors.get("values"))
     if weight is None or dtype is not torch.float32 or weight.dtype not in (torch.float32, torch.bfloat16) or weight.device.type != "cpu":
@@ -68,7 +76,7 @@ def options(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any
     return [{"layout": LAYOUT, "r": r, "vectors": vectors, "chunk": max(1, chunk), "parallel": parallel} for vectors, chunk in tiles]
 
 
-def name_of(op: str, chosen: Mapping[str, Any], inputs: int) -> str:
+def _name_of(op: str, chosen: Mapping[str, Any], inputs: int) -> str:
     """For reports: "planes csr_r1v4c128": outputs that share columns, registers of a tile, columns of a chunk where there are several."""
     form = op.partition("_")[2] or "dense"
     if chosen.get("depthwise"):
@@ -151,7 +159,7 @@ class BoundPlanes:
 
     def __init__(self, op: str, chosen: Mapping[str, Any], schedule: Any, geometry: Geometry, prepared: Any, channels: tuple[int, int],
                  inputs: int, target: Target, files: Mapping[str, bytes]) -> None:
-        self.name, self.options, self.target = name_of(op, chosen, inputs), dict(chosen), target
+        self.name, self.options, self.target = _name_of(op, chosen, inputs), dict(chosen), target
         self._geometry, self._prepared, (self._outputs, self._inputs) = geometry, prepared, channels
         self._kernel = build.load_exported(files, schedule, target) if files else build.load(schedule, target)
         self._function, self._adds = self._kernel.function, schedule.finish.add

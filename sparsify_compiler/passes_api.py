@@ -48,7 +48,7 @@ class KernelProvider(Protocol):
     """What lowering asks of the kernel room (codegen.runtime)."""
 
     def candidates(self, op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype,
-                   rows: Sequence[int], target: Target, shared: list[Any] | None = None) -> Sequence[Any]: ...
+                   rows: Sequence[int], target: Target, shared: dict[str, list[Any]] | None = None) -> Sequence[Any]: ...
 
 
 @dataclass

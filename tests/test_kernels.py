@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsify_compiler import catalog
-from sparsify_compiler.codegen import build, omp, runtime
+from sparsify_compiler.codegen import build, omp, permission, runtime
+from sparsify_compiler.codegen.bound import BoundKernel
+from sparsify_compiler.codegen.kernels import amx
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.target import Target, host
 
@@ -40,7 +42,7 @@ def mask_of(structure: str, rows: int, columns: int, density: float, **sizes: in
     return blocks.repeat_interleave(r, 0).repeat_interleave(c, 1)[:rows]
 
 
-Bound = tuple[runtime.BoundKernel, Tensor, Tensor]
+Bound = tuple[BoundKernel, Tensor, Tensor]
 
 
 def bound(structure: str, mask: Tensor, dtype: torch.dtype, bias: bool = True, choice: int = 0, **sizes: int) -> Bound:
@@ -53,7 +55,7 @@ def bound(structure: str, mask: Tensor, dtype: torch.dtype, bias: bool = True, c
     return found[choice % len(found)].bind(offset), weight.double() * mask, torch.zeros(n).double() if offset is None else offset.double()
 
 
-def assert_right(kernel: runtime.BoundKernel, weight: Tensor, bias: Tensor, x: Tensor) -> None:
+def assert_right(kernel: BoundKernel, weight: Tensor, bias: Tensor, x: Tensor) -> None:
     y, exact = kernel(x), x.double() @ weight.T + bias
     assert y.shape == exact.shape
     assert y.dtype == x.dtype
@@ -77,17 +79,18 @@ def _seeded() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("choice", [0, -1])
 @pytest.mark.parametrize(("structure", "sizes", "dtype"), CASES)
-def test_numbers(structure: str, sizes: dict[str, int], dtype: torch.dtype) -> None:
-    kernel, weight, bias = bound(structure, mask_of(structure, 37, 60, 0.2, **sizes), dtype, **sizes)
+def test_numbers(structure: str, sizes: dict[str, int], dtype: torch.dtype, choice: int) -> None:
+    kernel, weight, bias = bound(structure, mask_of(structure, 37, 60, 0.2, **sizes), dtype, choice=choice, **sizes)
     for rows in (*ROWS, 100):
         assert_right(kernel, weight, bias, torch.randn(rows, 60).to(dtype))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(n=st.integers(1, 90), k=st.integers(1, 90), rows=st.integers(0, 70), density=st.sampled_from([0.0, 0.03, 0.3, 1.0]),
-       case=st.sampled_from([("csr", {}), ("condensed", {}), ("bsr", {"r": 16, "c": 1}), ("bsr", {"r": 4, "c": 1}), ("bsr", {"r": 5, "c": 1})]),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16]), bias=st.booleans(), choice=st.integers(0, 1))
+       case=st.sampled_from([("csr", {}), ("condensed", {}), *(("bsr", {"r": r, "c": 1}) for r in (32, 16, 8, 4, 5))]),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]), bias=st.booleans(), choice=st.integers(0, 2))
 def test_any_shape(n: int, k: int, rows: int, density: float, case: tuple[str, dict[str, int]], dtype: torch.dtype, bias: bool, choice: int) -> None:
     structure, sizes = case
     kernel, weight, offset = bound(structure, mask_of(structure, n, k, density, **sizes), dtype, bias, choice, **sizes)
@@ -97,10 +100,11 @@ def test_any_shape(n: int, k: int, rows: int, density: float, case: tuple[str, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("structure", "sizes"), [("csr", {}), ("bsr", {"r": 16, "c": 1}), ("bsr", {"r": 4, "c": 1})])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_only_kept_places_contribute(structure: str, sizes: dict[str, int], dtype: torch.dtype, bad: float) -> None:
+@pytest.mark.parametrize("choice", [0, -1])
+def test_only_kept_places_contribute(structure: str, sizes: dict[str, int], dtype: torch.dtype, bad: float, choice: int) -> None:
     mask = mask_of(structure, 40, 33, 0.15, **sizes)
     mask[16:32] = False  # rows that keep nothing
-    kernel, _, bias = bound(structure, mask, dtype, **sizes)
+    kernel, _, bias = bound(structure, mask, dtype, choice=choice, **sizes)
     for rows in (1, 3, 40):
         for column in (0, 17, 32):
             x = torch.randn(rows, 33).to(dtype)
@@ -203,8 +207,9 @@ def test_an_artefact_for_another_machine_is_refused_or_rebuilt(monkeypatch: pyte
     assert torch.equal(runtime.rebind("linear_csr", *rest, newer, host())(x), kernel(x))
     with pytest.raises(KernelError, match="damaged"):
         runtime.rebind("linear_csr", *rest, {name: b"{" if name.endswith("json") else data for name, data in files.items()}, host())
-    for op, options in (("linear_csr", {}), ("linear_other", kernel.options)):
-        with pytest.raises(KernelError, match="does not fit"):
+    for op, options, why in (("linear_csr", {"family": "lanes"}, "does not fit"), ("linear_other", kernel.options, "does not fit"),
+                             ("linear_csr", {}, "no family of kernels called 'None'")):
+        with pytest.raises(KernelError, match=why):
             runtime.rebind(op, options, *rest[1:], files, host())
 
 
@@ -217,9 +222,44 @@ def test_dense_packed(dtype: torch.dtype, rows: int) -> None:
         if not found:
             pytest.skip("this torch has no packed dense linear for the dtype")
         x = torch.randn(2, rows, size[1]).to(dtype)
-        for kernel in (found[0].bind(bias), runtime.rebind("linear", {"rows": 16}, {"weight": weight}, {}, bias, {}, host())):
+        for kernel in (found[0].bind(bias), runtime.rebind("linear", {"family": "linear", "rows": 16}, {"weight": weight}, {}, bias, {}, host())):
             assert_close(kernel(x), torch.nn.functional.linear(x, weight, bias))
     assert runtime.candidates("linear", {"weight": weight.half()}, {}, torch.float16, (16,), host()) == []
+
+
+needs_tiles = pytest.mark.skipif(not all(host().has(name) for name in amx.FEATURES) or not permission.tiles(), reason="this machine has no AMX tiles")
+
+
+@needs_tiles
+@pytest.mark.parametrize(("n", "k", "r", "c", "density"), [
+    (64, 96, 32, 32, 0.5), (96, 64, 32, 32, 1.0), (40, 64, 32, 32, 0.5), (100, 320, 64, 1, 0.3), (24, 40, 8, 2, 0.4), (12, 33, 4, 1, 1.0),
+    (32, 32, 16, 1, 0.0)])
+def test_tiles(n: int, k: int, r: int, c: int, density: float) -> None:
+    kernel, weight, bias = bound("bsr", mask_of("bsr", n, k, density, r=r, c=c), torch.bfloat16, r=r, c=c)
+    assert "_amx_" in kernel.name
+    for rows in (0, 1, 15, 16, 17, 32, 33, 64, 200):
+        assert_right(kernel, weight, bias, torch.randn(rows, k).bfloat16())
+
+
+@needs_tiles
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (40, 96), (64, 64)])
+def test_dense_tiles(n: int, k: int) -> None:
+    weight, bias = torch.randn(n, k).bfloat16(), torch.randn(n).bfloat16()
+    found = {c.name: c for c in runtime.candidates("linear", {"weight": weight}, {}, torch.bfloat16, (16,), host())}
+    kernel = found["dense amx"].bind(bias)
+    for rows in (0, 1, 16, 40):
+        assert_right(kernel, weight.double(), bias.double(), torch.randn(2, rows, k).bfloat16())
+    odd = {"weight": torch.randn(8, 33).bfloat16()}
+    assert not any("amx" in c.name for c in runtime.candidates("linear", odd, {}, torch.bfloat16, (16,), host()))
+
+
+def test_tiles_are_not_offered_where_the_system_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(permission, "tiles", lambda: False)
+    stored = catalog.get("format", "bsr").encode(torch.randn(32, 32).bfloat16(), torch.ones(32, 32, dtype=torch.bool), r=32, c=1)
+    given = stored.tensors(), stored.attributes()
+    assert not any("amx" in c.name for c in runtime.candidates("linear_bsr", *given, torch.bfloat16, (16,), host()))
+    with pytest.raises(KernelError, match="AMX"):
+        runtime.rebind("linear_bsr", {"family": "amx"}, *given, None, {}, host())
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:

@@ -443,7 +443,7 @@ def test_a_torch_without_onednn_stays_eager(monkeypatch: pytest.MonkeyPatch) -> 
     _, program = lowered(Net(), (torch.randn(1, 3, 16, 16),))
     assert not kernels_of(program)
     with pytest.raises(KernelError, match="no packed dense convolution"):
-        runtime.rebind("conv2d", {"input_size": [1, 2, 4, 4]}, {"weight": torch.ones(2, 2, 1, 1)},
+        runtime.rebind("conv2d", {"family": "conv2d", "input_size": [1, 2, 4, 4]}, {"weight": torch.ones(2, 2, 1, 1)},
                        {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}, None, {}, host())
 
 

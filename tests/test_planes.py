@@ -185,11 +185,11 @@ def test_what_has_no_kernel_has_no_candidates() -> None:
         made = weight.to(dtype)
         found = runtime.candidates("conv2d", {"weight": made}, {**PLAIN, **epilogue, **PLANES}, dtype, (1, 4, 5, 5), host())
         assert not found
-    options = {"layout": "planes", "r": 5, "vectors": 2, "chunk": 9, "parallel": False}
+    options = {"family": "planes", "layout": "planes", "r": 5, "vectors": 2, "chunk": 9, "parallel": False}
     with pytest.raises(KernelError):
         runtime.rebind("conv2d", options, {"weight": weight}, PLAIN, None, {}, host())
     with pytest.raises(KernelError, match="does not fit"):
-        runtime.rebind("conv2d", {"layout": "planes"}, {"weight": weight}, PLAIN, None, {}, host())
+        runtime.rebind("conv2d", {"family": "planes", "layout": "planes"}, {"weight": weight}, PLAIN, None, {}, host())
 
 
 def test_rebind_gives_the_same_bits() -> None:

@@ -14,33 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler.codegen.kernels.linear import NAME, has_packed
+from sparsify_compiler.codegen.kernels.linear import LABEL, has_packed
 from sparsify_compiler.codegen.kernels.pointwise import NONE, spell
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
 
+NAME = "conv2d"
 OPS = ("conv1d", "conv2d", "conv3d")
 
 
-def options(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
-            target: Target) -> dict[str, Any] | None:
-    """What `bind` needs to know beside the layer itself; None where this build of torch has no packed convolution for it on this machine.
+def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
+          target: Target) -> list[tuple[str, dict[str, Any]]]:
+    """Name and options of the packed form where this build of torch has it for this layer on this machine.
 
     rows  the shape of x to expect, [batch, channels, ...]
     """
+    if op not in OPS or "layout" in attributes:  # of those, planes.py knows
+        return []
     weight = tensors["weight"]
     fits = 3 <= weight.dim() <= 5 and len(rows) == weight.dim() and weight.dtype is dtype and min(*rows, *weight.shape) > 0
-    return {"input_size": list(rows)} if fits and has_packed(weight, target) and _fuses(attributes) else None
+    return [(LABEL, {"input_size": list(rows)})] if fits and has_packed(weight, target) and _fuses(attributes) else []
 
 
-def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None, target: Target,
-         shared: list[Any]) -> PackedConv:
+def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> PackedConv:
     """The layer with its weight packed, or with the packed weight in `shared`. Raises KernelError."""
     weight, size = tensors["weight"], [int(n) for n in options["input_size"]]
     if not has_packed(weight, target) or not _fuses(attributes) or len(size) != weight.dim() or min(size) < 1:
         raise KernelError("torch has no packed dense convolution for this dtype and machine", where=op, hint="compile the model again here")
     try:
-        return PackedConv(weight, bias, attributes, size, shared)
+        return PackedConv(weight, bias, attributes, size, options, shared)
     except RuntimeError as error:  # oneDNN's own, for sizes that do not go together
         raise KernelError(f"the weight cannot be packed for an input of {size}: {error}", where=op, hint="compile the model again here") from error
 
@@ -54,24 +57,25 @@ class PackedConv:
     """A convolution bound to its packed weight: x [N, C, ...], + other of y's shape where it adds -> y [N, O, ...], channels last.
 
     weight [O, C/groups, ...], bias [O] or None; attributes are stride, padding and dilation (a number a dimension), groups, and the epilogue's.
-    input_size is the shape of x that the weight is packed for. Any other batch and extent run too.
+    size is the shape of x that the weight is packed for. Any other batch and extent run too.
     """
 
-    name = NAME
+    name = LABEL
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, attributes: Mapping[str, Any], input_size: list[int], shared: list[Any]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, attributes: Mapping[str, Any], size: list[int], options: Mapping[str, Any],
+                 shared: list[Any]) -> None:
         padding, stride, dilation = ([int(n) for n in attributes[name]] for name in ("padding", "stride", "dilation"))
         groups, self._flat = int(attributes["groups"]), weight.dim() == 3
         if self._flat:  # oneDNN packs for two dimensions and more: a line is a plane of height 1
             padding, stride, dilation = [0, *padding], [1, *stride], [1, *dilation]
-        packed = next((made for made in shared if isinstance(made, Tensor)), None)
+        packed = shared[0] if shared else None
         if packed is None:
             with torch.no_grad():
-                given, size = weight.detach().contiguous(), list(input_size)
+                given = weight.detach().contiguous()
                 given, size = (given.unsqueeze(2), [*size[:2], 1, size[2]]) if self._flat else (given, size)
                 packed = torch.ops.mkldnn._reorder_convolution_weight(given, padding, stride, dilation, groups, size)
                 shared.append(packed)
-        self.options = {"input_size": list(input_size)}
+        self.options = dict(options)
         self.resident_bytes = int(torch.ops.mkldnn._nbytes(packed))
         bias = None if bias is None else bias.detach()
         activation, numbers, algorithm = spell(attributes) or NONE

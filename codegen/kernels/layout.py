@@ -85,6 +85,11 @@ class Prepared:
             raise KernelError("the stored weight does not fit its kernel", hint="save the model again")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of x and y."""
+        return getattr(torch, self.layout.dtype)  # type: ignore[no-any-return]
+
+    @property
     def resident_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.values, self.columns, self.pointers, self.bias))
 
@@ -93,24 +98,33 @@ def prepare(groups: Groups, dtype: torch.dtype, bias: Tensor | None, out_feature
     """Lay a weight out for the kernels of x in `dtype`. The last group may hang over out_features; what it computes there is not stored."""
     r = max(size for size in (1, 2, 4, 8, 16) if groups.values.shape[1] % size == 0)
     layout = Layout(r, str(dtype).removeprefix("torch."), "int16" if in_features < 32767 else "int32")
-    values, columns, counts = _split(groups, r)
     strips = -(-out_features // OUTPUTS)
-    needed = strips * (OUTPUTS // r)
-    kept = int(counts[:needed].sum())  # a block row may hang over the last strip
-    values, columns, counts = values[:kept], columns[:kept], torch.nn.functional.pad(counts[:needed], (0, max(0, needed - len(counts))))
-    padded = (counts + layout.unroll - 1) // layout.unroll * layout.unroll
-    ends = padded.cumsum(0)
-    total = int(padded.sum())
-    places = torch.arange(len(columns)) + torch.repeat_interleave((ends - padded) - (counts.cumsum(0) - counts), counts)
-    full_values = torch.zeros(total, r, dtype=dtype).index_copy_(0, places, values.to(dtype))
-    full_columns = torch.full((total,), in_features, dtype=torch.int64).index_copy_(0, places, columns)
+    full_values, full_columns, ends = padded_groups(groups, r, strips * (OUTPUTS // r), layout.unroll, in_features)
+    full_values = full_values.to(dtype)
     if dtype == torch.bfloat16:
-        full_values = full_values.view(total // 2, 2, r).transpose(1, 2).flatten().view(torch.int32)
+        full_values = full_values.view(-1, 2, r).transpose(1, 2).flatten().view(torch.int32)
     full_bias = torch.zeros(strips * OUTPUTS, dtype=torch.float32)
     if bias is not None:
         full_bias[:out_features] = bias.detach().float()
     return Prepared(layout, full_values.view(-1), full_columns.to(getattr(torch, layout.index)),
-                    torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), full_bias, out_features, in_features)
+                    ends.to(torch.int32), full_bias, out_features, in_features)
+
+
+def padded_groups(groups: Groups, r: int, needed: int, multiple: int, none: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`needed` groups of r outputs, the columns of each filled up to a multiple with column `none` of weight 0.
+
+    Returns values [S, r] in their dtype, columns [S] int64, and pointers [needed + 1] int64 into S.
+    """
+    values, columns, counts = _split(groups, r)
+    kept = int(counts[:needed].sum())  # a block row may hang over the last outputs
+    values, columns, counts = values[:kept], columns[:kept], torch.nn.functional.pad(counts[:needed], (0, max(0, needed - len(counts))))
+    padded = (counts + multiple - 1) // multiple * multiple
+    ends = padded.cumsum(0)
+    total = int(padded.sum())
+    places = torch.arange(kept) + torch.repeat_interleave((ends - padded) - (counts.cumsum(0) - counts), counts)
+    full_values = values.new_zeros(total, r).index_copy_(0, places, values)
+    full_columns = torch.full((total,), none, dtype=torch.int64).index_copy_(0, places, columns)
+    return full_values, full_columns, torch.nn.functional.pad(ends, (1, 0))
 
 
 def _split(groups: Groups, r: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,15 +19,18 @@ from sparsify_compiler.codegen.kernels.pointwise import NONE, Spelled, spell
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
 
-NAME = "dense packed"
+NAME = "linear"
+OPS, LABEL = ("linear",), "dense packed"
 
 
-def options(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
-            target: Target) -> dict[str, Any] | None:
-    """What `bind` needs to know beside the layer itself; None where this build of torch has no packed linear for it on this machine."""
+def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
+          target: Target) -> list[tuple[str, dict[str, Any]]]:
+    """Name and options of the packed form where this build of torch has it for this layer on this machine."""
+    if op not in OPS:
+        return []
     weight = tensors["weight"]
     fits = weight.dim() == 2 and weight.dtype is dtype and ("add" not in attributes or "activation" not in attributes)  # one or the other
-    return {"rows": max(rows, default=1)} if fits and has_packed(weight, target) and spell(attributes) is not None else None
+    return [(LABEL, {"rows": max(rows, default=1)})] if fits and has_packed(weight, target) and spell(attributes) is not None else []
 
 
 def has_packed(weight: Tensor, target: Target) -> bool:
@@ -37,8 +40,8 @@ def has_packed(weight: Tensor, target: Target) -> bool:
     return weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
-def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None, target: Target,
-         shared: list[Any]) -> PackedLinear:
+def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> PackedLinear:
     """The layer with its weight packed, or with the packed weight in `shared`. Raises KernelError."""
     spelled = spell(attributes)
     if not has_packed(tensors["weight"], target) or spelled is None:
@@ -46,21 +49,21 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
     if not shared:
         with torch.no_grad():
             shared.append(torch.ops.mkldnn._reorder_linear_weight(tensors["weight"].detach().contiguous(), int(options["rows"])))
-    return PackedLinear(shared[0], bias, int(options["rows"]), spelled, "add" if attributes.get("add") else "")
+    return PackedLinear(shared[0], bias, options, spelled, "add" if attributes.get("add") else "")
 
 
 class PackedLinear:
     """A dense layer bound to its packed weight: x [..., K] -> y [..., N], through the activation; or + other [..., N], where it adds.
 
-    weight [N, K] as oneDNN packs it, bias [N] or None; rows is the number of rows of x that it was packed for. Any other number runs too.
+    weight [N, K] as oneDNN packs it, bias [N] or None; options["rows"] is the number of rows of x that it was packed for. Any other number runs too.
     """
 
-    name = NAME
+    name = LABEL
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, activation: Spelled = NONE, binary: str = "") -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, options: Mapping[str, Any], activation: Spelled = NONE, binary: str = "") -> None:
         self._weight = weight
         self._bias = None if bias is None else bias.detach()
-        self.options = {"rows": rows}
+        self.options = dict(options)
         self.resident_bytes = int(torch.ops.mkldnn._nbytes(weight))
         pointwise = torch.ops.mkldnn._linear_pointwise
         self._linear, self._linear_add = pointwise.default, pointwise.binary

@@ -19,46 +19,46 @@ from sparsify_compiler.codegen.kernels.linear import has_packed
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.target import Target
 
-NAME = "dense packed by MKL"
+NAME, LABEL = "mkl", "dense packed by MKL"
 
 
-def options(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
-            target: Target) -> dict[str, Any] | None:
-    """What `bind` needs to know beside the layer itself; None where this build of torch has no MKL, for what MKL does not compute, and where
-    the number of rows will change.
-    """
+def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
+          target: Target) -> list[tuple[str, dict[str, Any]]]:
+    """Name and options of the form; none where this build of torch has no MKL, for what MKL does not compute, and where the rows will change."""
+    if op != "linear":
+        return []
     weight = tensors["weight"]
     fits = weight.dim() == 2 and weight.dtype is dtype and min(*weight.shape, *rows) > 0 and not attributes
-    return {"form": NAME, "rows": max(rows)} if fits and _has_mkl(weight, target) else None
+    return [(LABEL, {"rows": max(rows)})] if fits and _has_mkl(weight, target) else []
 
 
 def _has_mkl(weight: Tensor, target: Target) -> bool:
     return has_packed(weight, target) and weight.dtype is torch.float32 and bool(torch._C.has_mkl)
 
 
-def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None, target: Target,
-         shared: list[Any]) -> MklLinear:
+def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> MklLinear:
     """The layer with its weight packed. Raises KernelError."""
     weight, rows = tensors["weight"], int(options["rows"])
     if not _has_mkl(weight, target) or weight.dim() != 2 or weight.numel() == 0 or rows < 1:
         raise KernelError("torch has no MKL for this layer on this machine", where=op, hint="compile the model again here")
-    return MklLinear(weight.detach().contiguous(), bias, rows)
+    return MklLinear(weight.detach().contiguous(), bias, options)
 
 
 class MklLinear:
     """A dense layer bound to its packed weight: x [..., K] -> y [..., N], all float32.
 
-    weight [N, K], bias [N] or None; rows is the number of rows of x that it is packed for.
+    weight [N, K], bias [N] or None; options["rows"] is the number of rows of x that it is packed for.
     """
 
-    name = NAME
+    name = LABEL
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
-        self._weight, self._bias, self._rows = weight, None if bias is None else bias.detach(), rows
+    def __init__(self, weight: Tensor, bias: Tensor | None, options: Mapping[str, Any]) -> None:
+        self._weight, self._bias, self._rows = weight, None if bias is None else bias.detach(), int(options["rows"])
         with torch.no_grad():
-            self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+            self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, self._rows)
         self._linear, self._features = torch.ops.mkl._mkl_linear.default, weight.shape[1]
-        self.options = {"form": NAME, "rows": rows}
+        self.options = dict(options)
         # MKL asks for some 8 MB more than it writes to; memory that nobody has touched takes no room.
         self.resident_bytes = weight.numel() * weight.element_size()
 

@@ -19,14 +19,14 @@ from sparsify_compiler.codegen.kernels.linear import has_packed
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
 
-NAME = "dense packed, channels repeated"
+NAME, LABEL = "repeated", "dense packed, channels repeated"
 
 
-def options(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
-            target: Target) -> dict[str, Any] | None:
-    """What `bind` needs to know beside the layer itself; None for any other convolution."""
-    found = conv2d.options(tensors, attributes, dtype, rows, target)
-    return None if found is None or not _fits(tensors["weight"], attributes) else {"form": NAME, **found}
+def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
+          target: Target) -> list[tuple[str, dict[str, Any]]]:
+    """Name and options of the form; none for any other convolution."""
+    found = conv2d.offer(op, tensors, attributes, dtype, rows, target)
+    return [(LABEL, options) for _, options in found if _fits(tensors["weight"], attributes)]
 
 
 def _fits(weight: Tensor, attributes: Mapping[str, Any]) -> bool:
@@ -35,14 +35,14 @@ def _fits(weight: Tensor, attributes: Mapping[str, Any]) -> bool:
     return weight.dim() == 4 and weight.shape[1] == 1 and weight.shape[0] > groups > 1
 
 
-def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None, target: Target,
-         shared: list[Any]) -> RepeatedConv:
+def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> RepeatedConv:
     """The layer with its weight packed. Raises KernelError."""
     weight, size = tensors["weight"], [int(n) for n in options["input_size"]]
     if not has_packed(weight, target) or not _fits(weight, attributes) or len(size) != 4 or min(size) < 1:
         raise KernelError("torch has no packed depthwise convolution for this layer on this machine", where=op, hint="compile the model again here")
     try:
-        return RepeatedConv(weight, bias, attributes, size)
+        return RepeatedConv(weight, bias, attributes, size, options)
     except RuntimeError as error:  # oneDNN's own, for sizes that do not go together
         raise KernelError(f"the weight cannot be packed for an input of {size}: {error}", where=op, hint="compile the model again here") from error
 
@@ -50,13 +50,13 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
 class RepeatedConv(conv2d.PackedConv):
     """x [N, G, H, W], + other of y's shape where it adds -> y [N, O, ...], channels last; weight [O, 1, ...] in G groups."""
 
-    name = NAME
+    name = LABEL
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, attributes: Mapping[str, Any], input_size: list[int]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, attributes: Mapping[str, Any], size: list[int],
+                 options: Mapping[str, Any]) -> None:
         outputs = weight.shape[0]
         self._times = outputs // int(attributes["groups"])
-        super().__init__(weight, bias, {**attributes, "groups": outputs}, [input_size[0], outputs, *input_size[2:]], [])
-        self.options = {"form": NAME, "input_size": list(input_size)}
+        super().__init__(weight, bias, {**attributes, "groups": outputs}, [size[0], outputs, *size[2:]], options, [])
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         batch, channels, height, width = x.shape

@@ -97,7 +97,7 @@ def fused(node: fx.Node, sources: Sequence[Source], dtype: torch.dtype, rows: tu
     """The kernels for a layer, each with the epilogue that it computes, shortest first. The longest one's nodes are taken from then on."""
     assert ctx.kernels is not None
     assert ctx.target is not None
-    shared: list[list[Any]] = [[] for _ in sources]  # one packed weight for all kernels of a source
+    shared: list[dict[str, list[Any]]] = [{} for _ in sources]  # one packed weight for all kernels of a source
     found: list[tuple[Epilogue, Any]] = []
     for epilogue in epilogues(node, taken):
         for (operator, tensors, attributes), made in zip(sources, shared, strict=True):

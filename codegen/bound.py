@@ -1,0 +1,146 @@
+"""A kernel of ours bound to its weight: one prepared weight and the few machine-code variants that different numbers of rows of x want."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.codegen import build
+from sparsify_compiler.errors import InputError
+from sparsify_compiler.target import Target
+
+STATE = ("values", "columns", "pointers", "bias")
+PLANS = 4096        # shapes of x remembered
+SLAB = 1 << 24      # elements of x or y in one call of a kernel: its indices are 32 bits wide, and its packed copy of x is bounded
+EVEN = 64           # rows of a slab are a multiple of this, so that only the last one has a partial panel
+
+
+class Prepared(Protocol):
+    """A weight laid out for a family of kernels, with the tensors named in STATE, which are the kernels' arguments."""
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of x and y."""
+
+    @property
+    def resident_bytes(self) -> int: ...
+
+    def check(self) -> None:
+        """Raise KernelError unless every index stays within its tensor."""
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The machine code of one bound weight.
+
+    schedules   by name; each is f(x [M, K], *STATE, y [M, N])
+    choose      the name for a number of rows of x
+    """
+
+    schedules: Mapping[str, build.Schedule]
+    choose: Callable[[int], str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """For one shape of x: the shape of y, their rows, whether both are matrices already, and the kernel."""
+
+    shape: tuple[int, ...]
+    rows: int
+    flat: bool
+    run: Callable[[Tensor, Tensor], None]
+
+
+class BoundKernel:
+    """A prepared weight and its variants, called like a function: x [..., K] -> y [..., N], bias included.
+
+    Results do not depend on the number of threads: no output is ever summed by two of them.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, Any], prepared: Prepared, variants: Variants, target: Target,
+                 files: Mapping[str, bytes] | None = None) -> None:
+        self.name, self.options, self.prepared, self.target = name, dict(options), prepared, target
+        self.out_features, self.in_features = prepared.out_features, prepared.in_features
+        self._dtype, self._variant = prepared.dtype, variants.choose
+        self._kernels = {variant: self._load(variant, schedule, files or {}) for variant, schedule in variants.schedules.items()}
+        self._plans: dict[torch.Size, _Plan] = {}
+        self._slab = max(EVEN, SLAB // max(1, self.in_features, self.out_features) // EVEN * EVEN)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., in_features] of the kernel's dtype, any strides -> a new y [..., out_features]. Raises InputError."""
+        plan = self._plans.get(x.shape) or self._plan(x)
+        y = torch.empty(plan.shape, dtype=self._dtype)
+        if x.dtype is not self._dtype or not x.is_cpu:
+            raise InputError(f"expected {self._dtype} on the CPU, got {x.dtype} on {x.device}", where=self.name)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        if x.requires_grad:
+            x = x.detach()
+        if plan.flat:
+            plan.run(x, y)
+        elif plan.rows and self.out_features:
+            plan.run(x.view(plan.rows, -1), y.view(plan.rows, -1))
+        return y
+
+    def _plan(self, x: Tensor) -> _Plan:
+        """What to do for x of this shape, remembered: for small layers looking it up takes as long as the kernel."""
+        *outer, last = x.shape or (0,)
+        if last != self.in_features:
+            raise InputError(f"expected [..., {self.in_features}], got {list(x.shape)}", where=self.name)
+        rows = math.prod(outer)
+        plan = _Plan((*outer, self.out_features), rows, len(outer) == 1 and rows > 0 and self.out_features > 0, self._choose(rows))
+        if len(self._plans) < PLANS:
+            self._plans[x.shape] = plan
+        return plan
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the prepared weight, bias and indices."""
+        return self.prepared.resident_bytes
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that it holds. None need storing: rebind lays the stored weight out again."""
+        return {name: getattr(self.prepared, name) for name in STATE}
+
+    def files(self) -> dict[str, bytes]:
+        """IR, binary and description of each variant, by name, for the artefact."""
+        return {f"{variant}.{name}": data for variant, kernel in self._kernels.items() for name, data in build.export(kernel).items()}
+
+    def _load(self, variant: str, schedule: build.Schedule, files: Mapping[str, bytes]) -> build.Kernel:
+        stored = {name.removeprefix(f"{variant}."): data for name, data in files.items() if name.startswith(f"{variant}.")}
+        return build.load_exported(stored, schedule, self.target) if stored else build.load(schedule, self.target)
+
+    def _choose(self, rows: int) -> Callable[[Tensor, Tensor], None]:
+        """The function (x [rows, K], y [rows, N]) for this many rows."""
+        if rows > self._slab:
+            return self._slabs
+        function, (values, columns, pointers, bias) = self._kernels[self._variant(rows)].function, self._arguments
+
+        def run(x: Tensor, y: Tensor) -> None:
+            function(x, values, columns, pointers, bias, y)
+
+        return run
+
+    def _slabs(self, x: Tensor, y: Tensor) -> None:
+        for start in range(0, x.shape[0], self._slab):
+            part = x[start : start + self._slab]
+            self._choose(part.shape[0])(part, y[start : start + self._slab])
+
+    @cached_property
+    def _arguments(self) -> tuple[Any, ...]:
+        """The fixed arguments as TVM's own tensors: converting them at each call would cost more than a small kernel."""
+        import tvm_ffi
+
+        return tuple(tvm_ffi.from_dlpack(getattr(self.prepared, name)) for name in STATE)

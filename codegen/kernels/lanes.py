@@ -1,0 +1,75 @@
+"""The family of kernels whose vectors run along rows of x (panel.py) or outputs of a group (rows.py): any structure, float32 and bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler import catalog
+from sparsify_compiler.codegen.bound import BoundKernel, Variants
+from sparsify_compiler.codegen.kernels.layout import LANES, Prepared, prepare
+from sparsify_compiler.codegen.kernels.panel import Panel
+from sparsify_compiler.codegen.kernels.rows import Rows
+from sparsify_compiler.target import Target
+
+NAME = "lanes"
+DTYPES = (torch.float32, torch.bfloat16)
+FEW_ROWS = {1: 1, 2: 2, 4: 4, 8: 6, 16: 8}  # up to so many rows of x the row-wise kernel wins, by r (measured, Zen 4)
+DOT_FROM = 4        # bfloat16 dot products pay from this r on: below, pairing the columns of x costs more than it saves
+ALONE = 12_000      # vector FMAs below which waking other threads costs more than they bring (about 3 µs)
+
+
+def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
+          target: Target) -> list[tuple[str, dict[str, Any]]]:
+    """Names and options of the kernels that can run this op, most promising first."""
+    if "values" not in tensors or op not in catalog.names("kernel") or dtype not in DTYPES or tensors["values"].dtype not in (dtype, torch.bfloat16):
+        return []
+    schedules = catalog.get("kernel", op).SCHEDULES["cpu"]
+    r = _vector_rows(attributes.get("r", 1))
+    wide = max(rows, default=LANES) > LANES
+    options = {"r": r, "dtype": str(dtype).removeprefix("torch.")}
+    return [(_name(op, r, vectors), {**options, "vectors": vectors}) for vectors in (schedules[r] if wide else schedules[r][:1])]
+
+
+def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> BoundKernel:
+    """Lay the weight out, or take the layout with this very bias from `shared`; build or load the variants. Raises KernelError."""
+    prepared = next((made for held, made in shared if held is bias), None)
+    if prepared is None:
+        groups = catalog.get("kernel", op).groups(tensors, attributes)
+        prepared = prepare(groups, getattr(torch, str(options["dtype"])), bias, attributes["out_features"], attributes["in_features"])
+        shared.append((bias, prepared))
+    vectors = int(options["vectors"])
+    return BoundKernel(_name(op, int(options["r"]), vectors), options, prepared, _variants(prepared, vectors, target), target, files)
+
+
+def _variants(prepared: Prepared, vectors: int, target: Target) -> Variants:
+    layout, columns = prepared.layout, prepared.columns.numel()
+    dot = layout.dtype == "bfloat16" and layout.r >= DOT_FROM and target.has("avx512bf16")
+    found: dict[str, Rows | Panel] = {}
+    for word, parallel in (("alone", False), ("together", True)):
+        found[f"rows-{word}"] = Rows(layout, parallel)
+        found[f"panel1-{word}"] = Panel(layout, 1, parallel, dot)
+    if vectors > 1:
+        found[f"panel{vectors}-together"] = Panel(layout, vectors, True, dot)
+
+    def choose(rows: int) -> str:
+        if rows <= FEW_ROWS[layout.r]:
+            return "rows-alone" if rows * columns < ALONE else "rows-together"
+        tiles = -(-rows // LANES)
+        if vectors > 1 and (tiles % vectors == 0 or tiles >= 4 * vectors):
+            return f"panel{vectors}-together"
+        return "panel1-alone" if tiles * layout.r * columns < ALONE else "panel1-together"
+
+    return Variants(found, choose)
+
+
+def _name(op: str, r: int, vectors: int) -> str:
+    return f"{op.removeprefix('linear_')}_r{r}v{vectors}"
+
+
+def _vector_rows(r: int) -> int:
+    return max(size for size in (1, 2, 4, 8, 16) if r % size == 0)

@@ -1,0 +1,212 @@
+"""y = x Wᵀ + bias in bfloat16 on AMX tiles, for groups of outputs that keep the same inputs: yᵀ = W xᵀ, tile by tile.
+
+A chunk of W, r outputs × 32 kept inputs, is one or two tiles as it lies in memory. The other factor is xᵀ, 16 pairs of inputs × 16 rows of x: x is
+packed once a call, transposed, in panels of 16 or 32 rows. Where the 32 inputs are neighbours (`run`) a tile of it is loaded as it lies;
+else its rows are gathered, two kept inputs at a time, interleaved with one shuffle each, through a small buffer in L1.
+
+Bound by: the tile unit for `run`; loads of packed x from L2 where rows are gathered; the bandwidth at which W arrives for few rows of x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen import emit_tiles as t
+from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, TileArguments, TileLayout, tile_arguments
+
+WIDTH = 16              # rows of x in a tile
+PAIRS = DEPTH // 2
+TILE = 512              # bfloat16 elements of a whole tile
+AHEAD = 4               # panels over which the next weights are asked for
+BLOCK = 1 << 19         # elements of packed x that a task goes through: they stay in L2
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How: `across` tiles of x rows at a time (1 or 2), on torch's threads or on the caller's alone."""
+
+    layout: TileLayout
+    across: int
+    parallel: bool
+    name = "tiles"
+
+    def compute(self) -> Any:
+        """The PrimFunc f(x [M, K], values, columns, pointers, bias, y [M, N])."""
+        return e.function("main", lambda: _body(self))
+
+    @property
+    def width(self) -> int:
+        """Rows of x in a panel."""
+        return WIDTH * self.across
+
+
+def _body(how: Tiles) -> None:
+    a = tile_arguments(how.layout)
+    panels = e.let(e.floordiv(a.M + (how.width - 1), how.width))
+    # One panel of packed x: `run`: [tile][pair][row] words; else [input][row], row order such that interleaving two of them gives whole tiles.
+    size = e.let(a.K * how.width if how.layout.run else (a.K + 1) * how.width)
+    packed = e.scratch(panels * size, "uint16")
+    _pack(a, how, packed, panels, size)
+    groups = e.let(e.floordiv(a.N + (how.layout.r - 1), how.layout.r))
+    each = e.let(e.maximum(e.floordiv(BLOCK, size), 1))  # panels of a task
+    blocks = e.floordiv(panels + (each - 1), each)
+    with e.loop(blocks * groups, parallel=how.parallel) as task:
+        block, group = e.let(e.floordiv(task, groups)), e.let(e.floormod(task, groups))
+        _group(a, how, packed, size, e.let(block * each), e.let(e.minimum(panels - block * each, each)), group)
+
+
+def _group(a: TileArguments, how: Tiles, packed: Any, size: Any, panel: Any, panels: Any, group: Any) -> None:
+    """The outputs of one group for some panels of x."""
+    layout, across = how.layout, how.across
+    t.configure([*([layout.rows] * 6), t.ROWS, t.ROWS])
+    first, last = e.let(e.load(a.pointers, group)), e.let(e.load(a.pointers, group + 1))
+    gathered = e.scratch(2 * across * TILE, "uint16")
+    finished = e.scratch(layout.r * how.width, "float32")
+    with e.loop(panels) as p:
+        start = e.let((panel + p) * size)
+        for i in range(layout.tiles * across):
+            t.zero(i)
+        if layout.run:
+            with e.loop(last - first) as j:
+                at = e.let(start + e.cast("int32", e.load(a.columns, first + j)) * TILE)
+                _multiply(a, how, e.let(first + j), packed, at, WIDTH * a.K)
+                _ahead(a, how, p, last + j)
+        else:  # gathering is one chunk ahead: a tile loaded right behind the stores that fill it would wait for them
+            with e.when(first < last):
+                _gather(a, how, packed, start, first, gathered, 0)
+            with e.loop(last - first - 1) as j:
+                here = e.let(e.floormod(j, 2) * (across * TILE))
+                _gather(a, how, packed, start, e.let(first + j + 1), gathered, e.let(across * TILE - here))
+                _multiply(a, how, e.let(first + j), gathered, here, TILE)
+                _ahead(a, how, p, last + j)
+            with e.when(first < last):
+                _multiply(a, how, e.let(last - 1), gathered, e.let(e.floormod(last - 1 - first, 2) * (across * TILE)), TILE)
+        for i in range(layout.tiles):
+            for v in range(across):
+                t.store(i * across + v, finished, (v * layout.tiles + i) * layout.rows * WIDTH)
+        _write(a, how, finished, e.let((panel + p) * how.width), e.let(group * layout.r))
+    t.release()
+
+
+def _multiply(a: TileArguments, how: Tiles, chunk: Any, inputs: Any, at: Any, apart: Any) -> None:
+    """Add a chunk's products to the sums: tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 inputs, which lie `apart` from each other."""
+    layout, across = how.layout, how.across
+    for v in range(across):
+        t.load(6 + v, inputs, at + v * apart)
+    for i in range(layout.tiles):
+        t.load(4 + i, a.values, chunk * (layout.r * DEPTH) + i * layout.rows * DEPTH)
+        for v in range(across):
+            t.multiply_add(i * across + v, 4 + i, 6 + v)
+
+
+def _ahead(a: TileArguments, how: Tiles, panel: Any, chunk: Any) -> None:
+    """Ask for a part of a chunk of the next group's weights: four panels ask for all of it."""
+    lines = max(how.layout.r // AHEAD, 1)
+    for line in range(lines):
+        t.prefetch(a.values, chunk * (how.layout.r * DEPTH) + (panel * lines + line) * DEPTH)
+
+
+def _gather(a: TileArguments, how: Tiles, packed: Any, start: Any, chunk: Any, gathered: Any, half: Any) -> None:
+    """The 32 inputs of a chunk, paired: [tile][pair][row] words."""
+    width, lanes = how.width, 8
+
+    def row(k: int) -> Any:
+        return e.let(e.load(packed, start + e.cast("int32", e.load(a.columns, chunk * DEPTH + k)) * width, lanes=width))
+
+    for pair in range(PAIRS):
+        low, high = row(2 * pair), row(2 * pair + 1)
+        for part in range(2):  # 128 bits at a time, as the machine's unpack instructions go
+            order = [side * width + base + part * 4 + i for base in range(0, width, lanes) for i in range(4) for side in range(2)]
+            word = e.shuffle(low, high, order)
+            to = half + (part * TILE + pair * 32 if how.across == 2 else pair * 32 + part * 16)
+            e.store(gathered, word, to, lanes=width)
+
+
+def _pack(a: TileArguments, how: Tiles, packed: Any, panels: Any, size: Any) -> None:
+    """Transpose x into panels. Rows past the last repeat it: their sums are not stored."""
+    blocks = e.let(e.floordiv(a.K, DEPTH) + (0 if how.layout.run else 1))
+    with e.loop(panels * blocks, parallel=how.parallel) as task:
+        panel, first = e.let(e.floordiv(task, blocks)), e.let(e.floormod(task, blocks) * DEPTH)
+        if how.layout.run:
+            for v in range(how.across):
+                for pair, words in enumerate(_pairs(a, [panel * how.width + v * WIDTH + i for i in range(WIDTH)], first)):
+                    to = panel * size + v * WIDTH * a.K + first * WIDTH + pair * 2 * WIDTH
+                    e.store(packed, e.halves(words, WIDTH), to, lanes=2 * WIDTH)
+        else:
+            start = e.let(panel * size + first * how.width)
+            e.choose(first + DEPTH <= a.K, lambda: _split_pairs(a, how, packed, panel, first, start),
+                     lambda: _split_tail(a, how, packed, panel, first, start))
+
+
+def _split_pairs(a: TileArguments, how: Tiles, packed: Any, panel: Any, first: Any, start: Any) -> None:
+    """32 whole inputs of a panel, each a row of its own."""
+    words = [_pairs(a, [panel * how.width + _row(how, v * WIDTH + i) for i in range(WIDTH)], first) for v in range(how.across)]
+    for pair in range(PAIRS):
+        parts = [e.let(e.halves(words[v][pair], WIDTH)) for v in range(how.across)]
+        for side in range(2):
+            order = [v * 2 * WIDTH + 2 * i + side for v in range(how.across) for i in range(WIDTH)]
+            e.store(packed, e.shuffle(parts[0], parts[-1], order), start + (2 * pair + side) * how.width, lanes=how.width)
+
+
+def _split_tail(a: TileArguments, how: Tiles, packed: Any, panel: Any, first: Any, start: Any) -> None:
+    """The last inputs, and a row of zeros behind them."""
+    with e.loop(a.K - first) as k, e.loop(how.width) as place:
+        value = e.load(a.x, e.minimum(panel * how.width + _row(how, place), a.M - 1), first + k)
+        e.store(packed, e.reinterpret("uint16", value), start + k * how.width + place)
+    e.store(packed, e.broadcast(e.constant(0, "uint16"), how.width), start + (a.K - first) * how.width, lanes=how.width)
+
+
+def _pairs(a: TileArguments, rows: list[Any], first: Any) -> list[Any]:
+    """16 vectors of words: pair p of the inputs from `first` on, of each of 16 rows of x."""
+    lines = [e.let(e.reinterpret("int32", e.load(a.x, e.minimum(row, a.M - 1), first, lanes=DEPTH), WIDTH)) for row in rows]
+    return e.transpose(lines)
+
+
+def _row(how: Tiles, place: Any) -> Any:
+    """Which row of its panel stands at a place of a packed row: interleaving takes 4 of every 8 for its first part, the others for its second."""
+    if isinstance(place, int):
+        return place // 8 * 4 + place % 4 + how.width // 2 * (place // 4 % 2)
+    return e.floordiv(place, 8) * 4 + e.floormod(place, 4) + e.floormod(e.floordiv(place, 4), 2) * (how.width // 2)
+
+
+def _write(a: TileArguments, how: Tiles, finished: Any, row: Any, output: Any) -> None:
+    """y[row + m, output + n] = finished[n][m] + bias[n], where y has such a place."""
+    r = how.layout.r
+    whole = e.both(row + how.width <= a.M, output + r <= a.N)
+
+    def direct() -> None:
+        def put(m: int, n: int, lanes: int, value: Any) -> None:
+            e.store(a.y, e.reinterpret("bfloat16", value, lanes), row + m, output + n, lanes=lanes)
+
+        _turn(a, how, finished, output, put)
+
+    def part() -> None:
+        turned = e.scratch(how.width * r, "uint16")
+        _turn(a, how, finished, output, lambda m, n, lanes, value: e.store(turned, value, m * r + n, lanes=lanes))
+        with e.loop(e.minimum(a.M - row, how.width)) as m, e.loop(e.minimum(a.N - output, r)) as n:
+            e.store(a.y, e.reinterpret("bfloat16", e.load(turned, m * r + n)), row + m, output + n)
+
+    e.choose(whole, direct, part)
+
+
+def _turn(a: TileArguments, how: Tiles, finished: Any, first_output: Any, put: Any) -> None:
+    """Add the bias, round to bfloat16 and transpose: put(row, output, lanes, values) for every row of the panel."""
+    r, pairs = how.layout.r, how.layout.r // 2
+    bias = [e.let(e.load(a.bias, first_output + n)) for n in range(r)]
+    batch = min(pairs * how.across, WIDTH)           # vectors of pairs of outputs that are transposed together
+    for first in range(0, pairs * how.across, batch):
+        words = []
+        for which in range(first, first + batch):
+            v, pair = divmod(which, pairs)
+            low, high = (e.load(finished, (v * r + output) * WIDTH, lanes=WIDTH) + e.broadcast(bias[output], WIDTH)
+                         for output in (2 * pair, 2 * pair + 1))
+            words.append(e.let(t.bfloat16_pairs(low, high)))
+        lines = e.transpose([*words, *[words[-1]] * (WIDTH - batch)])
+        for m, line in enumerate(lines):
+            for start in range(0, batch, pairs):
+                v = (first + start) // pairs
+                count = min(pairs, batch)
+                value = line if count == WIDTH else e.part(line, start, count)
+                put(v * WIDTH + m, 2 * ((first + start) % pairs), 2 * count, e.reinterpret("uint16", value, 2 * count))
