@@ -1,6 +1,6 @@
-"""Every linear shape of MiniLM and MPNet, sparse, against the fastest dense form of the same layer in the same process.
+"""Every linear shape of MiniLM and MPNet, or others, sparse, against the fastest dense form of torch of the same layer in the same process.
 
-    python benchmarks/linear.py [--density 0.1] [--rows 1 16 128] [--structures 16x1 csr] [--threads 2] [--json FILE]
+    python benchmarks/linear.py [--density 0.1] [--shapes 4096x4096] [--rows 1 16 128] [--structures 16x1 csr] [--threads 2] [--json FILE]
 
 Dense forms: torch eager, torch.compile (where a C++ compiler exists) and oneDNN with prepacked weights, each in float32 and bfloat16.
 All forms of a cell take turns, so that drift meets them alike; a cell shows the median over rounds of dense time / our time, then the ratio of
@@ -8,7 +8,7 @@ the fastest rounds; the JSON has the quartiles too. On a busy machine only the s
 for its slowest thread, so a descheduled one costs milliseconds to whichever form it meets. The title tells the load.
 
 "fp32" is our float32 kernel against the fastest float32 form, "bf16" the same in bfloat16, "any" our float32 kernel against the fastest form of
-either dtype.
+either dtype. A second table has the dense forms alone, and ours on AMX tiles beside them where the machine has them; it is not among the rivals.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ from sparsify_compiler.target import host
 SHAPES = ((384, 384), (1536, 384), (384, 1536), (768, 768), (3072, 768), (768, 3072))  # out × in
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STRUCTURES: Mapping[str, tuple[str, dict[str, int]]] = {
+    "32x32": ("bsr", {"r": 32, "c": 32}),
     "32x1": ("bsr", {"r": 32, "c": 1}), "16x1": ("bsr", {"r": 16, "c": 1}), "4x1": ("bsr", {"r": 4, "c": 1}),
     "csr": ("csr", {}), "condensed": ("condensed", {}), "2:4": ("nm", {"n": 2, "m": 4}),
 }
+OURS = "amx"
 Form = Callable[[Tensor], Tensor]
 
 
@@ -44,7 +46,8 @@ def mask_of(structure: str, n: int, k: int, density: float) -> Tensor:
     """A random mask [n, k]; 2:4 has its own density."""
     name, sizes = STRUCTURES[structure]
     if name == "bsr":
-        return (torch.rand(-(-n // sizes["r"]), k) < density).repeat_interleave(sizes["r"], 0)[:n]
+        blocks = torch.rand(-(-n // sizes["r"]), k // sizes["c"]) < density
+        return blocks.repeat_interleave(sizes["r"], 0)[:n].repeat_interleave(sizes["c"], 1)
     if name == "nm":
         return torch.zeros(n, k // 4, 4, dtype=torch.bool).scatter_(2, torch.rand(n, k // 4, 4).topk(2, 2).indices, True).view(n, k)
     noise = torch.rand(n, k)
@@ -110,6 +113,10 @@ def cell(structures: list[str], n: int, k: int, rows: int, density: float, round
         w, b, inputs = weight.to(dtype), bias.to(dtype), x.to(dtype)
         for name, form in dense_forms(w, b, rows).items():
             forms[f"{word} {name}"] = lambda form=form, inputs=inputs: form(inputs)
+        for candidate in runtime.candidates("linear", {"weight": w}, {}, dtype, (rows,), host()):
+            if candidate.options["family"] == "amx":
+                kernel = candidate.bind(b)
+                forms[f"{word} dense {OURS}"] = lambda kernel=kernel, inputs=inputs: kernel(inputs)
         for structure in structures:
             format_name, sizes = STRUCTURES[structure]
             stored = catalog.get("format", format_name).encode(w, mask_of(structure, n, k, density), **sizes)
@@ -146,9 +153,24 @@ def show(results: list[dict[str, Any]], title: str) -> None:
     Console(width=150).print(table)
 
 
+def show_dense(results: list[dict[str, Any]], title: str) -> None:
+    names = list(dict.fromkeys(name for row in results for name in row["us"] if len(name.split()) == 2 or name.endswith(f"dense {OURS}")))
+    table = Table("out×in", "rows", *names, title=title)
+    seen = {(row["out"], row["in"], row["rows"]): row["us"] for row in results}
+    for (n, k, rows), us in seen.items():
+        table.add_row(f"{n}×{k}", str(rows), *(f"{us[name]:.0f}" if name in us else "–" for name in names))
+    Console(width=150).print(table)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    n, k = text.split("x")
+    return int(n), int(k)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, help="out x in, e.g. 4096x4096")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128])
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES), choices=list(STRUCTURES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -158,11 +180,13 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     load = os.getloadavg()[0]
-    results = [row for n, k in SHAPES for rows in options.rows for row in cell(options.structures, n, k, rows, options.density, options.rounds)]
+    results = [row for n, k in options.shapes for rows in options.rows
+               for row in cell(options.structures, n, k, rows, options.density, options.rounds)]
     results.sort(key=lambda row: options.structures.index(row["structure"]))
     load = max(load, os.getloadavg()[0])
     title = f"density {options.density}, {options.threads} threads, {host().mcpu}, load {load:.1f}"
     show(results, f"{title}: times the fastest dense form (median, of minima)")
+    show_dense(results, f"{title}: dense forms, µs")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(results, file, indent=1)

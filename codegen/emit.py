@@ -156,6 +156,7 @@ def halves(words: Expr, lanes: int) -> Expr:
 
 
 def constant(value: float, dtype: str) -> Expr:
+    """A number of a dtype."""
     return tirx.const(value, dtype)
 
 

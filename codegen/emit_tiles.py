@@ -38,6 +38,7 @@ def release() -> None:
 
 
 def zero(tile: int) -> None:
+    """A tile of zeros."""
     _do("tilezero", _number(tile))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -159,7 +160,9 @@ def test_generate_with_a_cache() -> None:
     assert len(program.regions) == 11
     reasons = {part.path: part.reason for part in program.left_out}
     assert reasons[""] == "it returns a DynamicCache, which is no tensor or plain container"
-    assert reasons["model.layers.0.self_attn"] == "its argument 'past_key_values' is a DynamicCache, which is no tensor or plain value"
+    # transformers renamed the argument between 5.23 and 5.24
+    why = reasons["model.layers.0.self_attn"]
+    assert re.fullmatch("its argument '(past_key_values|cache)' is a DynamicCache, which is no tensor or plain value", why)
     assert reasons["model.embed_tokens"] == "it looks rows up, which is no matrix product"
     captured, ids = instantiate(program), inputs["input_ids"][:1]
     with torch.no_grad():
