@@ -118,6 +118,13 @@ def zero() -> Expr:
     return tirx.const(0.0, "float32")
 
 
+def opaque(value: Expr) -> Expr:
+    """An int32 as a name that TVM does not see through: its simplifier takes seconds for nests of quotients and remainders. LLVM removes the cell."""
+    cell = stack(1, "int32")
+    store(cell, value, 0)
+    return let(load(cell, 0))
+
+
 def cast_to(dtype: str, value: Expr, lanes: int = 1) -> Expr:
     """`value`, of that many lanes, converted to `dtype`."""
     return tirx.Cast(_vector(dtype, lanes), value)

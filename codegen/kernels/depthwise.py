@@ -18,7 +18,7 @@ from typing import Any
 from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
-from sparsify_compiler.codegen.kernels.finish import LANES, PARTS, Finish, images, load_between, load_part, opaque, store_part
+from sparsify_compiler.codegen.kernels.finish import LANES, PARTS, Finish, images, load_between, load_part, store_part
 
 ROWS = 4
 
@@ -45,41 +45,41 @@ def _body(how: Depthwise) -> None:
     numbers = e.argument((3,), "int32")
     made = (a.B, a.O, a.h, a.w)
     a.x, a.other, a.y = images((a.B, a.C, a.H, a.W), made if how.finish.add else None, made)
-    a.top, a.side, pieces = (opaque(e.load(numbers, i)) for i in range(3))
+    a.top, a.side, pieces = (e.opaque(e.load(numbers, i)) for i in range(3))
     with e.loop(a.B * pieces * a.O, parallel=how.parallel) as task, e.llvm(PARTS.read_text()):
-        o, part = opaque(tirx.truncmod(task, a.O)), opaque(tirx.truncdiv(task, a.O))
-        b, piece = opaque(tirx.truncdiv(part, pieces)), opaque(tirx.truncmod(part, pieces))
-        a.begin, a.end = opaque(tirx.truncdiv(piece * a.h, pieces)), opaque(tirx.truncdiv((piece + 1) * a.h, pieces))
-        source = opaque(b * a.x.image + tirx.truncdiv(o, opaque(tirx.truncdiv(a.O, a.C))) * a.x.plane)
-        to, added = (None if one is None else opaque(b * one.image + o * one.plane) for one in (a.y, a.other))
+        o, part = e.opaque(tirx.truncmod(task, a.O)), e.opaque(tirx.truncdiv(task, a.O))
+        b, piece = e.opaque(tirx.truncdiv(part, pieces)), e.opaque(tirx.truncmod(part, pieces))
+        a.begin, a.end = e.opaque(tirx.truncdiv(piece * a.h, pieces)), e.opaque(tirx.truncdiv((piece + 1) * a.h, pieces))
+        source = e.opaque(b * a.x.image + tirx.truncdiv(o, e.opaque(tirx.truncdiv(a.O, a.C))) * a.x.plane)
+        to, added = (None if one is None else e.opaque(b * one.image + o * one.plane) for one in (a.y, a.other))
         taps = how.kernel[0] * how.kernel[1]
         weights = [e.let(e.broadcast(e.load(a.weight, o * taps + tap), LANES)) for tap in range(taps)]
         bias = e.let(e.broadcast(e.load(a.bias, o), LANES))
         with e.loop(tirx.truncdiv(a.w + (LANES - 1), LANES)) as vector:
-            column = opaque(vector * LANES)
-            count = opaque(e.minimum(a.w - column, LANES))
-            left = opaque(column * how.stride[1] - a.side)
-            first, end = opaque(-left), opaque(a.W - left)
+            column = e.opaque(vector * LANES)
+            count = e.opaque(e.minimum(a.w - column, LANES))
+            left = e.opaque(column * how.stride[1] - a.side)
+            first, end = e.opaque(-left), e.opaque(a.W - left)
             with e.loop(tirx.truncdiv(a.end - a.begin + (ROWS - 1), ROWS)) as band:
-                row = opaque(a.begin + band * ROWS)
+                row = e.opaque(a.begin + band * ROWS)
                 _tile(how, a, SimpleNamespace(source=source, to=to, added=added, column=column, row=row, count=count, left=left,
                                               first=first, end=end, weights=weights, bias=bias))
 
 
 def _tile(how: Depthwise, a: Any, t: Any) -> None:
     """ROWS rows of y, LANES columns; what lies outside of x is masked off, what lies outside of y is not written."""
-    top = opaque(t.row * how.stride[0] - a.top)
+    top = e.opaque(t.row * how.stride[0] - a.top)
     sums = [e.Register(LANES, t.bias) for _ in range(ROWS)]
     for line, uses in sorted(_uses(how).items()):
-        y = opaque(top + line)
+        y = e.opaque(top + line)
         with e.when(tirx.And(y >= 0, y < a.H)):
-            vectors = _line(how, a, opaque(t.source + y * a.W + t.left), t.first, t.end)
+            vectors = _line(how, a, e.opaque(t.source + y * a.W + t.left), t.first, t.end)
             for row, ky in uses:
                 for kx, vector in enumerate(vectors):
                     sums[row].multiply_add(t.weights[ky * how.kernel[1] + kx], vector)
     for row, total in enumerate(sums):
         with e.when(t.row + row < a.end):
-            place = opaque((t.row + row) * a.w + t.column)
+            place = e.opaque((t.row + row) * a.w + t.column)
             other = None if a.other is None else e.let(load_part(a.other.elements, t.added + place, t.count))
             store_part(a.y.elements, how.finish(total.get(), other), t.to + place, t.count)
 

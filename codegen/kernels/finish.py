@@ -43,13 +43,6 @@ def finish_of(attributes: Mapping[str, Any]) -> Finish | None:
     return Finish(bool(attributes.get("add")), name, numbers)
 
 
-def opaque(value: Any) -> Any:
-    """An int32 as a name that TVM does not see through: its simplifier takes seconds for nests of quotients and remainders. LLVM removes the cell."""
-    cell = e.stack(1, "int32")
-    e.store(cell, value, 0)
-    return e.let(e.load(cell, 0))
-
-
 def load_part(buffer: Any, at: Any, count: Any) -> Any:
     """`count` of LANES neighbours from `at` on (none where it is below 1), zeros behind them. Inside of `with e.llvm(PARTS.read_text())`."""
     return tirx.call_extern("float32x16", "load_part", tirx.address_of(tirx.BufferLoad(buffer, [at])), count)

@@ -20,7 +20,7 @@ from typing import Any
 from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
-from sparsify_compiler.codegen.kernels.finish import LANES, PARTS, Finish, Images, images, load_part, opaque, store_part
+from sparsify_compiler.codegen.kernels.finish import LANES, PARTS, Finish, Images, images, load_part, store_part
 from sparsify_compiler.codegen.kernels.planes_copy import copy_planes
 
 NUMBERS = ("groups", "chunks", "pixels", "pitch", "rows", "kinds")
@@ -66,7 +66,7 @@ def _body(how: Planes) -> None:
     a = _arguments(how)
     image = a.images.image
     if how.stride is not None:
-        image = opaque(a.C * a.kinds * a.rows * a.pitch)
+        image = e.opaque(a.C * a.kinds * a.rows * a.pitch)
         copy = e.scratch(a.B * image, "float32")
         copy_planes(how, a, copy)
         a.x = copy
@@ -74,18 +74,18 @@ def _body(how: Planes) -> None:
 
 
 def _tasks(how: Planes, a: Any, image: Any) -> None:
-    registers = opaque(tirx.truncdiv(a.pixels + (LANES - 1), LANES))
-    tiles, strips = opaque(tirx.truncdiv(registers + (how.vectors - 1), how.vectors)), opaque(a.T - 1)
+    registers = e.opaque(tirx.truncdiv(a.pixels + (LANES - 1), LANES))
+    tiles, strips = e.opaque(tirx.truncdiv(registers + (how.vectors - 1), how.vectors)), e.opaque(a.T - 1)
     with e.loop(a.B * tiles * strips, parallel=how.parallel) as task, e.llvm(PARTS.read_text()):
-        strip, tile = opaque(tirx.truncmod(task, strips)), opaque(tirx.truncdiv(task, strips))
-        b, number = opaque(tirx.truncdiv(tile, tiles)), opaque(tirx.truncmod(tile, tiles))
-        begin = opaque(tirx.truncdiv(number * registers, tiles))
-        count = opaque(tirx.truncdiv((number + 1) * registers, tiles) - begin)
-        t = SimpleNamespace(b=b, start=opaque(begin * LANES), first=opaque(e.load(a.strips, strip)), end=opaque(e.load(a.strips, strip + 1)))
-        t.source = opaque(b * image + t.start)
+        strip, tile = e.opaque(tirx.truncmod(task, strips)), e.opaque(tirx.truncdiv(task, strips))
+        b, number = e.opaque(tirx.truncdiv(tile, tiles)), e.opaque(tirx.truncmod(tile, tiles))
+        begin = e.opaque(tirx.truncdiv(number * registers, tiles))
+        count = e.opaque(tirx.truncdiv((number + 1) * registers, tiles) - begin)
+        t = SimpleNamespace(b=b, start=e.opaque(begin * LANES), first=e.opaque(e.load(a.strips, strip)), end=e.opaque(e.load(a.strips, strip + 1)))
+        t.source = e.opaque(b * image + t.start)
         for m in range(1, how.vectors + 1):
             with e.when(tirx.EQ(count, m)):
-                t.last = opaque(e.minimum(a.pixels - t.start - (m - 1) * LANES, LANES))
+                t.last = e.opaque(e.minimum(a.pixels - t.start - (m - 1) * LANES, LANES))
                 _tile(how, a, t, m)
 
 
@@ -156,7 +156,7 @@ def _write(how: Planes, a: Any, t: Any, g: Any, sums: list[list[e.Register]]) ->
 
 def _plane(tensor: Images | None, b: Any, c: Any, offset: Any = 0) -> Any:
     """Where a plane begins, or an element of it."""
-    return None if tensor is None else opaque(b * tensor.image + c * tensor.plane + offset)
+    return None if tensor is None else e.opaque(b * tensor.image + c * tensor.plane + offset)
 
 
 def _write_rows(how: Planes, a: Any, t: Any, output: Any, registers: list[e.Register]) -> None:
@@ -165,13 +165,13 @@ def _write_rows(how: Planes, a: Any, t: Any, output: Any, registers: list[e.Regi
     for v, register in enumerate(registers):
         e.store(line, register.get(), v * LANES, lanes=LANES)
     to, added = _plane(a.y, t.b, output), _plane(a.other, t.b, output)
-    first = opaque(tirx.truncdiv(t.start, a.pitch))
+    first = e.opaque(tirx.truncdiv(t.start, a.pitch))
     with e.loop(e.minimum(tirx.truncdiv(t.start + (length - 1), a.pitch) + 1, a.h), start=first) as row:
-        begin = opaque(e.maximum(t.start - row * a.pitch, 0))
-        end = opaque(e.minimum(t.start + length - row * a.pitch, a.w))
+        begin = e.opaque(e.maximum(t.start - row * a.pitch, 0))
+        end = e.opaque(e.minimum(t.start + length - row * a.pitch, a.w))
         with e.loop(tirx.truncdiv(e.maximum(end - begin, 0) + (LANES - 1), LANES)) as piece:
-            column = opaque(begin + piece * LANES)
-            count, place = opaque(e.minimum(end - column, LANES)), opaque(row * a.w + column)
+            column = e.opaque(begin + piece * LANES)
+            count, place = e.opaque(e.minimum(end - column, LANES)), e.opaque(row * a.w + column)
             other = None if a.other is None else e.let(load_part(a.other.elements, added + place, count))
             value = how.finish(load_part(line, row * a.pitch + column - t.start, count), other)
             store_part(a.y.elements, value, to + place, count)

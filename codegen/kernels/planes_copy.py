@@ -10,26 +10,26 @@ from typing import Any
 from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
-from sparsify_compiler.codegen.kernels.finish import LANES, PARTS, load_between, opaque
+from sparsify_compiler.codegen.kernels.finish import LANES, PARTS, load_between
 
 
 def copy_planes(how: Any, a: Any, copy: Any) -> None:
     """Write the copy, [B, C, kinds, rows, pitch], one phase of a plane a task. `a.phases` holds (row, column) of each kind of phase."""
     down, over = how.stride
     with e.loop(a.B * a.C * a.kinds, parallel=how.parallel) as task, e.llvm(PARTS.read_text()):
-        plane, kind = opaque(tirx.truncdiv(task, a.kinds)), opaque(tirx.truncmod(task, a.kinds))
-        top, left = opaque(e.load(a.phases, kind * 2)), opaque(e.load(a.phases, kind * 2 + 1))
-        base = opaque(tirx.truncdiv(plane, a.C) * a.images.image + tirx.truncmod(plane, a.C) * a.images.plane)
+        plane, kind = e.opaque(tirx.truncdiv(task, a.kinds)), e.opaque(tirx.truncmod(task, a.kinds))
+        top, left = e.opaque(e.load(a.phases, kind * 2)), e.opaque(e.load(a.phases, kind * 2 + 1))
+        base = e.opaque(tirx.truncdiv(plane, a.C) * a.images.image + tirx.truncmod(plane, a.C) * a.images.plane)
         with e.loop(a.rows) as row:
-            y, to = opaque(row * down + top), opaque(((plane * a.kinds + kind) * a.rows + row) * a.pitch)
-            source = opaque(base + y * a.W + left)
+            y, to = e.opaque(row * down + top), e.opaque(((plane * a.kinds + kind) * a.rows + row) * a.pitch)
+            source = e.opaque(base + y * a.W + left)
             inside = tirx.And(y >= 0, y < a.H)
-            end = opaque(tirx.Select(inside, a.W - left, 0))
+            end = e.opaque(tirx.Select(inside, a.W - left, 0))
             with e.loop(tirx.truncdiv(a.pitch, LANES)) as piece:
-                column = opaque(piece * LANES)
+                column = e.opaque(piece * LANES)
                 e.store(copy, _pixels(a.x, source, left, end, column, over), to + column, lanes=LANES)
             with e.loop(a.pitch, start=tirx.truncdiv(a.pitch, LANES) * LANES) as column:
-                place = opaque(column * over)
+                place = e.opaque(column * over)
                 valid = tirx.And(place + left >= 0, place < end)
                 e.choose(valid, lambda p=place, c=column, t=to, s=source: e.store(copy, e.load(a.x, s + p), t + c),
                          lambda c=column, t=to: e.store(copy, e.zero(), t + c))
@@ -41,7 +41,7 @@ def _pixels(x: Any, source: Any, left: Any, end: Any, column: Any, over: int) ->
         return e.join([_one(x, source, left, end, (column + i) * over) for i in range(LANES)], 1)
     parts = []
     for half in range(over):
-        at = opaque(column * over + half * LANES)
+        at = e.opaque(column * over + half * LANES)
         parts.append(e.let(load_between(x, source + at, -left - at, end - at)))
     if over == 1:
         return parts[0]

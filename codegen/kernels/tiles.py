@@ -44,17 +44,17 @@ class Tiles:
 
 def _body(how: Tiles) -> None:
     a = tile_arguments(how.layout)
-    panels = e.let(e.floordiv(a.M + (how.width - 1), how.width))
+    panels = e.opaque(e.floordiv(a.M + (how.width - 1), how.width))
     # One panel of packed x: `run`: [tile][pair][row] words; else [input][row], row order such that interleaving two of them gives whole tiles.
-    size = e.let(a.K * how.width if how.layout.run else (a.K + 1) * how.width)
+    size = e.opaque(a.K * how.width if how.layout.run else (a.K + 1) * how.width)
     packed = e.scratch(panels * size, "uint16")
     _pack(a, how, packed, panels, size)
-    groups = e.let(e.floordiv(a.N + (how.layout.r - 1), how.layout.r))
-    each = e.let(e.maximum(e.floordiv(BLOCK, size), 1))  # panels of a task
-    blocks = e.floordiv(panels + (each - 1), each)
+    groups = e.opaque(e.floordiv(a.N + (how.layout.r - 1), how.layout.r))
+    each = e.opaque(e.maximum(e.floordiv(BLOCK, size), 1))  # panels of a task
+    blocks = e.opaque(e.floordiv(panels + (each - 1), each))
     with e.loop(blocks * groups, parallel=how.parallel) as task:
-        block, group = e.let(e.floordiv(task, groups)), e.let(e.floormod(task, groups))
-        _group(a, how, packed, size, e.let(block * each), e.let(e.minimum(panels - block * each, each)), group)
+        block, group = e.opaque(e.floordiv(task, groups)), e.opaque(e.floormod(task, groups))
+        _group(a, how, packed, size, e.opaque(block * each), e.opaque(e.minimum(panels - block * each, each)), group)
 
 
 def _group(a: TileArguments, how: Tiles, packed: Any, size: Any, panel: Any, panels: Any, group: Any) -> None:
@@ -65,7 +65,7 @@ def _group(a: TileArguments, how: Tiles, packed: Any, size: Any, panel: Any, pan
     gathered = e.scratch(2 * across * TILE, "uint16")
     finished = e.scratch(layout.r * how.width, "float32")
     with e.loop(panels) as p:
-        start = e.let((panel + p) * size)
+        start = e.opaque((panel + p) * size)
         for i in range(layout.tiles * across):
             t.zero(i)
         if layout.run:
@@ -126,9 +126,9 @@ def _gather(a: TileArguments, how: Tiles, packed: Any, start: Any, chunk: Any, g
 
 def _pack(a: TileArguments, how: Tiles, packed: Any, panels: Any, size: Any) -> None:
     """Transpose x into panels. Rows past the last repeat it: their sums are not stored."""
-    blocks = e.let(e.floordiv(a.K, DEPTH) + (0 if how.layout.run else 1))
+    blocks = e.opaque(e.floordiv(a.K, DEPTH) + (0 if how.layout.run else 1))
     with e.loop(panels * blocks, parallel=how.parallel) as task:
-        panel, first = e.let(e.floordiv(task, blocks)), e.let(e.floormod(task, blocks) * DEPTH)
+        panel, first = e.opaque(e.floordiv(task, blocks)), e.opaque(e.floormod(task, blocks) * DEPTH)
         if how.layout.run:
             for v in range(how.across):
                 for pair, words in enumerate(_pairs(a, [panel * how.width + v * WIDTH + i for i in range(WIDTH)], first)):
