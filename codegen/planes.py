@@ -17,7 +17,7 @@ from sparsify_compiler import catalog
 from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels.depthwise import Depthwise
 from sparsify_compiler.codegen.kernels.finish import finish_of
-from sparsify_compiler.codegen.kernels.layout import LANES, Groups
+from sparsify_compiler.codegen.kernels.layout import LANES, dense_groups
 from sparsify_compiler.codegen.kernels.planes import NUMBERS, Planes
 from sparsify_compiler.codegen.kernels.planes_layout import Geometry, PreparedPlanes, offsets_of, prepare_planes
 from sparsify_compiler.errors import InputError, KernelError
@@ -114,9 +114,7 @@ def _prepare(op: str, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     if op == "conv2d":
         matrix = tensors["weight"].detach().flatten(1)
         outputs, inputs = matrix.shape
-        values = torch.nn.functional.pad(matrix, (0, 0, 0, -outputs % r)).view(-1, r, inputs).transpose(1, 2).reshape(-1, r)
-        count = -(-outputs // r)
-        groups = Groups(values, torch.arange(inputs).repeat(count), torch.arange(count + 1) * inputs)
+        groups = dense_groups(matrix, r)
     else:
         outputs, inputs = int(attributes["out_features"]), int(attributes["in_features"])
         groups = catalog.get("kernel", f"linear_{op.removeprefix('conv2d_')}").groups(tensors, attributes)

@@ -11,8 +11,8 @@ from torch import Tensor
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen import permission
 from sparsify_compiler.codegen.bound import BoundKernel, Variants
-from sparsify_compiler.codegen.kernels.layout import Groups
-from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, PreparedTiles, prepare_tiles, tile_rows
+from sparsify_compiler.codegen.kernels.layout import dense_groups
+from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, SIZES, PreparedTiles, prepare_tiles, tile_rows
 from sparsify_compiler.codegen.kernels.tiles import WIDTH, Tiles
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
@@ -44,7 +44,7 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
     prepared = next((made for held, made in shared if held is bias), None)
     if prepared is None:
         if op == DENSE:
-            groups, (outputs, inputs) = _dense(tensors["weight"].detach()), tensors["weight"].shape
+            groups, (outputs, inputs) = dense_groups(tensors["weight"].detach(), max(SIZES)), tensors["weight"].shape
         else:
             groups = catalog.get("kernel", op).groups(tensors, attributes)
             outputs, inputs = attributes["out_features"], attributes["in_features"]
@@ -56,15 +56,6 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
 
 def _runs(target: Target) -> bool:
     return all(target.has(feature) for feature in FEATURES) and permission.tiles()
-
-
-def _dense(weight: Tensor) -> Groups:
-    """All of a weight, in groups of 32 outputs; the last group is filled up with zeros."""
-    outputs, inputs = weight.shape
-    groups = -(-outputs // 32)
-    whole = torch.nn.functional.pad(weight, (0, 0, 0, groups * 32 - outputs))
-    values = whole.view(groups, 32, inputs).transpose(1, 2).reshape(-1, 32)
-    return Groups(values, torch.arange(inputs).repeat(groups), torch.arange(groups + 1) * inputs)
 
 
 def _variants(prepared: PreparedTiles) -> Variants:

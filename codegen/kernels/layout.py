@@ -57,6 +57,14 @@ class Groups:
     pointers: Tensor
 
 
+def dense_groups(weight: Tensor, r: int) -> Groups:
+    """All of a weight [N, K], in groups of r outputs; the last group is filled up with zeros."""
+    outputs, inputs = weight.shape
+    count = -(-outputs // r)
+    values = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % r)).view(count, r, inputs).transpose(1, 2).reshape(-1, r)
+    return Groups(values, torch.arange(inputs).repeat(count), torch.arange(count + 1) * inputs)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A weight in this layout."""

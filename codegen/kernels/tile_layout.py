@@ -10,12 +10,11 @@ bias      [groups * r] float32, zeros where there is none
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify_compiler.codegen.kernels.layout import Groups, padded_groups
+from sparsify_compiler.codegen.kernels.layout import Arguments, Groups, padded_groups
 from sparsify_compiler.errors import KernelError
 
 DEPTH = 32     # inputs of a chunk: the pairs of bfloat16 in 64 bytes of a tile's row, twice
@@ -110,22 +109,7 @@ def prepare_tiles(groups: Groups, bias: Tensor | None, out_features: int, in_fea
                          (ends // DEPTH).to(torch.int32), full_bias, out_features, in_features)
 
 
-@dataclass(frozen=True)
-class TileArguments:
-    """The parameters of the kernel."""
-
-    M: Any
-    N: Any
-    K: Any
-    x: Any
-    values: Any
-    columns: Any
-    pointers: Any
-    bias: Any
-    y: Any
-
-
-def tile_arguments(layout: TileLayout) -> TileArguments:
+def tile_arguments(layout: TileLayout) -> Arguments:
     """Declare f(x [M, K], values, columns, pointers, bias, y [M, N])."""
     from sparsify_compiler.codegen import emit as e
 
@@ -133,4 +117,4 @@ def tile_arguments(layout: TileLayout) -> TileArguments:
     x, values = e.argument((M, K), "bfloat16"), e.argument((V,), "bfloat16")
     columns, pointers = e.argument((S,), layout.index), e.argument((P,), "int32")
     bias, y = e.argument((B,), "float32"), e.argument((M, N), "bfloat16")
-    return TileArguments(M, N, K, x, values, columns, pointers, bias, y)
+    return Arguments(M, N, K, x, values, columns, pointers, bias, y)

@@ -14,7 +14,8 @@ from typing import Any
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
-from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, TileArguments, TileLayout, tile_arguments
+from sparsify_compiler.codegen.kernels.layout import Arguments
+from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, TileLayout, tile_arguments
 
 WIDTH = 16              # rows of x in a tile
 PAIRS = DEPTH // 2
@@ -57,7 +58,7 @@ def _body(how: Tiles) -> None:
         _group(a, how, packed, size, e.opaque(block * each), e.opaque(e.minimum(panels - block * each, each)), group)
 
 
-def _group(a: TileArguments, how: Tiles, packed: Any, size: Any, panel: Any, panels: Any, group: Any) -> None:
+def _group(a: Arguments, how: Tiles, packed: Any, size: Any, panel: Any, panels: Any, group: Any) -> None:
     """The outputs of one group for some panels of x."""
     layout, across = how.layout, how.across
     t.configure([*([layout.rows] * 6), t.ROWS, t.ROWS])
@@ -90,7 +91,7 @@ def _group(a: TileArguments, how: Tiles, packed: Any, size: Any, panel: Any, pan
     t.release()
 
 
-def _multiply(a: TileArguments, how: Tiles, chunk: Any, inputs: Any, at: Any, apart: Any) -> None:
+def _multiply(a: Arguments, how: Tiles, chunk: Any, inputs: Any, at: Any, apart: Any) -> None:
     """Add a chunk's products to the sums: tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 inputs, which lie `apart` from each other."""
     layout, across = how.layout, how.across
     for v in range(across):
@@ -101,14 +102,14 @@ def _multiply(a: TileArguments, how: Tiles, chunk: Any, inputs: Any, at: Any, ap
             t.multiply_add(i * across + v, 4 + i, 6 + v)
 
 
-def _ahead(a: TileArguments, how: Tiles, panel: Any, chunk: Any) -> None:
+def _ahead(a: Arguments, how: Tiles, panel: Any, chunk: Any) -> None:
     """Ask for a part of a chunk of the next group's weights: four panels ask for all of it."""
     lines = max(how.layout.r // AHEAD, 1)
     for line in range(lines):
         t.prefetch(a.values, chunk * (how.layout.r * DEPTH) + (panel * lines + line) * DEPTH)
 
 
-def _gather(a: TileArguments, how: Tiles, packed: Any, start: Any, chunk: Any, gathered: Any, half: Any) -> None:
+def _gather(a: Arguments, how: Tiles, packed: Any, start: Any, chunk: Any, gathered: Any, half: Any) -> None:
     """The 32 inputs of a chunk, paired: [tile][pair][row] words."""
     width, lanes = how.width, 8
 
@@ -124,7 +125,7 @@ def _gather(a: TileArguments, how: Tiles, packed: Any, start: Any, chunk: Any, g
             e.store(gathered, word, to, lanes=width)
 
 
-def _pack(a: TileArguments, how: Tiles, packed: Any, panels: Any, size: Any) -> None:
+def _pack(a: Arguments, how: Tiles, packed: Any, panels: Any, size: Any) -> None:
     """Transpose x into panels. Rows past the last repeat it: their sums are not stored."""
     blocks = e.opaque(e.floordiv(a.K, DEPTH) + (0 if how.layout.run else 1))
     with e.loop(panels * blocks, parallel=how.parallel) as task:
@@ -140,7 +141,7 @@ def _pack(a: TileArguments, how: Tiles, packed: Any, panels: Any, size: Any) -> 
                      lambda: _split_tail(a, how, packed, panel, first, start))
 
 
-def _split_pairs(a: TileArguments, how: Tiles, packed: Any, panel: Any, first: Any, start: Any) -> None:
+def _split_pairs(a: Arguments, how: Tiles, packed: Any, panel: Any, first: Any, start: Any) -> None:
     """32 whole inputs of a panel, each a row of its own."""
     words = [_pairs(a, [panel * how.width + _row(how, v * WIDTH + i) for i in range(WIDTH)], first) for v in range(how.across)]
     for pair in range(PAIRS):
@@ -150,7 +151,7 @@ def _split_pairs(a: TileArguments, how: Tiles, packed: Any, panel: Any, first: A
             e.store(packed, e.shuffle(parts[0], parts[-1], order), start + (2 * pair + side) * how.width, lanes=how.width)
 
 
-def _split_tail(a: TileArguments, how: Tiles, packed: Any, panel: Any, first: Any, start: Any) -> None:
+def _split_tail(a: Arguments, how: Tiles, packed: Any, panel: Any, first: Any, start: Any) -> None:
     """The last inputs, and a row of zeros behind them."""
     with e.loop(a.K - first) as k, e.loop(how.width) as place:
         value = e.load(a.x, e.minimum(panel * how.width + _row(how, place), a.M - 1), first + k)
@@ -158,7 +159,7 @@ def _split_tail(a: TileArguments, how: Tiles, packed: Any, panel: Any, first: An
     e.store(packed, e.broadcast(e.constant(0, "uint16"), how.width), start + (a.K - first) * how.width, lanes=how.width)
 
 
-def _pairs(a: TileArguments, rows: list[Any], first: Any) -> list[Any]:
+def _pairs(a: Arguments, rows: list[Any], first: Any) -> list[Any]:
     """16 vectors of words: pair p of the inputs from `first` on, of each of 16 rows of x."""
     lines = [e.let(e.reinterpret("int32", e.load(a.x, e.minimum(row, a.M - 1), first, lanes=DEPTH), WIDTH)) for row in rows]
     return e.transpose(lines)
@@ -171,7 +172,7 @@ def _row(how: Tiles, place: Any) -> Any:
     return e.floordiv(place, 8) * 4 + e.floormod(place, 4) + e.floormod(e.floordiv(place, 4), 2) * (how.width // 2)
 
 
-def _write(a: TileArguments, how: Tiles, finished: Any, row: Any, output: Any) -> None:
+def _write(a: Arguments, how: Tiles, finished: Any, row: Any, output: Any) -> None:
     """y[row + m, output + n] = finished[n][m] + bias[n], where y has such a place."""
     r = how.layout.r
     whole = e.both(row + how.width <= a.M, output + r <= a.N)
@@ -191,7 +192,7 @@ def _write(a: TileArguments, how: Tiles, finished: Any, row: Any, output: Any) -
     e.choose(whole, direct, part)
 
 
-def _turn(a: TileArguments, how: Tiles, finished: Any, first_output: Any, put: Any) -> None:
+def _turn(a: Arguments, how: Tiles, finished: Any, first_output: Any, put: Any) -> None:
     """Add the bias, round to bfloat16 and transpose: put(row, output, lanes, values) for every row of the panel."""
     r, pairs = how.layout.r, how.layout.r // 2
     bias = [e.let(e.load(a.bias, first_output + n)) for n in range(r)]
