@@ -71,6 +71,12 @@ def choose(condition: Expr, then: Callable[[], None], otherwise: Callable[[], No
             otherwise()
 
 
+def either(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
+    """One of two scalars, both computed."""
+    then, otherwise = (tirx.const(v, "int32") if isinstance(v, int) else v for v in (then, otherwise))
+    return tirx.Select(condition, then, otherwise)
+
+
 def load(buffer: Buffer, *index: Expr, lanes: int = 1) -> Expr:
     """buffer[index], or `lanes` neighbours from there as one vector."""
     *outer, last = [tirx.const(i, "int32") if isinstance(i, int) else i for i in index]

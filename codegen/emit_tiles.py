@@ -70,9 +70,10 @@ def address(buffer: Any, *index: Any) -> Any:
     return tirx.address_of(e.load(buffer, *index))
 
 
-def prefetch(buffer: Any, *index: Any) -> None:
-    """Ask for the cache line of buffer[index]."""
-    builder.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address(buffer, *index), *(tirx.const(n, "int32") for n in (0, 3, 1))))
+def prefetch(buffer: Any, *index: Any, near: bool = True) -> None:
+    """Ask for the cache line of buffer[index], in L1 or only in L2."""
+    numbers = (tirx.const(n, "int32") for n in (0, 3 if near else 2, 1))
+    builder.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address(buffer, *index), *numbers))
 
 
 def _do(name: str, *arguments: Any) -> None:

@@ -59,13 +59,12 @@ def _runs(target: Target) -> bool:
 
 
 def _variants(prepared: PreparedTiles) -> Variants:
-    layout = prepared.layout
+    layout, threads = prepared.layout, torch.get_num_threads()
     products = prepared.values.numel() // (layout.rows * DEPTH)  # for each 16 rows of x
-    found = {f"tiles{across}-{word}": Tiles(layout, across, parallel)
-             for across in (1, 2) for word, parallel in (("alone", False), ("together", True))}
+    found = {f"tiles{across}-{workers}": Tiles(layout, across, workers) for across in (1, 2) for workers in {1, threads}}
 
     def choose(rows: int) -> str:
         across = 1 if rows <= WIDTH else 2
-        return f"tiles{across}-{'alone' if products * -(-rows // WIDTH) < ALONE else 'together'}"
+        return f"tiles{across}-{1 if products * -(-rows // WIDTH) < ALONE else threads}"
 
     return Variants(found, choose)

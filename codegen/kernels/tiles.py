@@ -20,17 +20,17 @@ from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, TileLayout, til
 WIDTH = 16              # rows of x in a tile
 PAIRS = DEPTH // 2
 TILE = 512              # bfloat16 elements of a whole tile
-AHEAD = 4               # panels over which the next weights are asked for
-BLOCK = 1 << 19         # elements of packed x that a task goes through: they stay in L2
+ROW = 32                # of a row of a tile
+BLOCK = 1 << 19         # elements of packed x that a worker goes through again and again: they stay in L2
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How: `across` tiles of x rows at a time (1 or 2), on torch's threads or on the caller's alone."""
+    """How: `across` tiles of x rows at a time (1 or 2), work split for this many threads (1: on the caller's alone)."""
 
     layout: TileLayout
     across: int
-    parallel: bool
+    workers: int
     name = "tiles"
 
     def compute(self) -> Any:
@@ -42,6 +42,10 @@ class Tiles:
         """Rows of x in a panel."""
         return WIDTH * self.across
 
+    @property
+    def parallel(self) -> bool:
+        return self.workers > 1
+
 
 def _body(how: Tiles) -> None:
     a = tile_arguments(how.layout)
@@ -51,44 +55,51 @@ def _body(how: Tiles) -> None:
     packed = e.scratch(panels * size, "uint16")
     _pack(a, how, packed, panels, size)
     groups = e.opaque(e.floordiv(a.N + (how.layout.r - 1), how.layout.r))
-    each = e.opaque(e.maximum(e.floordiv(BLOCK, size), 1))  # panels of a task
-    blocks = e.opaque(e.floordiv(panels + (each - 1), each))
-    with e.loop(blocks * groups, parallel=how.parallel) as task:
-        block, group = e.opaque(e.floordiv(task, groups)), e.opaque(e.floormod(task, groups))
-        _group(a, how, packed, size, e.opaque(block * each), e.opaque(e.minimum(panels - block * each, each)), group)
+    own = e.opaque(e.floordiv(panels, how.workers))     # panels that only one worker reads: those of another come through the slow way between cores
+    each = e.opaque(e.maximum(e.floordiv(BLOCK, size), 1))
+    blocks = e.opaque(e.floordiv(own + (each - 1), each))
+    with e.loop(how.workers, parallel=how.parallel) as me:
+        t.configure([*([how.layout.rows] * 6), t.ROWS, t.ROWS])
+        with e.loop(blocks + 1) as block:               # last those panels that are too few to have one owner each: their groups are shared out
+            alone = block < blocks
+            panel = e.opaque(e.either(alone, me * own + block * each, own * how.workers))
+            count = e.opaque(e.either(alone, e.minimum(own - block * each, each), panels - own * how.workers))
+            first = e.opaque(e.either(alone, 0, e.floordiv(groups * me, how.workers)))
+            last = e.opaque(e.either(alone, groups, e.floordiv(groups * (me + 1), how.workers)))
+            with e.loop(last - first) as group, e.loop(count) as p:
+                _group(a, how, packed, size, e.opaque(panel + p), e.opaque(first + group))
+        t.release()
 
 
-def _group(a: Arguments, how: Tiles, packed: Any, size: Any, panel: Any, panels: Any, group: Any) -> None:
-    """The outputs of one group for some panels of x."""
+def _group(a: Arguments, how: Tiles, packed: Any, size: Any, panel: Any, group: Any) -> None:
+    """The outputs of one group for one panel of x."""
     layout, across = how.layout, how.across
-    t.configure([*([layout.rows] * 6), t.ROWS, t.ROWS])
     first, last = e.let(e.load(a.pointers, group)), e.let(e.load(a.pointers, group + 1))
-    gathered = e.scratch(2 * across * TILE, "uint16")
     finished = e.scratch(layout.r * how.width, "float32")
-    with e.loop(panels) as p:
-        start = e.opaque((panel + p) * size)
-        for i in range(layout.tiles * across):
-            t.zero(i)
-        if layout.run:
-            with e.loop(last - first) as j:
-                at = e.let(start + e.cast("int32", e.load(a.columns, first + j)) * TILE)
-                _multiply(a, how, e.let(first + j), packed, at, WIDTH * a.K)
-                _ahead(a, how, p, last + j)
-        else:  # gathering is one chunk ahead: a tile loaded right behind the stores that fill it would wait for them
-            with e.when(first < last):
-                _gather(a, how, packed, start, first, gathered, 0)
-            with e.loop(last - first - 1) as j:
-                here = e.let(e.floormod(j, 2) * (across * TILE))
-                _gather(a, how, packed, start, e.let(first + j + 1), gathered, e.let(across * TILE - here))
-                _multiply(a, how, e.let(first + j), gathered, here, TILE)
-                _ahead(a, how, p, last + j)
-            with e.when(first < last):
-                _multiply(a, how, e.let(last - 1), gathered, e.let(e.floormod(last - 1 - first, 2) * (across * TILE)), TILE)
-        for i in range(layout.tiles):
-            for v in range(across):
-                t.store(i * across + v, finished, (v * layout.tiles + i) * layout.rows * WIDTH)
-        _write(a, how, finished, e.let((panel + p) * how.width), e.let(group * layout.r))
-    t.release()
+    start, row, output = e.opaque(panel * size), e.opaque(panel * how.width), e.opaque(group * layout.r)
+    for m in range(how.width):  # its lines of y arrive while the sums are made
+        t.prefetch(a.y, e.minimum(row + m, a.M - 1), output, near=False)
+    for i in range(layout.tiles * across):
+        t.zero(i)
+    if layout.run:
+        with e.loop(last - first) as j:
+            at = e.let(start + e.cast("int32", e.load(a.columns, first + j)) * TILE)
+            _multiply(a, how, e.let(first + j), packed, at, WIDTH * a.K)
+    else:  # gathering is one chunk ahead: a tile loaded right behind the stores that fill it would wait for them
+        half = across * TILE + ROW      # not a power of two, or LLVM computes an address for each store
+        gathered = e.scratch(2 * half, "uint16")
+        with e.when(first < last):
+            _gather(a, how, packed, start, first, gathered, 0)
+        with e.loop(last - first - 1) as j:
+            here = e.let(e.floormod(j, 2) * half)
+            _gather(a, how, packed, start, e.let(first + j + 1), gathered, e.let(half - here))
+            _multiply(a, how, e.let(first + j), gathered, here, TILE)
+        with e.when(first < last):
+            _multiply(a, how, e.let(last - 1), gathered, e.let(e.floormod(last - 1 - first, 2) * half), TILE)
+    for i in range(layout.tiles):
+        for v in range(across):
+            t.store(i * across + v, finished, (v * layout.tiles + i) * layout.rows * WIDTH)
+    _write(a, how, finished, row, output)
 
 
 def _multiply(a: Arguments, how: Tiles, chunk: Any, inputs: Any, at: Any, apart: Any) -> None:
@@ -100,13 +111,6 @@ def _multiply(a: Arguments, how: Tiles, chunk: Any, inputs: Any, at: Any, apart:
         t.load(4 + i, a.values, chunk * (layout.r * DEPTH) + i * layout.rows * DEPTH)
         for v in range(across):
             t.multiply_add(i * across + v, 4 + i, 6 + v)
-
-
-def _ahead(a: Arguments, how: Tiles, panel: Any, chunk: Any) -> None:
-    """Ask for a part of a chunk of the next group's weights: four panels ask for all of it."""
-    lines = max(how.layout.r // AHEAD, 1)
-    for line in range(lines):
-        t.prefetch(a.values, chunk * (how.layout.r * DEPTH) + (panel * lines + line) * DEPTH)
 
 
 def _gather(a: Arguments, how: Tiles, packed: Any, start: Any, chunk: Any, gathered: Any, half: Any) -> None:
