@@ -20,7 +20,6 @@ from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, TileLayout, til
 WIDTH = 16              # rows of x in a tile
 PAIRS = DEPTH // 2
 TILE = 512              # bfloat16 elements of a whole tile
-ROW = 32                # of a row of a tile
 BLOCK = 1 << 19         # elements of packed x that a worker goes through again and again: they stay in L2
 
 
@@ -59,6 +58,8 @@ def _body(how: Tiles) -> None:
     each = e.opaque(e.maximum(e.floordiv(BLOCK, size), 1))
     blocks = e.opaque(e.floordiv(own + (each - 1), each))
     with e.loop(how.workers, parallel=how.parallel) as me:
+        room = _Room(e.scratch(2 * how.across * TILE, "uint16"), e.scratch(how.layout.r * how.width, "float32"),
+                     e.scratch(how.layout.r * how.width, "uint16"))
         t.configure([*([how.layout.rows] * 6), t.ROWS, t.ROWS])
         with e.loop(blocks + 1) as block:               # last those panels that are too few to have one owner each: their groups are shared out
             alone = block < blocks
@@ -67,15 +68,23 @@ def _body(how: Tiles) -> None:
             first = e.opaque(e.either(alone, 0, e.floordiv(groups * me, how.workers)))
             last = e.opaque(e.either(alone, groups, e.floordiv(groups * (me + 1), how.workers)))
             with e.loop(last - first) as group, e.loop(count) as p:
-                _group(a, how, packed, size, e.opaque(panel + p), e.opaque(first + group))
+                _group(a, how, packed, size, room, e.opaque(panel + p), e.opaque(first + group))
         t.release()
 
 
-def _group(a: Arguments, how: Tiles, packed: Any, size: Any, panel: Any, group: Any) -> None:
+@dataclass(frozen=True)
+class _Room:
+    """What a worker needs besides: two chunks of gathered inputs, the sums of a group, and the same rounded and turned."""
+
+    gathered: Any
+    finished: Any
+    turned: Any
+
+
+def _group(a: Arguments, how: Tiles, packed: Any, size: Any, room: _Room, panel: Any, group: Any) -> None:
     """The outputs of one group for one panel of x."""
     layout, across = how.layout, how.across
     first, last = e.let(e.load(a.pointers, group)), e.let(e.load(a.pointers, group + 1))
-    finished = e.scratch(layout.r * how.width, "float32")
     start, row, output = e.opaque(panel * size), e.opaque(panel * how.width), e.opaque(group * layout.r)
     for m in range(how.width):  # its lines of y arrive while the sums are made
         t.prefetch(a.y, e.minimum(row + m, a.M - 1), output, near=False)
@@ -85,21 +94,38 @@ def _group(a: Arguments, how: Tiles, packed: Any, size: Any, panel: Any, group: 
         with e.loop(last - first) as j:
             at = e.let(start + e.cast("int32", e.load(a.columns, first + j)) * TILE)
             _multiply(a, how, e.let(first + j), packed, at, WIDTH * a.K)
-    else:  # gathering is one chunk ahead: a tile loaded right behind the stores that fill it would wait for them
-        half = across * TILE + ROW      # not a power of two, or LLVM computes an address for each store
-        gathered = e.scratch(2 * half, "uint16")
-        with e.when(first < last):
-            _gather(a, how, packed, start, first, gathered, 0)
-        with e.loop(last - first - 1) as j:
-            here = e.let(e.floormod(j, 2) * half)
-            _gather(a, how, packed, start, e.let(first + j + 1), gathered, e.let(half - here))
-            _multiply(a, how, e.let(first + j), gathered, here, TILE)
-        with e.when(first < last):
-            _multiply(a, how, e.let(last - 1), gathered, e.let(e.floormod(last - 1 - first, 2) * half), TILE)
+    else:
+        _gathering(a, how, packed, start, room.gathered, first, last)
     for i in range(layout.tiles):
         for v in range(across):
-            t.store(i * across + v, finished, (v * layout.tiles + i) * layout.rows * WIDTH)
-    _write(a, how, finished, row, output)
+            t.store(i * across + v, room.finished, (v * layout.tiles + i) * layout.rows * WIDTH)
+    _write(a, how, room, row, output)
+
+
+def _gathering(a: Arguments, how: Tiles, packed: Any, start: Any, gathered: Any, first: Any, last: Any) -> None:
+    """Add all chunks' products. Gathering is one chunk ahead: a tile loaded right behind the stores that fill it would wait for them."""
+    halves = (0, how.across * TILE)  # even chunks, odd ones
+
+    def gather(chunk: Any, half: int) -> None:
+        _gather(a, how, packed, start, chunk, gathered, halves[half])
+
+    def multiply(chunk: Any, half: int) -> None:
+        _multiply(a, how, chunk, gathered, halves[half], TILE)
+
+    with e.when(first < last):
+        gather(first, 0)
+        twos = e.opaque(e.floordiv(last - first - 1, 2))
+        with e.loop(twos) as j:
+            chunk = e.let(first + 2 * j)
+            for i in range(2):
+                gather(e.let(chunk + i + 1), 1 - i)
+                multiply(e.let(chunk + i), i)
+        rest = e.opaque(first + 2 * twos)
+        with e.when(rest + 1 < last):
+            gather(e.let(rest + 1), 1)
+        multiply(rest, 0)
+        with e.when(rest + 1 < last):
+            multiply(e.let(rest + 1), 1)
 
 
 def _multiply(a: Arguments, how: Tiles, chunk: Any, inputs: Any, at: Any, apart: Any) -> None:
@@ -176,7 +202,7 @@ def _row(how: Tiles, place: Any) -> Any:
     return e.floordiv(place, 8) * 4 + e.floormod(place, 4) + e.floormod(e.floordiv(place, 4), 2) * (how.width // 2)
 
 
-def _write(a: Arguments, how: Tiles, finished: Any, row: Any, output: Any) -> None:
+def _write(a: Arguments, how: Tiles, room: _Room, row: Any, output: Any) -> None:
     """y[row + m, output + n] = finished[n][m] + bias[n], where y has such a place."""
     r = how.layout.r
     whole = e.both(row + how.width <= a.M, output + r <= a.N)
@@ -185,13 +211,12 @@ def _write(a: Arguments, how: Tiles, finished: Any, row: Any, output: Any) -> No
         def put(m: int, n: int, lanes: int, value: Any) -> None:
             e.store(a.y, e.reinterpret("bfloat16", value, lanes), row + m, output + n, lanes=lanes)
 
-        _turn(a, how, finished, output, put)
+        _turn(a, how, room.finished, output, put)
 
     def part() -> None:
-        turned = e.scratch(how.width * r, "uint16")
-        _turn(a, how, finished, output, lambda m, n, lanes, value: e.store(turned, value, m * r + n, lanes=lanes))
+        _turn(a, how, room.finished, output, lambda m, n, lanes, value: e.store(room.turned, value, m * r + n, lanes=lanes))
         with e.loop(e.minimum(a.M - row, how.width)) as m, e.loop(e.minimum(a.N - output, r)) as n:
-            e.store(a.y, e.reinterpret("bfloat16", e.load(turned, m * r + n)), row + m, output + n)
+            e.store(a.y, e.reinterpret("bfloat16", e.load(room.turned, m * r + n)), row + m, output + n)
 
     e.choose(whole, direct, part)
 
