@@ -18,8 +18,10 @@ from torch import Tensor
 
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen import build, omp, permission, runtime
-from sparsify_compiler.codegen.bound import BoundKernel
+from sparsify_compiler.codegen.bound import BoundKernel, Variants
 from sparsify_compiler.codegen.kernels import amx
+from sparsify_compiler.codegen.kernels.tile_layout import prepare_tiles
+from sparsify_compiler.codegen.kernels.tiles import Tiles
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.target import Target, host
 
@@ -239,6 +241,22 @@ def test_tiles(n: int, k: int, r: int, c: int, density: float) -> None:
     assert "_amx_" in kernel.name
     for rows in (0, 1, 15, 16, 17, 32, 33, 64, 200):
         assert_right(kernel, weight, bias, torch.randn(rows, k).bfloat16())
+
+
+@needs_tiles
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("c", [1, 32])
+def test_tiles_shared_out(workers: int, c: int) -> None:
+    """Panels of x with one owner each, and those left over with several, give the same numbers for any number of workers and threads."""
+    weight, mask = torch.randn(160, 64).bfloat16(), mask_of("bsr", 160, 64, 0.4, r=32, c=c)
+    stored = catalog.get("format", "bsr").encode(weight, mask, r=32, c=c)
+    groups = catalog.get("kernel", "linear_bsr").groups(stored.tensors(), stored.attributes())
+    prepared = prepare_tiles(groups, None, 160, 64)
+    for across in (1, 2):
+        shared_out = Variants({"it": Tiles(prepared.layout, across, workers)}, lambda rows: "it")
+        kernel = BoundKernel("tiles", {}, prepared, shared_out, host())
+        for rows in (1, 33, 16 * across * workers, 16 * across * (workers + 1), 16 * across * (2 * workers - 1) + 3):
+            assert_right(kernel, weight.double() * mask, torch.zeros(160).double(), torch.randn(rows, 64).bfloat16())
 
 
 @needs_tiles

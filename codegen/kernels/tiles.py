@@ -47,45 +47,50 @@ class Tiles:
 
 
 def _body(how: Tiles) -> None:
+    """A worker packs what it multiplies: what another has written comes through the slow way between cores."""
     a = tile_arguments(how.layout)
     panels = e.opaque(e.floordiv(a.M + (how.width - 1), how.width))
     # One panel of packed x: `run`: [tile][pair][row] words; else [input][row], row order such that interleaving two of them gives whole tiles.
     size = e.opaque(a.K * how.width if how.layout.run else (a.K + 1) * how.width)
-    packed = e.scratch(panels * size, "uint16")
-    _pack(a, how, packed, panels, size)
     groups = e.opaque(e.floordiv(a.N + (how.layout.r - 1), how.layout.r))
-    own = e.opaque(e.floordiv(panels, how.workers))     # panels that only one worker reads: those of another come through the slow way between cores
-    each = e.opaque(e.maximum(e.floordiv(BLOCK, size), 1))
+    own = e.opaque(e.floordiv(panels, how.workers))     # panels that a worker has to itself, some at a time
+    rest = e.opaque(panels - own * how.workers)         # panels left: several workers to each, with a part of the groups
+    each = e.opaque(e.minimum(e.maximum(e.floordiv(BLOCK, size), 1), e.maximum(own, 1)))
     blocks = e.opaque(e.floordiv(own + (each - 1), each))
     with e.loop(how.workers, parallel=how.parallel) as me:
-        room = _Room(e.scratch(2 * how.across * TILE, "uint16"), e.scratch(how.layout.r * how.width, "float32"),
-                     e.scratch(how.layout.r * how.width, "uint16"))
+        room = _Room(e.scratch(each * size, "uint16"), e.scratch(2 * how.across * TILE, "uint16"),
+                     e.scratch(how.layout.r * how.width, "float32"), e.scratch(how.layout.r * how.width, "uint16"))
+        mine = e.opaque(e.floordiv(me * rest, how.workers))
+        since = e.opaque(e.floordiv(mine * how.workers + (rest - 1), e.maximum(rest, 1)))           # the first worker at this panel
+        until = e.opaque(e.floordiv((mine + 1) * how.workers + (rest - 1), e.maximum(rest, 1)))     # and who comes after its last
         t.configure([*([how.layout.rows] * 6), t.ROWS, t.ROWS])
-        with e.loop(blocks + 1) as block:               # last those panels that are too few to have one owner each: their groups are shared out
+        with e.loop(e.opaque(blocks + e.minimum(rest, 1))) as block:
             alone = block < blocks
-            panel = e.opaque(e.either(alone, me * own + block * each, own * how.workers))
-            count = e.opaque(e.either(alone, e.minimum(own - block * each, each), panels - own * how.workers))
-            first = e.opaque(e.either(alone, 0, e.floordiv(groups * me, how.workers)))
-            last = e.opaque(e.either(alone, groups, e.floordiv(groups * (me + 1), how.workers)))
+            panel = e.opaque(e.either(alone, me * own + block * each, own * how.workers + mine))
+            count = e.opaque(e.either(alone, e.minimum(own - block * each, each), 1))
+            first = e.opaque(e.either(alone, 0, e.floordiv(groups * (me - since), until - since)))
+            last = e.opaque(e.either(alone, groups, e.floordiv(groups * (me + 1 - since), until - since)))
+            _pack(a, how, room.packed, panel, count, size)
             with e.loop(last - first) as group, e.loop(count) as p:
-                _group(a, how, packed, size, room, e.opaque(panel + p), e.opaque(first + group))
+                _group(a, how, room, e.opaque(p * size), e.opaque((panel + p) * how.width), e.opaque(first + group))
         t.release()
 
 
 @dataclass(frozen=True)
 class _Room:
-    """What a worker needs besides: two chunks of gathered inputs, the sums of a group, and the same rounded and turned."""
+    """What a worker has to itself: packed panels of x, two chunks of gathered inputs, the sums of a group, and the same rounded and turned."""
 
+    packed: Any
     gathered: Any
     finished: Any
     turned: Any
 
 
-def _group(a: Arguments, how: Tiles, packed: Any, size: Any, room: _Room, panel: Any, group: Any) -> None:
-    """The outputs of one group for one panel of x."""
+def _group(a: Arguments, how: Tiles, room: _Room, start: Any, row: Any, group: Any) -> None:
+    """The outputs of one group for the panel that is packed from `start` on and begins at this row of x."""
     layout, across = how.layout, how.across
     first, last = e.let(e.load(a.pointers, group)), e.let(e.load(a.pointers, group + 1))
-    start, row, output = e.opaque(panel * size), e.opaque(panel * how.width), e.opaque(group * layout.r)
+    output = e.opaque(group * layout.r)
     for m in range(how.width):  # its lines of y arrive while the sums are made
         t.prefetch(a.y, e.minimum(row + m, a.M - 1), output, near=False)
     for i in range(layout.tiles * across):
@@ -93,24 +98,24 @@ def _group(a: Arguments, how: Tiles, packed: Any, size: Any, room: _Room, panel:
     if layout.run:
         with e.loop(last - first) as j:
             at = e.let(start + e.cast("int32", e.load(a.columns, first + j)) * TILE)
-            _multiply(a, how, e.let(first + j), packed, at, WIDTH * a.K)
+            _multiply(a, how, e.let(first + j), room.packed, at, WIDTH * a.K)
     else:
-        _gathering(a, how, packed, start, room.gathered, first, last)
+        _gathering(a, how, room, start, first, last)
     for i in range(layout.tiles):
         for v in range(across):
             t.store(i * across + v, room.finished, (v * layout.tiles + i) * layout.rows * WIDTH)
     _write(a, how, room, row, output)
 
 
-def _gathering(a: Arguments, how: Tiles, packed: Any, start: Any, gathered: Any, first: Any, last: Any) -> None:
+def _gathering(a: Arguments, how: Tiles, room: _Room, start: Any, first: Any, last: Any) -> None:
     """Add all chunks' products. Gathering is one chunk ahead: a tile loaded right behind the stores that fill it would wait for them."""
     halves = (0, how.across * TILE)  # even chunks, odd ones
 
     def gather(chunk: Any, half: int) -> None:
-        _gather(a, how, packed, start, chunk, gathered, halves[half])
+        _gather(a, how, room, start, chunk, halves[half])
 
     def multiply(chunk: Any, half: int) -> None:
-        _multiply(a, how, chunk, gathered, halves[half], TILE)
+        _multiply(a, how, chunk, room.gathered, halves[half], TILE)
 
     with e.when(first < last):
         gather(first, 0)
@@ -139,12 +144,12 @@ def _multiply(a: Arguments, how: Tiles, chunk: Any, inputs: Any, at: Any, apart:
             t.multiply_add(i * across + v, 4 + i, 6 + v)
 
 
-def _gather(a: Arguments, how: Tiles, packed: Any, start: Any, chunk: Any, gathered: Any, half: Any) -> None:
+def _gather(a: Arguments, how: Tiles, room: _Room, start: Any, chunk: Any, half: int) -> None:
     """The 32 inputs of a chunk, paired: [tile][pair][row] words."""
     width, lanes = how.width, 8
 
     def row(k: int) -> Any:
-        return e.let(e.load(packed, start + e.cast("int32", e.load(a.columns, chunk * DEPTH + k)) * width, lanes=width))
+        return e.let(e.load(room.packed, start + e.cast("int32", e.load(a.columns, chunk * DEPTH + k)) * width, lanes=width))
 
     for pair in range(PAIRS):
         low, high = row(2 * pair), row(2 * pair + 1)
@@ -152,28 +157,28 @@ def _gather(a: Arguments, how: Tiles, packed: Any, start: Any, chunk: Any, gathe
             order = [side * width + base + part * 4 + i for base in range(0, width, lanes) for i in range(4) for side in range(2)]
             word = e.shuffle(low, high, order)
             to = half + (part * TILE + pair * 32 if how.across == 2 else pair * 32 + part * 16)
-            e.store(gathered, word, to, lanes=width)
+            e.store(room.gathered, word, to, lanes=width)
 
 
-def _pack(a: Arguments, how: Tiles, packed: Any, panels: Any, size: Any) -> None:
-    """Transpose x into panels. Rows past the last repeat it: their sums are not stored."""
+def _pack(a: Arguments, how: Tiles, packed: Any, panel: Any, count: Any, size: Any) -> None:
+    """Transpose some panels of x. Rows past the last repeat it: their sums are not stored."""
     blocks = e.opaque(e.floordiv(a.K, DEPTH) + (0 if how.layout.run else 1))
-    with e.loop(panels * blocks, parallel=how.parallel) as task:
-        panel, first = e.opaque(e.floordiv(task, blocks)), e.opaque(e.floormod(task, blocks) * DEPTH)
+    with e.loop(count) as p, e.loop(blocks) as block:
+        row, first = e.opaque((panel + p) * how.width), e.opaque(block * DEPTH)
         if how.layout.run:
             for v in range(how.across):
-                for pair, words in enumerate(_pairs(a, [panel * how.width + v * WIDTH + i for i in range(WIDTH)], first)):
-                    to = panel * size + v * WIDTH * a.K + first * WIDTH + pair * 2 * WIDTH
+                for pair, words in enumerate(_pairs(a, [row + v * WIDTH + i for i in range(WIDTH)], first)):
+                    to = p * size + v * WIDTH * a.K + first * WIDTH + pair * 2 * WIDTH
                     e.store(packed, e.halves(words, WIDTH), to, lanes=2 * WIDTH)
         else:
-            start = e.let(panel * size + first * how.width)
-            e.choose(first + DEPTH <= a.K, lambda: _split_pairs(a, how, packed, panel, first, start),
-                     lambda: _split_tail(a, how, packed, panel, first, start))
+            start = e.let(p * size + first * how.width)
+            e.choose(first + DEPTH <= a.K, lambda: _split_pairs(a, how, packed, row, first, start),
+                     lambda: _split_tail(a, how, packed, row, first, start))
 
 
-def _split_pairs(a: Arguments, how: Tiles, packed: Any, panel: Any, first: Any, start: Any) -> None:
+def _split_pairs(a: Arguments, how: Tiles, packed: Any, row: Any, first: Any, start: Any) -> None:
     """32 whole inputs of a panel, each a row of its own."""
-    words = [_pairs(a, [panel * how.width + _row(how, v * WIDTH + i) for i in range(WIDTH)], first) for v in range(how.across)]
+    words = [_pairs(a, [row + _row(how, v * WIDTH + i) for i in range(WIDTH)], first) for v in range(how.across)]
     for pair in range(PAIRS):
         parts = [e.let(e.halves(words[v][pair], WIDTH)) for v in range(how.across)]
         for side in range(2):
@@ -181,10 +186,10 @@ def _split_pairs(a: Arguments, how: Tiles, packed: Any, panel: Any, first: Any, 
             e.store(packed, e.shuffle(parts[0], parts[-1], order), start + (2 * pair + side) * how.width, lanes=how.width)
 
 
-def _split_tail(a: Arguments, how: Tiles, packed: Any, panel: Any, first: Any, start: Any) -> None:
+def _split_tail(a: Arguments, how: Tiles, packed: Any, row: Any, first: Any, start: Any) -> None:
     """The last inputs, and a row of zeros behind them."""
     with e.loop(a.K - first) as k, e.loop(how.width) as place:
-        value = e.load(a.x, e.minimum(panel * how.width + _row(how, place), a.M - 1), first + k)
+        value = e.load(a.x, e.minimum(row + _row(how, place), a.M - 1), first + k)
         e.store(packed, e.reinterpret("uint16", value), start + k * how.width + place)
     e.store(packed, e.broadcast(e.constant(0, "uint16"), how.width), start + (a.K - first) * how.width, lanes=how.width)
 
