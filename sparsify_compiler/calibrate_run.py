@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .calibrate_loss import Loss, differentiate, self_supervised
+from .calibrate_taps import GradientTap, InputGradientTap, Tap
 from .call import instantiate
 from .errors import CalibrationError, InputError
 from .program import Program, Site
@@ -30,6 +31,7 @@ class Source:
     width         how many channels there are; for a gradient, the number of weights
     other         of a block, the node of the residual stream after it
     shape         of a gradient, the weight's shape
+    through       the gradient by what `op` reads, as far as it comes through this op
     """
 
     site: str
@@ -40,9 +42,12 @@ class Source:
     width: int
     other: str = ""
     shape: tuple[int, ...] | None = None
+    through: bool = False
 
     @property
     def key(self) -> tuple[str, str, int]:
+        if self.through:
+            return self.region, f"{self.op}<", self.channel
         return self.region, f"{self.node}>{self.other}" if self.other else f"{self.node}'" if self.shape is not None else self.node, self.channel
 
 
@@ -71,7 +76,8 @@ def find_sources(program: Program, needs: Mapping[str, frozenset[str]]) -> dict[
             if of in elsewhere:
                 found[site.path, name] = elsewhere[of].get((site.region, op.name))
             else:
-                found[site.path, name] = _input(site, op, channel) if of == "input" else _gradient(site, op)
+                read = _input(site, op, channel)
+                found[site.path, name] = {"input": read, "input gradient": replace(read, through=True)}.get(of) or _gradient(site, op)
     for path, names in needs.items():
         if names and path not in seen:
             raise CalibrationError("there is no linear or convolution site of this path to gather statistics at", where=path)
@@ -176,84 +182,16 @@ def _backward(model: nn.Module, loss: Loss, batch: Inputs, number: int, taps: Se
         tap.take([next(gradients) for _ in tap.seen])
 
 
-class Tap(nn.Module):
-    """Takes a value on its way through the graph and adds it up."""
-
-    _is_impure = True  # so that fx does not drop it as dead code
-
-    def __init__(self, site: str, names: Sequence[str], channel: int) -> None:
-        super().__init__()
-        self.site, self.channel, self.names = site, channel, tuple(names)
-        self.sums: dict[str, Tensor] = {}
-        self.rows = 0
-
-    def forward(self, *values: Tensor) -> None:
-        """Add the rows of the values. Raises CalibrationError where one is not finite."""
-        self.add(*[self._rows(value) for value in values])
-
-    def _rows(self, x: Tensor) -> Tensor:
-        rows = x.detach().movedim(self.channel, -1)
-        rows = rows.reshape(-1, rows.shape[-1])
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        if not bool(rows.sum(dtype=torch.float64).isfinite()):
-            raise CalibrationError("the input of this site is NaN or infinite on a calibration batch", where=self.site,
-                                   hint="check the batches, and that the model runs in a dtype that holds its activations")
-        return rows
-
-    def add(self, *rows: Tensor) -> None:
-        """Add rows [rows, width], as many sets of them as the statistics take."""
-        for name in self.names:
-            if name not in self.sums:
-                self.sums[name] = STATISTICS[name].start(rows[0].shape[-1])
-            STATISTICS[name].add(self.sums[name], *rows)
-        self.rows += rows[0].shape[0]
-
-    def results(self) -> dict[str, Tensor]:
-        """The statistics; none when no row came by."""
-        return {name: STATISTICS[name].finish(total, self.rows) for name, total in self.sums.items()} if self.rows else {}
-
-
-class GradientTap(Tap):
-    """Stands between a weight and its op, and adds up the gradient of the loss by the weight."""
-
-    def __init__(self, source: Source, names: Sequence[str]) -> None:
-        super().__init__(source.site, names, -1)
-        self.shape = source.shape or ()
-        self.seen: list[Tensor] = []  # one leaf a call of this batch
-
-    def forward(self, weight: Tensor) -> Tensor:  # type: ignore[override]
-        """The same weight, as a leaf of its own."""
-        leaf = (weight.clone() if weight.is_inference() else weight.detach()).requires_grad_()
-        self.seen.append(leaf)
-        return leaf
-
-    def take(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add one batch's gradients. Raises CalibrationError where they are not finite."""
-        known = [gradient.detach().float() for gradient in gradients if gradient is not None]
-        seen, self.seen = self.seen, []
-        if not known:
-            return
-        total = sum(known[1:], known[0]).reshape(-1)
-        weight = seen[0].detach().reshape(-1).float()
-        if not bool(total.isfinite().all()):
-            raise CalibrationError("the gradient of this weight is NaN or infinite on a calibration batch", where=self.site,
-                                   hint="check the loss, and that the model runs in a dtype that holds its gradients")
-        self.add(total, weight)
-
-    def results(self) -> dict[str, Tensor]:
-        """The statistics, in the weight's shape; none when no gradient came by."""
-        return {name: value.view(self.shape) for name, value in super().results().items()}
-
-
 def _insert(program: Program, source: Source, names: Sequence[str], name: str) -> Tap:
     region = program.regions[source.region]
     op = region.node(source.op)
-    if source.shape is not None:
-        tap: Tap = GradientTap(source, names)
-        region.module.add_module(name, tap)
+    if source.through or source.shape is not None:
+        argument = "input" if source.through else "weight"
+        made = InputGradientTap(source.site, names, source.channel) if source.through else GradientTap(source.site, names, source.shape or ())
+        region.module.add_module(name, made)
         with region.graph.inserting_before(op):
-            op.kwargs = {**op.kwargs, "weight": region.graph.call_module(name, (op.kwargs["weight"],))}
-        return tap
+            op.kwargs = {**op.kwargs, argument: region.graph.call_module(name, (op.kwargs[argument],))}
+        return made
     tap = Tap(source.site, names, source.channel)
     region.module.add_module(name, tap)
     values = tuple(region.node(node) for node in (source.node, source.other) if node)

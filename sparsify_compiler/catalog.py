@@ -40,6 +40,9 @@ KINDS: Mapping[str, Kind] = {
     "structure": Kind("passes/prune/structures/*.py"),
     "budget": Kind("passes/prune/budgets/*.py"),
     "repair": Kind("passes/prune/repairs/*.py"),
+    "scorer": Kind("passes/activation/scorers/*.py"),
+    "selector": Kind("passes/activation/selectors/*.py"),
+    "input budget": Kind("passes/activation/budgets/*.py"),
     "format": Kind("formats/*.py"),
     "op": Kind("ops/*.py", holds_object=False),
     "kernel": Kind("codegen/kernels/*.py", holds_object=False, named_like="cost"),  # costs are there for our ops and for dense ones

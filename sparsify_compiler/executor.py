@@ -15,7 +15,7 @@ from torch import fx
 
 from .direct import DIRECT
 from .epilogue import META, epilogue_of
-from .operands import input_of
+from .operands import inputs_of
 from .program import Region, get_tensor
 
 _LITERALS = (int, bool, str, type(None))
@@ -160,7 +160,7 @@ def _kernels(graph: fx.Graph) -> tuple[dict[fx.Node, tuple[Any, tuple[fx.Node, .
     for node in graph.nodes:
         if node.meta.get("kernel") is None:
             continue
-        inputs: tuple[fx.Node, ...] = (input_of(node),)
+        inputs = inputs_of(node)
         later = [node]
         if META in node.meta:
             epilogue = epilogue_of(node)

@@ -84,6 +84,12 @@ def input_of(node: fx.Node) -> fx.Node:
     return found
 
 
+def inputs_of(node: fx.Node) -> tuple[fx.Node, ...]:
+    """All that a kernel of this node is called with: the activation that it reads, and what the graph computes for it besides (a limit)."""
+    first = input_of(node)
+    return (first, *[value for value in node.kwargs.values() if isinstance(value, fx.Node) and value is not first and value.op != "get_attr"])
+
+
 def _numbers(given: Any, dimensions: int) -> list[int]:
     """One number for each spatial dimension."""
     numbers = [given] if isinstance(given, int) else list(given)

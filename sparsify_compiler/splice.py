@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from .fold import erase_dead, is_constant, plan, store
 from .normal_form import normalise
 from .passes_api import Context, Miss
 from .pattern import op_name
+from .program import Region
 
 if TYPE_CHECKING:
     from .rule import Match, Rule
@@ -47,6 +49,22 @@ def _dearer(match: Match, created: Sequence[fx.Node]) -> Miss | None:
     return None if raised is None else Miss(f"would raise {raised}")
 
 
+def insert_formula(region: Region, before: fx.Node, function: Callable[..., Tensor], inputs: Mapping[str, fx.Node], by: str) -> fx.Node:
+    """Compute `function(**inputs)`, a formula in plain torch, in front of a node; returns the node of its result."""
+    formula = _traced(region, function, inputs)
+    new = dict(zip((node for node in formula.module.graph.nodes if node.op == "placeholder"), formula.inputs, strict=True))
+    place = {key: before.meta[key] for key in ("path", "module") if key in before.meta}
+    for node in formula.module.graph.nodes:
+        if node.op == "output":
+            result: fx.Node = new[node.args[0]]
+            return result
+        if node.op == "call_function":
+            with region.graph.inserting_before(before):
+                new[node] = region.graph.node_copy(node, new.__getitem__)
+            new[node].meta = {**place, "by": by, "val": node.meta.get("val")}
+    raise SparsifyError("a formula returns one tensor", where=f"node {before.name}")
+
+
 @dataclass(frozen=True)
 class Formula:
     """A rewrite in normal form, and the node that each of its placeholders stands for."""
@@ -60,20 +78,26 @@ def _formula(rule: Rule, match: Match) -> Formula:
     bound: Mapping[str, Any] = match.binding.variables
     fixed = {name: bound.get(name) for name in wanted if not isinstance(bound.get(name), fx.Node)}
     nodes = {name: node for name in wanted if isinstance(node := bound.get(name), fx.Node)}
-    mode = mode_of(match.region)
-    fakes = [fake_of(match.region, node, mode) for node in nodes.values()]
-
-    def formula(*values: Any) -> Any:
-        return rule.rewrite(**fixed, **dict(zip(nodes, values, strict=True)))
-
     try:
-        with torch.inference_mode(False), torch.no_grad(), mode:
-            module = make_fx(formula, pre_dispatch=True)(*fakes)
+        return _traced(match.region, partial(rule.rewrite, **fixed), nodes)
     except SparsifyError:
         raise
     except Exception as error:
+        shapes = ", ".join(f"{name}: {_shape(fake_of(match.region, node, mode_of(match.region)))}" for name, node in nodes.items())
         raise SparsifyError(f"the rewrite of {type(rule).__name__} failed with {type(error).__name__}: {error}", where=f"node {match.output.name}",
-                            hint=", ".join(f"{k}: {_shape(v)}" for k, v in zip(nodes, fakes, strict=True))) from error
+                            hint=shapes) from error
+
+
+def _traced(region: Region, function: Callable[..., Any], nodes: Mapping[str, fx.Node]) -> Formula:
+    """The function of these nodes' values, run on fake tensors, as a graph in normal form."""
+    mode = mode_of(region)
+    fakes = [fake_of(region, node, mode) for node in nodes.values()]
+
+    def formula(*values: Any) -> Any:
+        return function(**dict(zip(nodes, values, strict=True)))
+
+    with torch.inference_mode(False), torch.no_grad(), mode:
+        module = make_fx(formula, pre_dispatch=True)(*fakes)
     normalise(module)
     return Formula(module, tuple(nodes.values()))
 

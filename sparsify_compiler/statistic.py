@@ -17,6 +17,7 @@ from torch import Tensor
 
 SKETCH_BITS = 17  # of a float32 magnitude that the sketch drops: 6 bits of fraction remain, so a quantile is right to 0.8 %
 SKETCH_BINS = 1 << (31 - SKETCH_BITS)
+SAMPLE_ROWS = 256  # of the statistic input_rows: some 100,000 numbers of a layer, which say a quantile of them to 0.2 %
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,15 @@ class Statistic:
             "block": `add` takes two sets of rows, the residual stream before and after the block that the site lies in; other sites get
             the statistic of no rows.
             "gradient": `add` takes the gradient of the loss by the site's weight and the weight, both flat, once a batch; width is the number of
-            weights, and the statistic has the weight's shape
+            weights, and the statistic has the weight's shape.
+            "input gradient": the rows are the gradient of the loss by what the site reads, through this site alone
     """
 
     start: Callable[[int], Tensor]
     add: Callable[..., object]
     finish: Callable[[Tensor, int], Tensor]
     size: Callable[[int], int]
-    of: Literal["input", "hidden", "block", "gradient"] = "input"
+    of: Literal["input", "hidden", "block", "gradient", "input gradient"] = "input"
 
 
 def _doubles(width: int) -> Tensor:
@@ -91,6 +93,29 @@ def _add_movement(total: Tensor, gradient: Tensor, weight: Tensor) -> None:
     total -= gradient.to(total) * weight.to(total)
 
 
+def _start_sample(width: int) -> Tensor:
+    """[SAMPLE_ROWS + 1, width + 3]: the rows, and behind them in the last one how many are kept, every how many-th is, and how many were seen."""
+    sample = torch.zeros(SAMPLE_ROWS + 1, width + 3)
+    sample[-1, -2] = 1
+    return sample
+
+
+def _add_sample(total: Tensor, rows: Tensor) -> None:
+    """Keep every step-th row; when there is no more room, drop every second and double the step."""
+    kept, step, seen = (int(number) for number in total[-1, -3:])
+    taken = rows[-seen % step :: step].to(total)
+    while kept + taken.shape[0] > SAMPLE_ROWS:
+        both = torch.cat([total[:kept, :-3], taken])[::2]  # the first row that was kept is the first that was seen
+        step *= 2
+        kept, taken = 0, both
+    total[kept : kept + taken.shape[0], :-3] = taken
+    total[-1, -3:] = torch.tensor([kept + taken.shape[0], step, seen + rows.shape[0]])
+
+
+def _sampled(total: Tensor, rows: int) -> Tensor:
+    return total[: int(total[-1, -3]), :-3].clone()
+
+
 def _floats(width: int) -> Tensor:
     return torch.zeros(width, dtype=torch.float32)
 
@@ -108,6 +133,10 @@ STATISTICS: Mapping[str, Statistic] = {
     "gram": Statistic(lambda w: torch.zeros(w, w, dtype=torch.float32), _add_gram, lambda s, n: s, lambda w: 4 * w * w),
     # int64 [SKETCH_BINS]: how many magnitudes fall into each bin of the float line; read it with `quantile`
     "quantiles": Statistic(lambda w: torch.zeros(SKETCH_BINS, dtype=torch.int64), _add_sketch, lambda s, n: s, lambda w: 8 * SKETCH_BINS),
+    # float32 [up to SAMPLE_ROWS, width]: rows at even distances over all that were seen
+    "input_rows": Statistic(_start_sample, _add_sample, _sampled, lambda w: 4 * (SAMPLE_ROWS + 1) * (w + 3)),
+    # float32 [width]: root of the summed squares of the gradient of the loss by each input channel, through this site alone
+    "input_gradient": Statistic(_doubles, _add_squares, lambda s, n: s.sqrt().float(), lambda w: 8 * w, "input gradient"),
     # int64 []: number of rows seen
     "samples": Statistic(lambda w: torch.zeros((), dtype=torch.int64), lambda s, x: s.add_(x.shape[0]), lambda s, n: s, lambda w: 8),
     # float32 [hidden]: L2 norm of each hidden channel of the FFN that up and gate make; [0] for other sites

@@ -17,6 +17,7 @@ from .operands import CONVOLUTIONS
 from .program import Program, Region, Stage, get_tensor
 
 OWN = "sparsify"  # the namespace of our ops
+TRAINABLE = frozenset({"sparsify.select.default"})  # those of them that a plain, trainable graph may hold
 # What is neither aten nor ours: arithmetic on sizes, and picking one of several outputs.
 PYTHON = frozenset({operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.neg,
                     operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_,
@@ -158,7 +159,7 @@ def _is_our_mask(node: fx.Node) -> bool:
 
 def _packed(region: Region, node: fx.Node, legal: Legal) -> str | None:
     own = getattr(node.target, "namespace", "") == OWN
-    if own and not legal.packed:
+    if own and not legal.packed and str(node.target) not in TRAINABLE:
         return f"{node.target} is a packed op, which this stage does not allow"
     if "kernel" in node.meta and not legal.kernels:
         return "is bound to a kernel, which this stage does not allow"

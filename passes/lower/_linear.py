@@ -58,7 +58,7 @@ def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken:
     dense = fused(node, [("linear", {"weight": weight}, {} if fixed else {"any_rows": True})], x.dtype, (rows,), ctx, taken)
     layer.chain = dense[-1][0] if dense else layer.chain
     other = None if layer.chain.other is None else noise(region, node, ctx)
-    layer.add(EAGER, partial(_eager, weight, bias), x, other, Form())
+    layer.add(EAGER, partial(eager, weight, bias), x, other, Form())
     for epilogue, candidate in dense:
         kernel = candidate.bind(bias)
         layer.add(candidate.name + epilogue.label, kernel, x, other, Form(True, kernel, epilogue))
@@ -100,5 +100,6 @@ def choose(layer: Linear, timings: Mapping[str, Timing], margin: float, prefer: 
     row.reason = row.reason or "stays dense: no pass changed it"
 
 
-def _eager(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def eager(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """torch's own operator."""
     return nn.functional.linear(x, weight, bias)

@@ -14,7 +14,7 @@ from sparsify_compiler.errors import ParseError, TargetError
 from sparsify_compiler.measure import round_robin
 from sparsify_compiler.memory import give_back
 from sparsify_compiler.operands import packed_operator
-from sparsify_compiler.passes.lower import _conv, _layout, _linear
+from sparsify_compiler.passes.lower import _conv, _layout, _linear, _selected
 from sparsify_compiler.passes.lower._layer import chunks
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage
@@ -27,9 +27,11 @@ class Lower(Pass):
     """Choose how every linear layer and every convolution runs, by measuring its kernels against the dense forms of the same layer.
 
     Matches    sparsify.linear_<format>(x, <format tensors>, bias), sparsify.conv2d_<format>(x, <format tensors>, bias, ...);
+               sparsify.select_linear(x, ..., weight, bias);
                linear(x, weight, bias) and conv(x, weight, bias, ...) with a stored weight
     Rewrites   the same node bound to the fastest kernel, with the activation or addition that follows where the kernel computes it too; a packed
-               node becomes dense where no sparse kernel pays. Convolutions run channels last, or on planes, where the whole is faster so
+               node becomes dense where no sparse kernel pays, and a layer that selects its inputs then reads them all. Convolutions run channels
+               last, or on planes, where the whole is faster so
     Preserves  values, up to float reassociation
     Paper      none: measurement; the reason for it is "sparse, but not faster", the complaint that every earlier tool met
 
@@ -58,11 +60,16 @@ class Lower(Pass):
         if ctx.target is None or ctx.kernels is None:
             raise TargetError("there is no target to lower for", where=self.name(), hint="compile(..., target='cpu') gives one")
         linears = [(region, node) for region, node in program.nodes() if _linear.is_packed(node) or _linear.is_linear(node)]
+        selecting = [(region, node) for region, node in program.nodes() if _selected.is_packed(node)]
         convs = [(region, node) for region, node in program.nodes() if _conv.is_conv(node)]
         taken: set[fx.Node] = set()
-        total = len(linears) + len(convs)
+        total = len(selecting) + len(linears) + len(convs)
         ctx.progress("lower", 0, total)
         with torch.no_grad():
+            for chunk, done in chunks(selecting, _selected.size_of):
+                linears += self._lower_selecting(chunk, program, ctx)
+                give_back()
+                ctx.progress("lower", done, total)
             for chunk, done in chunks(linears, _linear.size_of):
                 self._lower(chunk, program, ctx, taken)
                 give_back()
@@ -79,6 +86,13 @@ class Lower(Pass):
         for layer in layers:
             if ctx.spend():
                 _linear.choose(layer, timings[layer.key], self.margin, self.prefer)
+
+    def _lower_selecting(self, chunk: Iterable[Found], program: Program, ctx: Context) -> list[Found]:
+        """The same for layers that select their inputs. Those where that does not pay are made dense and handed back."""
+        layers = [_selected.selected(region, node, program, ctx) for region, node in chunk]
+        timings = round_robin({layer.key: layer.runs for layer in layers}, rounds=self.rounds)
+        refused = [layer for layer in layers if ctx.spend() and not _selected.choose(layer, timings[layer.key], self.margin)]
+        return [(layer.region, layer.node) for layer in refused]
 
     def _lower_convs(self, found: list[Found], program: Program, ctx: Context, taken: set[fx.Node]) -> None:
         """The same for the convolutions of a region, which then choose a layout together."""

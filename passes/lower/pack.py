@@ -14,6 +14,7 @@ from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.operands import geometry_of, input_of, operator_of
+from sparsify_compiler.passes.lower import _selected
 from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage, get_tensor, set_tensor
@@ -28,9 +29,10 @@ class Pack(Pass):
     """Store each masked weight in the smallest format that its mask fits, and compute with that format's op.
 
     Matches    linear(x, weight * mask, bias) and conv2d(x, weight * mask, bias, ...), mask a buffer of bool, or of zeros and ones as
-               torch.nn.utils.prune makes them
+               torch.nn.utils.prune makes them; linear(select(x, ...), weight, bias)
     Rewrites   sparsify.linear_<format>(x, <format tensors>, bias) and sparsify.conv2d_<format>(x, <format tensors>, bias, ...), the convolution's
-               weight [O, I / groups, kh, kw] stored as [O, I / groups * kh * kw]; any other use of weight * mask gets the product as a dense weight
+               weight [O, I / groups, kh, kw] stored as [O, I / groups * kh * kw]; any other use of weight * mask gets the product as a dense weight.
+               sparsify.select_linear(x, ..., weight, bias), its weight stored input by input
     Preserves  values and the mask, exactly
     Paper      none: storage; each format names its own source
     """
@@ -46,6 +48,9 @@ class Pack(Pass):
                 break
             self._pack(product, program, ctx)
             ctx.progress("pack", done + 1, len(found))
+        for region, node in program.nodes():
+            if _selected.is_selecting(node) and ctx.spend():
+                _selected.pack(region, node, program, self.name())
         return program
 
     def _pack(self, product: _Masked, program: Program, ctx: Context) -> None:

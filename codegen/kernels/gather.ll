@@ -1,0 +1,35 @@
+
+; Which of 16 neighbours are selected, and writing those next to each other. A score that is no number is selected.
+define i32 @selected(<16 x float> %score, float %limit) alwaysinline {
+  %one = insertelement <16 x float> poison, float %limit, i32 0
+  %limits = shufflevector <16 x float> %one, <16 x float> poison, <16 x i32> zeroinitializer
+  %kept = fcmp uge <16 x float> %score, %limits
+  %bits = bitcast <16 x i1> %kept to i16
+  %word = zext i16 %bits to i32
+  ret i32 %word
+}
+define <16 x float> @only(<16 x float> %value, i32 %mask) alwaysinline {
+  %bits = trunc i32 %mask to i16
+  %kept = bitcast i16 %bits to <16 x i1>
+  %rest = select <16 x i1> %kept, <16 x float> %value, <16 x float> zeroinitializer
+  ret <16 x float> %rest
+}
+define i32 @compress_values(ptr %to, <16 x float> %value, i32 %mask) alwaysinline {
+  %bits = trunc i32 %mask to i16
+  %kept = bitcast i16 %bits to <16 x i1>
+  call void @llvm.masked.compressstore.v16f32(<16 x float> %value, ptr align 4 %to, <16 x i1> %kept)
+  ret i32 0
+}
+define i32 @compress_places(ptr %to, i32 %first, i32 %mask) alwaysinline {
+  %bits = trunc i32 %mask to i16
+  %kept = bitcast i16 %bits to <16 x i1>
+  %one = insertelement <16 x i32> poison, i32 %first, i32 0
+  %base = shufflevector <16 x i32> %one, <16 x i32> poison, <16 x i32> zeroinitializer
+  %places = add <16 x i32> %base, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  call void @llvm.masked.compressstore.v16i32(<16 x i32> %places, ptr align 4 %to, <16 x i1> %kept)
+  %count = call i32 @llvm.ctpop.i32(i32 %mask)
+  ret i32 %count
+}
+declare void @llvm.masked.compressstore.v16f32(<16 x float>, ptr, <16 x i1>)
+declare void @llvm.masked.compressstore.v16i32(<16 x i32>, ptr, <16 x i1>)
+declare i32 @llvm.ctpop.i32(i32)

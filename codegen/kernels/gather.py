@@ -1,0 +1,123 @@
+"""The family of kernels for layers whose rows of x select their inputs: few rows read the selected weights only, many run dense on the same weight.
+
+The weight stays as the op stores it, [K, N], one copy for both; only where N is no multiple of 64 it is copied into rows that are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from sparsify_compiler.codegen import build
+from sparsify_compiler.codegen.kernels.gather_rows import LANES, GatherRows
+from sparsify_compiler.errors import InputError, KernelError
+from sparsify_compiler.ops import select
+from sparsify_compiler.target import Target
+
+NAME, OP, LABEL = "gather", "select_linear", "gather by input"
+DTYPES = (torch.float32, torch.bfloat16)
+ROUND = 64          # outputs: whole cache lines in both dtypes
+WIDE = 2048         # outputs of a task, at the most: long runs of W, and their sums stay in L1
+ALONE = 1 << 16     # weights below which waking other threads costs more than they bring
+FEW_ROWS = 4        # rows of x from which on the union of what they select is nearly everything
+
+
+def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
+          target: Target) -> list[tuple[str, dict[str, Any]]]:
+    """Name and options of the kernel, for machines whose vectors can be compressed."""
+    if op != OP or dtype not in DTYPES or tensors["weight"].dtype is not dtype or not target.has("avx512f") or min(tensors["weight"].shape) < 1:
+        return []
+    return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})]
+
+
+def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> GatherLinear:
+    """The kernel with this weight, limit, scale and centre. Raises KernelError."""
+    weight = tensors["weight"]
+    if op != OP or weight.dim() != 2 or str(weight.dtype) != f"torch.{options['dtype']}" or min(weight.shape) < 1:
+        raise KernelError("the stored weight does not fit this kernel", where=op, hint="save the model again")
+    for name in ("scale", "center"):
+        if name in tensors and tuple(tensors[name].shape) != (weight.shape[0],):
+            raise KernelError(f"{name} has shape {list(tensors[name].shape)}, the weight {weight.shape[0]} inputs", where=op)
+    return GatherLinear(options, tensors, bias, files, target)
+
+
+class GatherLinear:
+    """A layer bound to its weight [K, N]: x [..., K] -> y [..., N], select(x) W + bias.
+
+    Where the limit is not stored it comes with every call, [..., 1]. Results do not depend on the number of threads.
+    """
+
+    name = LABEL
+
+    def __init__(self, options: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: Tensor | None, files: Mapping[str, bytes],
+                 target: Target) -> None:
+        self.options, self.target = dict(options), target
+        weight = tensors["weight"].detach()
+        self.in_features, self.out_features = weight.shape
+        width = -(-self.out_features // ROUND) * ROUND
+        self._rows = weight.contiguous() if width == self.out_features else pad(weight, (0, width - self.out_features)).contiguous()
+        self._dense = self._rows[:, : self.out_features].t()
+        self._bias = None if bias is None else bias.detach()
+        self._vectors = {name: tensors[name].detach() for name in ("limit", "scale", "center") if name in tensors}
+        self._dtype = weight.dtype
+        tasks = -(-width // (WIDE * target.cores)) * target.cores
+        schedule = GatherRows(str(options["dtype"]), -(-width // (ROUND * tasks)) * ROUND, "scale" in tensors, "center" in tensors,
+                              weight.numel() >= ALONE and target.cores > 1)
+        self._kernel = build.load_exported(files, schedule, target) if files else build.load(schedule, target)
+        self._prepare(width)
+
+    def _prepare(self, width: int) -> None:
+        """The fixed arguments of the kernel, as TVM's own tensors."""
+        import tvm_ffi
+
+        none, center = torch.zeros(1), self._vectors.get("center")
+        total = torch.zeros(width) if self._bias is None else pad(self._bias.float(), (0, width - self.out_features))
+        if center is not None:
+            total = total + center.float() @ self._rows.float()
+        words = self._rows
+        if self._dtype is torch.bfloat16:
+            total = total.view(-1, LANES, 2).transpose(1, 2).reshape(-1)
+            words = self._rows.view(torch.int32)
+        self._sums = total.contiguous()
+        fixed = [self._vectors.get(name, none).float().contiguous() for name in ("scale", "center")]
+        self._held = [*fixed, words, self._sums]
+        self._arguments = tuple(tvm_ffi.from_dlpack(tensor) for tensor in self._held)
+        limit = self._vectors.get("limit")
+        self._limit = None if limit is None else tvm_ffi.from_dlpack(limit.float().reshape(1))
+
+    def __call__(self, x: Tensor, limit: Tensor | None = None) -> Tensor:
+        """x [..., K] of the weight's dtype, any strides -> a new y [..., N]. Raises InputError."""
+        if x.shape[-1] != self.in_features or x.dtype is not self._dtype or not x.is_cpu:
+            raise InputError(f"expected {self._dtype} [..., {self.in_features}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}",
+                             where=self.name)
+        rows = x.numel() // self.in_features
+        if rows > FEW_ROWS:
+            return self._many(x, limit)
+        y = torch.empty((*x.shape[:-1], self.out_features), dtype=self._dtype)
+        if rows:
+            limits = self._limit if limit is None else torch.empty(rows).copy_(limit.detach().reshape(-1))
+            x = x.detach().contiguous().view(-1)  # for TVM a view of one row has strides too
+            self._kernel.function(x.view(rows, -1), limits, *self._arguments, y.view(rows, -1))
+        return y
+
+    def _many(self, x: Tensor, limit: Tensor | None) -> Tensor:
+        chosen = select.op(x, self._vectors["limit"] if limit is None else limit, self._vectors.get("scale"), self._vectors.get("center"))
+        return linear(chosen, self._dense, self._bias)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the weight, the bias and what selects."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that it holds. None need storing: bind takes the op's own."""
+        return {"weight": self._rows, "sums": self._sums, **self._vectors, **({} if self._bias is None else {"bias": self._bias})}
+
+    def files(self) -> dict[str, bytes]:
+        """IR, binary and description, for the artefact."""
+        return build.export(self._kernel)

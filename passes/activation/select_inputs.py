@@ -1,0 +1,183 @@
+"""Let each layer read the weights of those inputs only that matter in the row at hand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify_compiler.decision import Decision
+from sparsify_compiler.errors import BudgetError, ParseError
+from sparsify_compiler.fold import put
+from sparsify_compiler.normal_form_edit import insert
+from sparsify_compiler.ops import select
+from sparsify_compiler.passes.activation._evidence import InputEvidence, blocks_of
+from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, Use, find_layers
+from sparsify_compiler.passes.prune._named import Named
+from sparsify_compiler.passes_api import Context, Pass, Preserves
+from sparsify_compiler.program import Program, Stage
+from sparsify_compiler.splice import insert_formula
+
+
+@dataclass(frozen=True)
+class SelectInputs(Pass):
+    """Keep the inputs of each layer that score highest in the row at hand, and put 0, or their mean, in the place of the others.
+
+    Matches    linear(x, weight, bias), weight a parameter
+    Rewrites   linear(select(x, limit, scale, center), weight, bias): x where |x - center| * scale reaches the limit, the centre elsewhere
+    Preserves  signature; quality is measured
+    Paper      none: the frame that TEAL (arXiv:2408.14690), WINA (arXiv:2505.19427), CHESS (arXiv:2409.01366) and their like fill in
+
+    scorer    a file of passes/activation/scorers: what |x| is multiplied with; with options of its own in parentheses
+    selector  a file of passes/activation/selectors: how the scores of a row become a limit
+    budget    a file of passes/activation/budgets: how the density is shared out over the layers
+    density   selected / all inputs, over all selected layers and weighted with their sizes; by default the user's budget. 1 selects everything
+    center    what stands for an input that is skipped: "zero", or "mean", its mean over the calibration, which costs nothing at run time
+    targets   selectors of sites, as in mask_weights: "linear", "ffn", "attention", "ffn:down", paths and patterns
+    ignore    selectors of sites that read all of their inputs
+
+    A NaN is always selected, so it reaches the output. Layers whose inputs are selected already stay as they are. Needs calibration.
+    """
+
+    scorer: str = "magnitude"
+    selector: str = "threshold"
+    budget: str = "uniform"
+    density: float | None = None
+    center: Literal["zero", "mean"] = "zero"
+    targets: tuple[str, ...] = DEFAULT
+    ignore: tuple[str, ...] = ()
+
+    preserves: ClassVar[Preserves] = Preserves.SIGNATURE
+    gives_stage: ClassVar[Stage | None] = Stage.SPARSE
+
+    def __post_init__(self) -> None:
+        for kind, name in (("scorer", self.scorer), ("selector", self.selector), ("input budget", self.budget)):
+            Named.parse(kind, name)
+        if self.center not in ("zero", "mean"):
+            raise ParseError(f"center is 'zero' or 'mean', not {self.center!r}", where="select_inputs")
+        for selectors in ("targets", "ignore"):
+            value = getattr(self, selectors)
+            object.__setattr__(self, selectors, (value,) if isinstance(value, str) else tuple(value))
+        if self.density is not None and not 0 < self.density <= 1:
+            raise BudgetError(f"a density lies above 0 and at most at 1, got {self.density}", where="select_inputs")
+
+    def needs(self, program: Program) -> Mapping[str, frozenset[str]]:
+        names = {"input_rows", *Named.parse("scorer", self.scorer).statistics, *Named.parse("input budget", self.budget).statistics}
+        names |= {"input_mean"} if self.center == "mean" else set()
+        return {use.site.path: frozenset(names) for layer in self._layers(program)[0] for use in layer.uses}
+
+    def own_density(self) -> float | None:
+        return self.density
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        density = self.density if self.density is not None else ctx.density
+        if density is None:
+            raise BudgetError("no density was given", where="select_inputs",
+                              hint="select_inputs(density=0.5), compile(..., budget=Budget(density=0.5)), or --density 0.5 on the command line")
+        layers, left = self._layers(program)
+        for site, why in left:
+            ctx.miss(why, site)
+        if not layers:
+            if not left:
+                ctx.miss("the model has no linear sites")
+            return program
+        evidence = self._evidence(program, layers, ctx)
+        costs = {layer.path: layer.weight.numel() for layer in layers}
+        densities = Named.parse("input budget", self.budget)(costs, density, evidence)
+        for done, layer in enumerate(layers):
+            if not ctx.spend():
+                break
+            self._select(layer, densities[layer.path], evidence, program)
+            ctx.progress("select inputs", done + 1, len(layers))
+        return program
+
+    def _layers(self, program: Program) -> tuple[list[Layer], list[tuple[str, str]]]:
+        """The layers to act on, and the sites that are left alone with the reason."""
+        layers, left = find_layers(program, self.targets, self.ignore)
+        reasons = [(one.use.site.path, one.reason) for one in left if one.chosen]
+        fit = []
+        for layer in layers:
+            why = next((why for use in layer.uses if (why := _unfit(use)) is not None), None)
+            if why is None:
+                fit.append(layer)
+            else:
+                reasons.append((layer.path, why))
+        return fit, reasons
+
+    def _evidence(self, program: Program, layers: list[Layer], ctx: Context) -> InputEvidence:
+        scorer = Named.parse("scorer", self.scorer)
+        known = {layer.path: layer for layer in layers}
+        centers: dict[str, Tensor | None] = {}
+        scales: dict[str, Tensor | None] = {}
+        evidence = InputEvidence(known, ctx.statistics, scales, centers, blocks_of(program))
+        for site, layer in known.items():
+            centers[site] = evidence.statistic(site, "input_mean") if self.center == "mean" else None
+            scales[site] = scorer(layer.weight, {name: evidence.statistic(site, name) for name in scorer.statistics})
+        return evidence
+
+    def _select(self, layer: Layer, density: float, evidence: InputEvidence, program: Program) -> None:
+        """Put the selection in front of every use of one layer, and note it in the report."""
+        scores, selector = evidence.scores(layer.path), Named.parse("selector", self.selector)
+        number = sys.modules[selector.function.__module__].calibrate(scores, density) if density < 1 else None
+        found = 1.0
+        if number is not None:
+            limit = selector(scores, number)
+            found = float((scores >= (number if limit is None else limit)).float().mean())
+        for use in layer.uses:
+            self._insert(use, selector, number, evidence.scales[layer.path], evidence.centers[layer.path])
+            row = program.decisions.setdefault(use.site.path, _row(use, layer))
+            row.structure, row.density, row.budget = f"inputs by {selector.name}", found, density
+            use.op.meta["site"] = use.site.path
+
+    def _insert(self, use: Use, selector: Named, number: float | None, scale: Tensor | None, center: Tensor | None) -> None:
+        region, op, x = use.region, use.op, use.op.kwargs["input"]
+        assert isinstance(x, fx.Node)
+
+        def stored(value: Tensor | None, name: str) -> fx.Node | None:
+            return None if value is None else put(region, op, value, name, (), op.meta, self.name())
+
+        middle = None if center is None else center.to(x.meta["val"].dtype)
+        vectors = {"scale": stored(scale, "input_scale"), "center": stored(middle, "input_center")}
+        given = {name: node for name, node in vectors.items() if node is not None}
+
+        def limit_of(x: Tensor, scale: Tensor | None = None, center: Tensor | None = None) -> Any:
+            score = select.score(x, scale, center)
+            return selector(score, number)
+
+        if number is None or selector(torch.ones(1, 1), 1.0) is None:
+            limit = stored(torch.tensor(number or 0.0), "input_limit")
+        else:
+            limit = insert_formula(region, op, limit_of, {"x": x, **given}, self.name())
+        chosen = insert(op, select.op, x=x, limit=limit, **given)
+        chosen.meta["by"] = self.name()
+        op.kwargs = {**op.kwargs, "input": chosen}
+
+
+def _unfit(use: Use) -> str | None:
+    source = use.op.kwargs.get("input")
+    if use.site.kind != "linear":
+        return "only the inputs of linear layers are selected"
+    if isinstance(source, fx.Node) and source.target is select.op:
+        return "its inputs are selected already"
+    return None if use.op.kwargs["weight"].meta["val"].dim() == 2 and layer_width(use) > 0 else "it has no inputs"  # type: ignore[union-attr]
+
+
+def layer_width(use: Use) -> int:
+    """Number of inputs of a linear layer."""
+    return int(use.op.kwargs["weight"].meta["val"].shape[1])  # type: ignore[union-attr]
+
+
+def _row(use: Use, layer: Layer) -> Decision:
+    weight = layer.weight
+    size = weight.numel() * weight.element_size()
+    return Decision(use.site.path, "linear", tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size, bytes=size)
+
+
+def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Two linear layers."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)).eval(), (torch.randn(6, 16),)

@@ -1,0 +1,1 @@
+"""From the scores of a row to the limit that selected inputs reach: one file a selector."""

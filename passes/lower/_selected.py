@@ -1,0 +1,141 @@
+"""Linear layers of which every row selects its inputs: packed input by input, and lowered to a kernel that reads the selected weights only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify_compiler.fakes import fake_like, mode_of
+from sparsify_compiler.measure import Timing
+from sparsify_compiler.operands import input_of, operands
+from sparsify_compiler.ops import select, select_linear
+from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, Source, fused, noise, row_of, say
+from sparsify_compiler.passes.lower._linear import Linear, eager
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.program import Program, Region, get_tensor, set_tensor
+
+aten = torch.ops.aten
+DECODE = 1  # rows that a layer with any number of them is measured at: those of a token that is generated
+
+
+def is_selecting(node: fx.Node) -> bool:
+    """A linear layer that reads selected inputs, with a stored weight."""
+    source, weight = node.kwargs.get("input"), node.kwargs.get("weight")
+    selects = isinstance(source, fx.Node) and source.target is select.op
+    return selects and node.target is aten.linear.default and isinstance(weight, fx.Node) and weight.op == "get_attr"
+
+
+def is_packed(node: fx.Node) -> bool:
+    """A layer that `pack` has packed, and that has no kernel yet."""
+    return node.target is select_linear.op and "kernel" not in node.meta
+
+
+def pack(region: Region, node: fx.Node, program: Program, by: str) -> None:
+    """linear(select(x, ...), weight [N, K], bias) -> select_linear(x, ..., weight [K, N], bias)."""
+    source, weight = node.kwargs["input"], node.kwargs["weight"]
+    assert isinstance(source, fx.Node)
+    assert isinstance(weight, fx.Node)
+    name, dense = f"{weight.target}_by_input", get_tensor(region.module, str(weight.target)).detach()
+    if not any(other.op == "get_attr" and other.target == name for other in region.graph.nodes):
+        set_tensor(region.module, name, dense.t().contiguous())
+    given = {key: source.kwargs[key] for key in ("limit", "scale", "center") if source.kwargs.get(key) is not None}
+    given |= {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
+    with region.graph.inserting_before(node):
+        stored = region.graph.get_attr(name)
+        packed = region.graph.call_function(select_linear.op, (), {"x": source.kwargs["x"], "weight": stored, **given})
+    place: dict[str, Any] = {key: node.meta[key] for key in ("path", "module") if key in node.meta}
+    stored.meta = {"by": by, "val": fake_like(get_tensor(region.module, name), mode_of(region)), **place}
+    packed.meta = {**node.meta, "by": by}
+    node.replace_all_uses_with(packed)
+    region.graph.erase_node(node)
+    packed.name = node.name  # sites know their nodes by name
+    row_of(region, packed, "linear", dense, program).format = "by input"
+
+
+def size_of(region: Region, node: fx.Node) -> int:
+    """Bytes of the weight."""
+    weight = node.kwargs["weight"].meta["val"]  # type: ignore[union-attr]
+    return int(weight.numel() * weight.element_size())
+
+
+def selected(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear:
+    """The layer at a node, its kernels built and ready to run on as many selected inputs as calibration found."""
+    assert ctx.kernels is not None
+    assert ctx.target is not None
+    tensors, _, bias = operands(region, node)
+    weight = tensors["weight"].t()
+    x = noise(region, input_of(node), ctx)
+    x = x.reshape(-1, x.shape[-1])
+    x = x[:DECODE] if any(not isinstance(size, int) for size in node.meta["val"].shape) else x
+    row = row_of(region, node, "linear", weight, program)
+    layer = Linear(region, node, row, weight, bias, packed=True, rows=x.shape[0])
+    x, limit = _as_dense_as(row.density, x, tensors)
+    sources: list[Source] = [("linear", {"weight": weight}, {"any_rows": True})]
+    dense = [(epilogue, one) for epilogue, one in fused(node, sources, x.dtype, (layer.rows,), ctx, set()) if not epilogue.nodes]
+    layer.add(EAGER, partial(eager, weight, bias), x, None, Form())
+    for epilogue, candidate in dense:
+        kernel = candidate.bind(bias)
+        layer.add(candidate.name, kernel, x, None, Form(True, kernel, epilogue))
+    dynamic = () if "limit" in tensors else (limit,)
+    for candidate in ctx.kernels.candidates("select_linear", tensors, {}, x.dtype, (layer.rows,), ctx.target):
+        kernel = candidate.bind(bias)
+        layer.add(candidate.name, partial(_call, kernel, dynamic), x, None, Form(False, kernel))
+    return layer
+
+
+def choose(layer: Linear, timings: Mapping[str, Timing], margin: float) -> bool:
+    """Bind the kernel where it pays; else read all inputs again, for to skip some would cost quality and gain nothing. True where it pays."""
+    times = {name: timing.median for name, timing in timings.items()}
+    sparse = {name: time for name, time in times.items() if not layer.forms[name].dense}
+    dense = {name: time for name, time in times.items() if layer.forms[name].dense}
+    yardstick, best = min(dense, key=lambda name: dense[name]), min(sparse, key=lambda name: sparse[name], default=None)
+    row = layer.decision
+    row.rows, row.dense_form, row.dense_ms = layer.rows, yardstick, dense[yardstick]
+    row.sparse_ms = sparse[best] if best is not None else None
+    if best is not None and sparse[best] <= dense[yardstick] * (1 - margin):
+        layer.bind(best)
+        row.kernel, row.compiled_ms, row.bytes = best, sparse[best], layer.forms[best].kernel.resident_bytes
+        say(row, f"{dense[yardstick] / sparse[best]:.2f} times the speed of {yardstick}, {row.density:.0%} of its inputs selected")
+        return True
+    row.format, row.density = "dense", 1.0
+    gain = "no kernel for this dtype and target" if best is None else f"the kernel has {dense[yardstick] / sparse[best]:.2f} times the dense speed"
+    say(row, f"reads all of its inputs: {gain}")
+    _make_dense(layer)
+    return False
+
+
+def _make_dense(layer: Layer) -> None:
+    """select_linear -> linear of all inputs, with the weight [N, K] as it was before."""
+    region, node, graph = layer.region, layer.node, layer.region.graph
+    name = str(node.kwargs["weight"].target).removesuffix("_by_input")  # type: ignore[union-attr]
+    set_tensor(region.module, name, torch.nn.Parameter(layer.weight.contiguous(), requires_grad=False))
+    with graph.inserting_before(node):
+        weight = graph.get_attr(name)
+        bias = {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
+        layer.node = graph.call_function(aten.linear.default, (), {"input": node.kwargs["x"], "weight": weight, **bias})
+    weight.meta = {"val": fake_like(layer.weight.contiguous(), mode_of(region)), "by": "lower"}
+    layer.node.meta = {**node.meta, "by": "lower"}
+    node.replace_all_uses_with(layer.node)
+    graph.erase_node(node)
+    layer.node.name = node.name
+
+
+def _call(kernel: Any, limits: tuple[Tensor, ...], x: Tensor) -> Tensor:
+    y: Tensor = kernel(x, *limits)
+    return y
+
+
+def _as_dense_as(density: float, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """x with so many inputs, the same in every row, whose score reaches the limit, and that limit [rows, 1]."""
+    width = x.shape[-1]
+    scale = tensors.get("scale", torch.ones(width)).clamp_min(1e-30)
+    limit = tensors.get("limit", torch.ones(()))
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(0))[: max(1, round(density * width))]
+    size = torch.zeros(width)
+    size[order] = (2 * limit.float() / scale.float())[order].clamp_max(1e30)
+    made = tensors.get("center", torch.zeros(width)).float() + size
+    return made.to(x.dtype).expand(x.shape[0], width).contiguous(), limit.float().expand(x.shape[0], 1)
