@@ -45,12 +45,14 @@ class Prepared(Protocol):
 class Variants:
     """The machine code of one bound weight.
 
-    schedules   by name; each is f(x [M, K], *STATE, y [M, N])
+    schedules   by name; each is f(x [M, K], *STATE, y [M, N]), or f(x, *STATE, other [M, N], y) where it adds
     choose      the name for a number of rows of x
+    adds        do they add another tensor?
     """
 
     schedules: Mapping[str, build.Schedule]
     choose: Callable[[int], str]
+    adds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +62,11 @@ class _Plan:
     shape: tuple[int, ...]
     rows: int
     flat: bool
-    run: Callable[[Tensor, Tensor], None]
+    run: Callable[..., None]
 
 
 class BoundKernel:
-    """A prepared weight and its variants, called like a function: x [..., K] -> y [..., N], bias included.
+    """A prepared weight and its variants, called like a function: x [..., K] -> y [..., N], bias included; + other [..., N] where they add.
 
     Results do not depend on the number of threads: no output is ever summed by two of them.
     """
@@ -73,13 +75,15 @@ class BoundKernel:
                  files: Mapping[str, bytes] | None = None) -> None:
         self.name, self.options, self.prepared, self.target = name, dict(options), prepared, target
         self.out_features, self.in_features = prepared.out_features, prepared.in_features
-        self._dtype, self._variant = prepared.dtype, variants.choose
+        self._dtype, self._variant, self._adds = prepared.dtype, variants.choose, variants.adds
         self._kernels = {variant: self._load(variant, schedule, files or {}) for variant, schedule in variants.schedules.items()}
         self._plans: dict[torch.Size, _Plan] = {}
         self._slab = max(EVEN, SLAB // max(1, self.in_features, self.out_features) // EVEN * EVEN)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., in_features] of the kernel's dtype, any strides -> a new y [..., out_features]. Raises InputError."""
+    def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """x [..., in_features] and other [..., out_features] of the kernel's dtype, any strides -> a new y [..., out_features]. Raises InputError."""
+        if self._adds:
+            return self._add(x, other)
         plan = self._plans.get(x.shape) or self._plan(x)
         y = torch.empty(plan.shape, dtype=self._dtype)
         if x.dtype is not self._dtype or not x.is_cpu:
@@ -92,6 +96,17 @@ class BoundKernel:
             plan.run(x, y)
         elif plan.rows and self.out_features:
             plan.run(x.view(plan.rows, -1), y.view(plan.rows, -1))
+        return y
+
+    def _add(self, x: Tensor, other: Tensor | None) -> Tensor:
+        plan = self._plans.get(x.shape) or self._plan(x)
+        if other is None or other.shape != plan.shape or not (x.dtype is other.dtype is self._dtype) or not x.is_cpu or not other.is_cpu:
+            given = None if other is None else f"{list(other.shape)} {other.dtype} on {other.device}"
+            raise InputError(f"expected x of {self._dtype} on the CPU and what is added, {list(plan.shape)} of that dtype, got {x.dtype} on "
+                             f"{x.device} and {given}", where=self.name)
+        y = torch.empty(plan.shape, dtype=self._dtype)
+        if plan.rows and self.out_features:
+            plan.run(*(t.detach().contiguous().view(plan.rows, -1) for t in (x, other)), y.view(plan.rows, -1))
         return y
 
     def _plan(self, x: Tensor) -> _Plan:
@@ -122,21 +137,21 @@ class BoundKernel:
         stored = {name.removeprefix(f"{variant}."): data for name, data in files.items() if name.startswith(f"{variant}.")}
         return build.load_exported(stored, schedule, self.target) if stored else build.load(schedule, self.target)
 
-    def _choose(self, rows: int) -> Callable[[Tensor, Tensor], None]:
-        """The function (x [rows, K], y [rows, N]) for this many rows."""
+    def _choose(self, rows: int) -> Callable[..., None]:
+        """The function (x [rows, K], y [rows, N]), or (x, other, y), for this many rows."""
         if rows > self._slab:
             return self._slabs
         function, (values, columns, pointers, bias) = self._kernels[self._variant(rows)].function, self._arguments
 
-        def run(x: Tensor, y: Tensor) -> None:
-            function(x, values, columns, pointers, bias, y)
+        def run(x: Tensor, *rest: Tensor) -> None:
+            function(x, values, columns, pointers, bias, *rest)
 
         return run
 
-    def _slabs(self, x: Tensor, y: Tensor) -> None:
-        for start in range(0, x.shape[0], self._slab):
-            part = x[start : start + self._slab]
-            self._choose(part.shape[0])(part, y[start : start + self._slab])
+    def _slabs(self, *matrices: Tensor) -> None:
+        for start in range(0, matrices[0].shape[0], self._slab):
+            parts = [matrix[start : start + self._slab] for matrix in matrices]
+            self._choose(parts[0].shape[0])(*parts)
 
     @cached_property
     def _arguments(self) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen import build, omp, permission, runtime
 from sparsify_compiler.codegen.bound import BoundKernel, Variants
 from sparsify_compiler.codegen.kernels import amx
+from sparsify_compiler.codegen.kernels.finish import finish_of
 from sparsify_compiler.codegen.kernels.tile_layout import prepare_tiles
 from sparsify_compiler.codegen.kernels.tiles import Tiles
 from sparsify_compiler.errors import InputError, KernelError
@@ -243,20 +245,48 @@ def test_tiles(n: int, k: int, r: int, c: int, density: float) -> None:
         assert_right(kernel, weight, bias, torch.randn(rows, k).bfloat16())
 
 
+FINISHES: list[tuple[str, dict[str, Any], Any]] = [
+    ("relu", {}, torch.relu), ("gelu", {"approximate": "none"}, nn.functional.gelu), ("silu", {}, nn.functional.silu),
+    ("gelu", {"approximate": "tanh"}, partial(nn.functional.gelu, approximate="tanh")),
+    ("hardtanh", {"min_val": -1.0, "max_val": 2.0}, nn.Hardtanh(-1, 2)), ("", {}, nn.Identity())]
+
+
 @needs_tiles
-@pytest.mark.parametrize("workers", [1, 2, 3, 5])
-@pytest.mark.parametrize("c", [1, 32])
-def test_tiles_shared_out(workers: int, c: int) -> None:
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("name", "numbers", "activation", "r"), [*((*finish, 32) for finish in FINISHES), (*FINISHES[1], 16), (*FINISHES[1], 4)])
+def test_tiles_finish(name: str, numbers: dict[str, Any], activation: Any, r: int, add: bool) -> None:
+    """bias, then + other, then the activation, over edges of y too; a NaN goes through."""
+    finish = finish_of(({"activation": name, "arguments": numbers} if name else {}) | ({"add": True} if add else {}))
+    assert finish is not None
+    weight, mask, bias = torch.randn(76, 64).bfloat16(), mask_of("bsr", 76, 64, 0.3, r=r, c=1), torch.randn(76).bfloat16()
+    stored = catalog.get("format", "bsr").encode(weight, mask, r=r, c=1)
+    prepared = prepare_tiles(catalog.get("kernel", "linear_bsr").groups(stored.tensors(), stored.attributes()), bias, 76, 64)
+    kernel = BoundKernel("tiles", {}, prepared, Variants({"it": Tiles(prepared.layout, 2, 1, finish)}, lambda rows: "it", add), host())
+    for rows in (1, 16, 39):
+        x, other = torch.randn(rows, 64).bfloat16(), torch.randn(rows, 76).bfloat16()
+        sums = nn.functional.linear(x.float(), (weight * mask).float(), bias.float())
+        x[-1, 0] = float("nan")
+        sums[-1, mask[:, 0]] = float("nan")
+        got = kernel(x, other) if add else kernel(x)
+        want = activation(sums + other.float() if add else sums)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert_close(got[:-1], want[:-1].bfloat16())
+    if add:
+        with pytest.raises(InputError, match="what is added"):
+            kernel(x)
+
+
+@needs_tiles
+@pytest.mark.parametrize(("workers", "c", "across"), [(1, 1, 1), (2, 1, 2), (3, 32, 2), (5, 1, 1)])
+def test_tiles_shared_out(workers: int, c: int, across: int) -> None:
     """Panels of x with one owner each, and those left over with several, give the same numbers for any number of workers and threads."""
     weight, mask = torch.randn(160, 64).bfloat16(), mask_of("bsr", 160, 64, 0.4, r=32, c=c)
     stored = catalog.get("format", "bsr").encode(weight, mask, r=32, c=c)
     groups = catalog.get("kernel", "linear_bsr").groups(stored.tensors(), stored.attributes())
     prepared = prepare_tiles(groups, None, 160, 64)
-    for across in (1, 2):
-        shared_out = Variants({"it": Tiles(prepared.layout, across, workers)}, lambda rows: "it")
-        kernel = BoundKernel("tiles", {}, prepared, shared_out, host())
-        for rows in (1, 33, 16 * across * workers, 16 * across * (workers + 1), 16 * across * (2 * workers - 1) + 3):
-            assert_right(kernel, weight.double() * mask, torch.zeros(160).double(), torch.randn(rows, 64).bfloat16())
+    kernel = BoundKernel("tiles", {}, prepared, Variants({"it": Tiles(prepared.layout, across, workers)}, lambda rows: "it"), host())
+    for rows in (1, 33, 16 * across * workers, 16 * across * (workers + 1), 16 * across * (2 * workers - 1) + 3):
+        assert_right(kernel, weight.double() * mask, torch.zeros(160).double(), torch.randn(rows, 64).bfloat16())
 
 
 @needs_tiles

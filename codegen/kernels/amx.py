@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen import permission
 from sparsify_compiler.codegen.bound import BoundKernel, Variants
+from sparsify_compiler.codegen.kernels.finish import Finish, finish_of
 from sparsify_compiler.codegen.kernels.layout import dense_groups
 from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, SIZES, PreparedTiles, prepare_tiles, tile_rows
 from sparsify_compiler.codegen.kernels.tiles import WIDTH, Tiles
@@ -27,10 +28,10 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
     """Name and options of the kernel where it can run this op."""
     weight = tensors.get("weight" if op == DENSE else "values")
-    if weight is None or dtype is not torch.bfloat16 or weight.dtype is not dtype or not _runs(target):
+    if weight is None or dtype is not torch.bfloat16 or weight.dtype is not dtype or not _runs(target) or finish_of(attributes) is None:
         return []
     if op == DENSE:
-        fits = weight.dim() == 2 and weight.shape[1] % DEPTH == 0 and weight.numel() > 0 and not {"add", "activation"} & set(attributes)
+        fits = weight.dim() == 2 and weight.shape[1] % DEPTH == 0 and weight.numel() > 0
         return [("dense amx", {})] if fits else []
     r = tile_rows(attributes.get("r", 1)) if op in catalog.names("kernel") else None
     return [] if r is None else [(f"{op.removeprefix('linear_')}_amx_r{r}", {})]
@@ -51,20 +52,23 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
         prepared = prepare_tiles(groups, bias, outputs, inputs)
         shared.append((bias, prepared))
     name = "dense amx" if op == DENSE else f"{op.removeprefix('linear_')}_amx_r{prepared.layout.r}"
-    return BoundKernel(name, options, prepared, _variants(prepared), target, files)
+    finish = finish_of(attributes)
+    if finish is None:
+        raise KernelError("no kernel has this activation", where=op, hint="compile the model again here")
+    return BoundKernel(name, options, prepared, _variants(prepared, finish), target, files)
 
 
 def _runs(target: Target) -> bool:
     return all(target.has(feature) for feature in FEATURES) and permission.tiles()
 
 
-def _variants(prepared: PreparedTiles) -> Variants:
+def _variants(prepared: PreparedTiles, finish: Finish) -> Variants:
     layout, threads = prepared.layout, torch.get_num_threads()
     products = prepared.values.numel() // (layout.rows * DEPTH)  # for each 16 rows of x
-    found = {f"tiles{across}-{workers}": Tiles(layout, across, workers) for across in (1, 2) for workers in {1, threads}}
+    found = {f"tiles{across}-{workers}": Tiles(layout, across, workers, finish) for across in (1, 2) for workers in {1, threads}}
 
     def choose(rows: int) -> str:
         across = 1 if rows <= WIDTH else 2
         return f"tiles{across}-{1 if products * -(-rows // WIDTH) < ALONE else threads}"
 
-    return Variants(found, choose)
+    return Variants(found, choose, finish.add)

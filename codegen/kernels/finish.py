@@ -1,10 +1,11 @@
-"""What the convolution kernels share: vectors of which only a part is in the tensor, and what is computed of y before it is written.
+"""What is computed of y before it is written, by any kernel; and vectors of which only a part is in the tensor, for convolutions.
 
 A NaN stays a NaN through every activation here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ LANES = 16
 PARTS = Path(__file__).with_name("part.ll")
 # exp2 on [-1/2, 1/2]: minimax polynomial, relative error 2e-9 (Horner, highest power first).
 EXP2 = (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1, 6.931472028550421e-1, 1.0)
+# erfc(z) exp(z²) for z >= 0, by powers of t = 1 / (1 + ERF_P z) from the fifth to the first.
+ERF, ERF_P = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592), 0.3275911
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,13 @@ class Finish:
         return e.let(ACTIVATIONS[self.activation](value, *self.numbers)) if self.activation else value
 
 
+NOTHING = Finish()
+
+
 def finish_of(attributes: Mapping[str, Any]) -> Finish | None:
     """Of an epilogue's attributes (engine's epilogue.py); None where it has an activation that is not written here."""
     name, arguments = attributes.get("activation", ""), attributes.get("arguments", {})
+    name = f"{name}_{arguments['approximate']}" if arguments.get("approximate", "none") != "none" else name
     numbers = tuple(float(arguments[key]) for key in ("min_val", "max_val", "negative_slope") if key in arguments)
     if (name and name not in ACTIVATIONS) or (name == "hardtanh" and numbers[0] > numbers[1]):
         return None
@@ -81,37 +89,61 @@ def images(*sizes: Sequence[Any] | None) -> list[Images | None]:
             for one in made]
 
 
-def constant(value: float) -> Any:
-    """A float32 in all lanes."""
-    return e.broadcast(tirx.const(value, "float32"), LANES)
+def constant(value: float, like: Any) -> Any:
+    """A float32 in as many lanes as `like` has."""
+    return e.broadcast(tirx.const(value, "float32"), _lanes(like))
+
+
+def _lanes(x: Any) -> int:
+    return int(str(x.ty).partition("x")[2] or 1)
 
 
 def _clamp(x: Any, low: float, high: float) -> Any:
-    x = e.let(tirx.Select(x < constant(low), constant(low), x))
-    return tirx.Select(x > constant(high), constant(high), x)
+    x = e.let(tirx.Select(x < constant(low, x), constant(low, x), x))
+    return tirx.Select(x > constant(high, x), constant(high, x), x)
 
 
 def _leaky(x: Any, slope: float) -> Any:
-    return tirx.Select(x < constant(0.0), x * constant(slope), x)
+    return tirx.Select(x < constant(0.0, x), x * constant(slope, x), x)
 
 
 def _gate(x: Any) -> Any:
     """hardsigmoid."""
-    return _clamp(x + constant(3.0), 0.0, 6.0) * constant(1 / 6)
+    return _clamp(x + constant(3.0, x), 0.0, 6.0) * constant(1 / 6, x)
+
+
+def _exp2(power: Any) -> Any:
+    """2**power for powers from -126 to 126, beyond which it stays: put together from the exponent and a polynomial."""
+    power, lanes = e.let(_clamp(power, -126.0, 126.0)), _lanes(power)
+    whole = e.let(tirx.call_llvm_pure_intrin(str(power.ty), "llvm.rint", power))
+    rest, value = e.let(power - whole), constant(EXP2[0], power)
+    for coefficient in EXP2[1:]:
+        value = e.let(value * rest + constant(coefficient, power))
+    exponent = (e.cast_to("int32", whole, lanes) + e.broadcast(tirx.const(127, "int32"), lanes)) << e.broadcast(tirx.const(23, "int32"), lanes)
+    return value * e.reinterpret("float32", exponent, lanes)
 
 
 def _sigmoid(x: Any) -> Any:
-    """1 / (1 + 2**(-x log2 e)); the power of two is put together from its exponent and a polynomial."""
-    power = e.let(_clamp(x * constant(-1.4426950408889634), -126.0, 126.0))
-    whole = e.let(tirx.call_llvm_pure_intrin("float32x16", "llvm.rint", power))
-    rest, value = e.let(power - whole), constant(EXP2[0])
-    for coefficient in EXP2[1:]:
-        value = e.let(value * rest + constant(coefficient))
-    exponent = (e.cast_to("int32", whole, LANES) + e.broadcast(tirx.const(127, "int32"), LANES)) << e.broadcast(tirx.const(23, "int32"), LANES)
-    return constant(1.0) / (constant(1.0) + value * tirx.reinterpret("float32x16", exponent))
+    return constant(1.0, x) / (constant(1.0, x) + _exp2(x * constant(-LOG2_E, x)))
+
+
+def _gelu(x: Any) -> Any:
+    """x Φ(x); Φ to 8e-8 (Abramowitz and Stegun, 7.1.26)."""
+    t = e.let(constant(1.0, x) / (constant(1.0, x) + tirx.Select(x < constant(0.0, x), -x, x) * constant(ERF_P * 0.5**0.5, x)))
+    tail = constant(ERF[0], x)
+    for coefficient in ERF[1:]:
+        tail = e.let(tail * t + constant(coefficient, x))
+    tail = e.let(tail * t * constant(0.5, x) * _exp2(x * x * constant(-0.5 * LOG2_E, x)))
+    return x * tirx.Select(x < constant(0.0, x), tail, constant(1.0, x) - tail)
+
+
+def _gelu_tanh(x: Any) -> Any:
+    """x/2 (1 + tanh u) = x sigmoid(2u)."""
+    return x * _sigmoid(e.let(x * (constant(1.0, x) + x * x * constant(0.044715, x)) * constant(2 * (2 / math.pi) ** 0.5, x)))
 
 
 ACTIVATIONS: Mapping[str, Any] = {
-    "relu": lambda x: tirx.Select(x < constant(0.0), constant(0.0), x), "relu6": lambda x: _clamp(x, 0.0, 6.0), "hardtanh": _clamp,
+    "relu": lambda x: tirx.Select(x < constant(0.0, x), constant(0.0, x), x), "relu6": lambda x: _clamp(x, 0.0, 6.0), "hardtanh": _clamp,
     "leaky_relu": _leaky, "hardsigmoid": _gate, "hardswish": lambda x: x * _gate(x), "sigmoid": _sigmoid, "silu": lambda x: x * _sigmoid(x),
+    "gelu": _gelu, "gelu_tanh": _gelu_tanh,
 }  # fmt: skip

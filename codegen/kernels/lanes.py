@@ -27,6 +27,8 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     """Names and options of the kernels that can run this op, most promising first."""
     if "values" not in tensors or op not in catalog.names("kernel") or dtype not in DTYPES or tensors["values"].dtype not in (dtype, torch.bfloat16):
         return []
+    if {"add", "activation"} & set(attributes):
+        return []
     schedules = catalog.get("kernel", op).SCHEDULES["cpu"]
     r = _vector_rows(attributes.get("r", 1))
     wide = max(rows, default=LANES) > LANES

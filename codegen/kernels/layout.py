@@ -159,6 +159,7 @@ class Arguments:
     pointers: Any
     bias: Any
     y: Any
+    other: Any = None       # what is added to y, where something is
 
 
 def arguments(layout: Layout) -> Arguments:

@@ -109,12 +109,13 @@ def prepare_tiles(groups: Groups, bias: Tensor | None, out_features: int, in_fea
                          (ends // DEPTH).to(torch.int32), full_bias, out_features, in_features)
 
 
-def tile_arguments(layout: TileLayout) -> Arguments:
-    """Declare f(x [M, K], values, columns, pointers, bias, y [M, N])."""
+def tile_arguments(layout: TileLayout, add: bool) -> Arguments:
+    """Declare f(x [M, K], values, columns, pointers, bias, y [M, N]), other [M, N] before y where there is one."""
     from sparsify_compiler.codegen import emit as e
 
     M, N, K, S, P, B, V = (e.int32() for _ in range(7))
     x, values = e.argument((M, K), "bfloat16"), e.argument((V,), "bfloat16")
     columns, pointers = e.argument((S,), layout.index), e.argument((P,), "int32")
-    bias, y = e.argument((B,), "float32"), e.argument((M, N), "bfloat16")
-    return Arguments(M, N, K, x, values, columns, pointers, bias, y)
+    bias = e.argument((B,), "float32")
+    other = e.argument((M, N), "bfloat16") if add else None
+    return Arguments(M, N, K, x, values, columns, pointers, bias, e.argument((M, N), "bfloat16"), other)

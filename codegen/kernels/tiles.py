@@ -14,6 +14,7 @@ from typing import Any
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
+from sparsify_compiler.codegen.kernels.finish import NOTHING, Finish
 from sparsify_compiler.codegen.kernels.layout import Arguments
 from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, TileLayout, tile_arguments
 
@@ -25,15 +26,16 @@ BLOCK = 1 << 19         # elements of packed x that a worker goes through again 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How: `across` tiles of x rows at a time (1 or 2), work split for this many threads (1: on the caller's alone)."""
+    """How: `across` tiles of x rows at a time (1 or 2), work split for this many threads (1: on the caller's alone), what y goes through."""
 
     layout: TileLayout
     across: int
     workers: int
+    finish: Finish = NOTHING
     name = "tiles"
 
     def compute(self) -> Any:
-        """The PrimFunc f(x [M, K], values, columns, pointers, bias, y [M, N])."""
+        """The PrimFunc f(x [M, K], values, columns, pointers, bias, y [M, N]), with other [M, N] before y where it adds."""
         return e.function("main", lambda: _body(self))
 
     @property
@@ -48,7 +50,7 @@ class Tiles:
 
 def _body(how: Tiles) -> None:
     """A worker packs what it multiplies: what another has written comes through the slow way between cores."""
-    a = tile_arguments(how.layout)
+    a = tile_arguments(how.layout, how.finish.add)
     panels = e.opaque(e.floordiv(a.M + (how.width - 1), how.width))
     # One panel of packed x: `run`: [tile][pair][row] words; else [input][row], row order such that interleaving two of them gives whole tiles.
     size = e.opaque(a.K * how.width if how.layout.run else (a.K + 1) * how.width)
@@ -59,7 +61,8 @@ def _body(how: Tiles) -> None:
     blocks = e.opaque(e.floordiv(own + (each - 1), each))
     with e.loop(how.workers, parallel=how.parallel) as me:
         room = _Room(e.scratch(each * size, "uint16"), e.scratch(2 * how.across * TILE, "uint16"),
-                     e.scratch(how.layout.r * how.width, "float32"), e.scratch(how.layout.r * how.width, "uint16"))
+                     e.scratch(how.layout.r * how.width, "float32"), e.scratch(how.layout.r * how.width, "uint16"),
+                     e.scratch(how.layout.r * how.width, "uint16") if how.finish.add else None)
         mine = e.opaque(e.floordiv(me * rest, how.workers))
         since = e.opaque(e.floordiv(mine * how.workers + (rest - 1), e.maximum(rest, 1)))           # the first worker at this panel
         until = e.opaque(e.floordiv((mine + 1) * how.workers + (rest - 1), e.maximum(rest, 1)))     # and who comes after its last
@@ -78,12 +81,16 @@ def _body(how: Tiles) -> None:
 
 @dataclass(frozen=True)
 class _Room:
-    """What a worker has to itself: packed panels of x, two chunks of gathered inputs, the sums of a group, and the same rounded and turned."""
+    """What a worker has to itself: packed panels of x, two chunks of gathered inputs, the sums of a group, and the same rounded and turned.
+
+    Also where a group hangs over the edge of y, what is added to it.
+    """
 
     packed: Any
     gathered: Any
     finished: Any
     turned: Any
+    added: Any
 
 
 def _group(a: Arguments, how: Tiles, room: _Room, start: Any, row: Any, group: Any) -> None:
@@ -208,40 +215,81 @@ def _row(how: Tiles, place: Any) -> Any:
 
 
 def _write(a: Arguments, how: Tiles, room: _Room, row: Any, output: Any) -> None:
-    """y[row + m, output + n] = finished[n][m] + bias[n], where y has such a place."""
-    r = how.layout.r
+    """y[row + m, output + n] = finished[n][m] + bias[n], and what follows, where y has such a place."""
+    r, finish = how.layout.r, how.finish
     whole = e.both(row + how.width <= a.M, output + r <= a.N)
-
-    def direct() -> None:
-        def put(m: int, n: int, lanes: int, value: Any) -> None:
-            e.store(a.y, e.reinterpret("bfloat16", value, lanes), row + m, output + n, lanes=lanes)
-
-        _turn(a, how, room.finished, output, put)
+    rows, outputs = e.opaque(e.minimum(a.M - row, how.width)), e.opaque(e.minimum(a.N - output, r))
+    if finish.activation and not finish.add:
+        _activate(a, how, room.finished, output)
 
     def part() -> None:
-        _turn(a, how, room.finished, output, lambda m, n, lanes, value: e.store(room.turned, value, m * r + n, lanes=lanes))
-        with e.loop(e.minimum(a.M - row, how.width)) as m, e.loop(e.minimum(a.N - output, r)) as n:
+        with e.loop(rows) as m, e.loop(outputs) as n:
             e.store(a.y, e.reinterpret("bfloat16", e.load(room.turned, m * r + n)), row + m, output + n)
 
-    e.choose(whole, direct, part)
+    def turn_aside() -> None:
+        _turn(a, how, room.finished, output, lambda m, n, lanes, value: e.store(room.turned, value, m * r + n, lanes=lanes))
+
+    def put(m: Any, n: Any, lanes: int, value: Any) -> None:
+        e.store(a.y, e.reinterpret("bfloat16", value, lanes), row + m, output + n, lanes=lanes)
+
+    if not finish.add:
+        return e.choose(whole, lambda: _turn(a, how, room.finished, output, put), lambda: (turn_aside(), part()))
+
+    def fetch(m: Any, n: Any, lanes: int = 1) -> None:
+        e.store(room.added, e.reinterpret("uint16", e.load(a.other, row + m, output + n, lanes=lanes), lanes), m * r + n, lanes=lanes)
+
+    def fetch_whole() -> None:
+        with e.loop(how.width) as m:
+            fetch(m, 0, r)
+
+    def fetch_part() -> None:
+        with e.loop(rows) as m, e.loop(outputs) as n:
+            fetch(m, n)
+
+    def put_whole() -> None:
+        with e.loop(how.width) as m:
+            put(m, 0, r, e.load(room.turned, m * r, lanes=r))
+
+    e.choose(whole, fetch_whole, fetch_part)
+    turn_aside()
+    _add(how, room)
+    return e.choose(whole, put_whole, part)
+
+
+def _activate(a: Arguments, how: Tiles, finished: Any, first_output: Any) -> None:
+    """Add the bias to the sums and activate them, where they are. A loop: unrolled, TVM's simplifier takes minutes for it."""
+    with e.loop(how.across) as v, e.loop(how.layout.r) as n:
+        place = e.let((v * how.layout.r + n) * WIDTH)
+        bias = e.broadcast(e.load(a.bias, first_output + n), WIDTH)
+        e.store(finished, how.finish(e.load(finished, place, lanes=WIDTH) + bias), place, lanes=WIDTH)
+
+
+def _add(how: Tiles, room: _Room) -> None:
+    """Add and activate what is turned: as torch has it, sums of two bfloat16 that are rounded."""
+    with e.loop(how.width * how.layout.r // DEPTH) as line:
+        y, other = (e.let(e.reinterpret("uint32", e.load(buffer, line * DEPTH, lanes=DEPTH), WIDTH)) for buffer in (room.turned, room.added))
+        low, high = (how.finish(half(y, WIDTH), half(other, WIDTH)) for half in (e.upcast_low, e.upcast_high))
+        e.store(room.turned, e.halves(t.bfloat16_pairs(low, high), WIDTH), line * DEPTH, lanes=DEPTH)
 
 
 def _turn(a: Arguments, how: Tiles, finished: Any, first_output: Any, put: Any) -> None:
-    """Add the bias, round to bfloat16 and transpose: put(row, output, lanes, values) for every row of the panel."""
+    """Add the bias where it is not in, round to bfloat16 and transpose: put(row, output, lanes, values) for every row of the panel."""
     r, pairs = how.layout.r, how.layout.r // 2
-    bias = [e.let(e.load(a.bias, first_output + n)) for n in range(r)]
+    ready = how.finish.activation and not how.finish.add
+    bias = [] if ready else [e.let(e.load(a.bias, first_output + n)) for n in range(r)]
     batch = min(pairs * how.across, WIDTH)           # vectors of pairs of outputs that are transposed together
+
+    def sums(v: int, output: int) -> Any:
+        value = e.load(finished, (v * r + output) * WIDTH, lanes=WIDTH)
+        return value if ready else value + e.broadcast(bias[output], WIDTH)
+
     for first in range(0, pairs * how.across, batch):
-        words = []
-        for which in range(first, first + batch):
-            v, pair = divmod(which, pairs)
-            low, high = (e.load(finished, (v * r + output) * WIDTH, lanes=WIDTH) + e.broadcast(bias[output], WIDTH)
-                         for output in (2 * pair, 2 * pair + 1))
-            words.append(e.let(t.bfloat16_pairs(low, high)))
+        places = [divmod(which, pairs) for which in range(first, first + batch)]
+        words = [e.let(t.bfloat16_pairs(sums(v, 2 * pair), sums(v, 2 * pair + 1))) for v, pair in places]
         lines = e.transpose([*words, *[words[-1]] * (WIDTH - batch)])
+        count = min(pairs, batch)                    # pairs of a row of y
         for m, line in enumerate(lines):
-            for start in range(0, batch, pairs):
-                v = (first + start) // pairs
-                count = min(pairs, batch)
+            for start in range(0, batch, count):
+                v, pair = divmod(first + start, pairs)
                 value = line if count == WIDTH else e.part(line, start, count)
-                put(v * WIDTH + m, 2 * ((first + start) % pairs), 2 * count, e.reinterpret("uint16", value, 2 * count))
+                put(v * WIDTH + m, 2 * pair, 2 * count, e.reinterpret("uint16", value, 2 * count))

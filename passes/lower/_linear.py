@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler import catalog
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.operands import input_of, operands, operator_of, packed_operator, packed_weight
-from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, fused, noise, row_of, say
+from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, Source, fused, noise, row_of, say
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
 
@@ -55,18 +55,15 @@ def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken:
     rows = x.numel() // max(x.shape[-1], 1)
     layer = Linear(region, node, row_of(region, node, "linear", weight, program), weight, bias, packed=packed, rows=rows)
     fixed = all(isinstance(size, int) for size in input_of(node).meta["val"].shape)
-    dense = fused(node, [("linear", {"weight": weight}, {} if fixed else {"any_rows": True})], x.dtype, (rows,), ctx, taken)
-    layer.chain = dense[-1][0] if dense else layer.chain
+    sources: list[Source] = [("linear", {"weight": weight}, {} if fixed else {"any_rows": True}), *([(op, tensors, attributes)] if packed else [])]
+    found = fused(node, sources, x.dtype, (rows,), ctx, taken)
+    layer.chain = found[-1][0] if found else layer.chain
     other = None if layer.chain.other is None else noise(region, node, ctx)
     layer.add(EAGER, partial(eager, weight, bias), x, other, Form())
-    for epilogue, candidate in dense:
+    for epilogue, candidate in found:
         kernel = candidate.bind(bias)
-        layer.add(candidate.name + epilogue.label, kernel, x, other, Form(True, kernel, epilogue))
-    found = ctx.kernels.candidates(op, tensors, attributes, x.dtype, (rows,), ctx.target) if packed else []
-    for candidate in found:
-        kernel = candidate.bind(bias)
-        layer.add(candidate.name, kernel, x, other, Form(False, kernel))
-    if packed and not found:
+        layer.add(candidate.name + epilogue.label, kernel, x, other, Form(candidate.op == "linear", kernel, epilogue))
+    if packed and all(form.dense for form in layer.forms.values()):
         layer.add(REFERENCE, partial(catalog.get("op", op).op, **tensors, bias=bias, **attributes), x, other, Form(False))
     return layer
 
