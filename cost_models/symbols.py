@@ -11,6 +11,7 @@ TABLE: Mapping[str, str] = {
     "M": "rows of the input: product of all its dimensions but the last; for a convolution, places of its output",
     "N": "outputs of a linear layer or convolution",
     "K": "inputs of a linear layer, or of one group of a convolution",
+    "hidden": "neurons of an FFN",
     "density": "kept / total weights; for blocks kept / total blocks",
     "value_bytes": "bytes of one stored weight",
     "x_bytes": "bytes of one input or output element",
@@ -26,8 +27,8 @@ TABLE: Mapping[str, str] = {
     "launch": "seconds that a call costs before it does anything",
 }
 
-M, N, K, r, c, n, m, taps, read, written = (
-    Symbol(name, integer=True, nonnegative=True) for name in ("M", "N", "K", "r", "c", "n", "m", "taps", "read", "written"))
+M, N, K, r, c, n, m, hidden, taps, read, written = (
+    Symbol(name, integer=True, nonnegative=True) for name in ("M", "N", "K", "r", "c", "n", "m", "hidden", "taps", "read", "written"))
 density, value_bytes, x_bytes, peak, bandwidth, launch = (
     Symbol(name, nonnegative=True) for name in ("density", "value_bytes", "x_bytes", "peak", "bandwidth", "launch"))
 

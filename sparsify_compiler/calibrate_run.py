@@ -62,7 +62,8 @@ def find_sources(program: Program, needs: Mapping[str, frozenset[str]]) -> dict[
     found: dict[tuple[str, str], Source | None] = {}
     seen: set[str] = set()
     wanted = {STATISTICS[name].of for names in needs.values() for name in names}
-    elsewhere = {"hidden": _hidden(program, nodes) if "hidden" in wanted else {}, "block": _around(program, nodes) if "block" in wanted else {}}
+    makers = {"hidden": _hidden, "block": _around, "neurons": _neurons}
+    elsewhere = {of: make(program, nodes) if of in wanted else {} for of, make in makers.items()}
     for site in find_sites(program, ("linear", "conv")):
         if not needs.get(site.path) or site.path in seen:
             continue
@@ -120,6 +121,19 @@ def _hidden(program: Program, nodes: Mapping[tuple[str, str], fx.Node]) -> dict[
         down = nodes[ffn.region, ffn.roles["down"]]
         source = _input(replace(ffn, path=f"{ffn.path}, down"), down, -1)
         found |= {(ffn.region, ffn.roles[role]): source for role in ("up", "gate") if role in ffn.roles}
+    return found
+
+
+def _neurons(program: Program, nodes: Mapping[tuple[str, str], fx.Node]) -> dict[tuple[str, str], Source]:
+    """(region, down op) -> what their FFN's activation gives."""
+    from .site_ffn import neurons_of
+    from .sites import find_sites
+
+    found: dict[tuple[str, str], Source] = {}
+    for ffn in find_sites(program, ("ffn",)):
+        value = neurons_of(program.regions[ffn.region], ffn)
+        width = int(value.meta["val"].shape[-1])
+        found[ffn.region, ffn.roles["down"]] = Source(f"{ffn.path}, activation", ffn.region, value.name, ffn.roles["down"], -1, width)
     return found
 
 

@@ -31,7 +31,7 @@ def operands(region: Region, node: fx.Node) -> tuple[dict[str, Tensor], dict[str
     for name, value in node.kwargs.items():
         if isinstance(value, fx.Node) and value.op == "get_attr":
             tensors[name] = get_tensor(region.module, str(value.target))
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(value, int | str) and not isinstance(value, bool):
             attributes[name] = value
         elif isinstance(value, list | tuple) and packed_operator(node):
             attributes[name] = list(value)

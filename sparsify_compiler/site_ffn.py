@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from .normal_form_edit import aten, is_call, only_user
-from .program import Site
+from .program import Region, Site
 from .site_graph import ACTIVATIONS, View, common_path, features, path_of
 from .site_linear import operator_name
 
@@ -41,6 +41,17 @@ def find_ffns(view: View) -> Iterator[tuple[fx.Node, Site]]:
         path = path_of(found.up) if not path or path in taken or found.up is down else path
         taken.add(path)
         yield found.up, Site("ffn", path, view.region.path, roles, facts)
+
+
+def neurons_of(region: Region, site: Site) -> fx.Node:
+    """What decides which neurons are alive: the activation of the gate where there is one, else what feeds the down projection."""
+    value = region.node(site.roles["down"]).kwargs["input"]
+    assert isinstance(value, fx.Node)
+    if not site.facts["gated"]:
+        return value
+    activation = region.node(site.roles["activation"])
+    squared = only_user(activation)
+    return activation if squared is value or squared is None else squared
 
 
 def _ffn(node: object, linears: set[fx.Node]) -> _Ffn | None:

@@ -34,6 +34,7 @@ class Statistic:
             the statistic of no rows.
             "gradient": `add` takes the gradient of the loss by the site's weight and the weight, both flat, once a batch; width is the number of
             weights, and the statistic has the weight's shape.
+            "neurons": the rows are what the FFN's activation gives, for the site of its down projection; other sites get the empty sum of width 0.
             "input gradient": the rows are the gradient of the loss by what the site reads, through this site alone
     """
 
@@ -41,7 +42,7 @@ class Statistic:
     add: Callable[..., object]
     finish: Callable[[Tensor, int], Tensor]
     size: Callable[[int], int]
-    of: Literal["input", "hidden", "block", "gradient", "input gradient"] = "input"
+    of: Literal["input", "hidden", "block", "gradient", "input gradient", "neurons"] = "input"
 
 
 def _doubles(width: int) -> Tensor:
@@ -135,6 +136,7 @@ STATISTICS: Mapping[str, Statistic] = {
     "quantiles": Statistic(lambda w: torch.zeros(SKETCH_BINS, dtype=torch.int64), _add_sketch, lambda s, n: s, lambda w: 8 * SKETCH_BINS),
     # float32 [up to SAMPLE_ROWS, width]: rows at even distances over all that were seen
     "input_rows": Statistic(_start_sample, _add_sample, _sampled, lambda w: 4 * (SAMPLE_ROWS + 1) * (w + 3)),
+    "neuron_rows": Statistic(_start_sample, _add_sample, _sampled, lambda w: 4 * (SAMPLE_ROWS + 1) * (w + 3), "neurons"),
     # float32 [width]: root of the summed squares of the gradient of the loss by each input channel, through this site alone
     "input_gradient": Statistic(_doubles, _add_squares, lambda s, n: s.sqrt().float(), lambda w: 8 * w, "input gradient"),
     # int64 []: number of rows seen

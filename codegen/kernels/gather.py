@@ -5,6 +5,7 @@ The weight stays as the op stores it, [K, N], one copy for both; only where N is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,17 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
     return GatherLinear(options, tensors, bias, files, target)
 
 
+def columns_of(width: int, target: Target) -> int:
+    """Outputs of a task, of so many that are a multiple of ROUND: as many tasks as processors, or several times as many."""
+    tasks = -(-width // (WIDE * target.cores)) * target.cores
+    return -(-width // (ROUND * tasks)) * ROUND
+
+
+def in_order(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias in the order of the kernel's sums."""
+    return total.view(-1, LANES, 2).transpose(1, 2).reshape(-1) if dtype is torch.bfloat16 else total.contiguous()
+
+
 class GatherLinear:
     """A layer bound to its weight [K, N]: x [..., K] -> y [..., N], select(x) W + bias.
 
@@ -65,8 +77,7 @@ class GatherLinear:
         self._bias = None if bias is None else bias.detach()
         self._vectors = {name: tensors[name].detach() for name in ("limit", "scale", "center") if name in tensors}
         self._dtype = weight.dtype
-        tasks = -(-width // (WIDE * target.cores)) * target.cores
-        schedule = GatherRows(str(options["dtype"]), -(-width // (ROUND * tasks)) * ROUND, "scale" in tensors, "center" in tensors,
+        schedule = GatherRows(str(options["dtype"]), columns_of(width, target), "scale" in tensors, "center" in tensors,
                               weight.numel() >= ALONE and target.cores > 1)
         self._kernel = build.load_exported(files, schedule, target) if files else build.load(schedule, target)
         self._prepare(width)
@@ -81,9 +92,8 @@ class GatherLinear:
             total = total + center.float() @ self._rows.float()
         words = self._rows
         if self._dtype is torch.bfloat16:
-            total = total.view(-1, LANES, 2).transpose(1, 2).reshape(-1)
             words = self._rows.view(torch.int32)
-        self._sums = total.contiguous()
+        self._sums = in_order(total, self._dtype)
         fixed = [self._vectors.get(name, none).float().contiguous() for name in ("scale", "center")]
         self._held = [*fixed, words, self._sums]
         self._arguments = tuple(tvm_ffi.from_dlpack(tensor) for tensor in self._held)
@@ -95,15 +105,16 @@ class GatherLinear:
         if x.shape[-1] != self.in_features or x.dtype is not self._dtype or not x.is_cpu:
             raise InputError(f"expected {self._dtype} [..., {self.in_features}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}",
                              where=self.name)
-        rows = x.numel() // self.in_features
+        *outer, inputs = x.shape
+        rows = math.prod(outer)
         if rows > FEW_ROWS:
             return self._many(x, limit)
-        y = torch.empty((*x.shape[:-1], self.out_features), dtype=self._dtype)
+        y = torch.empty((rows, self.out_features), dtype=self._dtype)
         if rows:
             limits = self._limit if limit is None else torch.empty(rows).copy_(limit.detach().reshape(-1))
-            x = x.detach().contiguous().view(-1)  # for TVM a view of one row has strides too
-            self._kernel.function(x.view(rows, -1), limits, *self._arguments, y.view(rows, -1))
-        return y
+            x = x.detach() if x.requires_grad else x
+            self._kernel.function(x.contiguous().view(-1).view(rows, inputs), limits, *self._arguments, y)  # for TVM one row has strides too
+        return y.view((*outer, self.out_features))
 
     def _many(self, x: Tensor, limit: Tensor | None) -> Tensor:
         chosen = select.op(x, self._vectors["limit"] if limit is None else limit, self._vectors.get("scale"), self._vectors.get("center"))

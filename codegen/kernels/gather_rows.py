@@ -79,7 +79,7 @@ def _body(how: GatherRows) -> None:
         start = e.let(task * how.columns)
         width = e.let(e.minimum(a.W - start, how.columns))
         with e.loop(a.M) as m:
-            _sum(a, how, count, m, start, width)
+            sum_rows(a, how, count, m, start, width)
 
 
 def _score(a: _Arguments, how: GatherRows, m: Any, at: Any, lanes: int) -> tuple[Any, Any]:
@@ -121,7 +121,7 @@ def _select_one(a: _Arguments, how: GatherRows, found: Any, at: Any) -> None:
     e.store(found, count + 1, 0)
 
 
-def _sum(a: _Arguments, how: GatherRows, count: Any, m: Any, start: Any, width: Any) -> None:
+def sum_rows(a: Any, how: Any, count: Any, m: Any, start: Any, width: Any) -> None:
     """One row of x times one task's columns of W."""
     sums = e.let(m * a.W + start)
     with e.loop(e.floordiv(width, LANES)) as j:
@@ -136,7 +136,7 @@ def _sum(a: _Arguments, how: GatherRows, count: Any, m: Any, start: Any, width: 
         e.store_tail(a.y, _finished(a, how, sums + j * how.step), how.step, m, column, a.N)
 
 
-def _add(a: _Arguments, how: GatherRows, m: Any, first: Any, together: int, next_: Any, sums: Any, start: Any, width: Any) -> None:
+def _add(a: Any, how: Any, m: Any, first: Any, together: int, next_: Any, sums: Any, start: Any, width: Any) -> None:
     """sums += values * rows of W, `together` of them from number `first` on."""
     first, next_ = e.let(first), e.let(next_)
     rows = [e.let(e.load(a.places, first + i)) for i in range(together)]
@@ -154,7 +154,7 @@ def _add(a: _Arguments, how: GatherRows, m: Any, first: Any, together: int, next
             e.store(a.sums, total, sums + j * how.step + half * LANES, lanes=LANES)
 
 
-def _weights(a: _Arguments, how: GatherRows, row: Any, column: Any) -> list[Any]:
+def _weights(a: Any, how: Any, row: Any, column: Any) -> list[Any]:
     """One load of weights as float32: for bfloat16 those of even outputs, then those of odd ones."""
     value = e.load(a.weight, row, column, lanes=LANES)
     if how.dtype == "float32":
@@ -163,7 +163,7 @@ def _weights(a: _Arguments, how: GatherRows, row: Any, column: Any) -> list[Any]
     return [e.upcast_low(words, LANES), e.upcast_high(words, LANES)]
 
 
-def _finished(a: _Arguments, how: GatherRows, at: Any) -> Any:
+def _finished(a: Any, how: Any, at: Any) -> Any:
     """The sums of one load of weights, in the order of the outputs."""
     if how.dtype == "float32":
         return e.load(a.sums, at, lanes=LANES)

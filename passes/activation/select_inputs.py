@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import BudgetError, ParseError
-from sparsify_compiler.fold import put
-from sparsify_compiler.normal_form_edit import insert
 from sparsify_compiler.ops import select
 from sparsify_compiler.passes.activation._evidence import InputEvidence, blocks_of
+from sparsify_compiler.passes.activation._selection import Selection
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, Use, find_layers
 from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Stage
-from sparsify_compiler.splice import insert_formula
 
 
 @dataclass(frozen=True)
@@ -121,40 +118,13 @@ class SelectInputs(Pass):
 
     def _select(self, layer: Layer, density: float, evidence: InputEvidence, program: Program) -> None:
         """Put the selection in front of every use of one layer, and note it in the report."""
-        scores, selector = evidence.scores(layer.path), Named.parse("selector", self.selector)
-        number = sys.modules[selector.function.__module__].calibrate(scores, density) if density < 1 else None
-        found = 1.0
-        if number is not None:
-            limit = selector(scores, number)
-            found = float((scores >= (number if limit is None else limit)).float().mean())
+        selection = Selection.of(self.selector, evidence.scores(layer.path), density, evidence.scales[layer.path], evidence.centers[layer.path])
         for use in layer.uses:
-            self._insert(use, selector, number, evidence.scales[layer.path], evidence.centers[layer.path])
+            chosen = selection.insert(use.region, use.op, use.op.kwargs["input"], self.name())
+            use.op.kwargs = {**use.op.kwargs, "input": chosen}
             row = program.decisions.setdefault(use.site.path, _row(use, layer))
-            row.structure, row.density, row.budget = f"inputs by {selector.name}", found, density
+            row.structure, row.density, row.budget = f"inputs by {selection.selector.name}", selection.found, density
             use.op.meta["site"] = use.site.path
-
-    def _insert(self, use: Use, selector: Named, number: float | None, scale: Tensor | None, center: Tensor | None) -> None:
-        region, op, x = use.region, use.op, use.op.kwargs["input"]
-        assert isinstance(x, fx.Node)
-
-        def stored(value: Tensor | None, name: str) -> fx.Node | None:
-            return None if value is None else put(region, op, value, name, (), op.meta, self.name())
-
-        middle = None if center is None else center.to(x.meta["val"].dtype)
-        vectors = {"scale": stored(scale, "input_scale"), "center": stored(middle, "input_center")}
-        given = {name: node for name, node in vectors.items() if node is not None}
-
-        def limit_of(x: Tensor, scale: Tensor | None = None, center: Tensor | None = None) -> Any:
-            score = select.score(x, scale, center)
-            return selector(score, number)
-
-        if number is None or selector(torch.ones(1, 1), 1.0) is None:
-            limit = stored(torch.tensor(number or 0.0), "input_limit")
-        else:
-            limit = insert_formula(region, op, limit_of, {"x": x, **given}, self.name())
-        chosen = insert(op, select.op, x=x, limit=limit, **given)
-        chosen.meta["by"] = self.name()
-        op.kwargs = {**op.kwargs, "input": chosen}
 
 
 def _unfit(use: Use) -> str | None:

@@ -13,12 +13,13 @@ from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.operands import input_of, operands
 from sparsify_compiler.ops import select, select_linear
-from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, Source, fused, noise, row_of, say
+from sparsify_compiler.passes.lower._layer import EAGER, Form, Source, fused, noise, row_of, say
 from sparsify_compiler.passes.lower._linear import Linear, eager
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, get_tensor, set_tensor
 
 aten = torch.ops.aten
+BY_INPUT = "_by_input"
 DECODE = 1  # rows that a layer with any number of them is measured at: those of a token that is generated
 
 
@@ -36,24 +37,41 @@ def is_packed(node: fx.Node) -> bool:
 
 def pack(region: Region, node: fx.Node, program: Program, by: str) -> None:
     """linear(select(x, ...), weight [N, K], bias) -> select_linear(x, ..., weight [K, N], bias)."""
-    source, weight = node.kwargs["input"], node.kwargs["weight"]
-    assert isinstance(source, fx.Node)
-    assert isinstance(weight, fx.Node)
-    name, dense = f"{weight.target}_by_input", get_tensor(region.module, str(weight.target)).detach()
-    if not any(other.op == "get_attr" and other.target == name for other in region.graph.nodes):
-        set_tensor(region.module, name, dense.t().contiguous())
+    source: Any = node.kwargs["input"]
+    dense = get_tensor(region.module, str(node.kwargs["weight"].target)).detach()  # type: ignore[union-attr]
     given = {key: source.kwargs[key] for key in ("limit", "scale", "center") if source.kwargs.get(key) is not None}
     given |= {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
+    stored = by_input(region, node, by)
     with region.graph.inserting_before(node):
-        stored = region.graph.get_attr(name)
         packed = region.graph.call_function(select_linear.op, (), {"x": source.kwargs["x"], "weight": stored, **given})
-    place: dict[str, Any] = {key: node.meta[key] for key in ("path", "module") if key in node.meta}
-    stored.meta = {"by": by, "val": fake_like(get_tensor(region.module, name), mode_of(region)), **place}
     packed.meta = {**node.meta, "by": by}
     node.replace_all_uses_with(packed)
     region.graph.erase_node(node)
     packed.name = node.name  # sites know their nodes by name
     row_of(region, packed, "linear", dense, program).format = "by input"
+
+
+def by_input(region: Region, node: fx.Node, by: str) -> fx.Node:
+    """A linear's weight [N, K] stored as [K, N]; the get_attr of it, in front of the linear."""
+    weight: Any = node.kwargs["weight"]
+    name = f"{weight.target}{BY_INPUT}"
+    if not any(other.op == "get_attr" and other.target == name for other in region.graph.nodes):
+        set_tensor(region.module, name, get_tensor(region.module, str(weight.target)).detach().t().contiguous())
+    with region.graph.inserting_before(node):
+        stored = region.graph.get_attr(name)
+    place: dict[str, Any] = {key: node.meta[key] for key in ("path", "module") if key in node.meta}
+    stored.meta = {"by": by, "val": fake_like(get_tensor(region.module, name), mode_of(region)), **place}
+    return stored
+
+
+def dense_weight(region: Region, before: fx.Node, stored: Any, weight: Tensor) -> fx.Node:
+    """The inverse of by_input: the weight [N, K] under the name that it had; the get_attr of it, in front of a node."""
+    name, dense = str(stored.target).removesuffix(BY_INPUT), weight.contiguous()
+    set_tensor(region.module, name, torch.nn.Parameter(dense, requires_grad=False))
+    with region.graph.inserting_before(before):
+        found = region.graph.get_attr(name)
+    found.meta = {"val": fake_like(dense, mode_of(region)), "by": "lower"}
+    return found
 
 
 def size_of(region: Region, node: fx.Node) -> int:
@@ -88,7 +106,7 @@ def selected(region: Region, node: fx.Node, program: Program, ctx: Context) -> L
 
 
 def choose(layer: Linear, timings: Mapping[str, Timing], margin: float) -> bool:
-    """Bind the kernel where it pays; else read all inputs again, for to skip some would cost quality and gain nothing. True where it pays."""
+    """Bind the kernel where it pays, and write down why; False where all inputs are to be read: skipping some would gain nothing."""
     times = {name: timing.median for name, timing in timings.items()}
     sparse = {name: time for name, time in times.items() if not layer.forms[name].dense}
     dense = {name: time for name, time in times.items() if layer.forms[name].dense}
@@ -99,29 +117,27 @@ def choose(layer: Linear, timings: Mapping[str, Timing], margin: float) -> bool:
     if best is not None and sparse[best] <= dense[yardstick] * (1 - margin):
         layer.bind(best)
         row.kernel, row.compiled_ms, row.bytes = best, sparse[best], layer.forms[best].kernel.resident_bytes
-        say(row, f"{dense[yardstick] / sparse[best]:.2f} times the speed of {yardstick}, {row.density:.0%} of its inputs selected")
+        what = row.structure.partition(" ")[0]
+        say(row, f"{dense[yardstick] / sparse[best]:.2f} times the speed of {yardstick}, {row.density:.0%} of its {what} selected")
         return True
     row.format, row.density = "dense", 1.0
     gain = "no kernel for this dtype and target" if best is None else f"the kernel has {dense[yardstick] / sparse[best]:.2f} times the dense speed"
-    say(row, f"reads all of its inputs: {gain}")
-    _make_dense(layer)
+    say(row, f"reads everything: {gain}")
     return False
 
 
-def _make_dense(layer: Layer) -> None:
-    """select_linear -> linear of all inputs, with the weight [N, K] as it was before."""
-    region, node, graph = layer.region, layer.node, layer.region.graph
-    name = str(node.kwargs["weight"].target).removesuffix("_by_input")  # type: ignore[union-attr]
-    set_tensor(region.module, name, torch.nn.Parameter(layer.weight.contiguous(), requires_grad=False))
-    with graph.inserting_before(node):
-        weight = graph.get_attr(name)
-        bias = {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
-        layer.node = graph.call_function(aten.linear.default, (), {"input": node.kwargs["x"], "weight": weight, **bias})
-    weight.meta = {"val": fake_like(layer.weight.contiguous(), mode_of(region)), "by": "lower"}
+def make_dense(layer: Linear) -> list[fx.Node]:
+    """select_linear -> linear of all inputs. Returns it."""
+    region, node = layer.region, layer.node
+    weight = dense_weight(region, node, node.kwargs["weight"], layer.weight)
+    bias = {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
+    with region.graph.inserting_before(node):
+        layer.node = region.graph.call_function(aten.linear.default, (), {"input": node.kwargs["x"], "weight": weight, **bias})
     layer.node.meta = {**node.meta, "by": "lower"}
     node.replace_all_uses_with(layer.node)
-    graph.erase_node(node)
+    region.graph.erase_node(node)
     layer.node.name = node.name
+    return [layer.node]
 
 
 def _call(kernel: Any, limits: tuple[Tensor, ...], x: Tensor) -> Tensor:

@@ -1,0 +1,104 @@
+"""Quality of activation sparsity on real language: perplexity of SmolLM2 when each token reads a part of the weights only.
+
+    python benchmarks/activation_quality.py --brown FOLDER [--json FILE] [--methods teal ...] [--sparsities 25 40 ...] [--sites all ffn]
+
+Model, texts and splits are those of prune_quality.py: calibration on 512 tokens each of --samples Brown files, measured on others of its files and on
+the Lee news, --texts × 512 tokens each; `--split choose` measures on a third set of Brown files, where settings are chosen. Sparsity is the
+share of weights, of all linear layers but the tied head ("all") or of the FFNs ("ffn"), that a token does not read: selected by every token, those
+of the prompt too. The densities that come of it on the calibration's rows are shown. A method is one line of METHODS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import prune_quality as language
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sparsify_compiler import recipes
+from sparsify_compiler.call import instantiate
+from sparsify_compiler.passes.activation.select_inputs import SelectInputs
+from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.program import Program
+
+SITES = {"all": ("linear",), "ffn": ("ffn",)}
+Made = Callable[[float, tuple[str, ...]], Pipeline]
+METHODS: dict[str, Made] = {
+    "per token": lambda density, targets: recipes.q_sparse(density, targets),  # the same number of inputs for each, of highest magnitude
+    "teal uniform": lambda density, targets: recipes.teal(density, "uniform", targets),
+    "teal": lambda density, targets: recipes.teal(density, targets=targets),
+    "wina": lambda density, targets: recipes.wina(density, targets=targets),
+    "wina threshold": lambda density, targets: recipes.wina(density, "threshold", targets=targets),
+    "chess": lambda density, targets: Pipeline((SelectInputs("channel_quantile", "threshold", "uniform", density, targets=targets),)),
+    "magnitude + sensitivity": lambda density, targets: recipes.teal(density, "sensitivity", targets),
+    "sensitive inputs": lambda density, targets: recipes.sensitive_inputs(density, targets),
+    "rotated inputs": lambda density, targets: recipes.rotated_inputs(density, targets=targets),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--brown", type=Path, required=True)
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--split", choices=["held out", "choose"], default="held out")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--sparsities", nargs="+", type=int, default=[25, 40, 50, 60])
+    parser.add_argument("--sites", nargs="+", choices=list(SITES), default=["all"])
+    arguments = parser.parse_args()
+    torch.set_grad_enabled(False)
+    rows: list[dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
+    subject = language.SmolLM2(arguments)
+    subject.texts = {name: text[: arguments.texts] for name, text in subject.texts.items()}
+    cells = [("all", "dense", 0)] + [(sites, method, sparsity) for sites in arguments.sites for sparsity in arguments.sparsities
+                                     for method in arguments.methods]
+    for sites, method, sparsity in cells:
+        if not any((row["sites"], row["method"], row["sparsity"]) == (sites, method, sparsity) for row in rows):
+            rows.append({"sites": sites, "method": method, "sparsity": sparsity, **measured(subject, sites, method, 1 - sparsity / 100)})
+            Console(stderr=True).print(" ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in rows[-1].values()))
+            if arguments.json:
+                arguments.json.write_text(json.dumps(rows, indent=2))
+    show(rows)
+
+
+def measured(subject: language.SmolLM2, sites: str, method: str, density: float) -> dict[str, Any]:
+    """Seconds of processor, the density that came of it, and the perplexities."""
+    if method == "dense":
+        return {"density": 1.0, "seconds": 0.0, **subject.measure(subject.model)}
+    made = METHODS[method] if method in METHODS else lambda density, targets: Pipeline.parse(method.format(density=density, targets=targets))
+    spent = time.process_time()
+    program = subject.prune(made(density, SITES[sites]))
+    return {"density": density_of(program), "seconds": time.process_time() - spent, **subject.measure(instantiate(program))}
+
+
+def density_of(program: Program) -> float:
+    """Selected / all weights of the layers that select."""
+    rows = [row for row in program.decisions.values() if row.structure.startswith("inputs")]
+    sizes = [row.shape[0] * row.shape[1] for row in rows]
+    return sum(row.density * size for row, size in zip(rows, sizes, strict=True)) / max(sum(sizes), 1)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    console, dense = Console(width=130), rows[0]
+    measures = [key for key in dense if key.startswith("perplexity")]
+    for sites in dict.fromkeys(row["sites"] for row in rows[1:]):
+        table = Table(title=f"SmolLM2, {sites} layers, dense " + ", ".join(f"{key.split()[1]} {dense[key]:.2f}" for key in measures))
+        for column in ("sparsity", "method", "density", *(name for key in measures for name in (key, "increase")), "processor s"):
+            table.add_column(column, justify="left" if column == "method" else "right")
+        for row in (row for row in rows[1:] if row["sites"] == sites):
+            numbers = [text for key in measures for text in (f"{row[key]:.2f}", f"+{100 * (row[key] / dense[key] - 1):.1f} %")]
+            table.add_row(f"{row['sparsity']} %", row["method"], f"{row['density']:.3f}", *numbers, f"{row['seconds']:.0f}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

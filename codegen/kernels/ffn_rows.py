@@ -1,0 +1,144 @@
+"""A gated FFN for one row of x that reads all of its gate, and of up and down only the neurons that the gate selects.
+
+Three parallel steps: the gate's products with x and their activation; for the selected neurons, which are written next to each other between the
+two, the products of up; the selected rows of down, added up as gather_rows.py does. A product takes 16 neurons at a time, each in a register of
+partial sums that are transposed and added at the end.
+
+Bound by: the bandwidth at which the weights arrive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen import emit_tiles as t
+from sparsify_compiler.codegen.kernels import gather_rows
+from sparsify_compiler.codegen.kernels.finish import ACTIVATIONS
+from sparsify_compiler.codegen.kernels.gather_rows import LANES, PARTS
+
+NEURONS = 16     # that are multiplied with x together
+GROUPS = 4       # of them in a task
+
+
+@dataclass(frozen=True)
+class FfnRows:
+    """How: `columns` outputs of down a task (a multiple of 64), on torch's threads or on the caller's alone."""
+
+    dtype: str       # of x, the weights and y: "float32" or "bfloat16"
+    activation: str
+    columns: int
+    scaled: bool
+    parallel: bool
+    name = "ffn_rows"
+
+    def compute(self) -> Any:
+        """The PrimFunc f(x [1, K], limit [1], scale [H], gate [H, K], up [H, K], gate_bias [H], up_bias [H], weight [H, W], bias [W], y [1, N]).
+
+        H a multiple of 16, K of `step`. Weights of bfloat16 come as int32 words of two; bias as in GatherRows.
+        """
+        return e.function("main", lambda: _body(self))
+
+    @property
+    def step(self) -> int:
+        """Weights of one load."""
+        return LANES * (2 if self.dtype == "bfloat16" else 1)
+
+
+class _Arguments:
+    """The parameters, under the names that gather_rows gives them where it has them, and what is written on the way."""
+
+    def __init__(self, how: FfnRows) -> None:
+        self.M, self.N, self.K, self.H, self.W = (e.int32() for _ in range(5))
+        words = "float32" if how.dtype == "float32" else "int32"
+        self.x = e.argument((self.M, self.K), how.dtype)
+        self.limit = e.argument((e.int32(),), "float32")
+        self.scale = e.argument((self.H if how.scaled else e.int32(),), "float32")
+        self.gate, self.up = (e.argument((self.H, e.int32()), words) for _ in range(2))
+        self.gate_bias, self.up_bias = (e.argument((self.H,), "float32") for _ in range(2))
+        self.weight = e.argument((self.H, e.int32()), words)
+        self.bias = e.argument((self.W,), "float32")
+        self.y = e.argument((self.M, self.N), how.dtype)
+        self.stride = e.let(self.H + LANES)
+        self.inputs = e.scratch(self.K, "float32")    # x; for bfloat16 the even inputs, then the odd ones, of every load of weights
+        self.gates, self.values = (e.scratch(self.stride, "float32") for _ in range(2))
+        self.places = e.scratch(self.stride, "int32")
+        self.sums = e.scratch(self.W, "float32")
+
+
+def _body(how: FfnRows) -> None:
+    a = _Arguments(how)
+    _copy(a, how)
+    groups = e.let(e.floordiv(a.H, NEURONS))
+    with e.loop(e.floordiv(groups + (GROUPS - 1), GROUPS), parallel=how.parallel) as task:
+        with e.loop(e.minimum(groups - task * GROUPS, GROUPS)) as i:
+            first = e.let((task * GROUPS + i) * NEURONS)
+            total = _products(a, how, a.gate, [first + n for n in range(NEURONS)]) + e.load(a.gate_bias, first, lanes=NEURONS)
+            e.store(a.gates, ACTIVATIONS[how.activation](e.let(total)), first, lanes=NEURONS)
+    count = _select(a, how, groups)
+    chosen = e.let(e.floordiv(count + (NEURONS - 1), NEURONS))
+    with e.loop(e.floordiv(chosen + (GROUPS - 1), GROUPS), parallel=how.parallel) as task:
+        with e.loop(e.minimum(chosen - task * GROUPS, GROUPS)) as i:
+            _raise(a, how, count, e.let((task * GROUPS + i) * NEURONS))
+    with e.loop(e.floordiv(a.W + (how.columns - 1), how.columns), parallel=how.parallel) as task:
+        start = e.let(task * how.columns)
+        gather_rows.sum_rows(a, how, count, tirx.const(0, "int32"), start, e.let(e.minimum(a.W - start, how.columns)))
+
+
+def _copy(a: _Arguments, how: FfnRows) -> None:
+    with e.loop(e.floordiv(a.K, how.step)) as j:
+        value = e.let(e.read_float(a.x, 0, j * how.step, lanes=how.step))
+        if how.dtype == "float32":
+            e.store(a.inputs, value, j * LANES, lanes=LANES)
+        else:
+            for half in range(2):
+                e.store(a.inputs, e.shuffle(value, value, [2 * i + half for i in range(LANES)]), (2 * j + half) * LANES, lanes=LANES)
+
+
+def _products(a: _Arguments, how: FfnRows, weights: Any, neurons: list[Any]) -> Any:
+    """The products of these rows of weights with x, one a lane."""
+    sums = [e.Register(LANES, e.broadcast(e.zero(), LANES)) for _ in neurons]
+    with e.loop(e.floordiv(a.K, how.step)) as j:
+        halves = how.step // LANES
+        inputs = [e.let(e.load(a.inputs, (j * halves + half) * LANES, lanes=LANES)) for half in range(halves)]
+        for row, total in zip(neurons, sums, strict=True):
+            word = e.let(e.load(weights, row, j * LANES, lanes=LANES))
+            parts = [word] if halves == 1 else _split(word)
+            for part, x in zip(parts, inputs, strict=True):
+                total.multiply_add(part, x)
+    lanes = e.transpose([e.let(total.get()) for total in sums])
+    while len(lanes) > 1:
+        lanes = [e.let(low + high) for low, high in zip(lanes[::2], lanes[1::2], strict=True)]
+    return lanes[0]
+
+
+def _split(word: Any) -> list[Any]:
+    bits = e.let(e.reinterpret("uint32", word, LANES))
+    return [e.upcast_low(bits, LANES), e.upcast_high(bits, LANES)]
+
+
+def _select(a: _Arguments, how: FfnRows, groups: Any) -> Any:
+    """Write the selected gates and their places next to each other; their number."""
+    found = e.stack(1, "int32")
+    e.store(found, tirx.const(0, "int32"), 0)
+    with e.llvm(PARTS.read_text()), e.loop(groups) as group:
+        at, count = e.let(group * LANES), e.let(e.load(found, 0))
+        value = e.let(e.load(a.gates, at, lanes=LANES))
+        sign = e.broadcast(tirx.const(0x7FFFFFFF, "uint32"), LANES)
+        size = e.reinterpret("float32", e.reinterpret("uint32", value, LANES) & sign, LANES)
+        score = e.let(size * e.load(a.scale, at, lanes=LANES) if how.scaled else size)
+        mask = e.let(e.external("int32", "selected", score, e.load(a.limit, 0)))
+        e.builder.evaluate(tirx.call_extern("int32", "compress_values", t.address(a.values, count), value, mask))
+        e.store(found, count + tirx.call_extern("int32", "compress_places", t.address(a.places, count), at, mask), 0)
+    return e.let(e.load(found, 0))
+
+
+def _raise(a: _Arguments, how: FfnRows, count: Any, first: Any) -> None:
+    """values *= up x, for 16 selected neurons; behind the last one it is taken again, and what comes of it never read."""
+    rows = [e.let(e.load(a.places, e.minimum(first + n, count - 1))) for n in range(NEURONS)]
+    bias = e.join([e.load(a.up_bias, row) for row in rows], 1)
+    total = e.let(_products(a, how, a.up, rows) + bias)
+    e.store(a.values, e.load(a.values, first, lanes=NEURONS) * total, first, lanes=NEURONS)

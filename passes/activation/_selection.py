@@ -1,0 +1,62 @@
+"""One selection, calibrated, and how it is written into a graph."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify_compiler.fold import put
+from sparsify_compiler.normal_form_edit import insert
+from sparsify_compiler.ops import select
+from sparsify_compiler.passes.prune._named import Named
+from sparsify_compiler.program import Region
+from sparsify_compiler.splice import insert_formula
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a value is selected: a selector with its calibrated number, None to select all; scale and center, None for 1 and 0.
+
+    found  share of the sampled scores that is selected
+    """
+
+    selector: Named
+    number: float | None
+    found: float
+    scale: Tensor | None = None
+    center: Tensor | None = None
+
+    @staticmethod
+    def of(selector: str, scores: Tensor, density: float, scale: Tensor | None = None, center: Tensor | None = None) -> Selection:
+        """The selection that takes `density` of the sampled scores [rows, K]."""
+        named = Named.parse("selector", selector)
+        if density >= 1:
+            return Selection(named, None, 1.0, scale, center)
+        number: float = sys.modules[named.function.__module__].calibrate(scores, density)
+        limit = named(scores, number)
+        return Selection(named, number, float((scores >= (number if limit is None else limit)).float().mean()), scale, center)
+
+    def insert(self, region: Region, before: fx.Node, x: Any, by: str) -> fx.Node:
+        """The node of select(x, ...), in front of another."""
+
+        def stored(value: Tensor, name: str) -> fx.Node:
+            return put(region, before, value, name, (), before.meta, by)
+
+        given = {} if self.scale is None else {"scale": stored(self.scale, "input_scale")}
+        if self.center is not None:
+            given["center"] = stored(self.center.to(x.meta["val"].dtype), "input_center")
+
+        def limit_of(x: Tensor, scale: Tensor | None = None, center: Tensor | None = None) -> Any:
+            return self.selector(select.score(x, scale, center), self.number)
+
+        if self.number is None or self.selector(torch.ones(1, 1), 1.0) is None:
+            limit = stored(torch.tensor(self.number or 0.0), "input_limit")
+        else:
+            limit = insert_formula(region, before, limit_of, {"x": x, **given}, by)
+        chosen = insert(before, select.op, x=x, limit=limit, **given)
+        chosen.meta["by"] = by
+        return chosen

@@ -1,0 +1,141 @@
+"""Let each FFN compute those of its neurons only whose gate is open in the row at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify_compiler.decision import Decision
+from sparsify_compiler.errors import BudgetError, CalibrationError
+from sparsify_compiler.fold import evaluate, is_constant
+from sparsify_compiler.ops import select
+from sparsify_compiler.passes.activation._selection import Selection
+from sparsify_compiler.passes.prune._named import Named
+from sparsify_compiler.passes_api import Context, Pass, Preserves
+from sparsify_compiler.program import Program, Region, Site, Stage
+from sparsify_compiler.selectors import select as selected
+from sparsify_compiler.site_ffn import neurons_of
+from sparsify_compiler.sites import find_sites
+
+KIND = ("ffn",)
+
+
+@dataclass(frozen=True)
+class SelectNeurons(Pass):
+    """Keep the neurons of each FFN whose activation scores highest in the row at hand; of the others neither up nor down is needed.
+
+    Matches    linear(act(linear(x, gate)) * linear(x, up), down), and without a gate linear(act(linear(x, up)), down)
+    Rewrites   linear(select(act(linear(x, gate)), limit, scale) * linear(x, up), down), and linear(select(act(linear(x, up)), ...), down)
+    Preserves  signature; quality is measured
+    Paper      none: the frame that CATS (arXiv:2404.08763) and CHESS (arXiv:2409.01366) fill in
+
+    scorer    a file of passes/activation/scorers, of what the activation gives and the down projection, whose inputs the neurons are
+    selector  a file of passes/activation/selectors
+    density   selected / all neurons, the same in every FFN; by default the user's budget
+    targets   selectors of FFN sites; all by default
+    ignore    selectors of FFN sites that compute all of their neurons
+
+    FFNs that select already stay as they are. Needs calibration.
+    """
+
+    scorer: str = "magnitude"
+    selector: str = "threshold"
+    density: float | None = None
+    targets: tuple[str, ...] = KIND
+    ignore: tuple[str, ...] = ()
+
+    preserves: ClassVar[Preserves] = Preserves.SIGNATURE
+    gives_stage: ClassVar[Stage | None] = Stage.SPARSE
+
+    def __post_init__(self) -> None:
+        for kind, name in (("scorer", self.scorer), ("selector", self.selector)):
+            Named.parse(kind, name)
+        for selectors in ("targets", "ignore"):
+            value = getattr(self, selectors)
+            object.__setattr__(self, selectors, (value,) if isinstance(value, str) else tuple(value))
+        if self.density is not None and not 0 < self.density <= 1:
+            raise BudgetError(f"a density lies above 0 and at most at 1, got {self.density}", where="select_neurons")
+
+    def needs(self, program: Program) -> Mapping[str, frozenset[str]]:
+        names = frozenset({"neuron_rows", *Named.parse("scorer", self.scorer).statistics} - {"input_rows"})
+        downs = {(site.region, site.roles["down"]) for site in self._sites(program)}
+        return {site.path: names for site in find_sites(program, ("linear",)) if (site.region, site.roles["op"]) in downs}
+
+    def own_density(self) -> float | None:
+        return self.density
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        density = self.density if self.density is not None else ctx.density
+        if density is None:
+            raise BudgetError("no density was given", where="select_neurons",
+                              hint="select_neurons(density=0.5), or compile(..., budget=Budget(density=0.5))")
+        sites = self._sites(program)
+        if not sites:
+            ctx.miss("the model has no FFN")
+        paths = {(site.region, site.roles["op"]): site.path for site in find_sites(program, ("linear",))}
+        for done, site in enumerate(sites):
+            region = program.regions[site.region]
+            why = _unfit(region, site)
+            if why is not None:
+                ctx.miss(why, site.path)
+            elif ctx.spend():
+                self._select(region, site, paths[site.region, site.roles["down"]], density, program, ctx)
+            ctx.progress("select neurons", done + 1, len(sites))
+        return program
+
+    def _sites(self, program: Program) -> list[Site]:
+        every = find_sites(program, KIND)
+        return selected(every, self.targets, self.ignore, program) if every or self.targets != KIND else []
+
+    def _select(self, region: Region, site: Site, path: str, density: float, program: Program, ctx: Context) -> None:
+        if ctx.statistics is None:
+            raise CalibrationError("needs the statistic neuron_rows and there is no calibration", where=site.path, hint="give calibration=batches")
+        down, value, scorer = region.node(site.roles["down"]), neurons_of(region, site), Named.parse("scorer", self.scorer)
+        rows = ctx.statistics.get(path, "neuron_rows")
+        known = {name: rows if name == "input_rows" else ctx.statistics.get(path, name) for name in scorer.statistics}
+        weight = evaluate(region, down.kwargs["weight"])  # type: ignore[arg-type]
+        scale = scorer(weight, known)
+        selection = Selection.of(self.selector, rows.abs() if scale is None else rows.abs() * scale, density, scale)
+        reader = next(iter(value.users))
+        chosen = selection.insert(region, reader, value, self.name())
+        reader.replace_input_with(value, chosen)
+        row = program.decisions.setdefault(path, _row(path, weight))
+        row.structure, row.density, row.budget = f"neurons by {selection.selector.name}", selection.found, density
+
+
+def _unfit(region: Region, site: Site) -> str | None:
+    value = neurons_of(region, site)
+    if len(value.users) != 1:
+        return f"its neurons have {len(value.users)} readers"
+    reader = next(iter(value.users))
+    if value.target is select.op or reader.target is select.op:
+        return "its neurons are selected already"
+    weight = region.node(site.roles["down"]).kwargs["weight"]
+    return None if isinstance(weight, fx.Node) and is_constant(weight) else "its down projection has no stored weight"
+
+
+def _row(path: str, weight: Tensor) -> Decision:
+    size = weight.numel() * weight.element_size()
+    return Decision(path, "linear", tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size, bytes=size)
+
+
+class GatedFfn(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, inputs: int, hidden: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(inputs, hidden, bias), nn.Linear(inputs, hidden, bias), nn.Linear(hidden, inputs, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """One gated FFN."""
+    torch.manual_seed(0)
+    return GatedFfn(16, 32).eval(), (torch.randn(6, 16),)
