@@ -5,9 +5,10 @@
 FOLDER is the unpacked Brown corpus; subjects.py and photos.py tell where models and data come from. A killed run goes on where --json has got to.
 
 All linear layers but a tied head are pruned; of EfficientNet the 1×1 convolutions of its blocks, each method without and with BatchNorms that are
-calibrated again ("BN"). Calibration: 512 tokens each from --samples Brown files, spread over the corpus (encoders: 8 × 64 tokens of each), or crops
-of photographs. Measured on others of its files (8 × 512 tokens; 8 × 8 × 64), on the Lee news and the Lee pairs, and on other photographs, none of
-which any method has seen. `--split choose` measures on a third set: the settings of methods are chosen there, and only there.
+calibrated again ("BN", or relative to the dense model's own, "relative BN"). Calibration: 512 tokens each from --samples Brown files, spread over the
+corpus (encoders: 8 × 64 tokens of each), or crops of photographs. Measured on others of its files (8 × 512 tokens; 8 × 8 × 64), on the Lee news and
+the Lee pairs, and on other photographs, none of which any method has seen. `--split choose` measures on a third set: the settings of methods are
+chosen there, and only there.
 A method is one line of METHODS.
 """
 
@@ -55,7 +56,8 @@ OF_CONVOLUTIONS: dict[str, Method] = {
     "sparsegpt": lambda structure, density: recipes.sparsegpt(structure, density, targets=POINTWISE, inputs="pruned"),
     "aligned": lambda structure, density: recipes.aligned(structure, density, targets=POINTWISE),
 }
-OF_CONVOLUTIONS |= {f"{name}, BN": lambda structure, density, method=method: method(structure, density) | RecalibrateBatchnorm()
+OF_CONVOLUTIONS |= {f"{name}, {suffix}": lambda structure, density, method=method, norms=norms: method(structure, density) | norms
+                    for suffix, norms in (("BN", RecalibrateBatchnorm()), ("relative BN", RecalibrateBatchnorm(relative=True)))
                     for name, method in OF_CONVOLUTIONS.items()}
 
 

@@ -124,7 +124,7 @@ def ratings(tokenizer: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
     folder = Path(package("gensim")) / "test/test_data"
     lines = (folder / "lee.cor").read_text(encoding="latin-1").splitlines()
     rated = [[float(value) for value in line.split()] for line in (folder / "similarities0-1.txt").read_text(encoding="latin-1").splitlines()]
-    batches = [tokenizer(lines[i : i + 10], return_tensors="pt", padding="max_length", truncation=True, max_length=256) for i in range(0, 50, 10)]
+    batches = [tokenizer(lines[i : i + 10], return_tensors="pt", padding=True, truncation=True, max_length=256) for i in range(0, 50, 10)]
     return [{key: made[key] for key in ("input_ids", "attention_mask")} for made in batches], torch.tensor(rated)
 
 

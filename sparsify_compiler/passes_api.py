@@ -62,6 +62,7 @@ class Context:
     statistics: Statistics | None = None
     calibrate: Callable[[Program, Mapping[str, frozenset[str]]], Statistics] | None = None  # asked for what a pass needs(), just before it runs
     batches: Sequence[Any] | None = None  # the calibration batches, for passes that walk through them themselves
+    given: Program | None = None  # what the pipeline was given, untouched, for passes that compare with it
     kernels: KernelProvider | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None  # a pass reports its own steps
     misses: list[Miss] = field(default_factory=list)

@@ -95,7 +95,7 @@ class Pipeline:
                 raise InputError(f"an instrument is an object such as Verify(), not {watcher!r}", where="instruments",
                                  hint="sparsify_compiler.instruments has them; SPARSIFY_DEBUG=verify takes names")
         check_stages(self.passes, program.stage)
-        program, signature = program.clone(), signature_of(program)
+        ctx.given, program, signature = program, program.clone(), signature_of(program)
         for watcher in watchers:
             watcher.start(self.passes, program, ctx)
         for index, item in enumerate(self.passes):

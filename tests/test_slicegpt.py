@@ -92,6 +92,31 @@ def test_what_lies_in_a_few_directions_is_kept_whole() -> None:
     assert {t.shape[-1] for name, t in instantiate(sliced).named_parameters() if "weight" in name} == {4}
 
 
+def test_a_token_of_large_norm_stays() -> None:
+    """Four directions hold two tokens each, a fifth one token of norm 100: that one is kept, as in the paper, whose PCA is of the stream itself."""
+
+    class Few(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.up, self.out = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+            with torch.no_grad():
+                self.tokens.weight.copy_(torch.eye(8)[[0, 0, 1, 1, 2, 2, 3, 3, 4]])
+                self.tokens.weight[8] *= 100
+
+        def forward(self, ids: Tensor) -> Tensor:
+            h = self.tokens(ids)
+            h = h + 1e-3 * self.up(nn.functional.rms_norm(h, (8,)))
+            y: Tensor = self.out(nn.functional.rms_norm(h, (8,)))
+            return y
+
+    torch.manual_seed(0)
+    model, inputs = Few().eval(), (torch.arange(9)[None],)
+    program = capture(model, inputs)
+    sliced, _ = run(recipes.slicegpt(0.5, untie=True, multiple=1).passes, program, inputs)
+    dense, found = outputs(program, inputs)[0], outputs(sliced, inputs)[0]
+    assert torch.allclose(found[0, 8], dense[0, 8], rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "whisper"])
 def test_a_transformer_with_layer_norms(name: str) -> None:
     _, inputs, program = zoo.captured(name)

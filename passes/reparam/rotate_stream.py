@@ -19,15 +19,16 @@ from sparsify_compiler.sweep import Sweep
 
 @dataclass(frozen=True)
 class RotateStream(Pass):
-    """Give each part of the residual stream the principal components of what its norms hand on as its basis, most important first.
+    """Give each part of the residual stream the principal components of what its norms read as its basis, most important first.
 
     A norm without scale commutes with an orthogonal Q. After this the last features can be cut: remove_channels(score="leading",
     targets=("stream",)). Run layernorm_to_rmsnorm and fold_norm_affine before.
 
     share  how many values in turn that a norm reads have one basis. With 1 (the paper's) every residual connection needs a matrix from one basis to
            the next; with 0 there is one basis, and none
-    density  share of the features that will be kept, by default the user's budget: the components of each part are then those of what is left when
-           the parts before it were cut (the paper's order; with share=1, and a model that was captured whole). Otherwise of the dense model
+    density  share of the features that will be kept, by default the user's budget: the components of each part are then those of the stream that
+           is left when the parts before it were cut (the paper's order; with share=1, and a model that was captured whole). Otherwise of what
+           the norms of the dense model give: where parts share a basis, the stream's growth with depth would let the last ones decide it
     untie  rotate an embedding or weight that others read too, by giving the stream a copy of its own; else what it writes keeps its basis
 
     Matches    rms_norm(h), h a sum of linear(x, w, b), embedding(i, e) and parameters p that nothing but rms_norms and sums reads
@@ -76,7 +77,10 @@ class RotateStream(Pass):
 
 
 def _in_order(program: Program, plans: list[Bases], density: float, ctx: Context) -> list[dict[int, Tensor]]:
-    """For each plan, basis -> eigenvectors as below; what reaches a norm has lost the last features of all parts before it."""
+    """For each plan, basis -> eigenvectors [features, features] of X' X, largest eigenvalue first, X the rows that reach the basis's norm.
+
+    They have lost the last features of all parts before it, and are not normalised: tokens of very large norm, on which attention rests, must stay.
+    """
     sweep = Sweep(program, ctx.batches or ())
     result: list[dict[int, Tensor]] = [{} for _ in plans]
     stops = {norm.kwargs["input"]: (number, basis) for number, plan in enumerate(plans) for basis, norms in plan.norms.items() for norm in norms}
@@ -84,10 +88,9 @@ def _in_order(program: Program, plans: list[Bases], density: float, ctx: Context
         assert isinstance(node, fx.Node)
         number, basis = stops[node]
         values = sweep.reach(node)
-        rows = torch.cat([value.reshape(-1, value.shape[-1]) for value in values])
-        directions = torch.nn.functional.normalize(rows, dim=1)
-        result[number][basis] = q = _sorted_basis((directions.T @ directions).double())
-        kept = q[:, : max(1, round(density * q.shape[1]))].to(rows)
+        gram = torch.stack([rows.T @ rows for value in values for rows in [value.reshape(-1, value.shape[-1]).double()]]).sum(0)
+        result[number][basis] = q = _sorted_basis(gram)
+        kept = q[:, : max(1, round(density * q.shape[1]))].to(values[0])
         sweep.substitute(node, [value @ kept @ kept.T for value in values])
         ctx.progress("rotate stream", done, len(stops))
     return result
