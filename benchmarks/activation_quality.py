@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import prune_quality as language
+import subjects as language
 import torch
 from rich.console import Console
 from rich.table import Table
