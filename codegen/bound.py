@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,14 +15,15 @@ from sparsify_compiler.codegen import build
 from sparsify_compiler.errors import InputError
 from sparsify_compiler.target import Target
 
-STATE = ("values", "columns", "pointers", "bias")
 PLANS = 4096        # shapes of x remembered
 SLAB = 1 << 24      # elements of x or y in one call of a kernel: its indices are 32 bits wide, and its packed copy of x is bounded
 EVEN = 64           # rows of a slab are a multiple of this, so that only the last one has a partial panel
 
 
 class Prepared(Protocol):
-    """A weight laid out for a family of kernels, with the tensors named in STATE, which are the kernels' arguments."""
+    """A weight laid out for a family of kernels, with the tensors named in STATE, which are the kernels' arguments, in this order."""
+
+    STATE: ClassVar[tuple[str, ...]]
 
     @property
     def out_features(self) -> int: ...
@@ -37,15 +38,12 @@ class Prepared(Protocol):
     @property
     def resident_bytes(self) -> int: ...
 
-    def check(self) -> None:
-        """Raise KernelError unless every index stays within its tensor."""
-
 
 @dataclass(frozen=True)
 class Variants:
     """The machine code of one bound weight.
 
-    schedules   by name; each is f(x [M, K], *STATE, y [M, N]), or f(x, *STATE, other [M, N], y) where it adds
+    schedules   by name; each is f(x [M, K], *prepared.STATE, y [M, N]), or f(x, *prepared.STATE, other [M, N], y) where it adds
     choose      the name for a number of rows of x
     adds        do they add another tensor?
     """
@@ -127,7 +125,7 @@ class BoundKernel:
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that it holds. None need storing: rebind lays the stored weight out again."""
-        return {name: getattr(self.prepared, name) for name in STATE}
+        return {name: getattr(self.prepared, name) for name in self.prepared.STATE}
 
     def files(self) -> dict[str, bytes]:
         """IR, binary and description of each variant, by name, for the artefact."""
@@ -141,10 +139,10 @@ class BoundKernel:
         """The function (x [rows, K], y [rows, N]), or (x, other, y), for this many rows."""
         if rows > self._slab:
             return self._slabs
-        function, (values, columns, pointers, bias) = self._kernels[self._variant(rows)].function, self._arguments
+        function, fixed = self._kernels[self._variant(rows)].function, self._arguments
 
         def run(x: Tensor, *rest: Tensor) -> None:
-            function(x, values, columns, pointers, bias, *rest)
+            function(x, *fixed, *rest)
 
         return run
 
@@ -158,4 +156,4 @@ class BoundKernel:
         """The fixed arguments as TVM's own tensors: converting them at each call would cost more than a small kernel."""
         import tvm_ffi
 
-        return tuple(tvm_ffi.from_dlpack(getattr(self.prepared, name)) for name in STATE)
+        return tuple(tvm_ffi.from_dlpack(getattr(self.prepared, name)) for name in self.prepared.STATE)

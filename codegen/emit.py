@@ -236,6 +236,19 @@ def write_float(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> No
     return store(buffer, tirx.reinterpret(_vector("bfloat16", lanes), word), *index, lanes=lanes)
 
 
+def load_tail(buffer: Buffer, lanes: int, row: Expr, column: Expr, columns: Expr) -> Expr:
+    """float32 buffer[row, column + i] for those i < lanes that the buffer's `columns` have room for, 0 behind them."""
+    spill = stack(lanes, "float32")
+
+    def part() -> None:
+        store(spill, broadcast(zero(), lanes), 0, lanes=lanes)
+        with loop(columns - column) as i:
+            store(spill, read_float(buffer, row, column + i), i)
+
+    choose(column + lanes <= columns, lambda: store(spill, read_float(buffer, row, column, lanes=lanes), 0, lanes=lanes), part)
+    return let(load(spill, 0, lanes=lanes))
+
+
 def store_tail(buffer: Buffer, value: Expr, lanes: int, row: Expr, column: Expr, columns: Expr) -> None:
     """buffer[row, column + i] = value[i] for those i < lanes that the buffer's `columns` have room for."""
     value = let(value)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen import build, omp, permission, runtime
 from sparsify_compiler.codegen.bound import BoundKernel, Variants
-from sparsify_compiler.codegen.kernels import amx
+from sparsify_compiler.codegen.kernels import amx, strips
 from sparsify_compiler.codegen.kernels.finish import finish_of
 from sparsify_compiler.codegen.kernels.tile_layout import prepare_tiles
 from sparsify_compiler.codegen.kernels.tiles import Tiles
@@ -310,6 +310,29 @@ def test_tiles_are_not_offered_where_the_system_gives_none(monkeypatch: pytest.M
         runtime.rebind("linear_bsr", {"family": "amx"}, *given, None, {}, host())
 
 
+@pytest.mark.skipif(not host().has(strips.NEEDS), reason="this machine has too few registers")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("structure", "sizes"), [("csr", {}), ("nm", {"n": 2, "m": 4}), *(("bsr", {"r": r, "c": 1}) for r in (2, 4, 16))])
+def test_strips(structure: str, sizes: dict[str, int], threads: int) -> None:
+    """Several blocks of columns, strips and tiles; workers that share a tile; groups that keep nothing of a block, or nothing at all."""
+    torch.set_num_threads(threads)
+    for dtype, (n, k), density in ((torch.float32, (48, 2100), 0.02), (torch.float32, (3200, 36), 0.3), (torch.bfloat16, (68, 300), 0.2)):
+        mask = mask_of(structure, n, k, density, **sizes)
+        if structure != "nm":
+            mask[:, 128:260] = False
+        weight, bias = torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+        stored = catalog.get("format", structure).encode(weight, mask, **sizes)
+        given = f"linear_{structure}", stored.tensors(), stored.attributes(), dtype
+        found = {c.options["family"]: c for c in runtime.candidates(*given, (64,), host())}
+        if "strips" not in found:
+            assert dtype is torch.bfloat16
+            assert sizes["r"] >= strips.PAIRS_FROM
+            continue
+        kernel = found["strips"].bind(bias)
+        for rows in (1, 16, 50, 64, 65, 130, 200):
+            assert_right(kernel, weight.double() * mask, bias.double(), torch.randn(rows, k).to(dtype))
+
+
 def assert_close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1.6e-2 if got.dtype is torch.bfloat16 else 1e-5, atol=1e-1 if got.dtype is torch.bfloat16 else 1e-4)
 
@@ -339,7 +362,8 @@ from sparsify_compiler.formats.csr import Csr
 from sparsify_compiler.target import host
 torch.set_num_threads(1)
 stored = Csr.encode(torch.randn(512, 512), torch.rand(512, 512) < 0.5)
-kernel = runtime.candidates("linear_csr", stored.tensors(), stored.attributes(), torch.float32, (1, 128), host())[0].bind()
+found = {c.options["family"]: c for c in runtime.candidates("linear_csr", stored.tensors(), stored.attributes(), torch.float32, (1, 128), host())}
+kernel = found["lanes"].bind()
 torch.mm(torch.randn(512, 512), torch.randn(512, 512))
 before = len(os.listdir("/proc/self/task"))
 for rows in (1, 16, 128):

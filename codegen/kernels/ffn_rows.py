@@ -73,16 +73,14 @@ def _body(how: FfnRows) -> None:
     a = _Arguments(how)
     _copy(a, how)
     groups = e.let(e.floordiv(a.H, NEURONS))
-    with e.loop(e.floordiv(groups + (GROUPS - 1), GROUPS), parallel=how.parallel) as task:
-        with e.loop(e.minimum(groups - task * GROUPS, GROUPS)) as i:
-            first = e.let((task * GROUPS + i) * NEURONS)
-            total = _products(a, how, a.gate, [first + n for n in range(NEURONS)]) + e.load(a.gate_bias, first, lanes=NEURONS)
-            e.store(a.gates, ACTIVATIONS[how.activation](e.let(total)), first, lanes=NEURONS)
+    with e.loop(e.floordiv(groups + (GROUPS - 1), GROUPS), parallel=how.parallel) as task, e.loop(e.minimum(groups - task * GROUPS, GROUPS)) as i:
+        first = e.let((task * GROUPS + i) * NEURONS)
+        total = _products(a, how, a.gate, [first + n for n in range(NEURONS)]) + e.load(a.gate_bias, first, lanes=NEURONS)
+        e.store(a.gates, ACTIVATIONS[how.activation](e.let(total)), first, lanes=NEURONS)
     count = _select(a, how, groups)
     chosen = e.let(e.floordiv(count + (NEURONS - 1), NEURONS))
-    with e.loop(e.floordiv(chosen + (GROUPS - 1), GROUPS), parallel=how.parallel) as task:
-        with e.loop(e.minimum(chosen - task * GROUPS, GROUPS)) as i:
-            _raise(a, how, count, e.let((task * GROUPS + i) * NEURONS))
+    with e.loop(e.floordiv(chosen + (GROUPS - 1), GROUPS), parallel=how.parallel) as task, e.loop(e.minimum(chosen - task * GROUPS, GROUPS)) as i:
+        _raise(a, how, count, e.let((task * GROUPS + i) * NEURONS))
     with e.loop(e.floordiv(a.W + (how.columns - 1), how.columns), parallel=how.parallel) as task:
         start = e.let(task * how.columns)
         gather_rows.sum_rows(a, how, count, tirx.const(0, "int32"), start, e.let(e.minimum(a.W - start, how.columns)))

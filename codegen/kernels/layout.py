@@ -10,7 +10,7 @@ The number of groups is a multiple of what a strip of 16 outputs needs, so that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,8 @@ def dense_groups(weight: Tensor, r: int) -> Groups:
 class Prepared:
     """A weight in this layout."""
 
+    STATE: ClassVar[tuple[str, ...]] = ("values", "columns", "pointers", "bias")
+
     layout: Layout
     values: Tensor
     columns: Tensor
@@ -123,7 +125,7 @@ def padded_groups(groups: Groups, r: int, needed: int, multiple: int, none: int)
 
     Returns values [S, r] in their dtype, columns [S] int64, and pointers [needed + 1] int64 into S.
     """
-    values, columns, counts = _split(groups, r)
+    values, columns, counts = split(groups, r)
     kept = int(counts[:needed].sum())  # a block row may hang over the last outputs
     values, columns, counts = values[:kept], columns[:kept], torch.nn.functional.pad(counts[:needed], (0, max(0, needed - len(counts))))
     padded = (counts + multiple - 1) // multiple * multiple
@@ -135,7 +137,7 @@ def padded_groups(groups: Groups, r: int, needed: int, multiple: int, none: int)
     return full_values, full_columns, torch.nn.functional.pad(ends, (1, 0))
 
 
-def _split(groups: Groups, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def split(groups: Groups, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cut each group into groups of r outputs with the same columns; counts instead of pointers."""
     counts, parts = groups.pointers.diff(), groups.values.shape[1] // r
     if parts == 1:

@@ -10,6 +10,7 @@ bias      [groups * r] float32, zeros where there is none
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class TileLayout:
 @dataclass(frozen=True)
 class PreparedTiles:
     """A weight in this layout."""
+
+    STATE: ClassVar[tuple[str, ...]] = ("values", "columns", "pointers", "bias")
 
     layout: TileLayout
     values: Tensor

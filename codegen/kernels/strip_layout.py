@@ -1,0 +1,144 @@
+"""How a sparse weight lies in memory for kernels/strip_panel.py: slices of outputs that are computed together, block of columns by block of columns.
+
+This is SELL-C-sigma (Kreutzer et al., arXiv:1307.6209) within blocks of columns, so that what a block reads of packed x stays in a cache. Outputs
+come in groups of r that keep the same columns, groups in strips that a worker takes at a time; within a block and strip, groups are visited in order
+of how many columns they have there, `lanes` of them at once: a slice has as many steps as its longest group, and the processor can tell when its loop
+ends.
+
+values    [S * lanes * r] float32 or bfloat16: by step, group of the slice, output of the group; 0 where a group has no more columns
+columns   [S * lanes] uint8, or int16 for blocks of more than 255 columns: within the block; `block` means "none": every packed x has a 0 there
+pointers  [slices + 1] int32 into the steps
+visits    [slices * lanes] int32: the first output of each group of a slice, counted within its strip
+starts    [strips * blocks + 1] int32 into the slices, blocks of a strip together. Every group is visited in block 0, elsewhere where it has columns
+strips    [strips + 1] int32: the first output of each, a multiple of 16
+bias      [outputs, up to a multiple of 16] float32, zeros where there is none
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsify_compiler.codegen.kernels.layout import OUTPUTS, Groups, split
+
+TILE = 4             # registers of LANES rows of x that are multiplied at a time
+SLICE = 4            # outputs that are computed together: TILE * SLICE sums in registers
+HELD = 1024          # outputs of a strip, at most: the sums of two for a tile, 512 KiB, stay in L2 between two blocks
+BLOCK = {1: 128, 2: 256, 4: 1024}  # columns of a block, by r: a tile of them fits L1 where each load of x is used r times only, else L2 (measured)
+
+
+@dataclass(frozen=True)
+class StripLayout:
+    """Static facts of a prepared weight.
+
+    r         outputs that share columns: 1, 2 or 4
+    weight    dtype of the values: "float32" or "bfloat16"
+    dtype     of x and y
+    """
+
+    r: int
+    weight: str
+    dtype: str
+
+    @property
+    def lanes(self) -> int:
+        """Groups of a slice."""
+        return SLICE // self.r
+
+    @property
+    def block(self) -> int:
+        """Columns of a block."""
+        return BLOCK[self.r]
+
+    @property
+    def index(self) -> str:
+        return "uint8" if self.block < 256 else "int16"
+
+
+@dataclass(frozen=True)
+class PreparedStrips:
+    """A weight in this layout."""
+
+    STATE: ClassVar[tuple[str, ...]] = ("values", "columns", "pointers", "visits", "starts", "strips", "bias")
+
+    layout: StripLayout
+    values: Tensor
+    columns: Tensor
+    pointers: Tensor
+    visits: Tensor
+    starts: Tensor
+    strips: Tensor
+    bias: Tensor
+    out_features: int
+    in_features: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of x and y."""
+        return getattr(torch, self.layout.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (getattr(self, name) for name in self.STATE))
+
+
+def blocks_of(inputs: int, layout: StripLayout) -> int:
+    """Blocks of columns; one where there are no columns."""
+    return max(1, -(-inputs // layout.block))
+
+
+def prepare_strips(groups: Groups, dtype: torch.dtype, bias: Tensor | None, outputs: int, inputs: int, cores: int) -> PreparedStrips:
+    """Lay a weight out for kernels of x in `dtype`, on that many cores. The last group may hang over `outputs`."""
+    r = max(size for size in BLOCK if groups.values.shape[1] % size == 0)
+    layout = StripLayout(r, str(groups.values.dtype).removeprefix("torch."), str(dtype).removeprefix("torch."))
+    values, columns, counts = split(groups, r)
+    needed, blocks, lanes = -(-outputs // OUTPUTS) * OUTPUTS // r, blocks_of(inputs, layout), layout.lanes
+    kept = int(counts[:needed].sum())
+    counts = pad(counts[:needed], (0, max(0, needed - len(counts))))
+    values, columns, owner = values[:kept], columns[:kept], torch.repeat_interleave(torch.arange(needed), counts)
+    strips = _strips(counts, r, cores)
+
+    # Visits: (strip, block) after (strip, block), the longest group first; slices of none are left out, but for block 0, where sums begin.
+    block = columns // layout.block
+    each = torch.bincount(block * needed + owner, minlength=blocks * needed).view(blocks, needed)
+    strip = torch.repeat_interleave(torch.arange(len(strips) - 1), strips.diff() // r)
+    cell = strip * blocks + torch.arange(blocks)[:, None]
+    order = torch.argsort((cell * (layout.block + 1) + (layout.block - each)).reshape(-1), stable=True)
+    length = each.reshape(-1)[order].view(-1, lanes)[:, 0]
+    cell_of = cell.reshape(-1)[order].view(-1, lanes)[:, 0]
+    used = (length > 0) | (cell_of % blocks == 0)
+    pointers = pad((length * used).cumsum(0), (1, 0))
+
+    # Where the columns of each (block, group) go: steps of its slice, in its lane.
+    visit = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    key = block * needed + owner
+    by_key = torch.argsort(key, stable=True)
+    key = key[by_key]
+    first = pad(each.reshape(-1).cumsum(0), (1, 0))[:-1]
+    rank = torch.arange(kept) - first[key]
+    place = (pointers[visit[key] // lanes] + rank) * lanes + visit[key] % lanes
+    total = int(pointers[-1]) * lanes
+    full_values = values.new_zeros(total, r).index_copy_(0, place, values[by_key])
+    full_columns = torch.full((total,), layout.block, dtype=torch.int64).index_copy_(0, place, columns[by_key] % layout.block)
+    full_bias = torch.zeros(needed * r)
+    if bias is not None:
+        full_bias[:outputs] = bias.detach().float()
+    inside = (order % max(needed, 1)) * r - strips[strip[order % max(needed, 1)]]
+    starts = pad(torch.bincount(cell_of[used], minlength=(len(strips) - 1) * blocks).cumsum(0), (1, 0))
+    return PreparedStrips(
+        layout, full_values.view(-1), full_columns.to(getattr(torch, layout.index)), pad(pointers[1:][used], (1, 0)).int(),
+        inside.view(-1, lanes)[used].reshape(-1).int(), starts.int(), strips.int(), full_bias, outputs, inputs)
+
+
+def _strips(counts: Tensor, r: int, cores: int) -> Tensor:
+    """Cut the groups into runs of about HELD outputs at most and the same work, for each core as many."""
+    units = counts.view(-1, OUTPUTS // r).sum(1) + 1
+    number = min(len(units), -(-max(1, -(-len(units) * OUTPUTS // HELD)) // cores) * cores)
+    work = units.cumsum(0).double()
+    cuts = torch.searchsorted(work, work[-1] * torch.arange(1, number) / number) + 1 if number > 1 else torch.zeros(0, dtype=torch.int64)
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), cuts.clamp(max=len(units)), torch.tensor([len(units)])]).cummax(0).values
+    return ends * OUTPUTS

@@ -1,0 +1,165 @@
+"""y = x Wᵀ + bias for many rows of x and any structure of W: vectors run along rows of x, and W comes in strips of slices (strip_layout.py).
+
+A worker takes a tile of up to TILE × 16 rows of x and some strips. Block of columns by block of columns it packs the tile's x as [column][row] and
+goes through the strips' slices: the TILE × SLICE registers of a slice's sums are read from memory, get the products of the block's columns and are
+written back; with unstructured weights at density 0.1 that is a dozen columns a visit. At last the sums are transposed in registers, 16 rows × 16
+outputs at a time.
+
+Bound by: loads for r = 1, five for every four multiply-adds (from L1, a core of Sapphire Rapids class does 1.2 of those a cycle, not 2), and sums
+that go to L2 and back between blocks, an eighth of the time at density 0.1; from r = 4 on the FMA rate, of which three quarters are reached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tvm import tirx
+
+from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen.kernels.finish import NOTHING, Finish
+from sparsify_compiler.codegen.kernels.layout import LANES, OUTPUTS
+from sparsify_compiler.codegen.kernels.strip_layout import SLICE, TILE, StripLayout
+
+SCALAR = Path(__file__).with_name("scalar.ll")
+TOGETHER = 2    # strips that a worker takes through all blocks at once
+
+
+@dataclass(frozen=True)
+class StripPanel:
+    """How: work split for this many threads (1: on the caller's alone), and what follows the sums."""
+
+    layout: StripLayout
+    workers: int
+    finish: Finish = NOTHING
+    name = "strip_panel"
+
+    def compute(self) -> Any:
+        """The PrimFunc f(x [M, K], values, columns, pointers, visits, starts, strips, bias, (other like y,) y [M, N])."""
+        return e.function("main", lambda: _body(self))
+
+
+def _arguments(how: StripPanel) -> Any:
+    layout = how.layout
+    a = SimpleNamespace(M=e.int32(), N=e.int32(), K=e.int32(), T=e.int32())
+    a.x = e.argument((a.M, a.K), layout.dtype)
+    a.values, a.columns = e.argument((e.int32(),), layout.weight), e.argument((e.int32(),), layout.index)
+    a.pointers, a.visits, a.starts = (e.argument((e.int32(),), "int32") for _ in range(3))
+    a.strips, a.bias = e.argument((a.T,), "int32"), e.argument((e.int32(),), "float32")
+    a.other = e.argument((a.M, a.N), layout.dtype) if how.finish.add else None
+    a.y = e.argument((a.M, a.N), layout.dtype)
+    return a
+
+
+def _body(how: StripPanel) -> None:
+    """Each worker has tiles to itself; those left over are shared, several workers to each, with a part of the strips."""
+    a, layout, workers = _arguments(how), how.layout, how.workers
+    a.blocks = e.opaque(e.maximum(tirx.truncdiv(a.K + (layout.block - 1), layout.block), 1))
+    a.registers, strips = e.opaque(tirx.truncdiv(a.M + (LANES - 1), LANES)), e.opaque(a.T - 1)
+    a.tiles = e.opaque(tirx.truncdiv(a.registers + (TILE - 1), TILE))
+    own = e.opaque(tirx.truncdiv(a.tiles, workers))
+    rest = e.opaque(a.tiles - own * workers)
+    with e.loop(workers, parallel=workers > 1) as me, e.llvm(SCALAR.read_text()):
+        packed = e.scratch((layout.block + 1) * (TILE * LANES), "float32")
+        mine = e.opaque(tirx.truncdiv(me * rest, workers))
+        since = e.opaque(tirx.truncdiv(mine * workers + (rest - 1), e.maximum(rest, 1)))          # the first worker at this tile
+        until = e.opaque(tirx.truncdiv((mine + 1) * workers + (rest - 1), e.maximum(rest, 1)))    # and who comes after its last
+        with e.loop(e.opaque(own + e.minimum(rest, 1))) as number:
+            alone = number < own
+            t = _tile(a, packed, e.opaque(e.either(alone, me * own + number, own * workers + mine)))
+            first = e.opaque(e.either(alone, 0, tirx.truncdiv(strips * (me - since), until - since)))
+            last = e.opaque(e.either(alone, strips, tirx.truncdiv(strips * (me + 1 - since), until - since)))
+            with e.loop(tirx.truncdiv(last - first + (TOGETHER - 1), TOGETHER)) as turn:
+                begin = e.opaque(first + turn * TOGETHER)
+                _strips(how, a, t, begin, e.opaque(e.minimum(begin + TOGETHER, last)))
+
+
+def _tile(a: Any, packed: Any, number: Any) -> Any:
+    """Some registers of rows: as many as in the other tiles, or one more or less."""
+    first = e.opaque(tirx.truncdiv(number * a.registers, a.tiles))
+    count = e.opaque(tirx.truncdiv((number + 1) * a.registers, a.tiles) - first)
+    return SimpleNamespace(packed=packed, row=e.opaque(first * LANES), count=count, width=e.opaque(count * LANES))
+
+
+def _strips(how: StripPanel, a: Any, t: Any, begin: Any, end: Any) -> None:
+    """The outputs of some strips for a tile."""
+    t.output = e.opaque(e.load(a.strips, begin))
+    outputs = e.opaque(e.load(a.strips, end) - t.output)
+    t.held = e.scratch(outputs * (TILE * LANES), "float32")
+    with e.loop(a.blocks) as block:
+        _pack(how, a, t, block)
+        with e.loop(end, start=begin) as strip:
+            at, before = e.let(strip * a.blocks + block), e.opaque(e.load(a.strips, strip) - t.output)
+            for count in range(1, TILE + 1):
+                with e.when(tirx.EQ(t.count, count)), e.loop(e.load(a.starts, at + 1), start=e.load(a.starts, at)) as visit:
+                    _visit(how, a, t, count, block, before, visit)
+    with e.loop(t.count) as v, e.loop(tirx.truncdiv(outputs, OUTPUTS)) as group:
+        _write(how, a, t, v, e.opaque(group * OUTPUTS))
+
+
+def _visit(how: StripPanel, a: Any, t: Any, count: int, block: Any, before: Any, visit: Any) -> None:
+    """Add the products of a slice's columns in a block to its sums."""
+    layout, width = how.layout, count * LANES
+    r, lanes = layout.r, layout.lanes
+    outputs = [e.let(before + e.load(a.visits, visit * lanes + lane)) for lane in range(lanes)]
+    held = [e.let((outputs[lane] + row) * width) for lane in range(lanes) for row in range(r)]
+    sums = [[e.Register(LANES, e.broadcast(e.zero(), LANES)) for _ in range(count)] for _ in range(SLICE)]
+
+    def start() -> None:
+        for number, registers in enumerate(sums):
+            bias = e.let(e.broadcast(e.load(a.bias, t.output + outputs[number // r] + number % r), LANES))
+            for register in registers:
+                register.set(bias)
+
+    def go_on() -> None:
+        for at, registers in zip(held, sums, strict=True):
+            for v, register in enumerate(registers):
+                register.set(e.load(t.held, at + v * LANES, lanes=LANES))
+
+    e.choose(tirx.EQ(block, 0), start, go_on)
+    with e.loop(e.load(a.pointers, visit + 1), start=e.load(a.pointers, visit)) as step:
+        for lane in range(lanes):
+            column = e.external("int32", "scalar", e.cast("int32", e.load(a.columns, step * lanes + lane)))
+            at = e.let(column * width)
+            inputs = [e.let(e.load(t.packed, at + v * LANES, lanes=LANES)) for v in range(count)]
+            for row in range(r):
+                weight = e.let(e.broadcast(e.read_float(a.values, step * SLICE + lane * r + row), LANES))
+                for register, value in zip(sums[lane * r + row], inputs, strict=True):
+                    register.multiply_add(weight, value)
+    for at, registers in zip(held, sums, strict=True):
+        again = e.opaque(e.external("int32", "scalar", at))  # else the places of all registers are kept on the stack meanwhile
+        for v, register in enumerate(registers):
+            e.store(t.held, register.get(), again + v * LANES, lanes=LANES)
+
+
+def _pack(how: StripPanel, a: Any, t: Any, block: Any) -> None:
+    """Transpose a block of the tile's x, with zeros behind it. Rows past the last repeat it: their sums are not stored."""
+    start = e.opaque(block * how.layout.block)
+    columns = e.opaque(e.minimum(a.K - start, how.layout.block))
+    with e.loop(t.count) as v:
+        row = e.opaque(t.row + v * LANES)
+        with e.loop(tirx.truncdiv(columns, LANES)) as chunk:
+            first = e.opaque(start + chunk * LANES)
+            lines = [e.let(e.read_float(a.x, e.minimum(row + i, a.M - 1), first, lanes=LANES)) for i in range(LANES)]
+            to = e.opaque(chunk * LANES * t.width + v * LANES)
+            for k, column in enumerate(e.transpose(lines)):
+                e.store(t.packed, column, to + k * t.width, lanes=LANES)
+        with e.loop(columns, start=tirx.truncdiv(columns, LANES) * LANES) as k, e.loop(LANES) as i:
+            e.store(t.packed, e.read_float(a.x, e.minimum(row + i, a.M - 1), start + k), k * t.width + v * LANES + i)
+        e.store(t.packed, e.broadcast(e.zero(), LANES), how.layout.block * t.width + v * LANES, lanes=LANES)
+
+
+def _write(how: StripPanel, a: Any, t: Any, v: Any, output: Any) -> None:
+    """Transpose the sums of 16 outputs into y, where it has such rows and outputs, with what follows."""
+    source, first = e.opaque(output * t.width + v * LANES), e.opaque(t.output + output)
+    lines = e.transpose([e.let(e.load(t.held, source + i * t.width, lanes=LANES)) for i in range(OUTPUTS)])
+    halves = [e.stack(LANES // 2 * OUTPUTS, "float32") for _ in range(2)]
+    for i, line in enumerate(lines):
+        e.store(halves[i // (LANES // 2)], line, i % (LANES // 2) * OUTPUTS, lanes=OUTPUTS)
+    for number, half in enumerate(halves):
+        row = e.opaque(t.row + v * LANES + number * (LANES // 2))
+        with e.loop(e.maximum(e.minimum(a.M - row, LANES // 2), 0)) as i:
+            added = None if a.other is None else e.load_tail(a.other, OUTPUTS, row + i, first, a.N)
+            e.store_tail(a.y, how.finish(e.load(half, i * OUTPUTS, lanes=OUTPUTS), added), OUTPUTS, row + i, first, a.N)
