@@ -333,6 +333,25 @@ def test_strips(structure: str, sizes: dict[str, int], threads: int) -> None:
             assert_right(kernel, weight.double() * mask, bias.double(), torch.randn(rows, k).to(dtype))
 
 
+@pytest.mark.skipif(not host().has(strips.NEEDS), reason="this machine has too few registers")
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "numbers", "activation"), FINISHES)
+def test_strips_finish(name: str, numbers: dict[str, Any], activation: Any, dtype: torch.dtype, add: bool) -> None:
+    """bias, then + other, then the activation, over edges of y too."""
+    weight, mask, bias = torch.randn(76, 64).to(dtype), mask_of("csr", 76, 64, 0.3), torch.randn(76).to(dtype)
+    stored = catalog.get("format", "csr").encode(weight, mask)
+    follows = ({"activation": name, "arguments": numbers} if name else {}) | ({"add": True} if add else {})
+    given = "linear_csr", stored.tensors(), stored.attributes() | follows, dtype
+    kernel = next(c for c in runtime.candidates(*given, (39,), host()) if c.options["family"] == "strips").bind(bias)
+    for rows in (1, 16, 39):
+        x, other = torch.randn(rows, 64).to(dtype), torch.randn(rows, 76).to(dtype)
+        sums = nn.functional.linear(x.float(), (weight * mask).float(), bias.float())
+        got = kernel(x, other) if add else kernel(x)
+        assert_close(got, activation(sums + other.float() if add else sums).to(dtype))
+
+
+
 def assert_close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1.6e-2 if got.dtype is torch.bfloat16 else 1e-5, atol=1e-1 if got.dtype is torch.bfloat16 else 1e-4)
 
