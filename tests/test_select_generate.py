@@ -1,0 +1,94 @@
+"""Language models whose tokens select their inputs, inside transformers' generate()."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsify_compiler as sc
+from sparsify_compiler.call import instantiate
+from sparsify_compiler.compiled import CompiledModel
+from sparsify_compiler.pipeline import Pipeline
+
+transformers = pytest.importorskip("transformers")
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False}, "sampling": {"do_sample": True, "top_k": 5}, "beams": {"num_beams": 3, "do_sample": False},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+}
+PASSES = ("select_inputs(density={density}, budget='greedy')", "select_neurons(density={density})")
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=96)
+    model: nn.Module = transformers.LlamaForCausalLM(config).eval()
+    return model
+
+
+def compiled(model: nn.Module, step: str, density: float) -> CompiledModel:
+    """Bound to kernels wherever there are some, whether they pay or not."""
+    data = [{"input_ids": torch.randint(1, 96, (2, 12))} for _ in range(2)]
+    recipe = Pipeline.parse(f"{step.format(density=density)} | pack() | lower(margin=-1000.0, rounds=3)")
+    return sc.compile(model, {"input_ids": torch.randint(1, 96, (2, 7))}, recipe=recipe, calibration=data,
+                      dynamic={"input_ids": {0: "batch", 1: "tokens"}})
+
+
+def generated(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        tokens: Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=8, **options)
+    return tokens
+
+
+@pytest.fixture(scope="module", params=PASSES, ids=["inputs", "neurons"])
+def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, CompiledModel]:
+    model = llama()
+    return model, compiled(model, request.param, 1.0)
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("batch", [1, 3])
+def test_all_selected_generates_as_the_dense_model(pair: tuple[nn.Module, CompiledModel], way: str, batch: int) -> None:
+    model, sparse = pair
+    ids = torch.randint(1, 96, (batch, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    if batch > 1:  # padded on the left
+        ids[1, :4], mask[1, :4] = 0, 0
+    assert torch.equal(generated(sparse, ids, mask, **WAYS[way]), generated(model, ids, mask, **WAYS[way]))
+
+
+def test_streaming() -> None:
+    model = llama()
+    sparse = compiled(model, PASSES[0], 1.0)
+    seen: list[list[int]] = []
+
+    class Streamer(transformers.generation.streamers.BaseStreamer):  # type: ignore[name-defined,misc]
+        def put(self, value: Tensor) -> None:
+            seen.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            seen.append([])
+
+    ids = torch.tensor([[5, 6, 7]])
+    tokens = generated(sparse, ids, torch.ones_like(ids), do_sample=False, streamer=Streamer())
+    assert [token for part in seen for token in part] == tokens[0].tolist()
+    assert seen[-1] == []
+
+
+@pytest.mark.parametrize("step", PASSES)
+def test_the_kernels_generate_as_the_plain_graphs_do(step: str) -> None:
+    """At half density: prompt and tokens alike select, whatever the number of rows."""
+    model = llama()
+    sparse = compiled(model, step, 0.5)
+    plain = instantiate(sparse.program)  # the ops without their kernels
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    mask = torch.ones_like(ids)
+    assert torch.equal(generated(sparse, ids, mask, do_sample=False), generated(plain, ids, mask, do_sample=False))
+    chosen = [row for row in sparse.report().sites if row.structure != "dense"]
+    assert chosen
+    assert all(0 < row.density < 1 for row in chosen)
