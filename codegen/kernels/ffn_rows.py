@@ -83,7 +83,7 @@ def _body(how: FfnRows) -> None:
         _raise(a, how, count, e.let((task * GROUPS + i) * NEURONS))
     with e.loop(e.floordiv(a.W + (how.columns - 1), how.columns), parallel=how.parallel) as task:
         start = e.let(task * how.columns)
-        gather_rows.sum_rows(a, how, count, tirx.const(0, "int32"), start, e.let(e.minimum(a.W - start, how.columns)))
+        gather_rows.sum_rows(a, how, count, tirx.const(1, "int32"), start, e.let(e.minimum(a.W - start, how.columns)))
 
 
 def _copy(a: _Arguments, how: FfnRows) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels.gather_rows import LANES, GatherRows
+from sparsify_compiler.codegen.kernels.select_rows import SelectRows
 from sparsify_compiler.errors import InputError, KernelError
-from sparsify_compiler.ops import select
 from sparsify_compiler.target import Target
 
 NAME, OP, LABEL = "gather", "select_linear", "gather by input"
@@ -53,6 +53,21 @@ def columns_of(width: int, target: Target) -> int:
     return -(-width // (ROUND * tasks)) * ROUND
 
 
+def load_both(schedule: Any, target: Target, files: Mapping[str, bytes]) -> tuple[build.Kernel, build.Kernel]:
+    """The kernel for few rows, and what selects for many rows before they are multiplied densely: from an artefact's files, where it has some."""
+    many = SelectRows(schedule.dtype, schedule.scaled, getattr(schedule, "centered", False), schedule.parallel)
+    made = []
+    for name, one in (("few", schedule), ("many", many)):
+        stored = {key.removeprefix(f"{name}."): data for key, data in files.items() if key.startswith(f"{name}.")}
+        made.append(build.load_exported(stored, one, target) if stored else build.load(one, target))
+    return made[0], made[1]
+
+
+def export_both(few: build.Kernel, many: build.Kernel) -> dict[str, bytes]:
+    """Their files, as load_both reads them."""
+    return {f"{name}.{key}": data for name, kernel in (("few", few), ("many", many)) for key, data in build.export(kernel).items()}
+
+
 def in_order(total: Tensor, dtype: torch.dtype) -> Tensor:
     """A bias in the order of the kernel's sums."""
     return total.view(-1, LANES, 2).transpose(1, 2).reshape(-1) if dtype is torch.bfloat16 else total.contiguous()
@@ -73,13 +88,12 @@ class GatherLinear:
         self.in_features, self.out_features = weight.shape
         width = -(-self.out_features // ROUND) * ROUND
         self._rows = weight.contiguous() if width == self.out_features else pad(weight, (0, width - self.out_features)).contiguous()
-        self._dense = self._rows[:, : self.out_features].t()
         self._bias = None if bias is None else bias.detach()
         self._vectors = {name: tensors[name].detach() for name in ("limit", "scale", "center") if name in tensors}
         self._dtype = weight.dtype
         schedule = GatherRows(str(options["dtype"]), columns_of(width, target), "scale" in tensors, "center" in tensors,
                               weight.numel() >= ALONE and target.cores > 1)
-        self._kernel = build.load_exported(files, schedule, target) if files else build.load(schedule, target)
+        self._kernel, self._select = load_both(schedule, target, files)
         self._prepare(width)
 
     def _prepare(self, width: int) -> None:
@@ -99,6 +113,7 @@ class GatherLinear:
         self._arguments = tuple(tvm_ffi.from_dlpack(tensor) for tensor in self._held)
         limit = self._vectors.get("limit")
         self._limit = None if limit is None else tvm_ffi.from_dlpack(limit.float().reshape(1))
+        self._matrix = self._rows[:, : self.out_features]
 
     def __call__(self, x: Tensor, limit: Tensor | None = None) -> Tensor:
         """x [..., K] of the weight's dtype, any strides -> a new y [..., N]. Raises InputError."""
@@ -107,18 +122,18 @@ class GatherLinear:
                              where=self.name)
         *outer, inputs = x.shape
         rows = math.prod(outer)
+        if not rows:
+            return x.new_empty((*outer, self.out_features))
+        limits = self._limit if limit is None else torch.empty(rows).copy_(limit.detach().reshape(-1))
+        x = (x.detach() if x.requires_grad else x).contiguous().view(-1).view(rows, inputs)  # for TVM one row has strides too
         if rows > FEW_ROWS:
-            return self._many(x, limit)
-        y = torch.empty((rows, self.out_features), dtype=self._dtype)
-        if rows:
-            limits = self._limit if limit is None else torch.empty(rows).copy_(limit.detach().reshape(-1))
-            x = x.detach() if x.requires_grad else x
-            self._kernel.function(x.contiguous().view(-1).view(rows, inputs), limits, *self._arguments, y)  # for TVM one row has strides too
+            chosen = torch.empty_like(x)
+            self._select.function(x, limits, *self._arguments[:2], chosen)
+            y = torch.mm(chosen, self._matrix) if self._bias is None else torch.addmm(self._bias, chosen, self._matrix)
+        else:
+            y = torch.empty((rows, self.out_features), dtype=self._dtype)
+            self._kernel.function(x, limits, *self._arguments, y)
         return y.view((*outer, self.out_features))
-
-    def _many(self, x: Tensor, limit: Tensor | None) -> Tensor:
-        chosen = select.op(x, self._vectors["limit"] if limit is None else limit, self._vectors.get("scale"), self._vectors.get("center"))
-        return linear(chosen, self._dense, self._bias)
 
     @property
     def resident_bytes(self) -> int:
@@ -131,4 +146,4 @@ class GatherLinear:
 
     def files(self) -> dict[str, bytes]:
         """IR, binary and description, for the artefact."""
-        return build.export(self._kernel)
+        return export_both(self._kernel, self._select)

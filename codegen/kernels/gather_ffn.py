@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels.ffn_rows import FfnRows
 from sparsify_compiler.codegen.kernels.finish import ACTIVATIONS
-from sparsify_compiler.codegen.kernels.gather import DTYPES, ROUND, columns_of, in_order
+from sparsify_compiler.codegen.kernels.gather import DTYPES, ROUND, columns_of, export_both, in_order, load_both
 from sparsify_compiler.codegen.kernels.gather_rows import LANES
 from sparsify_compiler.errors import InputError, KernelError
-from sparsify_compiler.ops import select, select_ffn
+from sparsify_compiler.ops import select_ffn
 from sparsify_compiler.target import Target
 
 NAME, OP, LABEL = "gather_ffn", "select_ffn", "gather by neuron"
@@ -62,7 +61,7 @@ class GatherFfn:
             self._tensors["down"] = pad(self._tensors["down"], (0, width - self.out_features)).contiguous()
         self._down = self._tensors["down"][:, : self.out_features].t()
         schedule = FfnRows(str(options["dtype"]), self._activation, columns_of(width, target), "scale" in tensors, target.cores > 1)
-        self._kernel = build.load_exported(files, schedule, target) if files else build.load(schedule, target)
+        self._kernel, self._select = load_both(schedule, target, files)
         hidden = tensors["gate"].shape[0]
         biases = [self._tensors[name].float() if name in tensors else torch.zeros(hidden) for name in ("gate_bias", "up_bias")]
         total = torch.zeros(width) if bias is None else pad(self._bias.float(), (0, width - self.out_features))  # type: ignore[union-attr]
@@ -85,8 +84,14 @@ class GatherFfn:
 
     def _many(self, x: Tensor) -> Tensor:
         given = self._tensors
-        gates = select_ffn.ACTIVATIONS[self._activation](linear(x, given["gate"], given.get("gate_bias")))
-        return linear(select.op(gates, given["limit"], given.get("scale")) * linear(x, given["up"], given.get("up_bias")), self._down, self._bias)
+        gates = select_ffn.ACTIVATIONS[self._activation](linear(x, given["gate"], given.get("gate_bias"))).flatten(0, -2)
+        if not gates.shape[0]:
+            return x.new_empty((*x.shape[:-1], self.out_features))
+        chosen = torch.empty_like(gates)
+        limit, scale = self._arguments[:2]
+        self._select.function(gates, limit, scale, scale, chosen)
+        hidden = chosen.view((*x.shape[:-1], -1)) * linear(x, given["up"], given.get("up_bias"))
+        return linear(hidden, self._down, self._bias)
 
     @property
     def resident_bytes(self) -> int:
@@ -99,4 +104,4 @@ class GatherFfn:
 
     def files(self) -> dict[str, bytes]:
         """IR, binary and description, for the artefact."""
-        return build.export(self._kernel)
+        return export_both(self._kernel, self._select)

@@ -22,6 +22,7 @@ from sparsify_compiler.codegen import emit_tiles as t
 PARTS = Path(__file__).with_name("gather.ll")
 LANES = 16
 TOGETHER = 8     # rows of W
+NEAR = 512       # columns of them that all rows of x are multiplied with in turn
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,7 @@ def _body(how: GatherRows) -> None:
     count = e.let(e.load(found, 0))
     with e.loop(e.floordiv(a.W + (how.columns - 1), how.columns), parallel=how.parallel) as task:
         start = e.let(task * how.columns)
-        width = e.let(e.minimum(a.W - start, how.columns))
-        with e.loop(a.M) as m:
-            sum_rows(a, how, count, m, start, width)
+        sum_rows(a, how, count, a.M, start, e.let(e.minimum(a.W - start, how.columns)))
 
 
 def _score(a: _Arguments, how: GatherRows, m: Any, at: Any, lanes: int) -> tuple[Any, Any]:
@@ -121,37 +120,46 @@ def _select_one(a: _Arguments, how: GatherRows, found: Any, at: Any) -> None:
     e.store(found, count + 1, 0)
 
 
-def sum_rows(a: Any, how: Any, count: Any, m: Any, start: Any, width: Any) -> None:
-    """One row of x times one task's columns of W."""
-    sums = e.let(m * a.W + start)
-    with e.loop(e.floordiv(width, LANES)) as j:
-        e.store(a.sums, e.load(a.bias, start + j * LANES, lanes=LANES), sums + j * LANES, lanes=LANES)
+def sum_rows(a: Any, how: Any, count: Any, rows: Any, start: Any, width: Any) -> None:
+    """All rows of x times one task's columns of W."""
+    with e.loop(rows) as m, e.loop(e.floordiv(width, LANES)) as j:
+        e.store(a.sums, e.load(a.bias, start + j * LANES, lanes=LANES), m * a.W + start + j * LANES, lanes=LANES)
     whole = e.let(e.floordiv(count, TOGETHER))
     with e.loop(whole) as group:
-        _add(a, how, m, group * TOGETHER, TOGETHER, e.minimum((group + 1) * TOGETHER, count - TOGETHER), sums, start, width)
+        _add(a, how, rows, group * TOGETHER, TOGETHER, e.minimum((group + 1) * TOGETHER, count - TOGETHER), start, width)
     with e.loop(count - whole * TOGETHER) as rest:
-        _add(a, how, m, whole * TOGETHER + rest, 1, count - 1, sums, start, width)
-    with e.loop(e.floordiv(width, how.step)) as j:
+        _add(a, how, rows, whole * TOGETHER + rest, 1, count - 1, start, width)
+    with e.loop(rows) as m, e.loop(e.floordiv(width, how.step)) as j:
         column = e.let(start + j * how.step)
-        e.store_tail(a.y, _finished(a, how, sums + j * how.step), how.step, m, column, a.N)
+        e.store_tail(a.y, _finished(a, how, e.let(m * a.W + column)), how.step, m, column, a.N)
 
 
-def _add(a: Any, how: Any, m: Any, first: Any, together: int, next_: Any, sums: Any, start: Any, width: Any) -> None:
-    """sums += values * rows of W, `together` of them from number `first` on."""
+def _add(a: Any, how: Any, rows: Any, first: Any, together: int, next_: Any, start: Any, width: Any) -> None:
+    """sums += values * rows of W, `together` of them from number `first` on: some columns for all rows of x, while they are in L1, then the next."""
     first, next_ = e.let(first), e.let(next_)
-    rows = [e.let(e.load(a.places, first + i)) for i in range(together)]
+    places = [e.let(e.load(a.places, first + i)) for i in range(together)]
     ahead = [e.let(e.load(a.places, next_ + i)) for i in range(together)]
-    factors = [e.let(e.broadcast(e.load(a.values, m * a.stride + first + i), LANES)) for i in range(together)]
-    with e.loop(e.floordiv(width, how.step)) as j:
-        column = e.let(e.floordiv(start, how.step // LANES) + j * LANES)
+    with e.loop(e.floordiv(width + (NEAR - 1), NEAR)) as part:
+        begin = e.let(start + part * NEAR)
+        steps = e.let(e.floordiv(e.minimum(start + width - begin, NEAR), how.step))
+        _multiply(a, how, tirx.const(0, "int32"), first, places, ahead, begin, steps)
+        with e.loop(rows - 1) as others:
+            _multiply(a, how, e.let(others + 1), first, places, [], begin, steps)
+
+
+def _multiply(a: Any, how: Any, m: Any, first: Any, places: list[Any], ahead: list[Any], begin: Any, steps: Any) -> None:
+    """One row of x and `steps` loads of each of these rows of W, while the same of `ahead` is asked for."""
+    factors = [e.let(e.broadcast(e.load(a.values, m * a.stride + first + i), LANES)) for i in range(len(places))]
+    with e.loop(steps) as j:
+        column, at = e.let(e.floordiv(begin, how.step // LANES) + j * LANES), e.let(m * a.W + begin + j * how.step)
         for row in ahead:
             t.prefetch(a.weight, row, column)
-        totals = [e.load(a.sums, sums + j * how.step + half * LANES, lanes=LANES) for half in range(how.step // LANES)]
-        for row, factor in zip(rows, factors, strict=True):
+        totals = [e.load(a.sums, at + half * LANES, lanes=LANES) for half in range(how.step // LANES)]
+        for row, factor in zip(places, factors, strict=True):
             for half, weights in enumerate(_weights(a, how, row, column)):
                 totals[half] = e.let(tirx.call_llvm_pure_intrin("float32x16", "llvm.fma", weights, factor, totals[half]))
         for half, total in enumerate(totals):
-            e.store(a.sums, total, sums + j * how.step + half * LANES, lanes=LANES)
+            e.store(a.sums, total, at + half * LANES, lanes=LANES)
 
 
 def _weights(a: Any, how: Any, row: Any, column: Any) -> list[Any]:
