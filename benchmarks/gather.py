@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--build", action="store_true")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
-    gather.FEW_ROWS = max(gather.FEW_ROWS, *arguments.rows)  # measure the kernel beyond where it hands over to the dense form
+    gather.FEW_ROWS = dict.fromkeys(gather.FEW_ROWS, max(arguments.rows))  # measure the kernel beyond where it hands over to the dense form
     table = Table(title=f"{torch.get_num_threads()} threads; gain over the fastest dense form (of ideal)")
     for column in ("layer", "dtype", "rows", "eager ms", "packed ms", *(f"{100 * s:.0f} %" for s in SKIPPED[:-1]), "selector"):
         table.add_column(column, justify="right")

@@ -22,7 +22,7 @@ from sparsify_compiler.codegen import emit_tiles as t
 PARTS = Path(__file__).with_name("gather.ll")
 LANES = 16
 TOGETHER = 8     # rows of W
-NEAR = 512       # columns of them that all rows of x are multiplied with in turn
+NEAR = 512       # columns of them that several rows of x are multiplied with in turn
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,10 @@ def _add(a: Any, how: Any, rows: Any, first: Any, together: int, next_: Any, sta
     first, next_ = e.let(first), e.let(next_)
     places = [e.let(e.load(a.places, first + i)) for i in range(together)]
     ahead = [e.let(e.load(a.places, next_ + i)) for i in range(together)]
-    with e.loop(e.floordiv(width + (NEAR - 1), NEAR)) as part:
-        begin = e.let(start + part * NEAR)
-        steps = e.let(e.floordiv(e.minimum(start + width - begin, NEAR), how.step))
+    near = e.let(tirx.Select(tirx.EQ(rows, 1), width, tirx.const(NEAR, "int32")))
+    with e.loop(e.floordiv(width + near - 1, near)) as part:
+        begin = e.let(start + part * near)
+        steps = e.let(e.floordiv(e.minimum(start + width - begin, near), how.step))
         _multiply(a, how, tirx.const(0, "int32"), first, places, ahead, begin, steps)
         with e.loop(rows - 1) as others:
             _multiply(a, how, e.let(others + 1), first, places, [], begin, steps)
