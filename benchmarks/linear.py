@@ -1,6 +1,6 @@
 """Every linear shape of MiniLM and MPNet, or others, sparse, against the fastest dense form of torch of the same layer in the same process.
 
-    python benchmarks/linear.py [--density 0.1] [--shapes 4096x4096] [--rows 1 16 128] [--structures 16x1 csr] [--threads 2] [--json FILE]
+    python benchmarks/linear.py [--density 0.1] [--shapes 4096x4096] [--rows 1 16 128] [--structures 16x1 csr] [--threads 2] [--cold] [--json FILE]
 
 Dense forms: torch eager, torch.compile (where a C++ compiler exists) and oneDNN with prepacked weights, each in float32 and bfloat16.
 All forms of a cell take turns, so that drift meets them alike; a cell shows the median over rounds of dense time / our time, then the ratio of
@@ -85,8 +85,8 @@ def _has_compiler() -> bool:
         return False
 
 
-def interleaved(forms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each form in each round; a form gets as many calls a round as take about a millisecond."""
+def interleaved(forms: Mapping[str, Callable[[], object]], rounds: int, cold: bool) -> dict[str, list[float]]:
+    """Seconds of each form in each round; a form gets as many calls a round as take about a millisecond, or one, if cold."""
     calls = {}
     for name, form in forms.items():
         form()
@@ -97,15 +97,17 @@ def interleaved(forms: Mapping[str, Callable[[], object]], rounds: int) -> dict[
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(rounds):
         for name, form in forms.items():
-            form()
-            begin = time.perf_counter()
-            for _ in range(calls[name]):
+            count = 1 if cold else calls[name]
+            if not cold:
                 form()
-            taken[name].append((time.perf_counter() - begin) / calls[name])
+            begin = time.perf_counter()
+            for _ in range(count):
+                form()
+            taken[name].append((time.perf_counter() - begin) / count)
     return taken
 
 
-def cell(structures: list[str], n: int, k: int, rows: int, density: float, rounds: int) -> list[dict[str, Any]]:
+def cell(structures: list[str], n: int, k: int, rows: int, density: float, rounds: int, cold: bool) -> list[dict[str, Any]]:
     """All structures and all dense forms of one shape and number of rows."""
     forms: dict[str, Callable[[], object]] = {}
     weight, bias, x = torch.randn(n, k), torch.randn(n), torch.randn(rows, k)
@@ -125,7 +127,7 @@ def cell(structures: list[str], n: int, k: int, rows: int, density: float, round
                 kernel = candidate.bind(b)
                 forms[f"{word} {structure} {candidate.name}"] = lambda kernel=kernel, inputs=inputs: kernel(inputs)
     with torch.inference_mode():
-        taken = interleaved(forms, rounds)
+        taken = interleaved(forms, rounds, cold)
     return [_row(structure, n, k, rows, taken) for structure in structures]
 
 
@@ -175,16 +177,17 @@ def main() -> None:
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES), choices=list(STRUCTURES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cold", action="store_true", help="one call of a form at a time: others have pushed its weights out of the inner caches")
     parser.add_argument("--json", help="also write all numbers to this file")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     load = os.getloadavg()[0]
     results = [row for n, k in options.shapes for rows in options.rows
-               for row in cell(options.structures, n, k, rows, options.density, options.rounds)]
+               for row in cell(options.structures, n, k, rows, options.density, options.rounds, options.cold)]
     results.sort(key=lambda row: options.structures.index(row["structure"]))
     load = max(load, os.getloadavg()[0])
-    title = f"density {options.density}, {options.threads} threads, {host().mcpu}, load {load:.1f}"
+    title = f"density {options.density}, {'one call at a time, ' if options.cold else ''}{options.threads} threads, {host().mcpu}, load {load:.1f}"
     show(results, f"{title}: times the fastest dense form (median, of minima)")
     show_dense(results, f"{title}: dense forms, µs")
     if options.json:

@@ -45,6 +45,11 @@ def external(dtype: str, name: str, *arguments: Expr) -> Expr:
     return tirx.call_pure_extern(dtype, name, *arguments)
 
 
+def intrinsic(dtype: str, lanes: int, name: str, *arguments: Expr) -> Expr:
+    """An instruction of the machine without side effects, by LLVM's name for it."""
+    return tirx.call_llvm_pure_intrin(_vector(dtype, lanes), name, *arguments)
+
+
 def scratch(size: Expr, dtype: str) -> Buffer:
     """A flat workspace from TVM's thread-local pool."""
     return builder.alloc_buffer((size,), dtype, align=64)
@@ -72,7 +77,7 @@ def choose(condition: Expr, then: Callable[[], None], otherwise: Callable[[], No
 
 
 def either(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
-    """One of two scalars, both computed."""
+    """One of two scalars, or lane by lane of two vectors, both computed."""
     then, otherwise = (tirx.const(v, "int32") if isinstance(v, int) else v for v in (then, otherwise))
     return tirx.Select(condition, then, otherwise)
 
@@ -137,10 +142,10 @@ def cast_to(dtype: str, value: Expr, lanes: int = 1) -> Expr:
 
 
 class Register:
-    """A mutable vector of float32 that lives in a register."""
+    """A mutable vector of float32, or of another dtype of 4 bytes, that lives in a register."""
 
-    def __init__(self, lanes: int, start: Expr) -> None:
-        self.lanes, self.buffer = lanes, builder.alloc_buffer((lanes,), "float32", align=4 * lanes)
+    def __init__(self, lanes: int, start: Expr, dtype: str = "float32") -> None:
+        self.lanes, self.buffer = lanes, builder.alloc_buffer((lanes,), dtype, align=4 * lanes)
         self.set(start)
 
     def get(self) -> Expr:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.codegen import planes
-from sparsify_compiler.codegen.kernels import amx, conv2d, gather, gather_ffn, lanes, linear, mkl, repeated, strips
+from sparsify_compiler.codegen.kernels import amx, conv2d, gather, gather_ffn, lanes, linear, mkl, repeated, slices, strips
 from sparsify_compiler.errors import KernelError, UnknownNameError, nearest
 from sparsify_compiler.target import Target
 
-FAMILIES = {family.NAME: family for family in (linear, mkl, conv2d, repeated, planes, amx, strips, lanes, gather, gather_ffn)}  # most promising first
+# Most promising first.
+FAMILIES = {family.NAME: family for family in (linear, mkl, conv2d, repeated, planes, amx, slices, strips, lanes, gather, gather_ffn)}
 
 Layouts = dict[str, list[Any]]  # one weight laid out, by family
 

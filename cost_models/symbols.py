@@ -19,6 +19,8 @@ TABLE: Mapping[str, str] = {
     "c": "inputs of a block",
     "n": "kept inputs of a group",
     "m": "inputs of a group",
+    "steps": "vectors of 16 weights, one for each output of a slice, padding included",
+    "block": "steps of which each slice has a multiple",
     "taps": "places of a kernel, or operations for each element of the result",
     "read": "elements of all inputs that are no weights",
     "written": "elements of the result",
@@ -27,8 +29,8 @@ TABLE: Mapping[str, str] = {
     "launch": "seconds that a call costs before it does anything",
 }
 
-M, N, K, r, c, n, m, hidden, taps, read, written = (
-    Symbol(name, integer=True, nonnegative=True) for name in ("M", "N", "K", "r", "c", "n", "m", "hidden", "taps", "read", "written"))
+NATURAL = ("M", "N", "K", "r", "c", "n", "m", "hidden", "steps", "block", "taps", "read", "written")
+M, N, K, r, c, n, m, hidden, steps, block, taps, read, written = (Symbol(name, integer=True, nonnegative=True) for name in NATURAL)
 density, value_bytes, x_bytes, peak, bandwidth, launch = (
     Symbol(name, nonnegative=True) for name in ("density", "value_bytes", "x_bytes", "peak", "bandwidth", "launch"))
 

@@ -15,8 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import KernelError
-
 LANES = 16      # rows of x in a vector; LLVM splits it on machines with narrower registers
 OUTPUTS = 16    # rows of W whose results are transposed and stored together
 
@@ -78,21 +76,6 @@ class Prepared:
     bias: Tensor
     out_features: int
     in_features: int
-
-    def check(self) -> None:
-        """Raise KernelError unless every index stays within its tensor: a stored weight may have been tampered with."""
-        total, strips = self.columns.numel(), -(-self.out_features // OUTPUTS)
-        ends = self.pointers.long()
-        sound = (
-            self.values.shape == (total // self.layout.step * self.layout.r,) and self.bias.shape == (strips * OUTPUTS,)
-            and self.pointers.shape == (strips * (OUTPUTS // self.layout.r) + 1,) and self.columns.dtype == getattr(torch, self.layout.index)
-            and self.values.dtype == (torch.float32 if self.layout.step == 1 else torch.int32)
-            and self.pointers.dtype == torch.int32 and self.bias.dtype == torch.float32
-            and int(ends[0]) == 0 and int(ends[-1]) == total and bool((ends.diff() >= 0).all()) and not bool((ends % self.layout.unroll).any())
-            and (total == 0 or (int(self.columns.min()) >= 0 and int(self.columns.max()) <= self.in_features))
-        )
-        if not sound:
-            raise KernelError("the stored weight does not fit its kernel", hint="save the model again")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,6 +10,7 @@ Bound by: the FMA rate for r >= 4 (r = 16 reaches 90 % of Zen 4's peak); loads o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,14 @@ def _body(how: Panel) -> None:
 def _strip(a: Any, how: Panel, packed: Any, panel: Any, strip: Any) -> None:
     """OUTPUTS outputs of all rows of one panel."""
     r, start = how.layout.r, e.let(panel * (a.K + 1) * how.rows)
+
+    def put(row: Any, value: Any) -> None:
+        e.store_tail(a.y, value, OUTPUTS, row, strip * OUTPUTS, a.N)
+
     if r == OUTPUTS:
         sums = _group(a, how, packed, start, strip, strip * OUTPUTS)
         for v in range(how.vectors):
-            _write(a, panel * how.rows + v * LANES, strip * OUTPUTS, [row[v].get() for row in sums])
+            turn(a, panel * how.rows + v * LANES, [row[v].get() for row in sums], put)
         return
     finished = [[e.stack(OUTPUTS // 2 * LANES, "float32") for _ in range(2)] for _ in range(how.vectors)]
     for half in range(2):
@@ -73,8 +78,7 @@ def _strip(a: Any, how: Panel, packed: Any, panel: Any, strip: Any) -> None:
                 for v in range(how.vectors):
                     e.store(finished[v][half], sums[row][v].get(), (i * r + row) * LANES, lanes=LANES)
     for v in range(how.vectors):
-        _write(a, panel * how.rows + v * LANES, strip * OUTPUTS,
-               [e.load(half, i * LANES, lanes=LANES) for half in finished[v] for i in range(OUTPUTS // 2)])
+        turn(a, panel * how.rows + v * LANES, [e.load(half, i * LANES, lanes=LANES) for half in finished[v] for i in range(OUTPUTS // 2)], put)
 
 
 def _group(a: Any, how: Panel, packed: Any, start: Any, group: Any, output: Any) -> list[list[e.Register]]:
@@ -111,12 +115,12 @@ def _group(a: Any, how: Panel, packed: Any, start: Any, group: Any, output: Any)
     return partial[0]
 
 
-def _write(a: Any, row: Any, output: Any, sums: list[Any]) -> None:
-    """y[row + i, output + j] = sums[j][i], where y has such a place."""
+def turn(a: Any, row: Any, sums: list[Any], put: Callable[[Any, Any], None]) -> None:
+    """put(row + i, vector of sums[j][i] for all j) for the 16 rows of x that y has."""
     columns = e.transpose([e.let(value) for value in sums])
     halves = [e.stack(LANES // 2 * OUTPUTS, "float32") for _ in range(2)]
     for i, column in enumerate(columns):
         e.store(halves[i // (LANES // 2)], column, i % (LANES // 2) * OUTPUTS, lanes=OUTPUTS)
     for first, half in zip((row, row + LANES // 2), halves, strict=True):
         with e.loop(e.maximum(e.minimum(a.M - first, LANES // 2), 0)) as i:
-            e.store_tail(a.y, e.load(half, i * OUTPUTS, lanes=OUTPUTS), OUTPUTS, first + i, output, a.N)
+            put(first + i, e.load(half, i * OUTPUTS, lanes=OUTPUTS))

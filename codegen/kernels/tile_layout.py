@@ -61,21 +61,6 @@ class PreparedTiles:
     out_features: int
     in_features: int
 
-    def check(self) -> None:
-        """Raise KernelError unless every index stays within its tensor: a stored weight may have been tampered with."""
-        layout, ends = self.layout, self.pointers.long()
-        chunks, groups = self.values.numel() // (DEPTH * layout.r), -(-self.out_features // layout.r)
-        each, limit = (1, self.in_features // DEPTH - 1) if layout.run else (DEPTH, self.in_features)
-        sound = (
-            self.values.dtype == torch.bfloat16 and self.values.numel() == chunks * DEPTH * layout.r and self.bias.shape == (groups * layout.r,)
-            and self.pointers.shape == (groups + 1,) and self.columns.shape == (chunks * each,)
-            and self.columns.dtype == getattr(torch, layout.index) and self.pointers.dtype == torch.int32 and self.bias.dtype == torch.float32
-            and int(ends[0]) == 0 and int(ends[-1]) == chunks and bool((ends.diff() >= 0).all())
-            and (chunks == 0 or (int(self.columns.min()) >= 0 and int(self.columns.max()) <= limit))
-        )
-        if not sound:
-            raise KernelError("the stored weight does not fit its kernel", hint="save the model again")
-
     @property
     def dtype(self) -> torch.dtype:
         """Of x and y."""
