@@ -2,7 +2,7 @@
 
     python benchmarks/activation_quality.py --brown FOLDER [--json FILE] [--methods teal ...] [--sparsities 25 40 ...] [--sites all ffn]
 
-Model, texts and splits are those of prune_quality.py: calibration on 512 tokens each of --samples Brown files, measured on others of its files and on
+Model, texts and splits are those of subjects.py: calibration on 512 tokens each of --samples Brown files, measured on others of its files and on
 the Lee news, --texts × 512 tokens each; `--split choose` measures on a third set of Brown files, where settings are chosen. Sparsity is the
 share of weights, of all linear layers but the tied head ("all") or of the FFNs ("ffn"), that a token does not read: selected by every token, those
 of the prompt too. The densities that come of it on the calibration's rows are shown. A method is one line of METHODS.

@@ -1,0 +1,103 @@
+"""Tokens a second of language models whose tokens select their inputs, inside generate(), against the same model in eager PyTorch, interleaved.
+
+    python benchmarks/decode.py --folder FOLDER --build [--model smollm2 llama] [--dtype fp32 bf16] [--recipe "select_inputs()"] [--density 0.5]
+    python benchmarks/decode.py --folder FOLDER ...         # the same options: measure what --build has left in FOLDER
+
+"smollm2" is the model of subjects.py, "llama" the shape of Llama-3.2-1B with --layers layers, a vocabulary of 32000 and random weights.
+SmolLM2 calibrates on Brown (--brown FOLDER), the other on random tokens. The time of a token is that of --tokens more of them after a prompt of 8,
+batch 1, greedy, a dynamic cache, Python included; medians over --rounds, and of the ratios of a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import subjects as language
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import sparsify_compiler as sc
+from sparsify_compiler.pipeline import Pipeline
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--build", action="store_true")
+    parser.add_argument("--model", nargs="+", choices=["smollm2", "llama"], default=["smollm2", "llama"])
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--recipe", default="select_inputs()")
+    parser.add_argument("--density", type=float, default=0.5)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--brown", type=Path)
+    parser.add_argument("--cache", type=Path)
+    arguments = parser.parse_args()
+    torch.set_grad_enabled(False)
+    for name in arguments.model:
+        for dtype in arguments.dtype:
+            place = arguments.folder / f"{name}-{dtype}-{arguments.density}"
+            model, batches = {"smollm2": smollm2, "llama": llama}[name](arguments, DTYPES[dtype])
+            if arguments.build:
+                build(model, batches, arguments).save(place)
+            else:
+                Console().print(f"{name} {dtype} density {arguments.density}: {measured(model, sc.load(place, model=model), arguments)}")
+
+
+def smollm2(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[nn.Module, list[Mapping[str, Tensor]]]:
+    model, tokenizer = language.smollm2(arguments.cache)
+    texts = language.spread(language.brown(arguments.brown)[0], 4, tokenizer) if arguments.build else torch.randint(100, 4000, (1, 64))
+    return model.to(dtype), [{"input_ids": text[None]} for text in texts]
+
+
+def llama(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[nn.Module, list[Mapping[str, Tensor]]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=arguments.layers, num_attention_heads=32,
+                         num_key_value_heads=8, max_position_embeddings=512)
+    torch.set_default_dtype(dtype)
+    try:
+        return LlamaForCausalLM(config).eval(), [{"input_ids": torch.randint(1, 30000, (1, 32))}]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def build(model: nn.Module, batches: list[Mapping[str, Tensor]], arguments: argparse.Namespace) -> sc.CompiledModel:
+    """The model, compiled for any batch and length."""
+    example = {"input_ids": batches[0]["input_ids"][:, :8]}
+    return sc.compile(model, example, recipe=Pipeline.parse(f"{arguments.recipe} | pack() | lower(rounds=5)"),
+                      budget=sc.Budget(density=arguments.density), calibration=batches, dynamic={"input_ids": {0: "batch", 1: "tokens"}})
+
+
+def measured(model: Any, compiled: Any, arguments: argparse.Namespace) -> str:
+    ids = torch.randint(100, 4000, (1, 8))
+
+    def spent(one: Any, tokens: int) -> float:
+        start = time.perf_counter()
+        one.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return time.perf_counter() - start
+
+    def token(one: Any) -> float:
+        first = spent(one, 2)
+        return (spent(one, 2 + arguments.tokens) - first) / arguments.tokens * 1e3
+
+    for one in (model, compiled):
+        spent(one, 2)
+    pairs = [(token(model), token(compiled)) for _ in range(arguments.rounds)]
+    dense, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
+    gains = [one / other for one, other in pairs]
+    return f"{dense:.1f} ms a token dense, {ours:.1f} compiled, {statistics.median(gains):.2f} times ({min(gains):.2f} to {max(gains):.2f})"
+
+
+if __name__ == "__main__":
+    main()
