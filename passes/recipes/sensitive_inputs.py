@@ -1,4 +1,4 @@
-"""Sensitive inputs: the best selection without training that this package has."""
+"""Sensitive inputs: select by what the loss feels of an input."""
 
 from __future__ import annotations
 
