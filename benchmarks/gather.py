@@ -3,9 +3,9 @@
     python benchmarks/gather.py [--shapes 2048x2048 ...] [--dtypes fp32 bf16] [--rows 1 2 ...] [--build]
 
 A shape is inputs × outputs. Every form runs over as many layers in turn as fill --megabytes: take more than the last cache holds, or the gathered
-form, which is timed several times in a row, finds its weights there and the dense ones do not. "of ideal" is the gain over the fastest dense form (torch's own, packed by oneDNN) divided by 1 / (1 - skipped). "selector" is the time of a
-call that skips everything, as a share of the dense layer's: selecting, and calling at all. --build compiles the kernels and leaves.
-With several --rows each row selects inputs of its own: the table shows from how many on dense is faster.
+form, which is timed several times in a row, finds its weights there and the dense ones do not. "of ideal" is the gain over the fastest dense form
+(torch's own, packed by oneDNN) divided by 1 / (1 - skipped). "selector" is the time of a call that skips everything, as a share of the dense
+layer's: selecting, and calling at all. --build compiles the kernels and leaves. With several --rows each row selects inputs of its own.
 """
 
 from __future__ import annotations
