@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen.bound import BoundKernel, Variants
+from sparsify_compiler.codegen.kernels import strips
 from sparsify_compiler.codegen.kernels.layout import LANES, Prepared, prepare
 from sparsify_compiler.codegen.kernels.panel import Panel
 from sparsify_compiler.codegen.kernels.rows import Rows
@@ -29,6 +30,8 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
         return []
     if {"add", "activation"} & set(attributes):
         return []
+    if min(rows, default=0) > strips.MANY and strips.offer(op, tensors, attributes, dtype, rows, target):
+        return []  # never slower there, but for rounding of the clock (measured, Sapphire Rapids): not worth building and timing
     schedules = catalog.get("kernel", op).SCHEDULES["cpu"]
     r = _vector_rows(attributes.get("r", 1))
     wide = max(rows, default=LANES) > LANES

@@ -155,11 +155,21 @@ def _write(how: StripPanel, a: Any, t: Any, v: Any, output: Any) -> None:
     """Transpose the sums of 16 outputs into y, where it has such rows and outputs, with what follows."""
     source, first = e.opaque(output * t.width + v * LANES), e.opaque(t.output + output)
     lines = e.transpose([e.let(e.load(t.held, source + i * t.width, lanes=LANES)) for i in range(OUTPUTS)])
-    halves = [e.stack(LANES // 2 * OUTPUTS, "float32") for _ in range(2)]
-    for i, line in enumerate(lines):
-        e.store(halves[i // (LANES // 2)], line, i % (LANES // 2) * OUTPUTS, lanes=OUTPUTS)
-    for number, half in enumerate(halves):
-        row = e.opaque(t.row + v * LANES + number * (LANES // 2))
-        with e.loop(e.maximum(e.minimum(a.M - row, LANES // 2), 0)) as i:
-            added = None if a.other is None else e.load_tail(a.other, OUTPUTS, row + i, first, a.N)
-            e.store_tail(a.y, how.finish(e.load(half, i * OUTPUTS, lanes=OUTPUTS), added), OUTPUTS, row + i, first, a.N)
+    row = e.opaque(t.row + v * LANES)
+
+    def direct() -> None:
+        for i, line in enumerate(lines):
+            added = None if a.other is None else e.read_float(a.other, row + i, first, lanes=OUTPUTS)
+            e.write_float(a.y, how.finish(line, added), row + i, first, lanes=OUTPUTS)
+
+    def part() -> None:
+        halves = [e.stack(LANES // 2 * OUTPUTS, "float32") for _ in range(2)]
+        for i, line in enumerate(lines):
+            e.store(halves[i // (LANES // 2)], line, i % (LANES // 2) * OUTPUTS, lanes=OUTPUTS)
+        for number, half in enumerate(halves):
+            with e.loop(e.maximum(e.minimum(a.M - row - number * (LANES // 2), LANES // 2), 0)) as i:
+                at = e.opaque(row + number * (LANES // 2) + i)
+                added = None if a.other is None else e.load_tail(a.other, OUTPUTS, at, first, a.N)
+                e.store_tail(a.y, how.finish(e.load(half, i * OUTPUTS, lanes=OUTPUTS), added), OUTPUTS, at, first, a.N)
+
+    e.choose(e.both(row + LANES <= a.M, first + OUTPUTS <= a.N), direct, part)
