@@ -24,6 +24,7 @@ from sparsify_compiler.codegen.kernels.layout import LANES, OUTPUTS
 from sparsify_compiler.codegen.kernels.strip_layout import SLICE, TILE, StripLayout
 
 SCALAR = Path(__file__).with_name("scalar.ll")
+SHORT = ("", "relu")    # activations that may be written out 16 times: of longer ones the code would take minutes to compile
 TOGETHER = 2    # strips that a worker takes through all blocks at once
 
 
@@ -172,4 +173,6 @@ def _write(how: StripPanel, a: Any, t: Any, v: Any, output: Any) -> None:
                 added = None if a.other is None else e.load_tail(a.other, OUTPUTS, at, first, a.N)
                 e.store_tail(a.y, how.finish(e.load(half, i * OUTPUTS, lanes=OUTPUTS), added), OUTPUTS, at, first, a.N)
 
-    e.choose(e.both(row + LANES <= a.M, first + OUTPUTS <= a.N), direct, part)
+    if how.finish.activation not in SHORT:
+        return part()
+    return e.choose(e.both(row + LANES <= a.M, first + OUTPUTS <= a.N), direct, part)
