@@ -30,8 +30,8 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
         return []
     if {"add", "activation"} & set(attributes):
         return []
-    if min(rows, default=0) > strips.MANY and strips.offer(op, tensors, attributes, dtype, rows, target):
-        return []  # never slower there, but for rounding of the clock (measured, Sapphire Rapids): not worth building and timing
+    if dtype is torch.float32 and min(rows, default=0) > strips.MANY and strips.offer(op, tensors, attributes, dtype, rows, target):
+        return []  # of 30 cells measured (Sapphire Rapids) up to 8 % faster than strips in four, else slower, up to 1.7 times: not worth timing
     schedules = catalog.get("kernel", op).SCHEDULES["cpu"]
     r = _vector_rows(attributes.get("r", 1))
     wide = max(rows, default=LANES) > LANES
