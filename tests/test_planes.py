@@ -23,7 +23,7 @@ ACTIVATIONS: Mapping[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
     "relu": ({}, torch.relu), "relu6": ({}, functional.relu6), "hardswish": ({}, functional.hardswish), "silu": ({}, functional.silu),
     "hardtanh": ({"min_val": -1.0, "max_val": 2.0}, lambda x: functional.hardtanh(x, -1, 2)),
     "leaky_relu": ({"negative_slope": 0.2}, lambda x: functional.leaky_relu(x, 0.2)),
-    "sigmoid": ({}, torch.sigmoid), "hardsigmoid": ({}, functional.hardsigmoid),
+    "gelu": ({"approximate": "none"}, functional.gelu), "sigmoid": ({}, torch.sigmoid), "hardsigmoid": ({}, functional.hardsigmoid),
 }  # fmt: skip
 STRUCTURES: list[tuple[str, dict[str, int]]] = [("csr", {}), ("condensed", {}), ("bitmap", {}), ("nm", {"n": 1, "m": 2}),
                                                 *(("bsr", {"r": r, "c": 1}) for r in (16, 8, 4, 2, 3))]

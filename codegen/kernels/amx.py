@@ -52,7 +52,7 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
         prepared = prepare_tiles(groups, bias, outputs, inputs)
         shared.append((bias, prepared))
     name = "dense amx" if op == DENSE else f"{op.removeprefix('linear_')}_amx_r{prepared.layout.r}"
-    finish = finish_of(attributes)
+    finish = finish_of(attributes, rough=True)
     if finish is None:
         raise KernelError("no kernel has this activation", where=op, hint="compile the model again here")
     return BoundKernel(name, options, prepared, _variants(prepared, finish), target, files)

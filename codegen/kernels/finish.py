@@ -19,6 +19,7 @@ LANES = 16
 PARTS = Path(__file__).with_name("part.ll")
 # exp2 on [-1/2, 1/2]: minimax polynomial, relative error 2e-9 (Horner, highest power first).
 EXP2 = (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1, 6.931472028550421e-1, 1.0)
+EXP2_ROUGH = (9.676037e-3, 5.592204e-2, 0.2402211, 0.6931210, 1.0)  # 4e-6
 # erfc(z) exp(z²) for z >= 0, by powers of t = 1 / (1 + ERF_P z) from the fifth to the first.
 ERF, ERF_P = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592), 0.3275911
 LOG2_E = math.log2(math.e)
@@ -26,29 +27,33 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Finish:
-    """Whether `other` is added, then an activation ("" for none) with its numbers."""
+    """Whether `other` is added, then an activation ("" for none) with its numbers.
+
+    rough   results become bfloat16, on AVX-512: reciprocals to 2^-14, which is one instruction, and powers of two to 4e-6 are good enough
+    """
 
     add: bool = False
     activation: str = ""
     numbers: tuple[float, ...] = ()
+    rough: bool = False
 
     def __call__(self, value: Any, other: Any = None) -> Any:
         """The vector that is written, of a vector of sums and one of what is added."""
         value = e.let(value if other is None else value + other)
-        return e.let(ACTIVATIONS[self.activation](value, *self.numbers)) if self.activation else value
+        return e.let(ACTIVATIONS[self.activation](self, value, *self.numbers)) if self.activation else value
 
 
 NOTHING = Finish()
 
 
-def finish_of(attributes: Mapping[str, Any]) -> Finish | None:
+def finish_of(attributes: Mapping[str, Any], rough: bool = False) -> Finish | None:
     """Of an epilogue's attributes (engine's epilogue.py); None where it has an activation that is not written here."""
     name, arguments = attributes.get("activation", ""), attributes.get("arguments", {})
     name = f"{name}_{arguments['approximate']}" if arguments.get("approximate", "none") != "none" else name
     numbers = tuple(float(arguments[key]) for key in ("min_val", "max_val", "negative_slope") if key in arguments)
     if (name and name not in ACTIVATIONS) or (name == "hardtanh" and numbers[0] > numbers[1]):
         return None
-    return Finish(bool(attributes.get("add")), name, numbers)
+    return Finish(bool(attributes.get("add")), name, numbers, rough)
 
 
 def load_part(buffer: Any, at: Any, count: Any) -> Any:
@@ -112,38 +117,48 @@ def _gate(x: Any) -> Any:
     return _clamp(x + constant(3.0, x), 0.0, 6.0) * constant(1 / 6, x)
 
 
-def _exp2(power: Any) -> Any:
-    """2**power for powers from -126 to 126, beyond which it stays: put together from the exponent and a polynomial."""
-    power, lanes = e.let(_clamp(power, -126.0, 126.0)), _lanes(power)
+def _inverse(how: Finish, x: Any) -> Any:
+    x = e.let(x)
+    if not how.rough:
+        return constant(1.0, x) / x
+    every = tirx.const(-1, "int16")
+    return e.let(tirx.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.rcp14.ps.512", x, constant(0.0, x), every))
+
+
+def _exp2(how: Finish, power: Any) -> Any:
+    """2**power, 0 below -126 and infinite above 127: put together from the exponent and a polynomial."""
+    power, lanes = e.let(_clamp(e.let(power), -127.0, 128.0)), _lanes(power)
     whole = e.let(tirx.call_llvm_pure_intrin(str(power.ty), "llvm.rint", power))
-    rest, value = e.let(power - whole), constant(EXP2[0], power)
-    for coefficient in EXP2[1:]:
+    first, *others = EXP2_ROUGH if how.rough else EXP2
+    rest, value = e.let(power - whole), constant(first, power)
+    for coefficient in others:
         value = e.let(value * rest + constant(coefficient, power))
     exponent = (e.cast_to("int32", whole, lanes) + e.broadcast(tirx.const(127, "int32"), lanes)) << e.broadcast(tirx.const(23, "int32"), lanes)
-    return value * e.reinterpret("float32", exponent, lanes)
+    return e.let(value * e.reinterpret("float32", exponent, lanes))
 
 
-def _sigmoid(x: Any) -> Any:
-    return constant(1.0, x) / (constant(1.0, x) + _exp2(x * constant(-LOG2_E, x)))
+def _sigmoid(how: Finish, x: Any) -> Any:
+    return _inverse(how, constant(1.0, x) + _exp2(how, x * constant(-LOG2_E, x)))
 
 
-def _gelu(x: Any) -> Any:
+def _gelu(how: Finish, x: Any) -> Any:
     """x Φ(x); Φ to 8e-8 (Abramowitz and Stegun, 7.1.26)."""
-    t = e.let(constant(1.0, x) / (constant(1.0, x) + tirx.Select(x < constant(0.0, x), -x, x) * constant(ERF_P * 0.5**0.5, x)))
-    tail = constant(ERF[0], x)
+    t = e.let(_inverse(how, constant(1.0, x) + tirx.Select(x < constant(0.0, x), -x, x) * constant(ERF_P * 0.5**0.5, x)))
+    tail = constant(ERF[0] / 2, x)
     for coefficient in ERF[1:]:
-        tail = e.let(tail * t + constant(coefficient, x))
-    tail = e.let(tail * t * constant(0.5, x) * _exp2(x * x * constant(-0.5 * LOG2_E, x)))
+        tail = e.let(tail * t + constant(coefficient / 2, x))
+    tail = e.let(tail * t * _exp2(how, x * x * constant(-0.5 * LOG2_E, x)))
     return x * tirx.Select(x < constant(0.0, x), tail, constant(1.0, x) - tail)
 
 
-def _gelu_tanh(x: Any) -> Any:
+def _gelu_tanh(how: Finish, x: Any) -> Any:
     """x/2 (1 + tanh u) = x sigmoid(2u)."""
-    return x * _sigmoid(e.let(x * (constant(1.0, x) + x * x * constant(0.044715, x)) * constant(2 * (2 / math.pi) ** 0.5, x)))
+    return x * _sigmoid(how, e.let(x * (constant(1.0, x) + x * x * constant(0.044715, x)) * constant(2 * (2 / math.pi) ** 0.5, x)))
 
 
 ACTIVATIONS: Mapping[str, Any] = {
-    "relu": lambda x: tirx.Select(x < constant(0.0, x), constant(0.0, x), x), "relu6": lambda x: _clamp(x, 0.0, 6.0), "hardtanh": _clamp,
-    "leaky_relu": _leaky, "hardsigmoid": _gate, "hardswish": lambda x: x * _gate(x), "sigmoid": _sigmoid, "silu": lambda x: x * _sigmoid(x),
-    "gelu": _gelu, "gelu_tanh": _gelu_tanh,
+    "relu": lambda _, x: tirx.Select(x < constant(0.0, x), constant(0.0, x), x), "relu6": lambda _, x: _clamp(x, 0.0, 6.0),
+    "hardtanh": lambda _, x, low, high: _clamp(x, low, high), "leaky_relu": lambda _, x, slope: _leaky(x, slope),
+    "hardsigmoid": lambda _, x: _gate(x), "hardswish": lambda _, x: x * _gate(x),
+    "sigmoid": _sigmoid, "silu": lambda how, x: x * _sigmoid(how, x), "gelu": _gelu, "gelu_tanh": _gelu_tanh,
 }  # fmt: skip
