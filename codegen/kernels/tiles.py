@@ -9,7 +9,7 @@ Bound by: the tile unit for `run`; loads of packed x from L2 where rows are gath
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sparsify_compiler.codegen import emit as e
@@ -219,21 +219,20 @@ def _write(a: Arguments, how: Tiles, room: _Room, row: Any, output: Any) -> None
     r, finish = how.layout.r, how.finish
     whole = e.both(row + how.width <= a.M, output + r <= a.N)
     rows, outputs = e.opaque(e.minimum(a.M - row, how.width)), e.opaque(e.minimum(a.N - output, r))
-    if finish.activation and not finish.add:
-        _activate(a, how, room.finished, output)
+    _offset(a, how, room.finished, output)
 
     def part() -> None:
         with e.loop(rows) as m, e.loop(outputs) as n:
             e.store(a.y, e.reinterpret("bfloat16", e.load(room.turned, m * r + n)), row + m, output + n)
 
     def turn_aside() -> None:
-        _turn(a, how, room.finished, output, lambda m, n, lanes, value: e.store(room.turned, value, m * r + n, lanes=lanes))
+        _turn(how, room.finished, lambda m, n, lanes, value: e.store(room.turned, value, m * r + n, lanes=lanes))
 
     def put(m: Any, n: Any, lanes: int, value: Any) -> None:
         e.store(a.y, e.reinterpret("bfloat16", value, lanes), row + m, output + n, lanes=lanes)
 
     if not finish.add:
-        return e.choose(whole, lambda: _turn(a, how, room.finished, output, put), lambda: (turn_aside(), part()))
+        return e.choose(whole, lambda: _turn(how, room.finished, put), lambda: (turn_aside(), part()))
 
     def fetch(m: Any, n: Any, lanes: int = 1) -> None:
         e.store(room.added, e.reinterpret("uint16", e.load(a.other, row + m, output + n, lanes=lanes), lanes), m * r + n, lanes=lanes)
@@ -256,12 +255,13 @@ def _write(a: Arguments, how: Tiles, room: _Room, row: Any, output: Any) -> None
     return e.choose(whole, put_whole, part)
 
 
-def _activate(a: Arguments, how: Tiles, finished: Any, first_output: Any) -> None:
-    """Add the bias to the sums and activate them, where they are. A loop: unrolled, TVM's simplifier takes minutes for it."""
+def _offset(a: Arguments, how: Tiles, finished: Any, first_output: Any) -> None:
+    """Add the bias to the sums, and activate them where nothing else is added. A loop: unrolled, TVM's simplifier takes minutes for activations."""
+    finish = replace(how.finish, activation="") if how.finish.add else how.finish
     with e.loop(how.across) as v, e.loop(how.layout.r) as n:
         place = e.let((v * how.layout.r + n) * WIDTH)
         bias = e.broadcast(e.load(a.bias, first_output + n), WIDTH)
-        e.store(finished, how.finish(e.load(finished, place, lanes=WIDTH) + bias), place, lanes=WIDTH)
+        e.store(finished, finish(e.load(finished, place, lanes=WIDTH) + bias), place, lanes=WIDTH)
 
 
 def _add(how: Tiles, room: _Room) -> None:
@@ -272,22 +272,17 @@ def _add(how: Tiles, room: _Room) -> None:
         e.store(room.turned, e.halves(t.bfloat16_pairs(low, high), WIDTH), line * DEPTH, lanes=DEPTH)
 
 
-def _turn(a: Arguments, how: Tiles, finished: Any, first_output: Any, put: Any) -> None:
-    """Add the bias where it is not in, round to bfloat16 and transpose: put(row, output, lanes, values) for every row of the panel."""
+def _turn(how: Tiles, finished: Any, put: Any) -> None:
+    """Round to bfloat16 and transpose: put(row, output, lanes, values) for every row of the panel."""
     r, pairs = how.layout.r, how.layout.r // 2
-    ready = how.finish.activation and not how.finish.add
-    bias = [] if ready else [e.let(e.load(a.bias, first_output + n)) for n in range(r)]
     batch = min(pairs * how.across, WIDTH)           # vectors of pairs of outputs that are transposed together
-
-    def sums(v: int, output: int) -> Any:
-        value = e.load(finished, (v * r + output) * WIDTH, lanes=WIDTH)
-        return value if ready else value + e.broadcast(bias[output], WIDTH)
-
+    count = min(pairs, batch)                        # pairs of a row of y
     for first in range(0, pairs * how.across, batch):
-        places = [divmod(which, pairs) for which in range(first, first + batch)]
-        words = [e.let(t.bfloat16_pairs(sums(v, 2 * pair), sums(v, 2 * pair + 1))) for v, pair in places]
+        words = []
+        for v, pair in (divmod(which, pairs) for which in range(first, first + batch)):
+            low, high = (e.load(finished, (v * r + output) * WIDTH, lanes=WIDTH) for output in (2 * pair, 2 * pair + 1))
+            words.append(e.let(t.bfloat16_pairs(low, high)))
         lines = e.transpose([*words, *[words[-1]] * (WIDTH - batch)])
-        count = min(pairs, batch)                    # pairs of a row of y
         for m, line in enumerate(lines):
             for start in range(0, batch, count):
                 v, pair = divmod(first + start, pairs)
