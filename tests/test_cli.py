@@ -162,7 +162,7 @@ WRONG = [
     (["compile", "missing_package.models:make"], "no module"),
     (["compile", "nonsense"], "not a model"),
     (["compile", "hf:nowhere"], "config.json"),
-    (["compile", "my_model.py:make", "--recipe", "wandda", "--density", "0.5"], "did you mean wanda?"),
+    (["compile", "my_model.py:make", "--recipe", "wandda", "--density", "0.5"], "did you mean wanda"),
     (["compile", "my_model.py:make", "--target", "cpuu", "--density", "0.5"], "unknown target"),
     (["compile", "my_model.py:make", "--density", "0.5", "--speedup", "2"], "at once"),
     (["compile", "my_model.py:make", "--density", "1.5"], "density is 1.5"),

@@ -17,7 +17,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels import gather_rows
-from sparsify_compiler.codegen.kernels.finish import ACTIVATIONS
+from sparsify_compiler.codegen.kernels.finish import Finish
 from sparsify_compiler.codegen.kernels.gather_rows import LANES, PARTS
 
 NEURONS = 16     # that are multiplied with x together
@@ -76,7 +76,7 @@ def _body(how: FfnRows) -> None:
     with e.loop(e.floordiv(groups + (GROUPS - 1), GROUPS), parallel=how.parallel) as task, e.loop(e.minimum(groups - task * GROUPS, GROUPS)) as i:
         first = e.let((task * GROUPS + i) * NEURONS)
         total = _products(a, how, a.gate, [first + n for n in range(NEURONS)]) + e.load(a.gate_bias, first, lanes=NEURONS)
-        e.store(a.gates, ACTIVATIONS[how.activation](e.let(total)), first, lanes=NEURONS)
+        e.store(a.gates, Finish(activation=how.activation)(total), first, lanes=NEURONS)
     count = _select(a, how, groups)
     chosen = e.let(e.floordiv(count + (NEURONS - 1), NEURONS))
     with e.loop(e.floordiv(chosen + (GROUPS - 1), GROUPS), parallel=how.parallel) as task, e.loop(e.minimum(chosen - task * GROUPS, GROUPS)) as i:
