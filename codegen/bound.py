@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,23 +20,35 @@ SLAB = 1 << 24      # elements of x or y in one call of a kernel: its indices ar
 EVEN = 64           # rows of a slab are a multiple of this, so that only the last one has a partial panel
 
 
-class Prepared(Protocol):
-    """A weight laid out for a family of kernels, with the tensors named in STATE, which are the kernels' arguments, in this order."""
+class PreparedWeight:
+    """A weight laid out for a family of kernels: a dataclass with the tensors named in STATE, which are the kernels' arguments, in this order."""
 
-    STATE: ClassVar[tuple[str, ...]]
+    STATE: ClassVar[tuple[str, ...]] = ("values", "columns", "pointers", "bias")
 
-    @property
-    def out_features(self) -> int: ...
-
-    @property
-    def in_features(self) -> int: ...
+    layout: Any         # static facts, the dtype of x and y among them
+    out_features: int
+    in_features: int
 
     @property
     def dtype(self) -> torch.dtype:
         """Of x and y."""
+        return getattr(torch, self.layout.dtype)  # type: ignore[no-any-return]
 
     @property
-    def resident_bytes(self) -> int: ...
+    def resident_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (getattr(self, name) for name in self.STATE))
+
+
+Laid = TypeVar("Laid", bound=PreparedWeight)
+
+
+def shared_layout(shared: list[Any], bias: Tensor | None, lay_out: Callable[[], Laid]) -> Laid:
+    """The layout with this very bias from `shared`; made and added where there is none."""
+    for held, made in shared:
+        if held is bias:
+            return made  # type: ignore[no-any-return]
+    shared.append((bias, made := lay_out()))
+    return made
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class BoundKernel:
     Results do not depend on the number of threads: no output is ever summed by two of them.
     """
 
-    def __init__(self, name: str, options: Mapping[str, Any], prepared: Prepared, variants: Variants, target: Target,
+    def __init__(self, name: str, options: Mapping[str, Any], prepared: PreparedWeight, variants: Variants, target: Target,
                  files: Mapping[str, bytes] | None = None) -> None:
         self.name, self.options, self.prepared, self.target = name, dict(options), prepared, target
         self.out_features, self.in_features = prepared.out_features, prepared.in_features

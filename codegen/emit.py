@@ -212,6 +212,17 @@ def upper_half(value: Expr, lanes: int) -> Expr:
     return cast_to("uint16", bits >> broadcast(tirx.const(16, "uint32"), lanes), lanes)
 
 
+def absolute(value: Expr, lanes: int) -> Expr:
+    """|value| of float32; a NaN stays one."""
+    return reinterpret("float32", reinterpret("uint32", value, lanes) & broadcast(tirx.const(0x7FFFFFFF, "uint32"), lanes), lanes)
+
+
+def upcast_pairs(words: Expr, lanes: int) -> list[Expr]:
+    """The float32 of the low halves of int32 words of two bfloat16, and of the high halves."""
+    bits = let(reinterpret("uint32", words, lanes))
+    return [upcast_low(bits, lanes), upcast_high(bits, lanes)]
+
+
 def pair(low: Expr, high: Expr, lanes: int) -> Expr:
     """int32 words of two uint16 each."""
     word = cast_to("uint32", low, lanes) | (cast_to("uint32", high, lanes) << broadcast(tirx.const(16, "uint32"), lanes))

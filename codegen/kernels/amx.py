@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen import permission
-from sparsify_compiler.codegen.bound import BoundKernel, Variants
-from sparsify_compiler.codegen.kernels.finish import Finish, finish_of
-from sparsify_compiler.codegen.kernels.layout import dense_groups
+from sparsify_compiler.codegen.bound import BoundKernel, Variants, shared_layout
+from sparsify_compiler.codegen.kernels.finish import Finish, finish_of, needed_finish
+from sparsify_compiler.codegen.kernels.layout import dense_groups, groups_of
 from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, SIZES, PreparedTiles, prepare_tiles, tile_rows
 from sparsify_compiler.codegen.kernels.tiles import WIDTH, Tiles
 from sparsify_compiler.errors import KernelError
@@ -42,19 +42,16 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
     """Lay the weight out, or take the layout with this very bias from `shared`; build or load the variants. Raises KernelError."""
     if not _runs(target):
         raise KernelError("this machine, or its operating system, does not give AMX tiles", where=op, hint="compile the model again here")
-    prepared = next((made for held, made in shared if held is bias), None)
-    if prepared is None:
+    finish = needed_finish(op, attributes, rough=True)
+
+    def lay_out() -> PreparedTiles:
         if op == DENSE:
-            groups, (outputs, inputs) = dense_groups(tensors["weight"].detach(), max(SIZES)), tensors["weight"].shape
-        else:
-            groups = catalog.get("kernel", op).groups(tensors, attributes)
-            outputs, inputs = attributes["out_features"], attributes["in_features"]
-        prepared = prepare_tiles(groups, bias, outputs, inputs)
-        shared.append((bias, prepared))
+            return prepare_tiles(dense_groups(tensors["weight"].detach(), max(SIZES)), bias, *tensors["weight"].shape)
+        groups, outputs, inputs = groups_of(op, tensors, attributes)
+        return prepare_tiles(groups, bias, outputs, inputs)
+
+    prepared = shared_layout(shared, bias, lay_out)
     name = "dense amx" if op == DENSE else f"{op.removeprefix('linear_')}_amx_r{prepared.layout.r}"
-    finish = finish_of(attributes, rough=True)
-    if finish is None:
-        raise KernelError("no kernel has this activation", where=op, hint="compile the model again here")
     return BoundKernel(name, options, prepared, _variants(prepared, finish), target, files)
 
 

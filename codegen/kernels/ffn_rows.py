@@ -104,18 +104,13 @@ def _products(a: _Arguments, how: FfnRows, weights: Any, neurons: list[Any]) -> 
         inputs = [e.let(e.load(a.inputs, (j * halves + half) * LANES, lanes=LANES)) for half in range(halves)]
         for row, total in zip(neurons, sums, strict=True):
             word = e.let(e.load(weights, row, j * LANES, lanes=LANES))
-            parts = [word] if halves == 1 else _split(word)
+            parts = [word] if halves == 1 else e.upcast_pairs(word, LANES)
             for part, x in zip(parts, inputs, strict=True):
                 total.multiply_add(part, x)
     lanes = e.transpose([e.let(total.get()) for total in sums])
     while len(lanes) > 1:
         lanes = [e.let(low + high) for low, high in zip(lanes[::2], lanes[1::2], strict=True)]
     return lanes[0]
-
-
-def _split(word: Any) -> list[Any]:
-    bits = e.let(e.reinterpret("uint32", word, LANES))
-    return [e.upcast_low(bits, LANES), e.upcast_high(bits, LANES)]
 
 
 def _select(a: _Arguments, how: FfnRows, groups: Any) -> Any:
@@ -125,8 +120,7 @@ def _select(a: _Arguments, how: FfnRows, groups: Any) -> Any:
     with e.llvm(PARTS.read_text()), e.loop(groups) as group:
         at, count = e.let(group * LANES), e.let(e.load(found, 0))
         value = e.let(e.load(a.gates, at, lanes=LANES))
-        sign = e.broadcast(tirx.const(0x7FFFFFFF, "uint32"), LANES)
-        size = e.reinterpret("float32", e.reinterpret("uint32", value, LANES) & sign, LANES)
+        size = e.absolute(value, LANES)
         score = e.let(size * e.load(a.scale, at, lanes=LANES) if how.scaled else size)
         mask = e.let(e.external("int32", "selected", score, e.load(a.limit, 0)))
         e.builder.evaluate(tirx.call_extern("int32", "compress_values", t.address(a.values, count), value, mask))

@@ -14,6 +14,7 @@ from typing import Any
 from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.errors import KernelError
 
 LANES = 16
 PARTS = Path(__file__).with_name("part.ll")
@@ -57,6 +58,14 @@ def finish_of(attributes: Mapping[str, Any], rough: bool = False) -> Finish | No
     if (name and name not in ACTIVATIONS) or (name == "hardtanh" and numbers[0] > numbers[1]):
         return None
     return Finish(bool(attributes.get("add")), name, numbers, rough)
+
+
+def needed_finish(op: str, attributes: Mapping[str, Any], rough: bool = False) -> Finish:
+    """The same. Raises KernelError instead: a stored kernel may ask for anything."""
+    finish = finish_of(attributes, rough)
+    if finish is None:
+        raise KernelError("no kernel has this activation", where=op, hint="compile the model again here")
+    return finish
 
 
 def load_part(buffer: Any, at: Any, count: Any) -> Any:

@@ -85,8 +85,7 @@ def _score(a: _Arguments, how: GatherRows, m: Any, at: Any, lanes: int) -> tuple
     """What is multiplied with W, and its score."""
     value = e.read_float(a.x, m, at, lanes=lanes)
     value = e.let(value - e.load(a.center, at, lanes=lanes)) if how.centered else e.let(value)
-    sign = e.broadcast(tirx.const(0x7FFFFFFF, "uint32"), lanes)
-    size = e.reinterpret("float32", e.reinterpret("uint32", value, lanes) & sign, lanes)
+    size = e.absolute(value, lanes)
     return value, e.let(size * e.load(a.scale, at, lanes=lanes) if how.scaled else size)
 
 
@@ -166,10 +165,7 @@ def _multiply(a: Any, how: Any, m: Any, first: Any, places: list[Any], ahead: li
 def _weights(a: Any, how: Any, row: Any, column: Any) -> list[Any]:
     """One load of weights as float32: for bfloat16 those of even outputs, then those of odd ones."""
     value = e.load(a.weight, row, column, lanes=LANES)
-    if how.dtype == "float32":
-        return [value]
-    words = e.let(e.reinterpret("uint32", value, LANES))
-    return [e.upcast_low(words, LANES), e.upcast_high(words, LANES)]
+    return [value] if how.dtype == "float32" else e.upcast_pairs(value, LANES)
 
 
 def _finished(a: Any, how: Any, at: Any) -> Any:

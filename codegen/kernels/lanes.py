@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler import catalog
-from sparsify_compiler.codegen.bound import BoundKernel, Variants
+from sparsify_compiler.codegen.bound import BoundKernel, Variants, shared_layout
 from sparsify_compiler.codegen.kernels import strips
-from sparsify_compiler.codegen.kernels.layout import LANES, Prepared, prepare
+from sparsify_compiler.codegen.kernels.layout import LANES, Prepared, groups_of, prepare, takes
 from sparsify_compiler.codegen.kernels.panel import Panel
 from sparsify_compiler.codegen.kernels.rows import Rows
 from sparsify_compiler.target import Target
 
 NAME = "lanes"
-DTYPES = (torch.float32, torch.bfloat16)
 FEW_ROWS = {1: 1, 2: 2, 4: 4, 8: 6, 16: 8}  # up to so many rows of x the row-wise kernel wins, by r (measured, Zen 4)
 DOT_FROM = 4        # bfloat16 dot products pay from this r on: below, pairing the columns of x costs more than it saves
 ALONE = 12_000      # vector FMAs below which waking other threads costs more than they bring (about 3 µs)
@@ -26,9 +25,7 @@ ALONE = 12_000      # vector FMAs below which waking other threads costs more th
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
     """Names and options of the kernels that can run this op, most promising first."""
-    if "values" not in tensors or op not in catalog.names("kernel") or dtype not in DTYPES or tensors["values"].dtype not in (dtype, torch.bfloat16):
-        return []
-    if {"add", "activation"} & set(attributes):
+    if not takes(op, tensors, dtype) or {"add", "activation"} & set(attributes):
         return []
     if dtype is torch.float32 and min(rows, default=0) > strips.MANY and strips.offer(op, tensors, attributes, dtype, rows, target):
         return []  # of 30 cells measured (Sapphire Rapids) up to 8 % faster than strips in four, else slower, up to 1.7 times: not worth timing
@@ -42,11 +39,11 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
 def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
          files: Mapping[str, bytes], target: Target, shared: list[Any]) -> BoundKernel:
     """Lay the weight out, or take the layout with this very bias from `shared`; build or load the variants. Raises KernelError."""
-    prepared = next((made for held, made in shared if held is bias), None)
-    if prepared is None:
-        groups = catalog.get("kernel", op).groups(tensors, attributes)
-        prepared = prepare(groups, getattr(torch, str(options["dtype"])), bias, attributes["out_features"], attributes["in_features"])
-        shared.append((bias, prepared))
+    def lay_out() -> Prepared:
+        groups, outputs, inputs = groups_of(op, tensors, attributes)
+        return prepare(groups, getattr(torch, str(options["dtype"])), bias, outputs, inputs)
+
+    prepared = shared_layout(shared, bias, lay_out)
     vectors = int(options["vectors"])
     return BoundKernel(_name(op, int(options["r"]), vectors), options, prepared, _variants(prepared, vectors, target), target, files)
 

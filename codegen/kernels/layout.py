@@ -9,12 +9,17 @@ The number of groups is a multiple of what a strip of 16 outputs needs, so that 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsify_compiler import catalog
+from sparsify_compiler.codegen.bound import PreparedWeight
+
+DTYPES = (torch.float32, torch.bfloat16)   # of x and y
 LANES = 16      # rows of x in a vector; LLVM splits it on machines with narrower registers
 OUTPUTS = 16    # rows of W whose results are transposed and stored together
 
@@ -64,10 +69,8 @@ def dense_groups(weight: Tensor, r: int) -> Groups:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(PreparedWeight):
     """A weight in this layout."""
-
-    STATE: ClassVar[tuple[str, ...]] = ("values", "columns", "pointers", "bias")
 
     layout: Layout
     values: Tensor
@@ -77,30 +80,41 @@ class Prepared:
     out_features: int
     in_features: int
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of x and y."""
-        return getattr(torch, self.layout.dtype)  # type: ignore[no-any-return]
 
-    @property
-    def resident_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.values, self.columns, self.pointers, self.bias))
+def takes(op: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
+    """Is this a sparse linear for which a format's kernel file gives groups, its weights of the dtype of x or of bfloat16?"""
+    return op in catalog.names("kernel") and dtype in DTYPES and "values" in tensors and tensors["values"].dtype in (dtype, torch.bfloat16)
+
+
+def groups_of(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> tuple[Groups, int, int]:
+    """A stored sparse weight as groups; its outputs and inputs."""
+    return catalog.get("kernel", op).groups(tensors, attributes), int(attributes["out_features"]), int(attributes["in_features"])
+
+
+def index_dtype(inputs: int) -> str:
+    """Of columns, one of which, number `inputs`, means "none"."""
+    return "int16" if inputs < 32767 else "int32"
+
+
+def padded_bias(bias: Tensor | None, outputs: int, places: int) -> Tensor:
+    """The bias in float32, with zeros behind it and where there is none."""
+    full = torch.zeros(places)
+    if bias is not None:
+        full[:outputs] = bias.detach().float()
+    return full
 
 
 def prepare(groups: Groups, dtype: torch.dtype, bias: Tensor | None, out_features: int, in_features: int) -> Prepared:
     """Lay a weight out for the kernels of x in `dtype`. The last group may hang over out_features; what it computes there is not stored."""
     r = max(size for size in (1, 2, 4, 8, 16) if groups.values.shape[1] % size == 0)
-    layout = Layout(r, str(dtype).removeprefix("torch."), "int16" if in_features < 32767 else "int32")
+    layout = Layout(r, str(dtype).removeprefix("torch."), index_dtype(in_features))
     strips = -(-out_features // OUTPUTS)
     full_values, full_columns, ends = padded_groups(groups, r, strips * (OUTPUTS // r), layout.unroll, in_features)
     full_values = full_values.to(dtype)
     if dtype == torch.bfloat16:
         full_values = full_values.view(-1, 2, r).transpose(1, 2).flatten().view(torch.int32)
-    full_bias = torch.zeros(strips * OUTPUTS, dtype=torch.float32)
-    if bias is not None:
-        full_bias[:out_features] = bias.detach().float()
     return Prepared(layout, full_values.view(-1), full_columns.to(getattr(torch, layout.index)),
-                    ends.to(torch.int32), full_bias, out_features, in_features)
+                    ends.to(torch.int32), padded_bias(bias, out_features, strips * OUTPUTS), out_features, in_features)
 
 
 def padded_groups(groups: Groups, r: int, needed: int, multiple: int, none: int) -> tuple[Tensor, Tensor, Tensor]:

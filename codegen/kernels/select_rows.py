@@ -40,8 +40,7 @@ def _body(how: SelectRows) -> None:
         value = e.let(e.read_float(x, m, at, lanes=lanes))
         middle = e.load(center, at, lanes=lanes) if how.centered else e.broadcast(e.zero(), lanes)
         distance = value - middle if how.centered else value
-        sign = e.broadcast(tirx.const(0x7FFFFFFF, "uint32"), lanes)
-        size = e.reinterpret("float32", e.reinterpret("uint32", e.let(distance), lanes) & sign, lanes)
+        size = e.absolute(e.let(distance), lanes)
         score = size * e.load(scale, at, lanes=lanes) if how.scaled else size
         least = e.broadcast(e.load(limit, e.minimum(m, L - 1)), lanes)
         e.write_float(y, tirx.Select(score < least, middle, value), m, at, lanes=lanes)

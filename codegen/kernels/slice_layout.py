@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsify_compiler.codegen.kernels.layout import Groups, split
+from sparsify_compiler.codegen.bound import PreparedWeight
+from sparsify_compiler.codegen.kernels.layout import Groups, padded_bias, split
 
 LANES = 16
 WINDOW = 256        # outputs that may change places: lines of y are then written while they are in the cache
@@ -69,7 +70,7 @@ class SliceLayout:
 
 
 @dataclass(frozen=True)
-class PreparedSlices:
+class PreparedSlices(PreparedWeight):
     """A weight in this layout."""
 
     STATE: ClassVar[tuple[str, ...]] = ("values", "codes", "pointers", "order", "shares", "bias")
@@ -88,15 +89,6 @@ class PreparedSlices:
     def steps(self) -> int:
         """S: vectors of 16 weights, padding included."""
         return int(self.pointers[-1])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of x and y."""
-        return getattr(torch, self.layout.dtype)  # type: ignore[no-any-return]
-
-    @property
-    def resident_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (getattr(self, name) for name in self.STATE))
 
 
 def places_fit(n: int, m: int) -> bool:
@@ -144,7 +136,7 @@ def _prepared(layout: SliceLayout, values: Tensor, codes: Tensor, ends: Tensor, 
     wanted = torch.arange(SHARES + 1, dtype=torch.float64) * (float(ends[-1]) / SHARES)
     shares = torch.searchsorted(ends.double(), wanted).clamp(max=len(ends) - 1)
     shares[0], shares[-1] = 0, len(ends) - 1
-    by_lane = torch.zeros(outputs + 1) if bias is None else pad(bias.detach().float(), (0, 1))
+    by_lane = padded_bias(bias, outputs, outputs + 1)
     return PreparedSlices(layout, values, codes, ends.int(), order.int(), shares.int(), by_lane[order], outputs, inputs)
 
 

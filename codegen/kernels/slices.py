@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler import catalog
-from sparsify_compiler.codegen.bound import BoundKernel, Variants
+from sparsify_compiler.codegen.bound import BoundKernel, Variants, shared_layout
 from sparsify_compiler.codegen.kernels.gemv import Gemv
+from sparsify_compiler.codegen.kernels.layout import groups_of, takes
 from sparsify_compiler.codegen.kernels.slice_layout import LANES, PreparedSlices, places_fit, prepare_gaps, prepare_places
 from sparsify_compiler.codegen.kernels.slice_panel import SlicePanel
 from sparsify_compiler.target import Target
 
 NAME = "slices"
-DTYPES = (torch.float32, torch.bfloat16)
 MOST = 8            # rows of x to expect up to which these kernels are offered: above, panels of lanes.py are faster
 FEW = {"gaps": 3, "places": 14}             # up to so many rows each is computed by itself (measured, Sapphire Rapids)
 ALONE = {"gaps": 1500, "places": 10_000}    # steps of gemv below which waking other threads costs more than they bring (about 4 µs)
@@ -28,9 +27,7 @@ ALONE = {"gaps": 1500, "places": 10_000}    # steps of gemv below which waking o
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
     """Name and options of the kernel where it can run this op and few rows are to be expected."""
-    if "values" not in tensors or op not in catalog.names("kernel") or dtype not in DTYPES or tensors["values"].dtype not in (dtype, torch.bfloat16):
-        return []
-    if {"add", "activation"} & set(attributes):
+    if not takes(op, tensors, dtype) or {"add", "activation"} & set(attributes):
         return []
     if attributes.get("r", 1) > 1 or not 0 < max(rows, default=0) <= MOST or not target.has("avx512f"):
         return []
@@ -42,14 +39,15 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
          files: Mapping[str, bytes], target: Target, shared: list[Any]) -> BoundKernel:
     """Lay the weight out, or take the layout with this very bias from `shared`; build or load the variants. Raises KernelError."""
     coding = str(options["coding"])
-    prepared = next((made for held, how, made in shared if held is bias and how == coding), None)
-    if prepared is None:
-        dtype, inputs = getattr(torch, str(options["dtype"])), attributes["in_features"]
+
+    def lay_out() -> PreparedSlices:
+        dtype = getattr(torch, str(options["dtype"]))
         if coding == "places":
-            prepared = prepare_places(tensors["values"], tensors["offsets"], attributes["n"], attributes["m"], dtype, bias, inputs)
-        else:
-            prepared = prepare_gaps(catalog.get("kernel", op).groups(tensors, attributes), dtype, bias, attributes["out_features"], inputs)
-        shared.append((bias, coding, prepared))
+            return prepare_places(tensors["values"], tensors["offsets"], attributes["n"], attributes["m"], dtype, bias, attributes["in_features"])
+        groups, outputs, inputs = groups_of(op, tensors, attributes)
+        return prepare_gaps(groups, dtype, bias, outputs, inputs)
+
+    prepared = shared_layout(shared, bias, lay_out)
     return BoundKernel(_name(op, coding), options, prepared, _variants(prepared, coding), target, files)
 
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsify_compiler.codegen.kernels.layout import OUTPUTS, Groups, split
+from sparsify_compiler.codegen.bound import PreparedWeight
+from sparsify_compiler.codegen.kernels.layout import OUTPUTS, Groups, padded_bias, split
 
 TILE = 4             # registers of LANES rows of x that are multiplied at a time
 SLICE = 4            # outputs that are computed together: TILE * SLICE sums in registers
@@ -60,7 +61,7 @@ class StripLayout:
 
 
 @dataclass(frozen=True)
-class PreparedStrips:
+class PreparedStrips(PreparedWeight):
     """A weight in this layout."""
 
     STATE: ClassVar[tuple[str, ...]] = ("values", "columns", "pointers", "visits", "starts", "strips", "bias")
@@ -75,15 +76,6 @@ class PreparedStrips:
     bias: Tensor
     out_features: int
     in_features: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of x and y."""
-        return getattr(torch, self.layout.dtype)  # type: ignore[no-any-return]
-
-    @property
-    def resident_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (getattr(self, name) for name in self.STATE))
 
 
 def blocks_of(inputs: int, layout: StripLayout) -> int:
@@ -124,14 +116,11 @@ def prepare_strips(groups: Groups, dtype: torch.dtype, bias: Tensor | None, outp
     total = int(pointers[-1]) * lanes
     full_values = values.new_zeros(total, r).index_copy_(0, place, values[by_key])
     full_columns = torch.full((total,), layout.block, dtype=torch.int64).index_copy_(0, place, columns[by_key] % layout.block)
-    full_bias = torch.zeros(needed * r)
-    if bias is not None:
-        full_bias[:outputs] = bias.detach().float()
     inside = (order % max(needed, 1)) * r - strips[strip[order % max(needed, 1)]]
     starts = pad(torch.bincount(cell_of[used], minlength=(len(strips) - 1) * blocks).cumsum(0), (1, 0))
     return PreparedStrips(
         layout, full_values.view(-1), full_columns.to(getattr(torch, layout.index)), pad(pointers[1:][used], (1, 0)).int(),
-        inside.view(-1, lanes)[used].reshape(-1).int(), starts.int(), strips.int(), full_bias, outputs, inputs)
+        inside.view(-1, lanes)[used].reshape(-1).int(), starts.int(), strips.int(), padded_bias(bias, outputs, needed * r), outputs, inputs)
 
 
 def _strips(counts: Tensor, r: int, cores: int) -> Tensor:

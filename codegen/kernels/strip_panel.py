@@ -21,6 +21,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels.finish import NOTHING, Finish
 from sparsify_compiler.codegen.kernels.layout import LANES, OUTPUTS
+from sparsify_compiler.codegen.kernels.share import share
 from sparsify_compiler.codegen.kernels.strip_layout import SLICE, TILE, StripLayout
 
 SCALAR = Path(__file__).with_name("scalar.ll")
@@ -55,23 +56,17 @@ def _arguments(how: StripPanel) -> Any:
 
 
 def _body(how: StripPanel) -> None:
-    """Each worker has tiles to itself; those left over are shared, several workers to each, with a part of the strips."""
     a, layout, workers = _arguments(how), how.layout, how.workers
     a.blocks = e.opaque(e.maximum(tirx.truncdiv(a.K + (layout.block - 1), layout.block), 1))
     a.registers, strips = e.opaque(tirx.truncdiv(a.M + (LANES - 1), LANES)), e.opaque(a.T - 1)
     a.tiles = e.opaque(tirx.truncdiv(a.registers + (TILE - 1), TILE))
-    own = e.opaque(tirx.truncdiv(a.tiles, workers))
-    rest = e.opaque(a.tiles - own * workers)
     with e.loop(workers, parallel=workers > 1) as me, e.llvm(SCALAR.read_text()):
         packed = e.scratch((layout.block + 1) * (TILE * LANES), "float32")
-        mine = e.opaque(tirx.truncdiv(me * rest, workers))
-        since = e.opaque(tirx.truncdiv(mine * workers + (rest - 1), e.maximum(rest, 1)))          # the first worker at this tile
-        until = e.opaque(tirx.truncdiv((mine + 1) * workers + (rest - 1), e.maximum(rest, 1)))    # and who comes after its last
-        with e.loop(e.opaque(own + e.minimum(rest, 1))) as number:
-            alone = number < own
-            t = _tile(a, packed, e.opaque(e.either(alone, me * own + number, own * workers + mine)))
-            first = e.opaque(e.either(alone, 0, tirx.truncdiv(strips * (me - since), until - since)))
-            last = e.opaque(e.either(alone, strips, tirx.truncdiv(strips * (me + 1 - since), until - since)))
+        s = share(a.tiles, strips, workers, me)
+        with e.loop(e.opaque(s.own + s.left)) as number:
+            alone = number < s.own
+            t = _tile(a, packed, e.opaque(e.either(alone, s.first + number, s.rest)))
+            first, last = e.opaque(e.either(alone, 0, s.begin)), e.opaque(e.either(alone, strips, s.end))
             with e.loop(tirx.truncdiv(last - first + (TOGETHER - 1), TOGETHER)) as turn:
                 begin = e.opaque(first + turn * TOGETHER)
                 _strips(how, a, t, begin, e.opaque(e.minimum(begin + TOGETHER, last)))

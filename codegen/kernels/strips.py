@@ -8,17 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler import catalog
-from sparsify_compiler.codegen.bound import BoundKernel, Variants
-from sparsify_compiler.codegen.kernels.finish import Finish, finish_of
-from sparsify_compiler.codegen.kernels.layout import LANES
+from sparsify_compiler.codegen.bound import BoundKernel, Variants, shared_layout
+from sparsify_compiler.codegen.kernels.finish import Finish, finish_of, needed_finish
+from sparsify_compiler.codegen.kernels.layout import LANES, groups_of, takes
 from sparsify_compiler.codegen.kernels.strip_layout import SLICE, TILE, PreparedStrips, prepare_strips
 from sparsify_compiler.codegen.kernels.strip_panel import StripPanel
-from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
 
 NAME = "strips"
-DTYPES = (torch.float32, torch.bfloat16)
 NEEDS = "avx512f"   # registers for TILE * SLICE sums of LANES each
 PAIRS_FROM = 4      # outputs that share columns from which bfloat16 is faster where two are multiplied at once (lanes.py, amx.py)
 MANY = 8            # up to so many rows of x another family is faster
@@ -28,12 +25,9 @@ ALONE = 12_000      # vector FMAs below which waking other threads costs more th
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
     """Name and options of the kernel where it can run this op."""
-    values, r = tensors.get("values"), int(attributes.get("r", 1))
-    if values is None or op not in catalog.names("kernel") or dtype not in DTYPES or values.dtype not in (dtype, torch.bfloat16):
+    if not takes(op, tensors, dtype) or not target.has(NEEDS) or max(rows, default=LANES) <= MANY or finish_of(attributes) is None:
         return []
-    if not target.has(NEEDS) or max(rows, default=LANES) <= MANY or finish_of(attributes) is None:
-        return []
-    if dtype is torch.bfloat16 and r % PAIRS_FROM == 0 and target.has("avx512bf16"):
+    if dtype is torch.bfloat16 and int(attributes.get("r", 1)) % PAIRS_FROM == 0 and target.has("avx512bf16"):
         return []
     return [(_name(op), {"dtype": str(dtype).removeprefix("torch.")})]
 
@@ -41,14 +35,13 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
 def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
          files: Mapping[str, bytes], target: Target, shared: list[Any]) -> BoundKernel:
     """Lay the weight out, or take the layout with this very bias from `shared`; build or load the variants. Raises KernelError."""
-    prepared = next((made for held, made in shared if held is bias), None)
-    if prepared is None:
-        groups, sizes = catalog.get("kernel", op).groups(tensors, attributes), (attributes["out_features"], attributes["in_features"])
-        prepared = prepare_strips(groups, getattr(torch, str(options["dtype"])), bias, *sizes, target.cores)
-        shared.append((bias, prepared))
-    finish = finish_of(attributes)
-    if finish is None:
-        raise KernelError("no kernel has this activation", where=op, hint="compile the model again here")
+    finish = needed_finish(op, attributes)
+
+    def lay_out() -> PreparedStrips:
+        groups, outputs, inputs = groups_of(op, tensors, attributes)
+        return prepare_strips(groups, getattr(torch, str(options["dtype"])), bias, outputs, inputs, target.cores)
+
+    prepared = shared_layout(shared, bias, lay_out)
     return BoundKernel(_name(op), options, prepared, _variants(prepared, finish), target, files)
 
 

@@ -10,12 +10,12 @@ bias      [groups * r] float32, zeros where there is none
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsify_compiler.codegen.kernels.layout import Arguments, Groups, padded_groups
+from sparsify_compiler.codegen.bound import PreparedWeight
+from sparsify_compiler.codegen.kernels.layout import Arguments, Groups, index_dtype, padded_bias, padded_groups
 from sparsify_compiler.errors import KernelError
 
 DEPTH = 32     # inputs of a chunk: the pairs of bfloat16 in 64 bytes of a tile's row, twice
@@ -48,10 +48,8 @@ class TileLayout:
 
 
 @dataclass(frozen=True)
-class PreparedTiles:
+class PreparedTiles(PreparedWeight):
     """A weight in this layout."""
-
-    STATE: ClassVar[tuple[str, ...]] = ("values", "columns", "pointers", "bias")
 
     layout: TileLayout
     values: Tensor
@@ -60,15 +58,6 @@ class PreparedTiles:
     bias: Tensor
     out_features: int
     in_features: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of x and y."""
-        return getattr(torch, self.layout.dtype)  # type: ignore[no-any-return]
-
-    @property
-    def resident_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.values, self.columns, self.pointers, self.bias))
 
 
 def tile_rows(r: int) -> int | None:
@@ -88,13 +77,10 @@ def prepare_tiles(groups: Groups, bias: Tensor | None, out_features: int, in_fea
     values, columns, ends = padded_groups(groups, r, needed, DEPTH, in_features)
     chunks = columns.view(-1, DEPTH)
     run = in_features % DEPTH == 0 and bool((chunks[:, 0] % DEPTH == 0).all()) and bool((chunks.diff(dim=1) == 1).all())
-    layout = TileLayout(r, "int16" if in_features < 32767 else "int32", run)
-    full_bias = torch.zeros(needed * r, dtype=torch.float32)
-    if bias is not None:
-        full_bias[:out_features] = bias.detach().float()
+    layout = TileLayout(r, index_dtype(in_features), run)
     stored = chunks[:, 0] // DEPTH if run else columns
     return PreparedTiles(layout, values.to(torch.bfloat16).view(-1, DEPTH, r).transpose(1, 2).flatten(), stored.to(getattr(torch, layout.index)),
-                         (ends // DEPTH).to(torch.int32), full_bias, out_features, in_features)
+                         (ends // DEPTH).to(torch.int32), padded_bias(bias, out_features, needed * r), out_features, in_features)
 
 
 def tile_arguments(layout: TileLayout, add: bool) -> Arguments:

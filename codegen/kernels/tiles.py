@@ -16,6 +16,7 @@ from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels.finish import NOTHING, Finish
 from sparsify_compiler.codegen.kernels.layout import Arguments
+from sparsify_compiler.codegen.kernels.share import share
 from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, TileLayout, tile_arguments
 
 WIDTH = 16              # rows of x in a tile
@@ -43,36 +44,26 @@ class Tiles:
         """Rows of x in a panel."""
         return WIDTH * self.across
 
-    @property
-    def parallel(self) -> bool:
-        return self.workers > 1
-
 
 def _body(how: Tiles) -> None:
-    """A worker packs what it multiplies: what another has written comes through the slow way between cores."""
     a = tile_arguments(how.layout, how.finish.add)
     panels = e.opaque(e.floordiv(a.M + (how.width - 1), how.width))
     # One panel of packed x: `run`: [tile][pair][row] words; else [input][row], row order such that interleaving two of them gives whole tiles.
     size = e.opaque(a.K * how.width if how.layout.run else (a.K + 1) * how.width)
     groups = e.opaque(e.floordiv(a.N + (how.layout.r - 1), how.layout.r))
-    own = e.opaque(e.floordiv(panels, how.workers))     # panels that a worker has to itself, some at a time
-    rest = e.opaque(panels - own * how.workers)         # panels left: several workers to each, with a part of the groups
-    each = e.opaque(e.minimum(e.maximum(e.floordiv(BLOCK, size), 1), e.maximum(own, 1)))
-    blocks = e.opaque(e.floordiv(own + (each - 1), each))
-    with e.loop(how.workers, parallel=how.parallel) as me:
+    with e.loop(how.workers, parallel=how.workers > 1) as me:
+        s = share(panels, groups, how.workers, me)
+        each = e.opaque(e.minimum(e.maximum(e.floordiv(BLOCK, size), 1), e.maximum(s.own, 1)))  # panels at a time
+        blocks = e.opaque(e.floordiv(s.own + (each - 1), each))
         room = _Room(e.scratch(each * size, "uint16"), e.scratch(2 * how.across * TILE, "uint16"),
-                     e.scratch(how.layout.r * how.width, "float32"), e.scratch(how.layout.r * how.width, "uint16"),
+                     *(e.scratch(how.layout.r * how.width, dtype) for dtype in ("float32", "uint16")),
                      e.scratch(how.layout.r * how.width, "uint16") if how.finish.add else None)
-        mine = e.opaque(e.floordiv(me * rest, how.workers))
-        since = e.opaque(e.floordiv(mine * how.workers + (rest - 1), e.maximum(rest, 1)))           # the first worker at this panel
-        until = e.opaque(e.floordiv((mine + 1) * how.workers + (rest - 1), e.maximum(rest, 1)))     # and who comes after its last
         t.configure([*([how.layout.rows] * 6), t.ROWS, t.ROWS])
-        with e.loop(e.opaque(blocks + e.minimum(rest, 1))) as block:
+        with e.loop(e.opaque(blocks + s.left)) as block:
             alone = block < blocks
-            panel = e.opaque(e.either(alone, me * own + block * each, own * how.workers + mine))
-            count = e.opaque(e.either(alone, e.minimum(own - block * each, each), 1))
-            first = e.opaque(e.either(alone, 0, e.floordiv(groups * (me - since), until - since)))
-            last = e.opaque(e.either(alone, groups, e.floordiv(groups * (me + 1 - since), until - since)))
+            panel = e.opaque(e.either(alone, s.first + block * each, s.rest))
+            count = e.opaque(e.either(alone, e.minimum(s.own - block * each, each), 1))
+            first, last = e.opaque(e.either(alone, 0, s.begin)), e.opaque(e.either(alone, groups, s.end))
             _pack(a, how, room.packed, panel, count, size)
             with e.loop(last - first) as group, e.loop(count) as p:
                 _group(a, how, room, e.opaque(p * size), e.opaque((panel + p) * how.width), e.opaque(first + group))
