@@ -10,7 +10,6 @@ of the prompt too. The densities that come of it on the calibration's rows are s
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -44,13 +43,9 @@ METHODS: dict[str, Made] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--brown", type=Path, required=True)
-    parser.add_argument("--cache", type=Path)
+    parser = language.options(__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--texts", type=int, default=8)
-    parser.add_argument("--split", choices=["held out", "choose"], default="held out")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--sparsities", nargs="+", type=int, default=[25, 40, 50, 60])
     parser.add_argument("--sites", nargs="+", choices=list(SITES), default=["all"])

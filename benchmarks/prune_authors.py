@@ -10,7 +10,6 @@ the two codes has to be held against. The masks and values of the first block, w
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from prune_quality import STRUCTURES, tell
-from subjects import SmolLM2
+from subjects import SmolLM2, options
 from torch import Tensor, nn
 
 from sparsify_compiler import recipes
@@ -29,13 +28,9 @@ from sparsify_compiler.program import Program, get_tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--authors", type=Path, required=True)
-    parser.add_argument("--brown", type=Path, required=True)
-    parser.add_argument("--cache", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--split", choices=["held out", "choose"], default="held out")
     parser.add_argument("--structures", nargs="+", choices=["30%", "50%", "60%", "2:4", "4:8"], default=["50%"])
     parser.add_argument("--orders", type=int, default=1)
     arguments = parser.parse_args()

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from subjects import SmolLM2
+from subjects import SmolLM2, options
 
 from sparsify_compiler import recipes
 from sparsify_compiler.calibrate import calibrate
@@ -32,12 +32,8 @@ MIB = 1 << 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--brown", type=Path, required=True)
-    parser.add_argument("--cache", type=Path)
-    parser.add_argument("--samples", type=int, default=8)
+    parser = options(__doc__)
     parser.add_argument("--recipe", default="sparsegpt", choices=["sparsegpt", "aligned"])
-    parser.add_argument("--split", default="held out", choices=["held out", "choose"])
     parser.add_argument("--kill-after", type=float)
     arguments = parser.parse_args()
     if arguments.kill_after is None:

@@ -26,7 +26,7 @@ import torch
 from photos import Photos
 from rich.console import Console
 from rich.table import Table
-from subjects import MiniLM, MPNet, SmolLM2, Subject
+from subjects import MiniLM, MPNet, SmolLM2, Subject, options
 
 from sparsify_compiler import recipes
 from sparsify_compiler.call import instantiate
@@ -73,12 +73,8 @@ def dass(structure: str, density: float) -> Pipeline:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--brown", type=Path, required=True)
-    parser.add_argument("--cache", type=Path)
+    parser = options(__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--split", choices=["held out", "choose"], default="held out")
     parser.add_argument("--model", nargs="+", choices=list(SHOWN), default=["smollm2"])
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *OF_CONVOLUTIONS])
     parser.add_argument("--structures", nargs="+", choices=list(STRUCTURES))

@@ -24,7 +24,7 @@ import torch
 from prune_quality import SUBJECTS
 from rich.console import Console
 from rich.table import Table
-from subjects import MPNet, Subject
+from subjects import MPNet, Subject, options
 from torch import nn
 
 from sparsify_compiler import recipes
@@ -70,12 +70,8 @@ OF = {"efficientnet": tuple(name for name in METHODS if name.startswith("filters
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--brown", type=Path, required=True)
-    parser.add_argument("--cache", type=Path)
+    parser = options(__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--split", choices=["held out", "choose"], default="held out")
     parser.add_argument("--density", type=float, default=0.75)
     parser.add_argument("--model", nargs="+", choices=list(OF), default=list(OF))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS))

@@ -34,6 +34,16 @@ from sparsify_compiler.program import Program
 LENGTH, MEASURED = 512, 8
 
 
+def options(text: str | None) -> argparse.ArgumentParser:
+    """What every script over these subjects takes: where the data lies, and what is calibrated and measured on."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--brown", type=Path, required=True)
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--split", choices=["held out", "choose"], default="held out")
+    return parser
+
+
 class Subject:
     """A model, its calibration batches, and how it is measured."""
 
