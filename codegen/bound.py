@@ -92,8 +92,6 @@ class BoundKernel:
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """x [..., in_features] and other [..., out_features] of the kernel's dtype, any strides -> a new y [..., out_features]. Raises InputError."""
-        if self._adds:
-            return self._add(x, other)
         plan = self._plans.get(x.shape) or self._plan(x)
         y = torch.empty(plan.shape, dtype=self._dtype)
         if x.dtype is not self._dtype or not x.is_cpu:
@@ -102,22 +100,19 @@ class BoundKernel:
             x = x.contiguous()
         if x.requires_grad:
             x = x.detach()
+        added = (self._added(other, plan),) if self._adds else ()
         if plan.flat:
-            plan.run(x, y)
+            plan.run(x, *added, y)
         elif plan.rows and self.out_features:
-            plan.run(x.view(plan.rows, -1), y.view(plan.rows, -1))
+            plan.run(x.view(plan.rows, -1), *added, y.view(plan.rows, -1))
         return y
 
-    def _add(self, x: Tensor, other: Tensor | None) -> Tensor:
-        plan = self._plans.get(x.shape) or self._plan(x)
-        if other is None or other.shape != plan.shape or not (x.dtype is other.dtype is self._dtype) or not x.is_cpu or not other.is_cpu:
+    def _added(self, other: Tensor | None, plan: _Plan) -> Tensor:
+        """What is added, as a matrix."""
+        if other is None or other.shape != plan.shape or other.dtype is not self._dtype or not other.is_cpu:
             given = None if other is None else f"{list(other.shape)} {other.dtype} on {other.device}"
-            raise InputError(f"expected x of {self._dtype} on the CPU and what is added, {list(plan.shape)} of that dtype, got {x.dtype} on "
-                             f"{x.device} and {given}", where=self.name)
-        y = torch.empty(plan.shape, dtype=self._dtype)
-        if plan.rows and self.out_features:
-            plan.run(*(t.detach().contiguous().view(plan.rows, -1) for t in (x, other)), y.view(plan.rows, -1))
-        return y
+            raise InputError(f"expected what is added, {list(plan.shape)} {self._dtype} on the CPU, got {given}", where=self.name)
+        return other.detach().reshape(plan.rows, self.out_features).contiguous()
 
     def _plan(self, x: Tensor) -> _Plan:
         """What to do for x of this shape, remembered: for small layers looking it up takes as long as the kernel."""

@@ -274,6 +274,13 @@ def test_tiles_finish(name: str, numbers: dict[str, Any], activation: Any, r: in
     if add:
         with pytest.raises(InputError, match="what is added"):
             kernel(x)
+        with pytest.raises(InputError, match="what is added"):
+            kernel(x, other[:1])
+        kernel._slab, x = 64, torch.randn(2, 65, 64).bfloat16()
+        other = torch.randn(76, 65, 2).bfloat16().transpose(0, 2)
+        want = torch.cat([kernel(part, more) for part, more in zip(x.flatten(0, 1).split(64), other.flatten(0, 1).split(64), strict=True)])
+        kernel._plans.clear()
+        assert torch.equal(kernel(x, other).flatten(0, 1), want)
 
 
 @needs_tiles
