@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from .errors import BudgetError
 from .program import Program, Stage
 
 if TYPE_CHECKING:
@@ -110,6 +111,26 @@ class Pass:
     def own_density(self) -> float | None:
         """The density that this pass's options fix, whatever the budget says; None where the budget decides, or there is nothing to decide."""
         return None
+
+    def density_of(self, ctx: Context) -> float:
+        """own_density(), or the budget's. Raises BudgetError where neither is given."""
+        own = self.own_density()
+        density = ctx.density if own is None else own
+        if density is None:
+            raise BudgetError("no density was given", where=self.name(),
+                              hint=f"{self.name()}(density=0.5), compile(..., budget=Budget(density=0.5)), or --density 0.5 on the command line")
+        return density
+
+    def check_density(self, density: float | None) -> None:
+        """For __post_init__. Raises BudgetError."""
+        if density is not None and not 0 < density <= 1:
+            raise BudgetError(f"a density lies above 0 and at most at 1, got {density}", where=self.name())
+
+    def take_selectors(self, *options: str) -> None:
+        """For __post_init__: these options become tuples of selectors, also where one was given as plain text."""
+        for option in options:
+            value = getattr(self, option)
+            object.__setattr__(self, option, (value,) if isinstance(value, str) else tuple(value))
 
     def run(self, program: Program, ctx: Context) -> Program:
         """The Program after the pass. `program` is a private clone: edit it in place and return it."""

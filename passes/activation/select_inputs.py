@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.decision import Decision
-from sparsify_compiler.errors import BudgetError, ParseError
+from sparsify_compiler.errors import ParseError
 from sparsify_compiler.ops import select
 from sparsify_compiler.passes.activation._evidence import InputEvidence, blocks_of
 from sparsify_compiler.passes.activation._selection import Selection
@@ -56,11 +56,8 @@ class SelectInputs(Pass):
             Named.parse(kind, name)
         if self.center not in ("zero", "mean"):
             raise ParseError(f"center is 'zero' or 'mean', not {self.center!r}", where="select_inputs")
-        for selectors in ("targets", "ignore"):
-            value = getattr(self, selectors)
-            object.__setattr__(self, selectors, (value,) if isinstance(value, str) else tuple(value))
-        if self.density is not None and not 0 < self.density <= 1:
-            raise BudgetError(f"a density lies above 0 and at most at 1, got {self.density}", where="select_inputs")
+        self.take_selectors("targets", "ignore")
+        self.check_density(self.density)
 
     def needs(self, program: Program) -> Mapping[str, frozenset[str]]:
         names = {"input_rows", *Named.parse("scorer", self.scorer).statistics, *Named.parse("input budget", self.budget).statistics}
@@ -71,10 +68,7 @@ class SelectInputs(Pass):
         return self.density
 
     def run(self, program: Program, ctx: Context) -> Program:
-        density = self.density if self.density is not None else ctx.density
-        if density is None:
-            raise BudgetError("no density was given", where="select_inputs",
-                              hint="select_inputs(density=0.5), compile(..., budget=Budget(density=0.5)), or --density 0.5 on the command line")
+        density = self.density_of(ctx)
         layers, left = self._layers(program)
         for site, why in left:
             ctx.miss(why, site)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.decision import Decision
-from sparsify_compiler.errors import BudgetError, CalibrationError
+from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.fold import evaluate, is_constant
 from sparsify_compiler.ops import select
 from sparsify_compiler.passes.activation._selection import Selection
@@ -54,11 +54,8 @@ class SelectNeurons(Pass):
     def __post_init__(self) -> None:
         for kind, name in (("scorer", self.scorer), ("selector", self.selector)):
             Named.parse(kind, name)
-        for selectors in ("targets", "ignore"):
-            value = getattr(self, selectors)
-            object.__setattr__(self, selectors, (value,) if isinstance(value, str) else tuple(value))
-        if self.density is not None and not 0 < self.density <= 1:
-            raise BudgetError(f"a density lies above 0 and at most at 1, got {self.density}", where="select_neurons")
+        self.take_selectors("targets", "ignore")
+        self.check_density(self.density)
 
     def needs(self, program: Program) -> Mapping[str, frozenset[str]]:
         names = frozenset({"neuron_rows", *Named.parse("scorer", self.scorer).statistics} - {"input_rows"})
@@ -69,10 +66,7 @@ class SelectNeurons(Pass):
         return self.density
 
     def run(self, program: Program, ctx: Context) -> Program:
-        density = self.density if self.density is not None else ctx.density
-        if density is None:
-            raise BudgetError("no density was given", where="select_neurons",
-                              hint="select_neurons(density=0.5), or compile(..., budget=Budget(density=0.5))")
+        density = self.density_of(ctx)
         sites = self._sites(program)
         if not sites:
             ctx.miss("the model has no FFN")

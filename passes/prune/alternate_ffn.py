@@ -55,8 +55,7 @@ class AlternateFfn(Pass):
     def __post_init__(self) -> None:
         if isinstance(self.structure, str):
             object.__setattr__(self, "structure", Structure.parse(self.structure))
-        if self.density is not None and not 0 < self.density <= 1:
-            raise BudgetError(f"a density lies above 0 and at most at 1, got {self.density}", where="alternate_ffn")
+        self.check_density(self.density)
         if self.rounds < 0 or self.trust <= 0:
             raise BudgetError("rounds are 0 or more, and trust lies above 0", where="alternate_ffn")
 
@@ -65,9 +64,7 @@ class AlternateFfn(Pass):
         return self.density if self.density is not None else self.structure.density
 
     def run(self, program: Program, ctx: Context) -> Program:
-        density = self.own_density() if self.own_density() is not None else ctx.density
-        if density is None:
-            raise BudgetError("no density was given", where="alternate_ffn", hint="alternate_ffn(density=0.5), or a budget")
+        density = self.density_of(ctx)
         ffns, left = find(program, self.targets, ctx)
         for site in left:
             leave_dense(site, program, ctx)

@@ -84,13 +84,10 @@ class MaskWeights(Pass):
             raise ParseError(f"inputs is 'dense', 'block' or 'pruned', not {self.inputs!r}", where="mask_weights")
         if isinstance(self.structure, str):
             object.__setattr__(self, "structure", Structure.parse(self.structure))
-        for selectors in ("targets", "ignore"):
-            value = getattr(self, selectors)
-            object.__setattr__(self, selectors, (value,) if isinstance(value, str) else tuple(value))
+        self.take_selectors("targets", "ignore")
         if self.on_misfit not in ("error", "skip"):
             raise ParseError(f"on_misfit is 'error' or 'skip', not {self.on_misfit!r}", where="mask_weights")
-        if self.density is not None and not 0 < self.density <= 1:
-            raise BudgetError(f"a density lies above 0 and at most at 1, got {self.density}", where="mask_weights")
+        self.check_density(self.density)
 
     def needs(self, program: Program) -> Mapping[str, frozenset[str]]:
         """All that is asked of the dense model. What a sweep gathers on its way is none of it."""

@@ -58,8 +58,7 @@ class PermuteChannels(Pass):
         if not isinstance(structure, NM) or structure.along != "inputs":
             raise ParseError(f"orders channels for N:M along inputs, not for {structure}", where="permute_channels", hint='write structure="2:4"')
         object.__setattr__(self, "structure", structure)
-        targets: object = self.targets
-        object.__setattr__(self, "targets", (targets,) if isinstance(targets, str) else tuple(self.targets))
+        self.take_selectors("targets")
 
     def needs(self, program: Program) -> Mapping[str, frozenset[str]]:
         names = frozenset(Named.parse("score", self.score).statistics)

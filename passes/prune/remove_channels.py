@@ -72,11 +72,8 @@ class RemoveChannels(Pass):
                 raise ParseError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}", where="remove_channels")
         if self.multiple < 1:
             raise ParseError(f"multiple is at least 1, got {self.multiple}", where="remove_channels")
-        if self.density is not None and not 0 < self.density <= 1:
-            raise BudgetError(f"a density lies above 0 and at most at 1, got {self.density}", where="remove_channels")
-        for selectors in ("targets", "ignore"):
-            value = getattr(self, selectors)
-            object.__setattr__(self, selectors, (value,) if isinstance(value, str) else tuple(value))
+        self.check_density(self.density)
+        self.take_selectors("targets", "ignore")
 
     def own_density(self) -> float | None:
         return self.density
@@ -90,10 +87,7 @@ class RemoveChannels(Pass):
         return needed(Units.of(program, groups.found), self._chosen(groups, program, Context()), self.sides, score, budget)
 
     def run(self, program: Program, ctx: Context) -> Program:
-        density = self.density if self.density is not None else ctx.density
-        if density is None:
-            raise BudgetError("no density was given", where=self.name(),
-                              hint="remove_channels(density=0.75), or compile(..., budget=Budget(density=0.75))")
+        density = self.density_of(ctx)
         groups = find_groups(program)
         chosen = self._chosen(groups, program, ctx)
         units = Units.of(program, groups.found)

@@ -53,9 +53,7 @@ class SplitNeurons(Pass):
         Named.parse("score", self.score)
         if not 0 < self.share < 1:
             raise ParseError(f"share lies between 0 and 1, got {self.share}", where="split_neurons")
-        for selectors in ("targets", "ignore"):
-            value = getattr(self, selectors)
-            object.__setattr__(self, selectors, (value,) if isinstance(value, str) else tuple(value))
+        self.take_selectors("targets", "ignore")
 
     def needs(self, program: Program) -> Mapping[str, frozenset[str]]:
         names = Named.parse("score", self.score).statistics

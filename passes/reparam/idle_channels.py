@@ -54,9 +54,7 @@ class IdleChannels(Pass):
         for name, known in (("which", ("last", "first", "straightest")), ("norm", ("keep", "batch"))):
             if getattr(self, name) not in known:
                 raise ParseError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}", where="idle_channels")
-        for selectors in ("targets", "ignore"):
-            value = getattr(self, selectors)
-            object.__setattr__(self, selectors, (value,) if isinstance(value, str) else tuple(value))
+        self.take_selectors("targets", "ignore")
 
     def run(self, program: Program, ctx: Context) -> Program:
         found = find_sites(program, ("ffn",))

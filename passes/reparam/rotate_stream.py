@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify_compiler.errors import BudgetError, CalibrationError, ParseError
+from sparsify_compiler.errors import CalibrationError, ParseError
 from sparsify_compiler.normal_form_edit import argument, aten, insert, is_call
 from sparsify_compiler.passes.reparam._bases import Bases, Rotation, plan_bases
 from sparsify_compiler.passes.reparam._stream import stream_of
@@ -45,8 +45,7 @@ class RotateStream(Pass):
     idempotent: ClassVar[bool] = False  # the principal components are found anew
 
     def __post_init__(self) -> None:
-        if self.density is not None and not 0 < self.density <= 1:
-            raise BudgetError(f"a density lies above 0 and at most at 1, got {self.density}", where="rotate_stream")
+        self.check_density(self.density)
         if self.share < 0:
             raise ParseError(f"share is a number of norms, or 0 for all, not {self.share}", where="rotate_stream")
 
