@@ -32,6 +32,17 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     return compare
 
 
+@pytest.fixture
+def seeded() -> Iterator[None]:
+    """The same random numbers in every test, and torch's threads as they were after it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
 class EntryPoint:
     """As much of importlib.metadata.EntryPoint as the catalogue reads."""
 

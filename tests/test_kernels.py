@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_help import needs_tiles
 from torch import Tensor, nn
 
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen import build, omp, permission, runtime
 from sparsify_compiler.codegen.bound import BoundKernel, Variants
-from sparsify_compiler.codegen.kernels import amx, strips
+from sparsify_compiler.codegen.kernels import strips
 from sparsify_compiler.codegen.kernels.finish import finish_of
 from sparsify_compiler.codegen.kernels.tile_layout import prepare_tiles
 from sparsify_compiler.codegen.kernels.tiles import Tiles
@@ -75,12 +75,7 @@ CASES = [pytest.param(name, sizes, dtype, id=f"{name}-{'x'.join(map(str, sizes.v
          for name, sizes in STRUCTURES for dtype in (torch.float32, torch.bfloat16)]
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("choice", [0, -1])
@@ -231,7 +226,6 @@ def test_dense_packed(dtype: torch.dtype, rows: int) -> None:
     assert runtime.candidates("linear", {"weight": weight.half()}, {}, torch.float16, (16,), host()) == []
 
 
-needs_tiles = pytest.mark.skipif(not all(host().has(name) for name in amx.FEATURES) or not permission.tiles(), reason="this machine has no AMX tiles")
 
 
 @needs_tiles
@@ -281,6 +275,13 @@ def test_tiles_finish(name: str, numbers: dict[str, Any], activation: Any, r: in
         want = torch.cat([kernel(part, more) for part, more in zip(x.flatten(0, 1).split(64), other.flatten(0, 1).split(64), strict=True)])
         kernel._plans.clear()
         assert torch.equal(kernel(x, other).flatten(0, 1), want)
+
+
+def test_a_stored_kernel_with_an_unknown_activation_is_refused() -> None:
+    stored = catalog.get("format", "csr").encode(torch.randn(32, 32), torch.ones(32, 32, dtype=torch.bool))
+    after = {"activation": "tanh", "arguments": {}}
+    with pytest.raises(KernelError, match="activation"):
+        runtime.rebind("linear_csr", {"family": "strips", "dtype": "float32"}, stored.tensors(), stored.attributes() | after, None, {}, host())
 
 
 @needs_tiles

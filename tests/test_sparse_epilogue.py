@@ -7,18 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_help import needs_tiles
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import sparsify_compiler as sc
-from sparsify_compiler.codegen import permission
-from sparsify_compiler.codegen.kernels import amx
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.passes.lower import lower
 from sparsify_compiler.passes.prune.structures._base import Structure
-from sparsify_compiler.target import host
-
-needs_tiles = pytest.mark.skipif(not all(host().has(name) for name in amx.FEATURES) or not permission.tiles(), reason="this machine has no AMX tiles")
 
 
 class Block(nn.Module):

@@ -15,12 +15,12 @@ from torch.nn.functional import pad
 
 from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels.gather_rows import LANES, GatherRows
+from sparsify_compiler.codegen.kernels.layout import DTYPES
 from sparsify_compiler.codegen.kernels.select_rows import SelectRows
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.target import Target
 
 NAME, OP, LABEL = "gather", "select_linear", "gather by input"
-DTYPES = (torch.float32, torch.bfloat16)
 ROUND = 64          # outputs: whole cache lines in both dtypes
 WIDE = 2048         # outputs of a task, at the most: long runs of W, and their sums stay in L1
 ALONE = 1 << 16     # weights below which waking other threads costs more than they bring
@@ -64,17 +64,42 @@ def load_both(schedule: Any, target: Target, files: Mapping[str, bytes]) -> tupl
     return made[0], made[1]
 
 
-def export_both(few: build.Kernel, many: build.Kernel) -> dict[str, bytes]:
-    """Their files, as load_both reads them."""
-    return {f"{name}.{key}": data for name, kernel in (("few", few), ("many", many)) for key, data in build.export(kernel).items()}
-
-
 def in_order(total: Tensor, dtype: torch.dtype) -> Tensor:
     """A bias in the order of the kernel's sums."""
     return total.view(-1, LANES, 2).transpose(1, 2).reshape(-1) if dtype is torch.bfloat16 else total.contiguous()
 
 
-class GatherLinear:
+class Gathering:
+    """A layer bound to its weights: one kernel for few rows of x, and one that selects for many, before they are multiplied densely."""
+
+    name: str
+    in_features: int
+    out_features: int
+    _dtype: torch.dtype
+    _kernel: build.Kernel
+    _select: build.Kernel
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[-1] != self.in_features or x.dtype is not self._dtype or not x.is_cpu:
+            raise InputError(f"expected {self._dtype} [..., {self.in_features}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}",
+                             where=self.name)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that it holds. None need storing: bind takes the op's own."""
+        raise NotImplementedError
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the weights, the biases and what selects."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
+
+    def files(self) -> dict[str, bytes]:
+        """IR, binary and description, for the artefact, as load_both reads them."""
+        made = (("few", self._kernel), ("many", self._select))
+        return {f"{name}.{key}": data for name, kernel in made for key, data in build.export(kernel).items()}
+
+
+class GatherLinear(Gathering):
     """A layer bound to its weight [K, N]: x [..., K] -> y [..., N], select(x) W + bias.
 
     Where the limit is not stored it comes with every call, [..., 1]. Results do not depend on the number of threads.
@@ -118,9 +143,7 @@ class GatherLinear:
 
     def __call__(self, x: Tensor, limit: Tensor | None = None) -> Tensor:
         """x [..., K] of the weight's dtype, any strides -> a new y [..., N]. Raises InputError."""
-        if x.shape[-1] != self.in_features or x.dtype is not self._dtype or not x.is_cpu:
-            raise InputError(f"expected {self._dtype} [..., {self.in_features}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}",
-                             where=self.name)
+        self._check(x)
         *outer, inputs = x.shape
         rows = math.prod(outer)
         if not rows:
@@ -136,15 +159,5 @@ class GatherLinear:
             self._kernel.function(x, limits, *self._arguments, y)
         return y.view((*outer, self.out_features))
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the weight, the bias and what selects."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
-
     def state(self) -> dict[str, Tensor]:
-        """The tensors that it holds. None need storing: bind takes the op's own."""
         return {"weight": self._rows, "sums": self._sums, **self._vectors, **({} if self._bias is None else {"bias": self._bias})}
-
-    def files(self) -> dict[str, bytes]:
-        """IR, binary and description, for the artefact."""
-        return export_both(self._kernel, self._select)

@@ -11,9 +11,10 @@ from torch.nn.functional import linear, pad
 
 from sparsify_compiler.codegen.kernels.ffn_rows import FfnRows
 from sparsify_compiler.codegen.kernels.finish import ACTIVATIONS
-from sparsify_compiler.codegen.kernels.gather import DTYPES, ROUND, columns_of, export_both, in_order, load_both
+from sparsify_compiler.codegen.kernels.gather import ROUND, Gathering, columns_of, in_order, load_both
 from sparsify_compiler.codegen.kernels.gather_rows import LANES
-from sparsify_compiler.errors import InputError, KernelError
+from sparsify_compiler.codegen.kernels.layout import DTYPES
+from sparsify_compiler.errors import KernelError
 from sparsify_compiler.ops import select_ffn
 from sparsify_compiler.target import Target
 
@@ -43,7 +44,7 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
     return GatherFfn(options, tensors, attributes, bias, files, target)
 
 
-class GatherFfn:
+class GatherFfn(Gathering):
     """An FFN bound to its weights gate and up [H, K], down [H, N]: x [..., K] -> y [..., N]. Results do not depend on the number of threads."""
 
     name = LABEL
@@ -72,9 +73,7 @@ class GatherFfn:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] of the weights' dtype, any strides -> a new y [..., N]. Raises InputError."""
-        if x.shape[-1] != self.in_features or x.dtype is not self._dtype or not x.is_cpu:
-            raise InputError(f"expected {self._dtype} [..., {self.in_features}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}",
-                             where=self.name)
+        self._check(x)
         if x.numel() != self.in_features:
             return self._many(x)
         y = torch.empty((1, self.out_features), dtype=self._dtype)
@@ -93,15 +92,5 @@ class GatherFfn:
         hidden = chosen.view((*x.shape[:-1], -1)) * linear(x, given["up"], given.get("up_bias"))
         return linear(hidden, self._down, self._bias)
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the weights, the biases and what selects."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
-
     def state(self) -> dict[str, Tensor]:
-        """The tensors that it holds. None need storing: bind takes the op's own."""
         return {**self._tensors, **({} if self._bias is None else {"bias": self._bias})}
-
-    def files(self) -> dict[str, bytes]:
-        """IR, binary and description, for the artefact."""
-        return export_both(self._kernel, self._select)
