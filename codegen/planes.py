@@ -95,7 +95,7 @@ def bind(op: str, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
     if chosen.get("depthwise"):
         schedule: build.Schedule = Depthwise(geometry.kernel, geometry.stride, geometry.dilation, finish, parallel)
         weight = tensors["weight"].detach().float().flatten(1).contiguous()
-        full = torch.zeros(weight.shape[0]) if bias is None else bias.detach().float().contiguous()
+        full = torch.zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias.detach().float().contiguous()
         return BoundPlanes(op, chosen, schedule, geometry, (weight.view(-1), full), (weight.shape[0], geometry.groups), 1, target, files)
     key = tuple(chosen[name] for name in ("r", "chunk"))
     prepared = next((made[2] for made in shared if isinstance(made, tuple) and made[0] is bias and made[1] == key), None)

@@ -177,7 +177,7 @@ def _varying(shapes: list[tuple[int, ...]], sizes: list[Mapping[str, int]], dims
 def _example(kind: _Kind) -> Tensor:
     """A tensor of that kind: noise, or zeros where it may be an index."""
     if kind.dtype.is_floating_point:
-        return torch.randn(kind.shape, generator=torch.Generator().manual_seed(0)).to(kind.device, kind.dtype)
+        return torch.randn(kind.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(kind.device, kind.dtype)
     return torch.zeros(kind.shape, dtype=kind.dtype, device=kind.device) if kind.dtype != torch.bool else torch.ones(kind.shape, dtype=torch.bool)
 
 

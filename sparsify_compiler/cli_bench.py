@@ -78,7 +78,7 @@ def _tensor(leaf: TensorSpec, sizes: Mapping[str, int]) -> Any:
 
     shape = [sizes[size] if isinstance(size, str) else size for size in leaf.shape]
     if leaf.dtype.is_floating_point:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(leaf.dtype)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(leaf.dtype)
     return torch.ones(shape, dtype=leaf.dtype)
 
 

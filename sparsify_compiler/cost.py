@@ -110,7 +110,7 @@ def _hint(dimension: int | torch.SymInt) -> int:
 
 def _value(node: Any) -> Any:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, Tensor) else torch.empty(0, device="meta")
+    return value if isinstance(value, Tensor) else torch.empty(0, dtype=torch.float32, device="meta")
 
 
 def _numbers(value: Any) -> list[int]:

@@ -104,7 +104,7 @@ def trace(function: Callable[..., Any], params: Iterable[str] = ()) -> Pattern:
     tracer = fx.proxy.GraphAppendingTracer(graph)
     names = tuple(inspect.signature(function).parameters)
     for name in params:
-        root.register_parameter(name, nn.Parameter(torch.empty(0)))
+        root.register_parameter(name, nn.Parameter(torch.empty(0, dtype=torch.float32)))
     made = [graph.get_attr(name) if name in root._parameters else graph.placeholder(name) for name in names]
     result = function(*(fx.Proxy(node, tracer) for node in made))
     if not isinstance(result, fx.Proxy) or result.node in made:

@@ -111,7 +111,7 @@ def sample_inputs(region: Region, seed: int = 0) -> list[Tensor]:
 def _sample(spec: TensorSpec, region: Region, generator: torch.Generator) -> Tensor:
     shape = [d if isinstance(d, int) else _size(region.spec.ranges.get(d, (1, None))) for d in spec.shape]
     if spec.dtype.is_floating_point or spec.dtype.is_complex:
-        return torch.randn(shape, generator=generator).to(spec.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(spec.dtype)
     values = torch.randint(0, 2, shape, generator=generator)
     if values.dim():
         values[..., 0] = 1

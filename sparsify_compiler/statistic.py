@@ -96,7 +96,7 @@ def _add_movement(total: Tensor, gradient: Tensor, weight: Tensor) -> None:
 
 def _start_sample(width: int) -> Tensor:
     """[SAMPLE_ROWS + 1, width + 3]: the rows, and behind them in the last one how many are kept, every how many-th is, and how many were seen."""
-    sample = torch.zeros(SAMPLE_ROWS + 1, width + 3)
+    sample = torch.zeros(SAMPLE_ROWS + 1, width + 3, dtype=torch.float32)
     sample[-1, -2] = 1
     return sample
 

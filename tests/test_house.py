@@ -22,6 +22,7 @@ EXCEPTIONS = {
     ("sparsify_compiler/executor.py", "exec"): "runs Python that it has just written for a graph in memory; nothing is read from a file",
 }
 HEAVY = ("tvm", "transformers", "sympy", "matplotlib", "rich", "scipy", "jinja2", "typer", "networkx", "pydantic", "yaml")
+OF_DEFAULT_DTYPE = tuple(f"torch.{name}" for name in ("zeros", "ones", "empty", "eye", "linspace", "rand", "randn"))
 ENGINE_FOR_CODEGEN = ("catalog", "target", "formats", "ops", "errors")
 
 
@@ -118,11 +119,21 @@ def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (body[-1].end_lineno or 0) - body[0].lineno + 1
 
 
+def _examples(file: Path) -> set[int]:
+    """The nodes inside of models and of functions called example, which are written as users write them."""
+    return {id(inner) for node in ast.walk(tree(file)) for inner in ast.walk(node)
+            if (isinstance(node, ast.FunctionDef) and node.name == "example")
+            or (isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "nn.Module" for base in node.bases))}
+
+
 def forbidden(file: Path) -> Iterator[tuple[str, int]]:
     """(what, line) of everything that we never write."""
+    examples = _examples(file)
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
+            if called in OF_DEFAULT_DTYPE and id(node) not in examples and not any(k.arg == "dtype" for k in node.keywords):
+                yield f"{called} of the process's default dtype", node.lineno
             if called in ("eval", "exec", "torch.load", "torch.save"):
                 yield called, node.lineno
             if called == "print" and room_of(module_name(file)) in ("engine", "passes", "recipes"):
@@ -186,13 +197,14 @@ def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     room.mkdir(parents=True)
     bad = room / "bad.py"
     bad.write_text("from sparsify_compiler.codegen import runtime\nimport rich, pickle\nfrom os import *\ndef long():\n" + "    x = 1\n" * 41
-                   + "try:\n    exec('')\nexcept:\n    print(torch.load(''))\n")
+                   + "try:\n    exec('')\nexcept:\n    print(torch.load(torch.zeros(3)))\n")
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     for check in (test_who_imports_whom, test_the_engine_imports_nothing_heavy, test_files_and_functions_are_short, test_what_is_never_written,
                   test_public_names_are_documented):
         with pytest.raises(AssertionError):
             check(bad)
-    assert {what for what, _ in forbidden(bad)} == {"pickle", "import *", "exec", "bare except", "print", "torch.load"}
+    assert {what for what, _ in forbidden(bad)} == {"pickle", "import *", "exec", "bare except", "print", "torch.load",
+                                               "torch.zeros of the process's default dtype"}
     engine = tmp_path / "sparsify_compiler" / "engine.py"
     engine.parent.mkdir()
     for line in ("from .passes.prune import mask_weights", "from sparsify_compiler.passes import prune", "from . import codegen",

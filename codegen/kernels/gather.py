@@ -126,8 +126,8 @@ class GatherLinear(Gathering):
         """The fixed arguments of the kernel, as TVM's own tensors."""
         import tvm_ffi
 
-        none, center = torch.zeros(1), self._vectors.get("center")
-        total = torch.zeros(width) if self._bias is None else pad(self._bias.float(), (0, width - self.out_features))
+        none, center = torch.zeros(1, dtype=torch.float32), self._vectors.get("center")
+        total = torch.zeros(width, dtype=torch.float32) if self._bias is None else pad(self._bias.float(), (0, width - self.out_features))
         if center is not None:
             total = total + center.float() @ self._rows.float()
         words = self._rows
@@ -148,7 +148,7 @@ class GatherLinear(Gathering):
         rows = math.prod(outer)
         if not rows:
             return x.new_empty((*outer, self.out_features))
-        limits = self._limit if limit is None else torch.empty(rows).copy_(limit.detach().reshape(-1))
+        limits = self._limit if limit is None else torch.empty(rows, dtype=torch.float32).copy_(limit.detach().reshape(-1))
         x = (x.detach() if x.requires_grad else x).contiguous().view(-1).view(rows, inputs)  # for TVM one row has strides too
         if rows > self._few:
             chosen = torch.empty_like(x)

@@ -64,10 +64,10 @@ class GatherFfn(Gathering):
         schedule = FfnRows(str(options["dtype"]), self._activation, columns_of(width, target), "scale" in tensors, target.cores > 1)
         self._kernel, self._select = load_both(schedule, target, files)
         hidden = tensors["gate"].shape[0]
-        biases = [self._tensors[name].float() if name in tensors else torch.zeros(hidden) for name in ("gate_bias", "up_bias")]
-        total = torch.zeros(width) if bias is None else pad(self._bias.float(), (0, width - self.out_features))  # type: ignore[union-attr]
+        biases = [self._tensors[name].float() if name in tensors else torch.zeros(hidden, dtype=torch.float32) for name in ("gate_bias", "up_bias")]
+        total = torch.zeros(width, dtype=torch.float32) if bias is None else pad(self._bias.float(), (0, width - self.out_features))  # type: ignore[union-attr]
         gate, up, down = (self._tensors[name] if self._dtype is torch.float32 else self._tensors[name].view(torch.int32) for name in WEIGHTS)
-        scale = self._tensors["scale"].float() if "scale" in tensors else torch.zeros(1)
+        scale = self._tensors["scale"].float() if "scale" in tensors else torch.zeros(1, dtype=torch.float32)
         self._held = [self._tensors["limit"].float().reshape(1), scale, gate, up, *biases, down, in_order(total, self._dtype)]
         self._arguments = tuple(tvm_ffi.from_dlpack(tensor) for tensor in self._held)
 

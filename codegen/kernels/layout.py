@@ -98,7 +98,7 @@ def index_dtype(inputs: int) -> str:
 
 def padded_bias(bias: Tensor | None, outputs: int, places: int) -> Tensor:
     """The bias in float32, with zeros behind it and where there is none."""
-    full = torch.zeros(places)
+    full = torch.zeros(places, dtype=torch.float32)
     if bias is not None:
         full[:outputs] = bias.detach().float()
     return full

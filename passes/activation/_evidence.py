@@ -49,9 +49,9 @@ class InputEvidence:
         center = self.centers[site]
         moved = rows if center is None else rows - center
         order, whole = scores.flatten().sort().values, (rows @ weight.t()).norm().clamp_min(1e-30)
-        found = [torch.zeros(())]
+        found = [torch.zeros((), dtype=torch.float32)]
         for step in range(1, STEPS + 1):
-            limit = order[min(step * order.numel() // STEPS, order.numel() - 1)] if step < STEPS else torch.tensor(float("inf"))
+            limit = order[min(step * order.numel() // STEPS, order.numel() - 1)] if step < STEPS else torch.tensor(float("inf"), dtype=torch.float32)
             found.append((moved.masked_fill(scores >= limit, 0) @ weight.t()).norm() / whole)
         return torch.stack(found)
 

@@ -53,8 +53,8 @@ class Selection:
         def limit_of(x: Tensor, scale: Tensor | None = None, center: Tensor | None = None) -> Any:
             return self.selector(select.score(x, scale, center), self.number)
 
-        if self.number is None or self.selector(torch.ones(1, 1), 1.0) is None:
-            limit = stored(torch.tensor(self.number or 0.0), "input_limit")
+        if self.number is None or self.selector(torch.ones(1, 1, dtype=torch.float32), 1.0) is None:
+            limit = stored(torch.tensor(self.number or 0.0, dtype=torch.float32), "input_limit")
         else:
             limit = insert_formula(region, before, limit_of, {"x": x, **given}, by)
         chosen = insert(before, select.op, x=x, limit=limit, **given)

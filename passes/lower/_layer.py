@@ -124,7 +124,7 @@ def say(row: Decision, reason: str) -> None:
 def noise(region: Region, node: fx.Node, ctx: Context) -> Tensor:
     """Random numbers of the shape and dtype that a node's value has on the example inputs."""
     generator = torch.Generator().manual_seed(ctx.seed)
-    return torch.randn(example_shape(region, node, ctx.example_inputs), generator=generator).to(node.meta["val"].dtype)
+    return torch.randn(example_shape(region, node, ctx.example_inputs), generator=generator, dtype=torch.float32).to(node.meta["val"].dtype)
 
 
 def chunks(found: Iterable[tuple[Region, fx.Node]], size_of: Callable[[Region, fx.Node], int]) -> Iterator[tuple[list[tuple[Region, fx.Node]], int]]:

@@ -80,15 +80,20 @@ def size_of(region: Region, node: fx.Node) -> int:
     return int(weight.numel() * weight.element_size())
 
 
+def rows_of(region: Region, node: fx.Node, ctx: Context) -> Tensor:
+    """The rows that a layer is measured with."""
+    x = noise(region, input_of(node), ctx)
+    x = x.reshape(-1, x.shape[-1])
+    return x[:DECODE] if any(not isinstance(size, int) for size in node.meta["val"].shape) else x
+
+
 def selected(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear:
     """The layer at a node, its kernels built and ready to run on as many selected inputs as calibration found."""
     assert ctx.kernels is not None
     assert ctx.target is not None
     tensors, _, bias = operands(region, node)
     weight = tensors["weight"].t()
-    x = noise(region, input_of(node), ctx)
-    x = x.reshape(-1, x.shape[-1])
-    x = x[:DECODE] if any(not isinstance(size, int) for size in node.meta["val"].shape) else x
+    x = rows_of(region, node, ctx)
     row = row_of(region, node, "linear", weight, program)
     layer = Linear(region, node, row, weight, bias, packed=True, rows=x.shape[0])
     x, limit = _as_dense_as(row.density, x, tensors)
@@ -148,10 +153,10 @@ def _call(kernel: Any, limits: tuple[Tensor, ...], x: Tensor) -> Tensor:
 def _as_dense_as(density: float, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """x with so many inputs, the same in every row, whose score reaches the limit, and that limit [rows, 1]."""
     width = x.shape[-1]
-    scale = tensors.get("scale", torch.ones(width)).clamp_min(1e-30)
-    limit = tensors.get("limit", torch.ones(()))
+    scale = tensors.get("scale", torch.ones(width, dtype=torch.float32)).clamp_min(1e-30)
+    limit = tensors.get("limit", torch.ones((), dtype=torch.float32))
     order = torch.randperm(width, generator=torch.Generator().manual_seed(0))[: max(1, round(density * width))]
-    size = torch.zeros(width)
+    size = torch.zeros(width, dtype=torch.float32)
     size[order] = (2 * limit.float() / scale.float())[order].clamp_max(1e30)
-    made = tensors.get("center", torch.zeros(width)).float() + size
+    made = tensors.get("center", torch.zeros(width, dtype=torch.float32)).float() + size
     return made.to(x.dtype).expand(x.shape[0], width).contiguous(), limit.float().expand(x.shape[0], 1)

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from sparsify_compiler.normal_form_edit import aten, insert, is_call, only_user
-from sparsify_compiler.operands import input_of, operands
+from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import select, select_ffn
-from sparsify_compiler.passes.lower._layer import EAGER, Form, noise, row_of
-from sparsify_compiler.passes.lower._linear import Linear
-from sparsify_compiler.passes.lower._selected import DECODE, by_input, dense_weight
+from sparsify_compiler.passes.lower._layer import EAGER, Form, row_of
+from sparsify_compiler.passes.lower._linear import Linear, eager
+from sparsify_compiler.passes.lower._selected import by_input, dense_weight, rows_of
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, get_tensor
 
@@ -83,20 +82,18 @@ def ffn(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear
     assert ctx.kernels is not None
     assert ctx.target is not None
     tensors, attributes, bias = operands(region, node)
-    x = noise(region, input_of(node), ctx)
-    x = x.reshape(-1, x.shape[-1])
-    x = x[:DECODE] if any(not isinstance(size, int) for size in node.meta["val"].shape) else x
+    x = rows_of(region, node, ctx)
     weight = tensors["down"].t()
     layer = Linear(region, node, row_of(region, node, "linear", weight, program), weight, bias, packed=True, rows=x.shape[0])
     dense = [(tensors["gate"], tensors.get("gate_bias")), (tensors["up"], tensors.get("up_bias")), (weight, bias)]
     activate = select_ffn.ACTIVATIONS[attributes["activation"]]
-    eager: list[Callable[[Tensor], Tensor]] = [partial(_linear, matrix, vector) for matrix, vector in dense]
-    layer.add(EAGER, partial(_gated, eager, activate), x, None, Form())
+    linears: list[Callable[[Tensor], Tensor]] = [partial(eager, matrix, vector) for matrix, vector in dense]
+    layer.add(EAGER, partial(_gated, linears, activate), x, None, Form())
     found = [ctx.kernels.candidates("linear", {"weight": matrix}, {"any_rows": True}, x.dtype, (layer.rows,), ctx.target) for matrix, _ in dense]
     if all(found):
         packed = [candidates[0].bind(vector) for candidates, (_, vector) in zip(found, dense, strict=True)]
         layer.add(found[0][0].name, partial(_gated, packed, activate), x, None, Form())
-    scores = select.score(activate(eager[0](x)), tensors.get("scale")).flatten()
+    scores = select.score(activate(linears[0](x)), tensors.get("scale")).flatten()
     skipped = round((1 - layer.decision.density) * scores.numel())
     limit = scores.kthvalue(min(skipped + 1, scores.numel())).values.float()
     for candidate, rival in zip(*(ctx.kernels.candidates("select_ffn", tensors | other, attributes, x.dtype, (layer.rows,), ctx.target)
@@ -132,10 +129,6 @@ def make_dense(layer: Linear) -> list[fx.Node]:
 def _stored(node: Any) -> bool:
     weight = node.kwargs.get("weight") if is_call(node, aten.linear.default) else None
     return isinstance(weight, fx.Node) and weight.op == "get_attr"
-
-
-def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _gated(linears: list[Callable[[Tensor], Tensor]], activate: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

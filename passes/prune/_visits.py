@@ -78,7 +78,7 @@ class DenseVisits:
             raise CalibrationError("what this repair needs of a convolution is gathered layer by layer only", where=use.site.path,
                                    hint="say inputs='pruned' or inputs='block'")
         if name == "residual":  # nothing was cut before: the stream is what it is in the dense model
-            return torch.zeros(0, use.op.kwargs["weight"].meta["val"].shape[1])  # type: ignore[union-attr]
+            return torch.zeros(0, use.op.kwargs["weight"].meta["val"].shape[1], dtype=torch.float32)  # type: ignore[union-attr]
         return self._statistics.get(use.site.path, OF_LINEAR.get(name, name))
 
     def leave(self, sources: Sequence[fx.Node], weight: Tensor) -> None:

@@ -139,9 +139,10 @@ def _sum(space: Space, node: fx.Node, known: Known) -> Affine:
     shift, inner = space.added(constant, node.meta["val"]), known[value]
     if shift is None or value.meta["val"].shape != node.meta["val"].shape:
         raise Inexact("the constant of the sum is none of a channel")
-    factor, shift = (torch.full((inner.outputs,), sign), shift) if flipped else (torch.ones(inner.outputs), sign * shift)
+    factor = torch.full((inner.outputs,), sign if flipped else 1.0, dtype=torch.float64)
+    shift = shift if flipped else sign * shift
     vector = shift if shift.dim() == 1 else torch.zeros(inner.outputs, dtype=torch.float64)
-    made = _scaled(space, node, inner, factor.double(), vector)
+    made = _scaled(space, node, inner, factor, vector)
     if shift.dim() == 1:
         return made
     return with_shift(made, made.shift.reshape(made.outputs, *[1] * len(made.lattices)) + shift if not made.spatial_shift else made.shift + shift,

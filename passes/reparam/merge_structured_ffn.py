@@ -58,7 +58,7 @@ class _Structured(Rule):
             return None
         run = [node for node in m.nodes if not is_constant(node)]
         kept = sum((_cost(node) for node in run), Cost()).work + self.launch * sum(map(_launches, run))
-        dense = torch.empty(outputs, m.x.shape[-1], device="meta")
+        dense = torch.empty(outputs, m.x.shape[-1], dtype=m.x.dtype, device="meta")
         merged = conv_cost(m.x, dense, m.output.meta["val"]).work + self.launch
         if merged < kept:
             return None

@@ -22,5 +22,5 @@ def l2_rows(weight: Tensor, statistics: Mapping[str, Tensor], seed: int, *, size
     if size < 1 or rows % size:
         raise StructureError(f"{rows} rows do not divide into runs of {size}", where="score l2_rows")
     squares = magnitudes(weight).square().reshape(rows // size, -1)
-    norm = squares.mean(1).sqrt() if squares.shape[1] else torch.zeros(rows // size, device=weight.device)
+    norm = squares.mean(1).sqrt() if squares.shape[1] else torch.zeros(rows // size, dtype=squares.dtype, device=weight.device)
     return norm.repeat_interleave(size).reshape(-1, *(1,) * (weight.dim() - 1)).expand(weight.shape).contiguous()
