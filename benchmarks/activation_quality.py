@@ -11,7 +11,6 @@ of the prompt too. The densities that come of it on the calibration's rows are s
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rich.table import Table
 from sparsify_compiler import recipes
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.passes.activation.select_inputs import SelectInputs
+from sparsify_compiler.passes.prune._low_rank import MARK
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
 
@@ -36,6 +36,7 @@ METHODS: dict[str, Made] = {
     "wina": lambda density, targets: recipes.wina(density, targets=targets),
     "wina threshold": lambda density, targets: recipes.wina(density, "threshold", targets=targets),
     "chess": lambda density, targets: Pipeline((SelectInputs("channel_quantile", "threshold", "uniform", density, targets=targets),)),
+    "r-sparse": lambda density, targets: recipes.r_sparse(density, targets=targets),
     "magnitude + sensitivity": lambda density, targets: recipes.teal(density, "sensitivity", targets),
     "sensitive inputs": lambda density, targets: recipes.sensitive_inputs(density, targets),
     "rotated inputs": lambda density, targets: recipes.rotated_inputs(density, targets=targets),
@@ -66,20 +67,24 @@ def main() -> None:
 
 
 def measured(subject: language.SmolLM2, sites: str, method: str, density: float) -> dict[str, Any]:
-    """Seconds of processor, the density that came of it, and the perplexities."""
+    """The density that came of it, and the perplexities."""
     if method == "dense":
-        return {"density": 1.0, "seconds": 0.0, **subject.measure(subject.model)}
+        return {"density": 1.0, **subject.measure(subject.model)}
     made = METHODS[method] if method in METHODS else lambda density, targets: Pipeline.parse(method.format(density=density, targets=targets))
-    spent = time.process_time()
-    program = subject.prune(made(density, SITES[sites]))
-    return {"density": density_of(program), "seconds": time.process_time() - spent, **subject.measure(instantiate(program))}
+    program = subject.prune(made(density, SITES[sites]), cache=True)
+    return {"density": density_of(program), **subject.measure(instantiate(program))}
 
 
 def density_of(program: Program) -> float:
-    """Selected / all weights of the layers that select."""
-    rows = [row for row in program.decisions.values() if row.structure.startswith("inputs")]
-    sizes = [row.shape[0] * row.shape[1] for row in rows]
-    return sum(row.density * size for row, size in zip(rows, sizes, strict=True)) / max(sum(sizes), 1)
+    """Weights that a token reads / all, of the layers that select: the gate of an FFN is read wholly, and a low-rank part beside a layer too."""
+    read = every = 0.0
+    for row in program.decisions.values():
+        size = row.shape[0] * row.shape[1] if len(row.shape) == 2 else 0
+        kind = row.structure.partition(" ")[0]
+        read += {"inputs": row.density * size, "neurons": (1 + 2 * row.density) * size}.get(kind, 0.0)
+        every += {"inputs": size, "neurons": 3 * size}.get(kind, 0)
+    beside = sum(node.kwargs["weight"].meta["val"].numel() for _, node in program.nodes() if MARK in node.meta)  # type: ignore[union-attr]
+    return (read + beside) / max(every, 1)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -87,11 +92,11 @@ def show(rows: list[dict[str, Any]]) -> None:
     measures = [key for key in dense if key.startswith("perplexity")]
     for sites in dict.fromkeys(row["sites"] for row in rows[1:]):
         table = Table(title=f"SmolLM2, {sites} layers, dense " + ", ".join(f"{key.split()[1]} {dense[key]:.2f}" for key in measures))
-        for column in ("sparsity", "method", "density", *(name for key in measures for name in (key, "increase")), "processor s"):
+        for column in ("sparsity", "method", "density", *(name for key in measures for name in (key, "increase"))):
             table.add_column(column, justify="left" if column == "method" else "right")
         for row in (row for row in rows[1:] if row["sites"] == sites):
             numbers = [text for key in measures for text in (f"{row[key]:.2f}", f"+{100 * (row[key] / dense[key] - 1):.1f} %")]
-            table.add_row(f"{row['sparsity']} %", row["method"], f"{row['density']:.3f}", *numbers, f"{row['seconds']:.0f}")
+            table.add_row(f"{row['sparsity']} %", row["method"], f"{row['density']:.3f}", *numbers)
         console.print(table)
 
 

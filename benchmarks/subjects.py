@@ -50,9 +50,10 @@ class Subject:
     model: nn.Module
     batches: list[dict[str, Any]]
 
-    def prune(self, pipeline: Pipeline) -> Program:
+    def prune(self, pipeline: Pipeline, cache: bool = False) -> Program:
+        """The model after a pipeline; cache: take statistics that were gathered before, and the time that it took says nothing."""
         ctx = Context(batches=self.batches)
-        ctx.calibrate = lambda program, needs: calibrate(program, self.batches, needs, cache=False)
+        ctx.calibrate = lambda program, needs: calibrate(program, self.batches, needs, cache=cache)
         return pipeline.run(self.captured, ctx, ())
 
     def capture(self, dynamic: dict[str, dict[int, str]] | None = None) -> None:

@@ -17,6 +17,7 @@ class Budget:
     latency_ms    whole-model latency on the example inputs, milliseconds
     bytes         bytes of all weights in memory, indices included
     quality_drop  largest loss of quality: in units of the user's `quality` metric; without one, 1 - cosine of the outputs to dense
+    perplexity_rise  largest relative rise of exp(loss) over the calibration batches: 0.01 for one per cent. The loss is that of calibration
 
     Raises BudgetError when none or several are given, or one is out of its range.
     """
@@ -26,6 +27,12 @@ class Budget:
     latency_ms: float | None = None
     bytes: int | None = None
     quality_drop: float | None = None
+    perplexity_rise: float | None = None
+
+    @property
+    def of_quality(self) -> bool:
+        """Is it quality that is limited, so that the sparsest model within it is wanted?"""
+        return self.quality_drop is not None or self.perplexity_rise is not None
 
     def __post_init__(self) -> None:
         given = self.given()
@@ -36,7 +43,7 @@ class Budget:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise BudgetError(f"{name} must be a finite number, got {value!r}", where="budget")
         low, high, allowed = _RANGES[name]
-        if not low <= value <= high or (name != "quality_drop" and value == 0):
+        if not low <= value <= high or (value == 0 and not self.of_quality):
             raise BudgetError(f"{name} is {value:g}", where="budget", hint=f"it must be {allowed}")
 
     def given(self) -> dict[str, float]:
@@ -53,4 +60,5 @@ _RANGES = {
     "latency_ms": (0.0, math.inf, "above 0"),
     "bytes": (0.0, math.inf, "above 0"),
     "quality_drop": (0.0, math.inf, "at least 0"),
+    "perplexity_rise": (0.0, math.inf, "at least 0 (0.01 lets the perplexity rise by one per cent)"),
 }

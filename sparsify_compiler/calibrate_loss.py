@@ -24,15 +24,33 @@ def self_supervised(output: Any, batch: tuple[Any, ...] | Mapping[str, Any]) -> 
     if not outputs:
         raise CalibrationError("no output of the model depends on its weights in a way that has a gradient", where="calibration",
                                hint="give a loss of your own, or a score that needs no gradient")
-    logits, tokens = outputs[0], _tokens(outputs[0], batch)
+    found = _of_tokens(outputs[0], batch)
+    return torch.stack([x.float().square().mean() for x in outputs]).sum() if found is None else found[0]
+
+
+def next_token_loss(output: Any, batch: tuple[Any, ...] | Mapping[str, Any]) -> tuple[Tensor, int]:
+    """Next-token cross entropy of the first output that is logits of token numbers in the batch, a mean, and of how many tokens.
+
+    Raises CalibrationError where there is none.
+    """
+    outputs = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+    found = next((loss for x in outputs if (loss := _of_tokens(x, batch)) is not None), None)
+    if found is None:
+        raise CalibrationError("no output is logits [batch, tokens, words] of token numbers in the batch", where="calibration",
+                               hint="give loss(output, batch) -> one number, whose exp is then taken for the perplexity")
+    return found
+
+
+def _of_tokens(logits: Tensor, batch: tuple[Any, ...] | Mapping[str, Any]) -> tuple[Tensor, int] | None:
+    tokens = _tokens(logits, batch)
     if tokens is None:
-        return torch.stack([x.float().square().mean() for x in outputs]).sum()
+        return None
     target = tokens[:, 1:].clone()
     mask = _mask(tokens, batch)
     if mask is not None:
         target[mask[:, 1:] == 0] = -100
-    total = cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), reduction="sum")
-    return total / max(int((target != -100).sum()), 1)
+    total, count = cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), reduction="sum"), int((target != -100).sum())
+    return total / max(count, 1), count
 
 
 def differentiate(loss: Loss, output: Any, batch: Any, weights: list[Tensor]) -> list[Tensor | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from .calibrate_loss import Loss, differentiate, self_supervised
 from .calibrate_taps import GradientTap, InputGradientTap, Tap
 from .call import instantiate
 from .errors import CalibrationError, InputError
-from .program import Program, Site
+from .program import Program, Region, Site
+from .site_ffn import neurons_of, partner_of
 from .statistic import STATISTICS
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
@@ -62,7 +64,7 @@ def find_sources(program: Program, needs: Mapping[str, frozenset[str]]) -> dict[
     found: dict[tuple[str, str], Source | None] = {}
     seen: set[str] = set()
     wanted = {STATISTICS[name].of for names in needs.values() for name in names}
-    makers = {"hidden": _hidden, "block": _around, "neurons": _neurons}
+    makers: dict[str, Any] = {"hidden": _hidden, "block": _around, "neurons": partial(_of_ffn, neurons_of), "partner": partial(_of_ffn, partner_of)}
     elsewhere = {of: make(program, nodes) if of in wanted else {} for of, make in makers.items()}
     for site in find_sites(program, ("linear", "conv")):
         if not needs.get(site.path) or site.path in seen:
@@ -124,16 +126,17 @@ def _hidden(program: Program, nodes: Mapping[tuple[str, str], fx.Node]) -> dict[
     return found
 
 
-def _neurons(program: Program, nodes: Mapping[tuple[str, str], fx.Node]) -> dict[tuple[str, str], Source]:
-    """(region, down op) -> what their FFN's activation gives."""
-    from .site_ffn import neurons_of
+def _of_ffn(watched: Callable[[Region, Site], fx.Node | None], program: Program,
+            nodes: Mapping[tuple[str, str], fx.Node]) -> dict[tuple[str, str], Source]:
+    """(region, down op) -> a value of its FFN: its neurons, or what they are multiplied with."""
     from .sites import find_sites
 
     found: dict[tuple[str, str], Source] = {}
     for ffn in find_sites(program, ("ffn",)):
-        value = neurons_of(program.regions[ffn.region], ffn)
-        width = int(value.meta["val"].shape[-1])
-        found[ffn.region, ffn.roles["down"]] = Source(f"{ffn.path}, activation", ffn.region, value.name, ffn.roles["down"], -1, width)
+        value = watched(program.regions[ffn.region], ffn)
+        if value is not None:
+            width = int(value.meta["val"].shape[-1])
+            found[ffn.region, ffn.roles["down"]] = Source(f"{ffn.path}, {value.name}", ffn.region, value.name, ffn.roles["down"], -1, width)
     return found
 
 

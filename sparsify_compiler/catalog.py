@@ -43,6 +43,7 @@ KINDS: Mapping[str, Kind] = {
     "scorer": Kind("passes/activation/scorers/*.py"),
     "selector": Kind("passes/activation/selectors/*.py"),
     "input budget": Kind("passes/activation/budgets/*.py"),
+    "input repair": Kind("passes/activation/repairs/*.py"),
     "format": Kind("formats/*.py"),
     "op": Kind("ops/*.py", holds_object=False),
     "kernel": Kind("codegen/kernels/*.py", holds_object=False, named_like="cost"),  # costs are there for our ops and for dense ones

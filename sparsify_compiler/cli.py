@@ -46,6 +46,7 @@ def compile_(
     latency_ms: Annotated[float | None, typer.Option(help="Budget: milliseconds on the example inputs.", show_default=False)] = None,
     size: Annotated[int | None, typer.Option("--bytes", help="Budget: bytes of all weights in memory.", show_default=False)] = None,
     quality_drop: Annotated[float | None, typer.Option(help="Budget: largest loss of quality (1 - cosine to dense).", show_default=False)] = None,
+    perplexity_rise: Annotated[float | None, typer.Option(help="Budget: rise of the perplexity, 0.01 is 1 %.", show_default=False)] = None,
     dynamic: Dynamic = None,
     against: Annotated[list[str] | None, typer.Option(help="Dense forms to measure against: eager, compile.", show_default="eager")] = None,
     out: Annotated[Path | None, typer.Option(help="Save the compiled model in this folder.", show_default=False)] = None,
@@ -73,7 +74,8 @@ def compile_(
     from .compile import as_pipeline
     from .compile import compile as run
 
-    budget = make_budget(density=density, speedup=speedup, latency_ms=latency_ms, bytes=size, quality_drop=quality_drop)
+    budget = make_budget(density=density, speedup=speedup, latency_ms=latency_ms, bytes=size, quality_drop=quality_drop,
+                         perplexity_rise=perplexity_rise)
     pipeline, dimensions = as_pipeline(recipe), parse_dynamic(dynamic or [])
     check_outputs(out, (html, json))
     _set_threads(threads)

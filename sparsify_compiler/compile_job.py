@@ -29,7 +29,7 @@ from .passes_api import Context, Miss, Pass
 from .pipeline import Pipeline
 from .plan import Attempt, search
 from .program import Program
-from .quality import Distance, measure, output_distance
+from .quality import Distance, measure, output_distance, perplexity
 from .report import Form, PassTime, Quality, Refusal, Report
 from .target import Target, host
 from .version import __version__
@@ -96,10 +96,10 @@ class Job:
         if budget is None or budget.density is not None:
             return self.build(captured, budget.density if budget else None)
         fixed = _fixed_density(self.pipeline)
-        if budget.quality_drop is not None:
-            baseline = self.measure_quality(instantiate(captured), captured)
-            found = search(budget, budget.quality_drop, lambda density: self.try_quality(captured, density, baseline), fixed=fixed)
-            return self.lower(found.taken.result)
+        if budget.of_quality:
+            lost = self.perplexity_rise(captured) if budget.perplexity_rise is not None else self.quality_drop(captured)
+            most = next(iter(budget.given().values()))
+            return self.lower(search(budget, most, lambda density: self.try_quality(captured, density, lost), fixed=fixed).taken.result)
         if budget.bytes is not None:
             return search(budget, float(budget.bytes), lambda density: self.try_bytes(captured, density), fixed=fixed).taken.result
         limit = budget.latency_ms
@@ -108,9 +108,9 @@ class Job:
             limit = min(timing.median for timing in interleave(dense).values()) / budget.speedup
         return search(budget, limit, lambda density: self.try_latency(captured, density), fixed=fixed).taken.result
 
-    def try_quality(self, captured: Program, density: float, baseline: float) -> Attempt[Program]:
+    def try_quality(self, captured: Program, density: float, lost: Callable[[nn.Module], float]) -> Attempt[Program]:
         rewritten = self.rewrite(captured, density)
-        return Attempt(density, baseline - self.measure_quality(instantiate(rewritten), captured), rewritten)
+        return Attempt(density, lost(instantiate(rewritten)), rewritten)
 
     def try_bytes(self, captured: Program, density: float) -> Attempt[Program]:
         lowered = self.build(captured, density)
@@ -203,6 +203,16 @@ class Job:
         assert self.batches is not None
         return calibrate(program, self.batches, needs, progress=self.progress, warn=self.warnings.append, loss=self.loss,
                          known=self.known)
+
+    def quality_drop(self, captured: Program) -> Callable[[nn.Module], float]:
+        """How much of the dense model's quality a model has lost."""
+        baseline = self.measure_quality(instantiate(captured), captured)
+        return lambda model: baseline - self.measure_quality(model, captured)
+
+    def perplexity_rise(self, captured: Program) -> Callable[[nn.Module], float]:
+        """By which share a model's perplexity on the calibration batches lies above the dense model's."""
+        baseline = perplexity(instantiate(captured), self.batches or (), self.loss)
+        return lambda model: perplexity(model, self.batches or (), self.loss) / baseline - 1
 
     def measure_quality(self, model: nn.Module, captured: Program) -> float:
         """The user's metric; without one, how close the outputs are to the dense model's: the lowest cosine of them, at most 1."""

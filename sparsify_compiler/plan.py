@@ -41,7 +41,7 @@ def search(budget: Budget, limit: float, attempt: Callable[[float], Attempt[Resu
     fixed  the only density there is, for a recipe whose structure decides it (2:4)
     Raises BudgetError, with the best value that was reached, when no density meets the budget.
     """
-    more_is_worse = budget.quality_drop is None
+    more_is_worse = not budget.of_quality
     easy, hard = (LOWEST, 1.0) if more_is_worse else (1.0, LOWEST)
     if fixed is not None:
         easy = hard = fixed

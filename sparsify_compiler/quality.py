@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import InputError
+from .calibrate_loss import Loss, next_token_loss
+from .errors import CalibrationError, InputError
+
+MAX_LOSS = 700.0  # whose exp is still a float
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
@@ -93,6 +96,22 @@ def measure(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
     if not math.isfinite(value):
         raise InputError(f"returned {value}", where="quality", hint="the metric must be finite, also for a poor model")
     return float(value)
+
+
+def perplexity(model: nn.Module, batches: Iterable[Inputs], loss: Loss | None = None) -> float:
+    """exp of the mean loss over batches; by default of next-token cross entropy, each token counted alike.
+
+    Raises CalibrationError for no batch, and without a loss for outputs that are no logits of token numbers in the batch.
+    """
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            output = model(*batch) if isinstance(batch, tuple) else model(**batch)
+            value, tokens = (loss(output, batch), 1) if loss is not None else next_token_loss(output, batch)
+            total, count = total + float(value) * tokens, count + tokens
+    if not count:
+        raise CalibrationError("there is no token to measure a perplexity on", where="calibration", hint="give calibration=batches of token numbers")
+    return math.exp(min(total / count, MAX_LOSS))
 
 
 def _outputs(module: nn.Module, batch: Inputs) -> list[tuple[str, Tensor]]:

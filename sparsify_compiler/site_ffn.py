@@ -54,6 +54,15 @@ def neurons_of(region: Region, site: Site) -> fx.Node:
     return activation if squared is value or squared is None else squared
 
 
+def partner_of(region: Region, site: Site) -> fx.Node | None:
+    """What the neurons are multiplied with before the down projection: the up projection of a gated FFN; None where there is no gate."""
+    if not site.facts["gated"]:
+        return None
+    neurons, product = neurons_of(region, site), region.node(site.roles["down"]).kwargs["input"]
+    assert isinstance(product, fx.Node)
+    return next((value for value in product.all_input_nodes if value is not neurons), None)
+
+
 def _ffn(node: object, linears: set[fx.Node]) -> _Ffn | None:
     """What feeds the down projection, if it is an activation of a linear, alone or times another linear of the same input."""
     plain = _activated(node, linears)

@@ -35,6 +35,7 @@ class Statistic:
             "gradient": `add` takes the gradient of the loss by the site's weight and the weight, both flat, once a batch; width is the number of
             weights, and the statistic has the weight's shape.
             "neurons": the rows are what the FFN's activation gives, for the site of its down projection; other sites get the empty sum of width 0.
+            "partner": the rows are what the neurons of a gated FFN are multiplied with, likewise
             "input gradient": the rows are the gradient of the loss by what the site reads, through this site alone
     """
 
@@ -42,7 +43,7 @@ class Statistic:
     add: Callable[..., object]
     finish: Callable[[Tensor, int], Tensor]
     size: Callable[[int], int]
-    of: Literal["input", "hidden", "block", "gradient", "input gradient", "neurons"] = "input"
+    of: Literal["input", "hidden", "block", "gradient", "input gradient", "neurons", "partner"] = "input"
 
 
 def _doubles(width: int) -> Tensor:
@@ -137,6 +138,9 @@ STATISTICS: Mapping[str, Statistic] = {
     # float32 [up to SAMPLE_ROWS, width]: rows at even distances over all that were seen
     "input_rows": Statistic(_start_sample, _add_sample, _sampled, lambda w: 4 * (SAMPLE_ROWS + 1) * (w + 3)),
     "neuron_rows": Statistic(_start_sample, _add_sample, _sampled, lambda w: 4 * (SAMPLE_ROWS + 1) * (w + 3), "neurons"),
+    # float32 [hidden]: mean magnitude of what each neuron of a gated FFN is multiplied with; [0] for other sites
+    "partner_mean": Statistic(_doubles, lambda s, x: s.add_(x.abs().sum(0, dtype=torch.float64).to(s)), lambda s, n: (s / max(n, 1)).float(),
+                              lambda w: 8 * w, "partner"),
     # float32 [width]: root of the summed squares of the gradient of the loss by each input channel, through this site alone
     "input_gradient": Statistic(_doubles, _add_squares, lambda s, n: s.sqrt().float(), lambda w: 8 * w, "input gradient"),
     # int64 []: number of rows seen

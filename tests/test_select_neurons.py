@@ -22,6 +22,7 @@ from sparsify_compiler.passes.activation.select_neurons import GatedFfn, SelectN
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
+from sparsify_compiler.sites import find_sites
 from sparsify_compiler.target import host
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -119,6 +120,55 @@ def test_density_1_is_the_dense_model_and_half_is_near_it() -> None:
     row, = after.decisions.values()
     assert row.density == pytest.approx(0.5, abs=0.01)
     assert row.structure == "neurons by threshold"
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_channels_own_threshold_looks_at_what_it_is_multiplied_with(swapped: bool) -> None:
+    """CHESS's score, and an FFN whose gate is large exactly where its up projection is nothing."""
+    net, data = ffn()
+    with torch.no_grad():
+        net.gate.weight[:64] *= 20
+        net.up.weight[:64] *= 1e-3
+    if swapped:
+        net.forward = lambda x: net.down(net.up(x) * nn.functional.silu(net.gate(x)))  # type: ignore[method-assign]
+    with torch.no_grad():
+        dense, up = net(data[0][0]), torch.cat([net.up(x) for x, in data])
+        program = capture(net, data[0], {"x": {0: "rows"}})
+        down, = (site.path for site in find_sites(program, ("linear",)) if site.path.endswith("down"))
+        found = calibrate(program, data, {down: frozenset({"partner_mean"})}, cache=False)
+        torch.testing.assert_close(found.get(down, "partner_mean"), up.abs().mean(0))
+        errors = [float((instantiate(rewritten(SelectNeurons(scorer, density=0.5), net, data)[0])(data[0][0]) - dense).norm())
+                  for scorer in ("partner_mean", "magnitude")]
+    assert errors[0] < 0.1 * errors[1]
+
+
+def test_without_a_gate_the_partners_mean_is_no_scale() -> None:
+    torch.manual_seed(0)
+    net, data = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 12)).eval(), [(torch.randn(20, 12),)]
+    ctx = Context(batches=data)
+    ctx.calibrate = lambda program, needs: calibrate(program, data, needs, cache=False)
+    plain, scored = (Pipeline((SelectNeurons(scorer, density=0.5),)).run(capture(net, data[0]), ctx, ()) for scorer in ("magnitude", "partner_mean"))
+    with torch.no_grad():
+        assert torch.equal(instantiate(scored)(data[0][0]), instantiate(plain)(data[0][0]))
+
+
+def test_chess_selects_neurons_and_some_projections_of_attention() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(1, 96, (2, 12))
+    data = [{"input_ids": ids, "use_cache": False}]
+    ctx = Context(batches=data)
+    ctx.calibrate = lambda program, needs: calibrate(program, data, needs, cache=False)
+    program = capture(model, data[0])
+    after = sc.recipes.chess(0.5, ("attention:q", "attention:out")).run(program, ctx, ())
+    chosen = {path.rpartition(".")[2]: row.structure for path, row in after.decisions.items()}
+    assert chosen == {"q_proj": "inputs by threshold", "o_proj": "inputs by threshold", "down_proj": "neurons by threshold"}
+    with torch.no_grad():
+        whole = instantiate(sc.recipes.chess(1.0).run(program, ctx, ()))(**data[0]).logits
+        torch.testing.assert_close(whole, model(**data[0]).logits)
+        assert not torch.allclose(instantiate(after)(**data[0]).logits, whole)
 
 
 def test_bad_input_is_refused() -> None:

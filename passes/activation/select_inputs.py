@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError
+from sparsify_compiler.normal_form_edit import aten, insert
 from sparsify_compiler.ops import select
 from sparsify_compiler.passes.activation._evidence import InputEvidence, blocks_of
 from sparsify_compiler.passes.activation._selection import Selection
+from sparsify_compiler.passes.activation.repairs._base import Repaired, Skipping
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, Use, find_layers
+from sparsify_compiler.passes.prune._low_rank import add_low_rank
 from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Stage
@@ -25,14 +29,16 @@ class SelectInputs(Pass):
     """Keep the inputs of each layer that score highest in the row at hand, and put 0, or their mean, in the place of the others.
 
     Matches    linear(x, weight, bias), weight a parameter
-    Rewrites   linear(select(x, limit, scale, center), weight, bias): x where |x - center| * scale reaches the limit, the centre elsewhere
+    Rewrites   linear(select(x, limit, scale, center), weight, bias): x where |x - center| * scale reaches the limit, the centre elsewhere; with a
+               repair + linear(linear(x - select(x, ...), reads), writes)
     Preserves  signature; quality is measured
     Paper      none: the frame that TEAL (arXiv:2408.14690), WINA (arXiv:2505.19427), CHESS (arXiv:2409.01366) and their like fill in
 
     scorer    a file of passes/activation/scorers: what |x| is multiplied with; with options of its own in parentheses
     selector  a file of passes/activation/selectors: how the scores of a row become a limit
     budget    a file of passes/activation/budgets: how the density is shared out over the layers
-    density   selected / all inputs, over all selected layers and weighted with their sizes; by default the user's budget. 1 selects everything
+    density   weights read / all weights, over all selected layers; by default the user's budget. 1 selects everything
+    repair    a file of passes/activation/repairs: what stands in for the inputs that are skipped, out of the layer's density; with options of its own
     center    what stands for an input that is skipped: "zero", or "mean", its mean over the calibration, which costs nothing at run time
     targets   selectors of sites, as in mask_weights: "linear", "ffn", "attention", "ffn:down", paths and patterns
     ignore    selectors of sites that read all of their inputs
@@ -44,6 +50,7 @@ class SelectInputs(Pass):
     selector: str = "threshold"
     budget: str = "uniform"
     density: float | None = None
+    repair: str = "none"
     center: Literal["zero", "mean"] = "zero"
     targets: tuple[str, ...] = DEFAULT
     ignore: tuple[str, ...] = ()
@@ -52,7 +59,7 @@ class SelectInputs(Pass):
     gives_stage: ClassVar[Stage | None] = Stage.SPARSE
 
     def __post_init__(self) -> None:
-        for kind, name in (("scorer", self.scorer), ("selector", self.selector), ("input budget", self.budget)):
+        for kind, name in (("scorer", self.scorer), ("selector", self.selector), ("input budget", self.budget), ("input repair", self.repair)):
             Named.parse(kind, name)
         if self.center not in ("zero", "mean"):
             raise ParseError(f"center is 'zero' or 'mean', not {self.center!r}", where="select_inputs")
@@ -112,13 +119,29 @@ class SelectInputs(Pass):
 
     def _select(self, layer: Layer, density: float, evidence: InputEvidence, program: Program) -> None:
         """Put the selection in front of every use of one layer, and note it in the report."""
-        selection = Selection.of(self.selector, evidence.scores(layer.path), density, evidence.scales[layer.path], evidence.centers[layer.path])
+        path, scores = layer.path, evidence.scores(layer.path)
+        select_at = partial(Selection.of, self.selector, scores, scale=evidence.scales[path], center=evidence.centers[path])
+        rows = evidence.statistic(path, "input_rows")
+        skipping = Skipping(layer.weight, lambda density: select_at(density).skipped(rows))
+        repaired = Repaired(density) if density >= 1 else Named.parse("input repair", self.repair)(skipping, density)
+        selection = select_at(repaired.density)
         for use in layer.uses:
             chosen = selection.insert(use.region, use.op, use.op.kwargs["input"], self.name())
             use.op.kwargs = {**use.op.kwargs, "input": chosen}
             row = program.decisions.setdefault(use.site.path, _row(use, layer))
             row.structure, row.density, row.budget = f"inputs by {selection.selector.name}", selection.found, density
+            if repaired.low_rank is not None:
+                self._add_low_rank(use, chosen, layer, repaired.low_rank)
+                row.structure += f" + rank {len(repaired.low_rank[0])}"
             use.op.meta["site"] = use.site.path
+
+
+    def _add_low_rank(self, use: Use, chosen: fx.Node, layer: Layer, factors: tuple[Tensor, Tensor]) -> None:
+        """Beside the layer: what it skips, through a few directions."""
+        skipped = insert(use.op, aten.sub.Tensor, self=chosen.kwargs["x"], other=chosen)
+        skipped.meta["by"] = self.name()
+        reads, writes = (factor.to(layer.weight.dtype) for factor in factors)
+        add_low_rank(use.region, use.op, use.op.kwargs["weight"], (reads, writes), skipped, self.name())  # type: ignore[arg-type]
 
 
 def _unfit(use: Use) -> str | None:

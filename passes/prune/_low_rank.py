@@ -14,30 +14,31 @@ aten = torch.ops.aten
 MARK = "low_rank_of"  # node meta of the two layers: the path of the layer that they stand beside
 
 
-def add_low_rank(region: Region, op: fx.Node, weight: fx.Node, factors: tuple[Tensor, Tensor]) -> None:
-    """Rewrite linear(x, W, b) to linear(x, W, b) + linear(linear(x, reads), writes); factors are reads [r, K] and writes [out, r].
+def add_low_rank(region: Region, op: fx.Node, weight: fx.Node, factors: tuple[Tensor, Tensor], value: fx.Node | None = None,
+                 by: str = "mask_weights") -> None:
+    """Rewrite linear(x, W, b) to linear(x, W, b) + linear(linear(value, reads), writes); factors are reads [r, K] and writes [out, r].
 
-    The factors become parameters beside the weight, which the get_attr node `weight` reads.
+    The factors become parameters beside the weight, which the get_attr node `weight` reads. The value is by default what the layer reads.
     """
     path = str(op.meta.get("path", op.name))
-    value = op.kwargs["input"]
+    through: Any = op.kwargs["input"] if value is None else value
     for name, factor in zip(("low_rank_reads", "low_rank_writes"), factors, strict=True):
         target = f"{str(weight.target).rpartition('.')[0]}.{name}".lstrip(".")
         if target not in {str(node.target) for node in region.graph.nodes if node.op == "get_attr"}:
             set_tensor(region.module, target, nn.Parameter(factor, requires_grad=get_tensor(region.module, str(weight.target)).requires_grad))
         with region.graph.inserting_before(op):
             source = region.graph.get_attr(target)
-            source.meta = {"by": "mask_weights", "val": fake_like(get_tensor(region.module, target), mode_of(region))}
-            value = _call(region, aten.linear.default, {"input": value, "weight": source, "bias": None})
-        value.meta |= {"path": f"{path}.{name}", "module": op.meta.get("module"), MARK: path}
+            source.meta = {"by": by, "val": fake_like(get_tensor(region.module, target), mode_of(region))}
+            through = _call(region, aten.linear.default, {"input": through, "weight": source, "bias": None}, by)
+        through.meta |= {"path": f"{path}.{name}", "module": op.meta.get("module"), MARK: path}
     with region.graph.inserting_after(op):
-        total = _call(region, aten.add.Tensor, {"self": op, "other": value})
+        total = _call(region, aten.add.Tensor, {"self": op, "other": through}, by)
     op.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
 
-def _call(region: Region, target: Any, kwargs: dict[str, Any]) -> fx.Node:
+def _call(region: Region, target: Any, kwargs: dict[str, Any], by: str) -> fx.Node:
     node = region.graph.call_function(target, (), kwargs)
     with mode_of(region):
         value = target(**{name: given.meta["val"] if isinstance(given, fx.Node) else given for name, given in kwargs.items()})
-    node.meta = {"by": "mask_weights", "val": value}
+    node.meta = {"by": by, "val": value}
     return node
