@@ -29,19 +29,20 @@ if TYPE_CHECKING:
     from .rule import Match, Rule, RulePass
     from .sites import find_sites
     from .target import Target
+    from .training_attach import attach
 
 # name -> module that holds it; imported when it is first asked for.
 _LAZY = {
     "Budget": "budget", "CompiledModel": "compiled", "Match": "rule", "Miss": "passes_api", "Movement": "movement",
     "Pass": "passes_api", "Pipeline": "pipeline",
     "Preserves": "passes_api", "Program": "program", "Report": "report", "Rule": "rule", "RulePass": "rule", "Stage": "program",
-    "Target": "target", "errors": "", "export_dense": "artefact", "find_sites": "sites", "load": "artefact",
+    "Target": "target", "attach": "training_attach", "errors": "", "export_dense": "artefact", "find_sites": "sites", "load": "artefact",
     "recipes": "", "reparameterize": "reparameterize",
 }
 
 __all__ = ["Budget", "CompiledModel", "Match", "Miss", "Movement", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule", "RulePass", "Stage",
            "Target",
-           "__version__", "capture", "compile", "errors", "export_dense", "find_sites", "load", "recipes", "reparameterize"]
+           "__version__", "attach", "capture", "compile", "errors", "export_dense", "find_sites", "load", "recipes", "reparameterize"]
 
 
 def __getattr__(name: str) -> Any:

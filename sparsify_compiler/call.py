@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .call_signature import spelled
 from .errors import InputError, nearest
 from .executor import live_function
 from .program import InputSpec, Program, Region, TensorSpec
@@ -167,6 +168,7 @@ class CapturedModule(nn.Module):
         self._spec, self._single = region.spec, region.spec.out_spec.is_leaf()
         self._flatten = Flattener(region.spec, _device(graph))
         self.training = False
+        self.__class__ = spelled(type(self), region.spec)  # so that it can be captured, exported and bound like the model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises InputError where the call does not fit what was captured."""
@@ -234,6 +236,21 @@ def clone_structure(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor):
                 memo[id(value)] = value
     return copy.deepcopy(model, memo)
+
+
+def own_tensors(module: nn.Module) -> nn.Module:
+    """The same module with tensors of its own; what is shared inside stays shared."""
+    copies: dict[int, Tensor] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in copies:
+                    fresh = tensor.detach().clone()
+                    copies[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+                tensors[name] = copies[id(tensor)]  # type: ignore[assignment]
+    return module
 
 
 def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:

@@ -70,8 +70,8 @@ def compile(
     if loss is not None and not callable(loss):
         raise InputError(f"a loss is a function of the model's output and the batch, not {type(loss).__name__}", where="loss")
     with display(progress) as show, torch.no_grad():
-        return Job(model, example_inputs, as_pipeline(recipe), resolve(target), budget, _batches(calibration), dynamic, quality, check_forms(against),
-                   seed, show, instruments, loss, known).run()
+        return Job(model, example_inputs, as_pipeline(recipe), resolve(target), budget, read_batches(calibration), dynamic, quality,
+                   check_forms(against), seed, show, instruments, loss, known).run()
 
 
 def as_pipeline(recipe: str | Path | Pipeline | Pass) -> Pipeline:
@@ -92,7 +92,7 @@ def as_pipeline(recipe: str | Path | Pipeline | Pass) -> Pipeline:
     return made if isinstance(made, Pipeline) else Pipeline((made,))
 
 
-def _batches(calibration: Iterable[Inputs] | None) -> list[Inputs] | None:
+def read_batches(calibration: Iterable[Inputs] | None) -> list[Inputs] | None:
     """The batches in memory: a generator could be walked only once, and a search over densities walks them again and again."""
     if calibration is None:
         return None

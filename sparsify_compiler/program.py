@@ -179,7 +179,8 @@ def describe(node: fx.Node) -> str:
     where = node.meta.get("path", "")
     made = f"  by {node.meta['by']}" if "by" in node.meta else ""
     at = f"  at {where}" if where else ""
-    return f"{node.name}: {kind} = {_call(node)}{at}{made}"
+    trained = "".join(f"  in training {by}" for by, _ in node.meta.get("training", ()))
+    return f"{node.name}: {kind} = {_call(node)}{at}{made}{trained}"
 
 
 def _call(node: fx.Node) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import instantiate
+from .call import instantiate, own_tensors
 from .capture import capture
 from .compile import as_pipeline
 from .errors import CaptureError, SparsifyError
@@ -42,7 +42,7 @@ def reparameterize(model: nn.Module, example_inputs: Inputs, *, recipe: str | Pa
     program = _captured(model, example_inputs, dynamic)
     after = pipeline.run(program, Context(example_inputs=example_inputs))
     with torch.no_grad():
-        return _own(instantiate(after)).eval()
+        return own_tensors(instantiate(after)).eval()
 
 
 def _captured(model: nn.Module, example_inputs: Inputs, dynamic: Any) -> Program:
@@ -63,18 +63,3 @@ def _batch(example_inputs: Inputs) -> dict[Any, dict[int, str]]:
     named = example_inputs.items() if isinstance(example_inputs, Mapping) else enumerate(example_inputs)
     sized = {key: value.shape[0] for key, value in named if isinstance(value, Tensor) and value.dim() > 1}
     return {key: {0: "batch"} for key in sized} if len(set(sized.values())) == 1 else {}
-
-
-def _own(module: nn.Module) -> nn.Module:
-    """The same module with tensors of its own; what is shared inside stays shared."""
-    copies: dict[int, Tensor] = {}
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in copies:
-                    fresh = tensor.detach().clone()
-                    copies[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
-                tensors[name] = copies[id(tensor)]  # type: ignore[assignment]
-    return module

@@ -1,4 +1,7 @@
-"""FFNs: two linears with an activation between them, or three with a gate."""
+"""FFNs: two linears with an activation between them, or three with a gate.
+
+An activation may be more than one operator: a square behind it (ReLU²), a selection by magnitude (FATReLU), a scale and an offset (StarReLU).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .normal_form_edit import aten, is_call, only_user
+from .normal_form_edit import aten, from_parameters, is_call, only_user, rank
+from .ops import select
 from .program import Region, Site
 from .site_graph import ACTIVATIONS, View, common_path, features, path_of
 from .site_linear import operator_name
@@ -19,10 +23,14 @@ class _Ffn:
     up: fx.Node
     activation: fx.Node
     gate: fx.Node | None = None
+    up_activation: fx.Node | None = None
 
 
 def find_ffns(view: View) -> Iterator[tuple[fx.Node, Site]]:
-    """Facts: gated, activation, in_features, hidden, out_features; fused when gate and up are one linear whose halves are split."""
+    """Facts: gated, activation, in_features, hidden, out_features; fused when gate and up are one linear whose halves are split.
+
+    The role up_activation is there where the up projection of a gated FFN has an activation too (dReLU).
+    """
     linears = set(view.linears)
     taken: set[str] = set()
     for down in view.linears:
@@ -34,6 +42,7 @@ def find_ffns(view: View) -> Iterator[tuple[fx.Node, Site]]:
         assert isinstance(source, fx.Node)
         roles = {"input": source.name, "up": found.up.name, "activation": found.activation.name, "down": down.name}
         roles |= {"gate": found.gate.name} if found.gate is not None else {}
+        roles |= {"up_activation": found.up_activation.name} if found.up_activation is not None else {}
         hidden, outputs = features(down)
         facts = {"gated": found.gate is not None, "activation": operator_name(found.activation), "in_features": features(found.up)[0],
                  "hidden": hidden, "out_features": outputs, "fused": found.gate is found.up}
@@ -45,13 +54,19 @@ def find_ffns(view: View) -> Iterator[tuple[fx.Node, Site]]:
 
 def neurons_of(region: Region, site: Site) -> fx.Node:
     """What decides which neurons are alive: the activation of the gate where there is one, else what feeds the down projection."""
+    if site.facts["gated"]:
+        return activated(region.node(site.roles["activation"]))
     value = region.node(site.roles["down"]).kwargs["input"]
     assert isinstance(value, fx.Node)
-    if not site.facts["gated"]:
-        return value
-    activation = region.node(site.roles["activation"])
-    squared = only_user(activation)
-    return activation if squared is value or squared is None else squared
+    return value
+
+
+def activated(activation: fx.Node) -> fx.Node:
+    """The last node of the activation that begins with this operator."""
+    after = only_user(activation)
+    while after is not None and _inner(after) is activation:
+        activation, after = after, only_user(after)
+    return activation
 
 
 def partner_of(region: Region, site: Site) -> fx.Node | None:
@@ -72,21 +87,37 @@ def _ffn(node: object, linears: set[fx.Node]) -> _Ffn | None:
         return None
     a, b = node.kwargs["self"], node.kwargs["other"]
     for one, other in ((a, b), (b, a)):
-        gate = _activated(one, linears)
-        up = _projected(other, linears)
+        gate, up, both = _activated(one, linears), _projected(other, linears), _activated(other, linears)
+        up, second = (up, None) if both is None else both
         if gate is not None and up is not None and gate[0].kwargs["input"] is up.kwargs["input"]:
-            return _Ffn(up, gate[1], gate[0])
+            return _Ffn(up, gate[1], gate[0], second)
     return None
 
 
 def _activated(node: object, linears: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """(linear, activation) when a node is an activation of a linear; a square after it (ReLU²) belongs to it."""
-    if is_call(node, aten.pow.Tensor_Scalar, aten.square.default) and only_user(node) is not None:
-        node = node.kwargs["self"]
+    """(linear, activation) when a node is an activation of a linear, or the last node of one."""
+    while isinstance(node, fx.Node) and (inner := _inner(node)) is not None and only_user(node) is not None:
+        node = inner
     if not isinstance(node, fx.Node) or not is_call(node, *ACTIVATIONS) or only_user(node) is None:
         return None
     linear = _projected(node.kwargs["self"], linears)
     return None if linear is None else (linear, node)
+
+
+def _inner(node: fx.Node) -> fx.Node | None:
+    """x of a node that belongs to the activation of x: a square, a selection by magnitude, a scale, an offset."""
+    x: object = None
+    if is_call(node, aten.pow.Tensor_Scalar, aten.square.default) or (is_call(node, aten.mul.Tensor) and node.kwargs["self"] is node.kwargs["other"]):
+        x = node.kwargs["self"]
+    elif is_call(node, select.op) and node.kwargs.get("scale") is None and node.kwargs.get("center") is None:
+        x = node.kwargs["x"]
+    elif is_call(node, aten.mul.Tensor, aten.add.Tensor) and _is_number(node.kwargs["other"]):
+        x = node.kwargs["self"]
+    return x if isinstance(x, fx.Node) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, fx.Node) and rank(value) == 0 and from_parameters(value))
 
 
 def _projected(node: object, linears: set[fx.Node]) -> fx.Node | None:

@@ -9,6 +9,7 @@ from torch import fx
 
 from .errors import unknown
 from .program import Program, Site
+from .selectors import select
 from .site_attention import find_attentions
 from .site_ffn import find_ffns
 from .site_graph import View
@@ -42,3 +43,11 @@ def find_sites(program: Program, kinds: Iterable[str] | None = None) -> list[Sit
             used[site.kind, site.path] = again + 1
             result.append(replace(site, path=f"{site.path}@{again}") if again else site)
     return result
+
+
+def chosen_sites(program: Program, kinds: tuple[str, ...], targets: tuple[str, ...], ignore: tuple[str, ...]) -> list[Site]:
+    """The sites of these kinds that `targets` names and `ignore` does not; none, without an error, in a model that has no such site where `targets`
+    asks for all of them. Raises SelectorError for a selector that matches nothing.
+    """
+    every = find_sites(program, kinds)
+    return select(every, targets, ignore, program) if every or targets != kinds else []

@@ -56,7 +56,8 @@ def test_the_op_is_its_formula(activation: str, biased: bool) -> None:
     x, limit = torch.randn(2, 3, 12), torch.tensor(0.2)
     gates = select_ffn.ACTIVATIONS[activation](x @ tensors["gate"].t() + tensors.get("gate_bias", 0))
     gates = torch.where(gates.abs() * tensors["scale"] >= limit, gates, 0)
-    expected = (gates * (x @ tensors["up"].t() + tensors.get("up_bias", 0))) @ tensors["down"] + (0 if bias is None else bias)
+    up = x @ tensors["up"].t() + tensors.get("up_bias", 0)
+    expected = (gates * (up.relu() if activation == "drelu" else up)) @ tensors["down"] + (0 if bias is None else bias)
     for function in (select_ffn.op, select_ffn.reference):
         torch.testing.assert_close(function(x=x, limit=limit, **tensors, bias=bias, activation=activation), expected)
     torch.library.opcheck(select_ffn.op, (x, limit, tensors["gate"], tensors["up"], tensors["down"], tensors["scale"], tensors.get("gate_bias"),
@@ -79,7 +80,7 @@ def test_its_costs_are_true() -> None:
 
 @settings(max_examples=25, derandomize=True, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 150), st.integers(1, 3), st.sampled_from([0.0, 0.3, 100.0]), st.booleans(), st.booleans(),
-       st.sampled_from(["silu", "relu"]), st.sampled_from([torch.float32, torch.bfloat16]))
+       st.sampled_from(["silu", "relu", "relu2", "drelu", "gelu"]), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_a_kernel_is_its_op(k: int, h: int, n: int, rows: int, limit: float, biased: bool, scaled: bool, activation: str, dtype: torch.dtype) -> None:
     tensors, bias = made(32 * k, 16 * h, n, dtype, biased, scaled)
     tensors["limit"] = torch.tensor(limit)

@@ -19,6 +19,7 @@ from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels import gather_rows
 from sparsify_compiler.codegen.kernels.finish import Finish
 from sparsify_compiler.codegen.kernels.gather_rows import LANES, PARTS
+from sparsify_compiler.ops import select_ffn
 
 NEURONS = 16     # that are multiplied with x together
 GROUPS = 4       # of them in a task
@@ -132,5 +133,5 @@ def _raise(a: _Arguments, how: FfnRows, count: Any, first: Any) -> None:
     """values *= up x, for 16 selected neurons; behind the last one it is taken again, and what comes of it never read."""
     rows = [e.let(e.load(a.places, e.minimum(first + n, count - 1))) for n in range(NEURONS)]
     bias = e.join([e.load(a.up_bias, row) for row in rows], 1)
-    total = e.let(_products(a, how, a.up, rows) + bias)
+    total = e.let(Finish(activation=select_ffn.UP.get(how.activation, ""))(_products(a, how, a.up, rows) + bias))
     e.store(a.values, e.load(a.values, first, lanes=NEURONS) * total, first, lanes=NEURONS)

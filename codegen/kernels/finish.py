@@ -120,6 +120,15 @@ def _clamp(x: Any, low: float, high: float) -> Any:
     return tirx.Select(x > constant(high, x), constant(high, x), x)
 
 
+def _relu(x: Any) -> Any:
+    return tirx.Select(x < constant(0.0, x), constant(0.0, x), x)
+
+
+def _square(x: Any) -> Any:
+    x = e.let(x)
+    return x * x
+
+
 def _leaky(x: Any, slope: float) -> Any:
     return tirx.Select(x < constant(0.0, x), x * constant(slope, x), x)
 
@@ -176,7 +185,7 @@ def _gelu_tanh(how: Finish, x: Any) -> Any:
 
 
 ACTIVATIONS: Mapping[str, Any] = {
-    "relu": lambda _, x: tirx.Select(x < constant(0.0, x), constant(0.0, x), x), "relu6": lambda _, x: _clamp(x, 0.0, 6.0),
+    "relu": lambda _, x: _relu(x), "relu2": lambda _, x: _square(_relu(x)), "drelu": lambda _, x: _relu(x), "relu6": lambda _, x: _clamp(x, 0.0, 6.0),
     "hardtanh": lambda _, x, low, high: _clamp(x, low, high), "leaky_relu": lambda _, x, slope: _leaky(x, slope),
     "hardsigmoid": lambda _, x: _gate(x), "hardswish": lambda _, x: x * _gate(x),
     "sigmoid": _sigmoid, "silu": lambda how, x: x * _sigmoid(how, x), "gelu": _gelu, "gelu_tanh": _gelu_tanh,

@@ -89,7 +89,7 @@ class GatherFfn(Gathering):
         chosen = torch.empty_like(gates)
         limit, scale = self._arguments[:2]
         self._select.function(gates, limit, scale, scale, chosen)
-        hidden = chosen.view((*x.shape[:-1], -1)) * linear(x, given["up"], given.get("up_bias"))
+        hidden = chosen.view((*x.shape[:-1], -1)) * select_ffn.raised(self._activation, linear(x, given["up"], given.get("up_bias")))
         return linear(hidden, self._down, self._bias)
 
     def state(self) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ class Selection:
     def of(selector: str, scores: Tensor, density: float, scale: Tensor | None = None, center: Tensor | None = None) -> Selection:
         """The selection that takes `density` of the sampled scores [rows, K]."""
         named = Named.parse("selector", selector)
-        if density >= 1:
+        if density >= 1 and not exact(named):
             return Selection(named, None, 1.0, scale, center)
         number: float = sys.modules[named.function.__module__].calibrate(scores, density)
         limit = named(scores, number)
@@ -47,23 +47,31 @@ class Selection:
         limit = self.selector(select.score(rows, self.scale, self.center), self.number)
         return rows - select.reference(rows, rows.new_tensor(self.number) if limit is None else limit, self.scale, self.center)
 
-    def insert(self, region: Region, before: fx.Node, x: Any, by: str) -> fx.Node:
-        """The node of select(x, ...), in front of another."""
+    def insert(self, region: Region, before: fx.Node, x: Any, by: str, scores: fx.Node | None = None, straight_through: bool = False) -> fx.Node:
+        """The node of select(x, ...), in front of another; by scores that another node gives, where it is named."""
 
         def stored(value: Tensor, name: str) -> fx.Node:
             return put(region, before, value, name, (), before.meta, by)
 
-        given = {} if self.scale is None else {"scale": stored(self.scale, "input_scale")}
+        given: dict[str, Any] = {} if self.scale is None else {"scale": stored(self.scale, "input_scale")}
         if self.center is not None:
             given["center"] = stored(self.center.to(x.meta["val"].dtype), "input_center")
 
-        def limit_of(x: Tensor, scale: Tensor | None = None, center: Tensor | None = None) -> Any:
-            return self.selector(select.score(x, scale, center), self.number)
+        given |= {} if scores is None else {"scores": scores}
 
+        def limit_of(x: Tensor, scale: Tensor | None = None, center: Tensor | None = None, scores: Tensor | None = None) -> Any:
+            return self.selector(select.score(x, scale, center) if scores is None else scores, self.number)
+
+        number = self.number if self.number is not None else 0.0 if scores is None else float("-inf")
         if self.number is None or self.selector(torch.ones(1, 1, dtype=torch.float32), 1.0) is None:
-            limit = stored(torch.tensor(self.number or 0.0, dtype=torch.float32), "input_limit")
+            limit = stored(torch.tensor(number, dtype=torch.float32), "input_limit")
         else:
             limit = insert_formula(region, before, limit_of, {"x": x, **given}, by)
-        chosen = insert(before, select.op, x=x, limit=limit, **given)
+        chosen = insert(before, select.op, x=x, limit=limit, **given, **({"straight_through": True} if straight_through else {}))
         chosen.meta["by"] = by
         return chosen
+
+
+def exact(selector: Named) -> bool:
+    """Whether a selector leaves out zeros only, so that it needs no density."""
+    return bool(getattr(sys.modules[selector.function.__module__], "EXACT", False))

@@ -42,6 +42,7 @@ class SelectInputs(Pass):
     center    what stands for an input that is skipped: "zero", or "mean", its mean over the calibration, which costs nothing at run time
     targets   selectors of sites, as in mask_weights: "linear", "ffn", "attention", "ffn:down", paths and patterns
     ignore    selectors of sites that read all of their inputs
+    straight_through  in training, give an input that was not selected the gradient too, as if it had been
 
     A NaN is always selected, so it reaches the output. Layers whose inputs are selected already stay as they are. Needs calibration.
     """
@@ -54,6 +55,7 @@ class SelectInputs(Pass):
     center: Literal["zero", "mean"] = "zero"
     targets: tuple[str, ...] = DEFAULT
     ignore: tuple[str, ...] = ()
+    straight_through: bool = False
 
     preserves: ClassVar[Preserves] = Preserves.SIGNATURE
     gives_stage: ClassVar[Stage | None] = Stage.SPARSE
@@ -126,7 +128,7 @@ class SelectInputs(Pass):
         repaired = Repaired(density) if density >= 1 else Named.parse("input repair", self.repair)(skipping, density)
         selection = select_at(repaired.density)
         for use in layer.uses:
-            chosen = selection.insert(use.region, use.op, use.op.kwargs["input"], self.name())
+            chosen = selection.insert(use.region, use.op, use.op.kwargs["input"], self.name(), straight_through=self.straight_through)
             use.op.kwargs = {**use.op.kwargs, "input": chosen}
             row = program.decisions.setdefault(use.site.path, _row(use, layer))
             row.structure, row.density, row.budget = f"inputs by {selection.selector.name}", selection.found, density

@@ -13,13 +13,12 @@ from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.fold import evaluate, is_constant
 from sparsify_compiler.ops import select
-from sparsify_compiler.passes.activation._selection import Selection
+from sparsify_compiler.passes.activation._selection import Selection, exact
 from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site, Stage
-from sparsify_compiler.selectors import select as selected
 from sparsify_compiler.site_ffn import neurons_of
-from sparsify_compiler.sites import find_sites
+from sparsify_compiler.sites import chosen_sites, find_sites
 
 KIND = ("ffn",)
 
@@ -35,11 +34,12 @@ class SelectNeurons(Pass):
 
     scorer    a file of passes/activation/scorers, of what the activation gives and the down projection, whose inputs the neurons are
     selector  a file of passes/activation/selectors
-    density   selected / all neurons, the same in every FFN; by default the user's budget
+    density   selected / all neurons, the same in every FFN; by default the user's budget. The selector "nonzero" needs none: it skips what ReLU and
+              its kin have made zero, which changes nothing but the reads
     targets   selectors of FFN sites; all by default
     ignore    selectors of FFN sites that compute all of their neurons
 
-    FFNs that select already stay as they are. Needs calibration.
+    FFNs that select already stay as they are; what they select is measured. Needs calibration.
     """
 
     scorer: str = "magnitude"
@@ -66,7 +66,7 @@ class SelectNeurons(Pass):
         return self.density
 
     def run(self, program: Program, ctx: Context) -> Program:
-        density = self.density_of(ctx)
+        density = 1.0 if exact(Named.parse("selector", self.selector)) else self.density_of(ctx)
         sites = self._sites(program)
         if not sites:
             ctx.miss("the model has no FFN")
@@ -74,16 +74,17 @@ class SelectNeurons(Pass):
         for done, site in enumerate(sites):
             region = program.regions[site.region]
             why = _unfit(region, site)
+            path = paths[site.region, site.roles["down"]]
             if why is not None:
                 ctx.miss(why, site.path)
+                self._measure(region, site, path, program, ctx)
             elif ctx.spend():
-                self._select(region, site, paths[site.region, site.roles["down"]], density, program, ctx)
+                self._select(region, site, path, density, program, ctx)
             ctx.progress("select neurons", done + 1, len(sites))
         return program
 
     def _sites(self, program: Program) -> list[Site]:
-        every = find_sites(program, KIND)
-        return selected(every, self.targets, self.ignore, program) if every or self.targets != KIND else []
+        return chosen_sites(program, KIND, self.targets, self.ignore)
 
     def _select(self, region: Region, site: Site, path: str, density: float, program: Program, ctx: Context) -> None:
         if ctx.statistics is None:
@@ -97,8 +98,17 @@ class SelectNeurons(Pass):
         reader = next(iter(value.users))
         chosen = selection.insert(region, reader, value, self.name())
         reader.replace_input_with(value, chosen)
-        row = program.decisions.setdefault(path, _row(path, weight))
+        row, down.meta["site"] = program.decisions.setdefault(path, _row(path, weight)), path
         row.structure, row.density, row.budget = f"neurons by {selection.selector.name}", selection.found, density
+
+
+    def _measure(self, region: Region, site: Site, path: str, program: Program, ctx: Context) -> None:
+        """Note what an FFN selects that comes with a selection of its own (FATReLU)."""
+        down = region.node(site.roles["down"])
+        if neurons_of(region, site).target is select.op and path not in program.decisions and ctx.statistics is not None:
+            row = program.decisions[path] = _row(path, evaluate(region, down.kwargs["weight"]))  # type: ignore[arg-type]
+            down.meta["site"] = path
+            row.structure, row.density = "neurons by threshold", float((ctx.statistics.get(path, "neuron_rows") != 0).float().mean())
 
 
 def _unfit(region: Region, site: Site) -> str | None:

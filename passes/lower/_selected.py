@@ -26,7 +26,7 @@ DECODE = 1  # rows that a layer with any number of them is measured at: those of
 def is_selecting(node: fx.Node) -> bool:
     """A linear layer that reads selected inputs, with a stored weight."""
     source, weight = node.kwargs.get("input"), node.kwargs.get("weight")
-    selects = isinstance(source, fx.Node) and source.target is select.op
+    selects = isinstance(source, fx.Node) and source.target is select.op and source.kwargs.get("scores") is None
     return selects and node.target is aten.linear.default and isinstance(weight, fx.Node) and weight.op == "get_attr"
 
 

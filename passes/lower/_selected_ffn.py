@@ -17,9 +17,10 @@ from sparsify_compiler.passes.lower._linear import Linear, eager
 from sparsify_compiler.passes.lower._selected import by_input, dense_weight, rows_of
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, get_tensor
+from sparsify_compiler.splice import insert_formula
 
-ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu", aten.sigmoid.default: "sigmoid"}
-TARGETS = {name: target for target, name in ACTIVATIONS.items()}
+ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu", aten.sigmoid.default: "sigmoid", aten.gelu.default: "gelu"}
+SQUARED, RAISED = {"relu": "relu2"}, {"relu": "drelu"}  # names of the whole, by the activation that is squared, and that up has too
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,28 @@ def find(down: fx.Node) -> _Ffn | None:
         return None
     one, other = product.kwargs["self"], product.kwargs["other"]
     for chosen, up in ((one, other), (other, one)):
-        if not is_call(chosen, select.op) or only_user(chosen) is None or not _stored(up) or only_user(up) is None:
+        if not is_call(chosen, select.op) or only_user(chosen) is None:
             continue
-        activated = chosen.kwargs["x"]
-        gate: Any = activated.kwargs.get("self") if is_call(activated, *ACTIVATIONS) and only_user(activated) is not None else None
+        gate, name = _activation(chosen.kwargs["x"])
+        if is_call(up, aten.relu.default) and name in RAISED and only_user(up) is not None:
+            up, name = up.kwargs["self"], RAISED[name]
+        if not _stored(up) or only_user(up) is None:
+            continue
         fits = _stored(gate) and only_user(gate) is not None and gate.kwargs["input"] is up.kwargs["input"]
-        plain = chosen.kwargs["limit"].op == "get_attr" and chosen.kwargs.get("center") is None
+        plain = chosen.kwargs["limit"].op == "get_attr" and chosen.kwargs.get("center") is None and chosen.kwargs.get("scores") is None
         if fits and plain:
-            return _Ffn(gate, up, ACTIVATIONS[activated.target], chosen)
+            return _Ffn(gate, up, name, chosen)
     return None
+
+
+def _activation(node: Any) -> tuple[Any, str]:
+    """What an activation is of, and its name; None where it has none."""
+    squared = is_call(node, aten.pow.Tensor_Scalar, aten.square.default) and node.kwargs.get("exponent", 2) == 2 and only_user(node) is not None
+    inner = node.kwargs["self"] if squared else node
+    if not is_call(inner, *ACTIVATIONS) or only_user(inner) is None:
+        return None, ""
+    name = ACTIVATIONS[inner.target] + ("_tanh" if inner.kwargs.get("approximate", "none") == "tanh" else "")
+    return (inner.kwargs["self"], SQUARED.get(name, "") if squared else name) if not squared or name in SQUARED else (None, "")
 
 
 def is_packed(node: fx.Node) -> bool:
@@ -86,13 +100,14 @@ def ffn(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear
     weight = tensors["down"].t()
     layer = Linear(region, node, row_of(region, node, "linear", weight, program), weight, bias, packed=True, rows=x.shape[0])
     dense = [(tensors["gate"], tensors.get("gate_bias")), (tensors["up"], tensors.get("up_bias")), (weight, bias)]
-    activate = select_ffn.ACTIVATIONS[attributes["activation"]]
+    name = str(attributes["activation"])
+    activate = select_ffn.ACTIVATIONS[name]
     linears: list[Callable[[Tensor], Tensor]] = [partial(eager, matrix, vector) for matrix, vector in dense]
-    layer.add(EAGER, partial(_gated, linears, activate), x, None, Form())
+    layer.add(EAGER, partial(_gated, linears, name), x, None, Form())
     found = [ctx.kernels.candidates("linear", {"weight": matrix}, {"any_rows": True}, x.dtype, (layer.rows,), ctx.target) for matrix, _ in dense]
     if all(found):
         packed = [candidates[0].bind(vector) for candidates, (_, vector) in zip(found, dense, strict=True)]
-        layer.add(found[0][0].name, partial(_gated, packed, activate), x, None, Form())
+        layer.add(found[0][0].name, partial(_gated, packed, name), x, None, Form())
     scores = select.score(activate(linears[0](x)), tensors.get("scale")).flatten()
     skipped = round((1 - layer.decision.density) * scores.numel())
     limit = scores.kthvalue(min(skipped + 1, scores.numel())).values.float()
@@ -106,6 +121,7 @@ def make_dense(layer: Linear) -> list[fx.Node]:
     """select_ffn -> the FFN with all of its neurons. Returns its linears."""
     region, node = layer.region, layer.node
     given: Any = node.kwargs
+    name = given["activation"]
     linears = []
 
     def linear(x: Any, weight: Any, bias: Any) -> fx.Node:
@@ -114,10 +130,12 @@ def make_dense(layer: Linear) -> list[fx.Node]:
         return made
 
     gate = linear(given["x"], given["gate"], given.get("gate_bias"))
-    gates = insert(node, TARGETS[given["activation"]], self=gate)
-    product = insert(node, aten.mul.Tensor, self=gates, other=linear(given["x"], given["up"], given.get("up_bias")))
+    gates = insert_formula(region, node, lambda x: select_ffn.ACTIVATIONS[name](x), {"x": gate}, "lower")
+    up = linear(given["x"], given["up"], given.get("up_bias"))
+    raised = insert_formula(region, node, partial(select_ffn.raised, name), {"up": up}, "lower") if name in select_ffn.UP else up
+    product = insert(node, aten.mul.Tensor, self=gates, other=raised)
     down = linear(product, dense_weight(region, node, given["down"], layer.weight), given.get("bias"))
-    for made in (gate, gates, product, *linears):
+    for made in (product, *linears):
         made.meta["by"] = "lower"
     down.meta = {**node.meta, "by": "lower"}
     node.replace_all_uses_with(down)
@@ -131,6 +149,6 @@ def _stored(node: Any) -> bool:
     return isinstance(weight, fx.Node) and weight.op == "get_attr"
 
 
-def _gated(linears: list[Callable[[Tensor], Tensor]], activate: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _gated(linears: list[Callable[[Tensor], Tensor]], activation: str, x: Tensor) -> Tensor:
     gate, up, down = linears
-    return down(activate(gate(x)) * up(x))
+    return down(select_ffn.ACTIVATIONS[activation](gate(x)) * select_ffn.raised(activation, up(x)))

@@ -19,8 +19,7 @@ from sparsify_compiler.passes.prune.structures._base import keep_top
 from sparsify_compiler.passes.reparam._weights import tied
 from sparsify_compiler.passes_api import Context, Miss, Pass
 from sparsify_compiler.program import Program, Region, Site
-from sparsify_compiler.selectors import select
-from sparsify_compiler.sites import find_sites
+from sparsify_compiler.sites import chosen_sites
 
 PARTS = ("heavy", "rest")
 
@@ -82,8 +81,7 @@ class SplitNeurons(Pass):
         return program
 
     def _sites(self, program: Program) -> list[Site]:
-        every = find_sites(program, ("ffn",))
-        return select(every, self.targets, self.ignore, program) if every or self.targets != ("ffn",) else []
+        return chosen_sites(program, ("ffn",), self.targets, self.ignore)
 
 
 def _group(groups: Groups, region: Region, site: Site) -> Group | None:

@@ -16,8 +16,7 @@ from sparsify_compiler.normal_form_edit import Call, argument, aten, insert, is_
 from sparsify_compiler.passes.reparam._probe import Moments, Probe, moments
 from sparsify_compiler.passes_api import Context, Miss, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site, get_tensor, set_tensor
-from sparsify_compiler.selectors import select
-from sparsify_compiler.sites import find_sites
+from sparsify_compiler.sites import chosen_sites
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ class IdleChannels(Pass):
         self.take_selectors("targets", "ignore")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        found = find_sites(program, ("ffn",))
-        sites = select(found, self.targets, self.ignore, program) if found or self.targets != ("ffn",) else []
+        sites = chosen_sites(program, ("ffn",), self.targets, self.ignore)
         if not sites:
             ctx.miss("the model has no FFN")
         ffns = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,12 +13,22 @@ from torch.nn.functional import linear
 from . import select as chosen
 from ._linear import LIBRARY, compute_dtype
 
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": functional.silu, "relu": functional.relu, "sigmoid": torch.sigmoid}
+# Of the gate. "drelu" is ReLU on the gate and on up; "relu2" is squared.
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu, "relu": functional.relu, "sigmoid": torch.sigmoid, "gelu": functional.gelu, "drelu": functional.relu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"), "relu2": lambda x: functional.relu(x).square(),
+}  # fmt: skip
+UP = {"drelu": "relu"}  # what up has an activation of its own in: its name
+
+
+def raised(activation: str, up: Tensor) -> Tensor:
+    """What the gate is multiplied with, of the products of up."""
+    return ACTIVATIONS[UP[activation]](up) if activation in UP else up
 
 
 def reference(x: Tensor, limit: Tensor, gate: Tensor, up: Tensor, down: Tensor, scale: Tensor | None = None, gate_bias: Tensor | None = None,
               up_bias: Tensor | None = None, bias: Tensor | None = None, *, activation: str) -> Tensor:
-    """y = down^T (select(activation(gate x + gate_bias)) * (up x + up_bias)) + bias.
+    """y = down^T (select(activation(gate x + gate_bias)) * (up x + up_bias)) + bias; "drelu" is an activation of up, too.
 
     x [..., K] any float dtype -> y [..., N] of the same dtype; gate and up [H, K], down [H, N]; limit [] or [..., 1], scale [H] or None, as in
     select. Sums in at least float32. A NaN of the gate is always selected.
@@ -25,7 +36,7 @@ def reference(x: Tensor, limit: Tensor, gate: Tensor, up: Tensor, down: Tensor, 
     dtype = compute_dtype(x, gate)
     wide = [None if vector is None else vector.to(dtype) for vector in (gate_bias, up_bias, bias)]
     gates = ACTIVATIONS[activation](linear(x.to(dtype), gate.to(dtype), wide[0]))
-    hidden = chosen.reference(gates, limit, scale) * linear(x.to(dtype), up.to(dtype), wide[1])
+    hidden = chosen.reference(gates, limit, scale) * raised(activation, linear(x.to(dtype), up.to(dtype), wide[1]))
     return linear(hidden, down.to(dtype).t(), wide[2]).to(x.dtype)
 
 
@@ -42,7 +53,7 @@ def _everywhere(x: Tensor, limit: Tensor, gate: Tensor, up: Tensor, down: Tensor
     if x.dtype is not gate.dtype:
         return reference(x, limit, gate, up, down, scale, gate_bias, up_bias, bias, activation=activation)
     gates = chosen.op(ACTIVATIONS[activation](linear(x, gate, gate_bias)), limit, scale)
-    return linear(gates * linear(x, up, up_bias), down.t(), bias)
+    return linear(gates * raised(activation, linear(x, up, up_bias)), down.t(), bias)
 
 
 def _fake(x: Tensor, limit: Tensor, gate: Tensor, up: Tensor, down: Tensor, scale: Tensor | None = None, gate_bias: Tensor | None = None,

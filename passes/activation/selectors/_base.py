@@ -2,7 +2,8 @@
 
 A selector is a function `name(score, number) -> limit` in a file of its own: score float [..., K] of one call, limit [..., 1] in the same dtype,
 which the selected inputs reach; None where the number itself is the limit. `calibrate(scores, density) -> number` finds the number on scores
-[rows, K] of calibration. Both are plain torch; the first becomes part of the graph.
+[rows, K] of calibration. Both are plain torch; the first becomes part of the graph. A module constant EXACT = True says that only zeros are
+skipped, so that there is no density to choose.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Terms of the loss that make activations sparse: one file a loss."""

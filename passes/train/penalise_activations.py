@@ -1,0 +1,88 @@
+"""Add a term to the training loss that makes the activations of FFNs sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify_compiler.errors import ParseError
+from sparsify_compiler.passes.prune._named import Named
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.program import Program
+from sparsify_compiler.site_ffn import neurons_of
+from sparsify_compiler.sites import chosen_sites
+from sparsify_compiler.training import Marked, Part, TrainingPass
+
+KIND = ("ffn",)
+
+
+@dataclass(frozen=True)
+class PenaliseActivations(TrainingPass):
+    """In training, add the mean over the FFNs of a loss of their activations, times a weight that a schedule moves.
+
+    Matches    linear(act(linear(x, up)), down) and linear(act(linear(x, gate)) * linear(x, up), down)
+    Rewrites   nothing: it marks what hook.loss() of sc.attach() is made of
+    Preserves  values
+    Paper      none: the frame that ProSparse (arXiv:2402.13516) and DEFT (arXiv:2402.01911) fill in
+
+    loss      a file of passes/train/losses, with options of its own in parentheses
+    weight    what the loss is multiplied with
+    schedule  a file of passes/train/schedules, of the number of steps, which multiplies the weight
+    of        "neurons", what the activation gives (of the gate, where there is one), or "hidden", what the down projection reads
+    targets   selectors of FFN sites; all by default
+    ignore    selectors of FFN sites
+    """
+
+    loss: str = "l1"
+    weight: float = 1.0
+    schedule: str = "constant"
+    of: Literal["neurons", "hidden"] = "neurons"
+    targets: tuple[str, ...] = KIND
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        Named.parse("activation loss", self.loss)
+        Named.parse("schedule", self.schedule)(0)
+        if self.of not in ("neurons", "hidden"):
+            raise ParseError(f"of is 'neurons' or 'hidden', not {self.of!r}", where="penalise_activations")
+        if not 0 <= self.weight < float("inf"):
+            raise ParseError(f"a weight is a number of 0 or more, got {self.weight}", where="penalise_activations")
+        self.take_selectors("targets", "ignore")
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        sites = chosen_sites(program, KIND, self.targets, self.ignore)
+        if not sites:
+            ctx.miss("the model has no FFN")
+        for site in sites:
+            region = program.regions[site.region]
+            value = neurons_of(region, site) if self.of == "neurons" else region.node(site.roles["down"]).kwargs["input"]
+            assert isinstance(value, fx.Node)
+            self.mark(value, site, ctx)
+        return program
+
+    def part(self, marked: Sequence[Marked]) -> Part:
+        return _Penalty(self, marked)
+
+
+class _Penalty(Part):
+    def __init__(self, of: PenaliseActivations, marked: Sequence[Marked]) -> None:
+        self._of, self._marked = of, tuple(marked)
+        self._loss, self._schedule = Named.parse("activation loss", of.loss), Named.parse("schedule", of.schedule)
+
+    def loss(self, step: int) -> Tensor | None:
+        values = [one.value for one in self._marked if one.value is not None and one.value.numel()]
+        weight = self._of.weight * self._schedule(step)
+        if not values or not weight:
+            return None
+        total: Tensor = weight * torch.stack([self._loss(value.float()) for value in values]).mean()
+        return total
+
+
+def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """An FFN."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).eval(), (torch.randn(6, 16),)

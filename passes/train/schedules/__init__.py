@@ -1,0 +1,1 @@
+"""Numbers that move while a model is trained: one file a schedule."""

@@ -1,0 +1,141 @@
+"""What an attached model carries into the user's own training loop: values to look at, terms of the loss, numbers that move by schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import InputError
+from .passes_api import Context, Pass, Preserves
+from .program import Region, Site
+
+META = "training"  # in a node's metadata: the passes that act on it in training
+
+
+class Watch(nn.Module):
+    """Stands in the graph and keeps the value that went by last, with its gradient's graph. It is no part of the model's state."""
+
+    _is_impure = True  # so that fx does not drop it as dead code
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> None:
+        if not torch.compiler.is_compiling() and type(x) is Tensor:  # an export of the model leaves nothing here
+            self.seen = [x]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "seen": []}
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A value of the graph that a pass acts on in training.
+
+    path    of the site that it belongs to
+    watch   keeps the value of the last forward pass
+    limit   of a selection, the buffer that says from where on is selected; None for other values
+    """
+
+    path: str
+    watch: Watch
+    limit: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor | None:
+        """What went by in the last forward pass; None before the first."""
+        return self.watch.seen[0] if self.watch.seen else None
+
+
+class Part:
+    """What one pass does in training. Its only state is the number of steps, which Hook keeps."""
+
+    def loss(self, step: int) -> Tensor | None:
+        """A term of the loss for the last forward pass, or none."""
+        return None
+
+    def move(self, step: int) -> None:
+        """Set what depends on the number of steps done. Called when attached, after each step, and after a state was loaded."""
+
+
+@dataclass(frozen=True)
+class TrainingPass(Pass):
+    """A pass that leaves values as they are, and marks where it acts while the model is trained."""
+
+    preserves: ClassVar[Preserves] = Preserves.VALUES
+
+    def part(self, marked: Sequence[Marked]) -> Part:
+        """What acts in training on the values that run() has marked."""
+        raise NotImplementedError
+
+    def mark(self, node: fx.Node, site: Site, ctx: Context) -> None:
+        """Note in a node's metadata that this pass acts on it, once."""
+        before = node.meta.get(META, ())
+        if (self, site.path) not in before and ctx.spend():
+            node.meta[META] = (*before, (self, site.path))
+
+
+class Hook:
+    """What the user's loop calls beside its own: `loss()` once a forward pass, `step()` after each step of the optimizer.
+
+        model, hook = sc.attach(model, example_inputs, recipe="prosparse")
+        for batch in batches:
+            loss = task_loss(model(**batch)) + hook.loss()
+            loss.backward()
+            optimizer.step(), optimizer.zero_grad(), hook.step()
+    """
+
+    def __init__(self, parts: Sequence[Part], watched: Mapping[str, Marked]) -> None:
+        self.steps = 0
+        self._parts, self._watched = tuple(parts), dict(watched)
+        self._move()
+
+    @property
+    def activations(self) -> dict[str, Tensor]:
+        """Path of each FFN -> what its activation gave in the last forward pass, [..., hidden], with gradients; for a loss of your own."""
+        return {path: one.value for path, one in self._watched.items() if one.value is not None}
+
+    def densities(self) -> dict[str, float]:
+        """Path of each FFN -> the share of its activations that were not zero in the last forward pass."""
+        return {path: float((value != 0).float().mean()) for path, value in self.activations.items()}
+
+    def loss(self) -> Tensor:
+        """The sum of what the recipe adds to the loss for the last forward pass: float32 []; 0 where it adds nothing."""
+        terms = [term for part in self._parts if (term := part.loss(self.steps)) is not None]
+        return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float32)
+
+    def step(self) -> None:
+        """Move what depends on the number of steps: once after each step of the optimizer, however many backward passes that took."""
+        self.steps += 1
+        self._move()
+
+    def state_dict(self) -> dict[str, int]:
+        """The state beside the model's own state_dict()."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where state_dict() was taken. Raises InputError for a state of something else."""
+        steps = state.get("steps")
+        if set(state) != {"steps"} or not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise InputError(f"this is no state of a hook: {dict(state)!r}", where="load_state_dict", hint="give what Hook.state_dict() returned")
+        self.steps = steps
+        self._move()
+
+    def _move(self) -> None:
+        with torch.no_grad():
+            for part in self._parts:
+                part.move(self.steps)
+
+
+def watch(region: Region, name: str, node: fx.Node) -> Watch:
+    """Put a Watch behind a node of a region's graph, under a name of the region's module."""
+    made = Watch()
+    region.module.add_module(name, made)
+    with region.graph.inserting_after(node):
+        region.graph.call_module(name, (node,))
+    return made

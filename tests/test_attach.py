@@ -1,0 +1,190 @@
+"""Recipes in the user's own training loop: terms of the loss, schedules, resuming, and going on to compile()."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sparsify_compiler as sc
+from sparsify_compiler import catalog
+from sparsify_compiler.errors import InputError, ParseError
+from sparsify_compiler.passes.activation.select_neurons import GatedFfn
+from sparsify_compiler.passes.train.penalise_activations import PenaliseActivations
+from sparsify_compiler.training import Hook
+
+ENDS = (3, 6, 9)
+RECIPE = sc.recipes.prosparse(weight=0.1, threshold=0.02, ends=ENDS, levels=(0.1, 0.5, 1.0))
+X = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
+
+
+def attached(recipe: Any = RECIPE) -> tuple[nn.Module, Hook, nn.Module]:
+    torch.manual_seed(0)
+    net = GatedFfn(16, 32).eval()
+    module, hook = sc.attach(net, (X,), recipe, dynamic={"x": {0: "rows"}})
+    return module, hook, net
+
+
+def run(module: nn.Module, hook: Hook, optimizer: torch.optim.Optimizer, steps: int, accumulate: int = 1) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        for part in X.chunk(accumulate):
+            loss = (module(part) - part).square().mean() + hook.loss()
+            (loss / accumulate).backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+        hook.step()
+    return losses
+
+
+def test_the_loss_is_its_formula_and_moves_by_schedule() -> None:
+    module, hook, _ = attached()
+    module(X)
+    gate, up = functional.linear(X, module.gate.weight).relu(), functional.linear(X, module.up.weight)
+    for step in (0, 1, 3, 4, 8, 9, 50):
+        hook.load_state_dict({"steps": step})
+        level = catalog.get("schedule", "sine_stages")(step, ends=ENDS, levels=(0.1, 0.5, 1.0))
+        assert float(hook.loss().detach()) == pytest.approx(0.1 * level * float((gate * up).detach().abs().mean()), rel=1e-5)
+        assert float(module.gate.limit_folded) == pytest.approx(0.02 if step >= 9 else 0.0)
+
+
+def test_sine_stages() -> None:
+    at = catalog.get("schedule", "sine_stages")
+    levels = [at(step, ends=(10, 20, 40), levels=(1.0, 3.0, 4.0)) for step in range(45)]
+    assert levels[:10] == [1.0] * 10
+    assert levels == sorted(levels)
+    assert levels[15] == pytest.approx(2.0)
+    assert levels[40:] == [4.0] * 5
+    assert levels[12] == pytest.approx(1 + (1 + math.sin(math.pi * (0.2 - 0.5))))
+    with pytest.raises(ParseError, match="ends that grow"):
+        PenaliseActivations(schedule="sine_stages(ends=(3, 3), levels=(1.0, 2.0))")
+
+
+@pytest.mark.parametrize("name", catalog.names("activation loss"))
+def test_losses_are_means_that_fall_with_density(name: str) -> None:
+    loss = catalog.get("activation loss", name)
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    sparse = torch.where(x.abs() > 1, x, 0)
+    assert 0 <= float(loss(sparse)) < float(loss(x))
+    torch.testing.assert_close(loss(torch.cat([x, x])), loss(x))
+    assert float(loss(torch.zeros(3, 4))) == 0
+    x[0, 0] = float("nan")
+    assert bool(loss(x).isnan())
+    torch.autograd.gradcheck(loss, (torch.randn(3, 5, dtype=torch.float64).requires_grad_(),))
+
+
+def test_training_makes_it_sparse_and_the_users_model_stays() -> None:
+    module, hook, net = attached(sc.recipes.prosparse(weight=3.0, ends=ENDS))
+    before = copy.deepcopy(net.state_dict())
+    module(X)
+    start = hook.densities()["up"]
+    run(module, hook, torch.optim.AdamW(module.parameters(), 1e-2), 100)
+    assert hook.densities()["up"] < 0.7 * start
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_resuming_is_bit_equal() -> None:
+    module, hook, _ = attached()
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    run(module, hook, optimizer, 5)
+    saved = copy.deepcopy((module.state_dict(), optimizer.state_dict(), hook.state_dict()))
+    expected = run(module, hook, optimizer, 6)
+    again, other, _ = attached()
+    fresh = torch.optim.AdamW(again.parameters(), 1e-2)
+    again.load_state_dict(saved[0])
+    fresh.load_state_dict(saved[1])
+    other.load_state_dict(saved[2])
+    assert run(again, other, fresh, 6) == expected
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in module.state_dict().items())
+    with pytest.raises(InputError, match="no state of a hook"):
+        other.load_state_dict({"step": 3})
+
+
+def test_gradient_accumulation_and_mixed_precision() -> None:
+    module, hook, _ = attached()
+    run(module, hook, torch.optim.SGD(module.parameters(), 1e-2), 3, accumulate=4)
+    assert hook.steps == 3
+    with torch.autocast("cpu", torch.bfloat16):
+        module(X)
+    assert hook.loss().dtype is torch.float32
+    hook.loss().backward()
+
+
+def test_activations_are_there_for_a_loss_of_ones_own() -> None:
+    module, hook, _ = attached("replace_activation(to='relu')")
+    assert hook.activations == {}
+    assert float(hook.loss().detach()) == 0
+    module(X)
+    value, = hook.activations.values()
+    torch.testing.assert_close(value, functional.linear(X, module.gate.weight).relu())
+    value.sum().backward()
+    assert module.gate.weight.grad is not None
+    assert module.up.weight.grad is None
+    copied = copy.deepcopy(module)
+    torch.testing.assert_close(copied(X), module(X))
+
+
+def test_gradients_of_top_k_go_straight_through() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16)).eval()
+    grads = {}
+    for straight in (True, False):
+        recipe = f"select_inputs(selector='top_k', density=0.25, straight_through={straight})"
+        module, _ = sc.attach(net, (X,), recipe, calibration=[(X,)])
+        x = X.clone().requires_grad_()
+        module(x).sum().backward()
+        grads[straight] = x.grad
+        assert int((module(X) != net(X)).sum())
+    assert grads[True] is not None
+    assert grads[False] is not None
+    torch.testing.assert_close(grads[True], net[0].weight.sum(0).expand_as(X))  # type: ignore[union-attr, operator]
+    assert int((grads[False] != 0).sum()) == 32 * 4
+    assert "straight_through=True" in str(sc.recipes.q_sparse())
+
+
+def test_what_was_trained_compiles_and_skips_its_zeros() -> None:
+    module, hook, _ = attached()
+    run(module, hook, torch.optim.AdamW(module.parameters(), 1e-2), 12)
+    compiled = sc.compile(module.eval(), (X,), recipe="exact_zeros", calibration=[(X,)], dynamic={"x": {0: "rows"}})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X[:7]), module(X[:7]))
+    row = next(row for row in compiled.report().sites if row.site == "down")
+    assert row.density == pytest.approx(hook.densities()["up"], abs=0.15) or row.format == "dense"
+
+
+def test_a_language_model_in_regions_trains() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    lm = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(1, 96, (2, 7))
+    module, hook = sc.attach(lm, {"input_ids": ids}, sc.recipes.deft(weight=0.5), dynamic={"input_ids": {0: "batch", 1: "tokens"}})
+    module.train()
+    loss = module(input_ids=ids, labels=ids).loss + hook.loss()
+    loss.backward()
+    assert len(hook.activations) == 2
+    assert float(hook.loss().detach()) > 0
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    assert not any(parameter.grad is not None for parameter in lm.parameters())
+
+
+def test_bad_input_is_refused() -> None:
+    net = GatedFfn(16, 32).eval()
+    with pytest.raises(InputError, match="does not train"):
+        sc.attach(net, (X,), "mask_weights(density=0.5) | pack()", calibration=[(X,)])
+    with pytest.raises(ParseError, match="0 or more"):
+        PenaliseActivations(weight=-1.0)
+    with pytest.raises(ParseError, match="of is"):
+        PenaliseActivations(of="gates")  # type: ignore[arg-type]
+
+
+def test_values_are_kept_by_an_untrained_model() -> None:
+    module, _, net = attached(sc.recipes.deft())
+    x: Tensor = torch.randn(3, 16)
+    torch.testing.assert_close(module(x), net(x))
