@@ -64,7 +64,7 @@ def test_the_low_rank_part_is_paid_for_and_projects(outputs: int, width: int, ro
     torch.testing.assert_close(writes @ reads, writes @ (writes.t() @ weight))
 
 
-@pytest.mark.parametrize("selector", catalog.names("selector"))
+@pytest.mark.parametrize("selector", [name for name in catalog.names("selector") if name != "nonzero"])
 @pytest.mark.parametrize("scorer", catalog.names("scorer"))
 def test_it_composes_and_lowers_the_error_where_the_weight_has_few_directions(selector: str, scorer: str) -> None:
     model, data = net(), batches()

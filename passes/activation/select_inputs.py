@@ -15,7 +15,7 @@ from sparsify_compiler.errors import ParseError
 from sparsify_compiler.normal_form_edit import aten, insert
 from sparsify_compiler.ops import select
 from sparsify_compiler.passes.activation._evidence import InputEvidence, blocks_of
-from sparsify_compiler.passes.activation._selection import Selection
+from sparsify_compiler.passes.activation._selection import Selection, exact
 from sparsify_compiler.passes.activation.repairs._base import Repaired, Skipping
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, Use, find_layers
 from sparsify_compiler.passes.prune._low_rank import add_low_rank
@@ -77,7 +77,7 @@ class SelectInputs(Pass):
         return self.density
 
     def run(self, program: Program, ctx: Context) -> Program:
-        density = self.density_of(ctx)
+        density = 1.0 if exact(Named.parse("selector", self.selector)) else self.density_of(ctx)
         layers, left = self._layers(program)
         for site, why in left:
             ctx.miss(why, site)
