@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .artefact import export_dense, load
     from .budget import Budget
     from .compiled import CompiledModel
+    from .correct import generate_corrected
     from .movement import Movement
     from .passes_api import Miss, Pass, Preserves
     from .pipeline import Pipeline
@@ -36,13 +37,15 @@ _LAZY = {
     "Budget": "budget", "CompiledModel": "compiled", "Match": "rule", "Miss": "passes_api", "Movement": "movement",
     "Pass": "passes_api", "Pipeline": "pipeline",
     "Preserves": "passes_api", "Program": "program", "Report": "report", "Rule": "rule", "RulePass": "rule", "Stage": "program",
-    "Target": "target", "attach": "training_attach", "errors": "", "export_dense": "artefact", "find_sites": "sites", "load": "artefact",
+    "Target": "target", "attach": "training_attach", "errors": "", "export_dense": "artefact", "generate_corrected": "correct",
+    "find_sites": "sites", "load": "artefact",
     "recipes": "", "reparameterize": "reparameterize",
 }
 
 __all__ = ["Budget", "CompiledModel", "Match", "Miss", "Movement", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule", "RulePass", "Stage",
            "Target",
-           "__version__", "attach", "capture", "compile", "errors", "export_dense", "find_sites", "load", "recipes", "reparameterize"]
+           "__version__", "attach", "capture", "compile", "errors", "export_dense", "find_sites",
+           "generate_corrected", "load", "recipes", "reparameterize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -174,9 +174,9 @@ def collect(program: Program, batches: Iterable[Inputs], sources: Sequence[Sourc
     for batch in batches:
         if gradients:
             with torch.inference_mode(False), torch.enable_grad():
-                _backward(model, loss, _recordable(batch), done, gradients)
+                _backward(model, loss, recordable(batch), done, gradients)
         else:
-            _call(model, batch, done)
+            call_on(model, batch, done)
         done += 1
         progress("calibrate", done, total)
     if not done:
@@ -184,7 +184,7 @@ def collect(program: Program, batches: Iterable[Inputs], sources: Sequence[Sourc
     return {(key, name): value for key, tap in taps.items() for name, value in tap.results().items()}
 
 
-def _recordable(batch: Inputs) -> Inputs:
+def recordable(batch: Inputs) -> Inputs:
     """The batch with tensors that autograd may save: those made in inference mode are copied."""
     copied: Inputs = pytree.tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, batch)
     return copied
@@ -192,7 +192,7 @@ def _recordable(batch: Inputs) -> Inputs:
 
 def _backward(model: nn.Module, loss: Loss, batch: Inputs, number: int, taps: Sequence[GradientTap]) -> None:
     """Call the model and differentiate the loss by the weights that this batch reached."""
-    output = _call(model, batch, number)
+    output = call_on(model, batch, number)
     weights = [weight for tap in taps for weight in tap.seen]
     gradients = iter(differentiate(loss, output, batch, weights) if weights else [])
     for tap in taps:
@@ -217,7 +217,7 @@ def _insert(program: Program, source: Source, names: Sequence[str], name: str) -
     return tap
 
 
-def _call(model: nn.Module, batch: Inputs, number: int) -> Any:
+def call_on(model: nn.Module, batch: Inputs, number: int) -> Any:
     """One call. The user's mistake in a batch is told with the batch's number."""
     try:
         if isinstance(batch, tuple):

@@ -14,7 +14,7 @@ from sparsify_compiler.errors import ParseError, TargetError
 from sparsify_compiler.measure import round_robin
 from sparsify_compiler.memory import give_back
 from sparsify_compiler.operands import packed_operator
-from sparsify_compiler.passes.lower import _conv, _layout, _linear, _selected, _selected_ffn
+from sparsify_compiler.passes.lower import _conv, _layout, _linear, _predicted, _selected, _selected_ffn
 from sparsify_compiler.passes.lower._layer import chunks
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage
@@ -59,6 +59,7 @@ class Lower(Pass):
     def run(self, program: Program, ctx: Context) -> Program:
         if ctx.target is None or ctx.kernels is None:
             raise TargetError("there is no target to lower for", where=self.name(), hint="compile(..., target='cpu') gives one")
+        _predicted.make_dense(program)
         linears = [(region, node) for region, node in program.nodes() if _linear.is_packed(node) or _linear.is_linear(node)]
         selecting = [(region, node) for region, node in program.nodes() if _selected.is_packed(node) or _selected_ffn.is_packed(node)]
         convs = [(region, node) for region, node in program.nodes() if _conv.is_conv(node)]
