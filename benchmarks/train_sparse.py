@@ -4,8 +4,8 @@
 
 A small ViT (fashion_mnist.py: 4 blocks of width 48, FFNs of 192 neurons) is trained with GELU on Fashion-MNIST for --base epochs; then each recipe
 is attached to it and it is fine-tuned for --epochs with the same loop, optimizer and learning rate, "gelu" without a recipe among them. "before" is
-after the rewrite and before any step. Density is the share of neurons that are not zero, over all FFNs and test images. Settings are those of RECIPES, the
-first that were tried; accuracy is measured on the 10,000 test images, once, at the end.
+after the rewrite and before any step. Density is the share of neurons that are not zero, over all FFNs and test images. Settings are those of RECIPES,
+the first that were tried; accuracy is measured on the 10,000 test images, once, at the end.
 """
 
 from __future__ import annotations
