@@ -42,6 +42,25 @@ def test_a_language_model_says_the_same_in_its_new_bases(share: int, untie: bool
     assert len(tied) == (2 if untie else 1)
 
 
+@pytest.mark.parametrize("share", [0, 1, 2])
+def test_weights_become_orthogonal_and_the_model_says_the_same(share: int) -> None:
+    """WINA's transformation: without calibration, and with share=1 each key projection has orthogonal columns, longest first."""
+    _, inputs, program = zoo.captured("llama")
+    step = RotateStream(share, basis="weights", readers=("attention:k", "ffn:gate"))
+    rotated, ctx = run((FoldNormAffine(), step), program, inputs, batches=False)
+    assert ctx.rewrites > 0
+    assert Pipeline.parse(str(step)).passes == (step,)
+    found = {name: t.detach().double() for name, t in instantiate(rotated).named_parameters() if "layers.1.self_attn.k_proj" in name}
+    weight, = found.values()
+    gram = weight.T @ weight
+    apart = float((gram - gram.diag().diag()).norm() / gram.norm())
+    if share == 1:
+        assert apart < 1e-5
+        assert bool((gram.diag().diff() <= 1e-6).all())
+    else:
+        assert apart > 1e-2  # one basis for several layers cannot suit each
+
+
 @pytest.mark.parametrize("untie", [False, True])
 def test_features_are_sorted_and_the_last_are_cut(untie: bool) -> None:
     _, inputs, program = zoo.captured("llama")
@@ -136,6 +155,8 @@ def test_refusals() -> None:
         run((FoldNormAffine(), RotateStream()), program, inputs, batches=False)
     with pytest.raises(ParseError):
         RotateStream(share=-1)
+    with pytest.raises(ParseError, match="basis"):
+        RotateStream(basis="outputs")  # type: ignore[arg-type]
     _, inputs, bert = zoo.captured("bert")
     _, ctx = run((RotateStream(),), bert, inputs)
     assert "layernorm_to_rmsnorm" in ctx.misses[0].why

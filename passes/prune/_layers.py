@@ -73,6 +73,11 @@ def find_layers(program: Program, targets: Iterable[str], ignore: Iterable[str])
     return [Layer(tuple(group), _weight(group[0])) for group in groups.values()], left
 
 
+def chosen_ops(program: Program, selectors: Iterable[str]) -> set[tuple[str, str]]:
+    """(region, node) of the linears and convolutions that selectors mean, as in find_layers. Raises SelectorError for one that matches nothing."""
+    return _selected(find_sites(program, (*BASIC, *COMPOSITE)), selectors, program)
+
+
 def _selected(sites: list[Site], selectors: Iterable[str], program: Program) -> set[tuple[str, str]]:
     """(region, node) of the ops that the selectors mean. Raises SelectorError for one that matches nothing.
 

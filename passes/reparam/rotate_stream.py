@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.errors import CalibrationError, ParseError
+from sparsify_compiler.fold import evaluate, is_constant
 from sparsify_compiler.normal_form_edit import argument, aten, insert, is_call
+from sparsify_compiler.passes.prune._layers import chosen_ops
 from sparsify_compiler.passes.reparam._bases import Bases, Rotation, plan_bases
 from sparsify_compiler.passes.reparam._stream import stream_of
 from sparsify_compiler.passes_api import Context, Miss, Pass
@@ -19,7 +21,9 @@ from sparsify_compiler.sweep import Sweep
 
 @dataclass(frozen=True)
 class RotateStream(Pass):
-    """Give each part of the residual stream the principal components of what its norms read as its basis, most important first.
+    """Give each part of the residual stream the principal components of what its norms give, or of the weights that read it, as its basis.
+
+    The most important one comes first.
 
     A norm without scale commutes with an orthogonal Q. After this the last features can be cut: remove_channels(score="leading",
     targets=("stream",)). Run layernorm_to_rmsnorm and fold_norm_affine before.
@@ -30,6 +34,9 @@ class RotateStream(Pass):
            is left when the parts before it were cut (the paper's order; with share=1, and a model that was captured whole). Otherwise of what
            the norms of the dense model give: where parts share a basis, the stream's growth with depth would let the last ones decide it
     untie  rotate an embedding or weight that others read too, by giving the stream a copy of its own; else what it writes keeps its basis
+    basis  "activations": of what the norms give, which needs calibration; "weights": of the rows of the linears that read them, whose columns are
+           orthogonal then: what an input adds to the outputs is at right angles to what any other adds (WINA, arXiv:2505.19427, section 3.2)
+    readers  selectors of those linears, for "weights"; a norm that none of them reads is looked at through all of its linears
 
     Matches    rms_norm(h), h a sum of linear(x, w, b), embedding(i, e) and parameters p that nothing but rms_norms and sums reads
     Rewrites   in basis Q: linear(x, Q' w, b Q), embedding(i, e Q), p Q; linear(h, Q2' Q1) from one basis to the next; w Q for each linear that
@@ -41,11 +48,16 @@ class RotateStream(Pass):
     share: int = 1
     density: float | None = None
     untie: bool = False
+    basis: Literal["activations", "weights"] = "activations"
+    readers: tuple[str, ...] = ("linear",)
 
     idempotent: ClassVar[bool] = False  # the principal components are found anew
 
     def __post_init__(self) -> None:
         self.check_density(self.density)
+        self.take_selectors("readers")
+        if self.basis not in ("activations", "weights"):
+            raise ParseError(f"basis is 'activations' or 'weights', not {self.basis!r}", where="rotate_stream")
         if self.share < 0:
             raise ParseError(f"share is a number of norms, or 0 for all, not {self.share}", where="rotate_stream")
 
@@ -69,7 +81,10 @@ class RotateStream(Pass):
         plans = [plan for plan in plans if ctx.spend()]
         density = self.density if self.density is not None else ctx.density
         ordered = self.share == 1 and density is not None and ctx.batches is not None and program.skeleton is None
-        found = _in_order(program, plans, density or 1.0, ctx) if ordered else _principal(program, plans, ctx)
+        if self.basis == "weights":
+            found = _of_weights(plans, chosen_ops(program, self.readers) if plans else set())
+        else:
+            found = _in_order(program, plans, density or 1.0, ctx) if ordered else _principal(program, plans, ctx)
         for plan, bases in zip(plans, found, strict=True):
             Rotation(plan, bases, self.name()).run()
         return program
@@ -93,6 +108,30 @@ def _in_order(program: Program, plans: list[Bases], density: float, ctx: Context
         sweep.substitute(node, [value @ kept @ kept.T for value in values])
         ctx.progress("rotate stream", done, len(stops))
     return result
+
+
+def _of_weights(plans: list[Bases], chosen: set[tuple[str, str]]) -> list[dict[int, Tensor]]:
+    """For each plan, basis -> the eigenvectors [features, features] of W' W, largest eigenvalue first; W are the rows of what reads the norms."""
+    result = []
+    for plan in plans:
+        bases = {}
+        for basis, norms in plan.norms.items():
+            readers = [user for norm in norms for user in norm.users if is_call(user, aten.linear.default) and user.kwargs["input"] is norm]
+            readers = [user for user in readers if is_constant(user.kwargs["weight"])]
+            wanted = [user for user in readers if (plan.region.path, user.name) in chosen] or readers
+            gram = torch.zeros(2 * (int(norms[0].meta["val"].shape[-1]),), dtype=torch.float64)
+            for user in wanted:
+                weight = _scaled(plan, user)
+                gram += weight.T @ weight
+            bases[basis] = _sorted_basis(gram)
+        result.append(bases)
+    return result
+
+
+def _scaled(plan: Bases, reader: Any) -> Tensor:
+    """The weight of a linear, times the scale of the norm that it reads, float64."""
+    weight, scale = evaluate(plan.region, reader.kwargs["weight"]).double(), reader.kwargs["input"].kwargs.get("weight")
+    return weight if scale is None else weight * evaluate(plan.region, scale).double()
 
 
 def _sorted_basis(gram: Tensor) -> Tensor:
