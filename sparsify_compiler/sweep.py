@@ -7,7 +7,7 @@ second time beside it through the weights as they were: what the model said ther
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -87,6 +87,16 @@ class Sweep:
                 self._run(stream, self.order(node) + 1, self._weights)
         return [stream.values[node] for stream in self._streams]
 
+    def ahead(self, node: fx.Node, reads: Mapping[fx.Node, Callable[[Tensor], Tensor]]) -> list[Tensor]:
+        """What a node would give, in each batch, if these linears read what the functions make of their inputs. The batches stay where they are."""
+        found = []
+        with torch.no_grad():
+            for stream in self._streams:
+                going = stream.copy()
+                self._run(going, self.order(node) + 1, self._weights, reads)
+                found.append(going.values[node])
+        return found
+
     def substitute(self, node: fx.Node, values: Sequence[Tensor]) -> None:
         """From here on the readers of the node that was reached last see these values, one a batch."""
         for stream, value in zip(self._streams, values, strict=True):
@@ -113,13 +123,16 @@ class Sweep:
         skip = skip_of(op) if self._twins else None
         return op.kwargs["input"] in stream.values and (skip is None or skip in stream.values or self.order(skip) > self.order(op))
 
-    def _run(self, stream: Stream, until: int, weights: Mapping[fx.Node, Tensor]) -> None:
-        """Execute the nodes before number `until`."""
+    def _run(self, stream: Stream, until: int, weights: Mapping[fx.Node, Tensor],
+             reads: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None) -> None:
+        """Execute the nodes before number `until`; those in `reads` on what its functions make of their inputs."""
         values = stream.values
         while stream.place < until:
             node = self._nodes[stream.place]
             if node.op == "call_function":
                 args, kwargs = fx.node.map_aggregate(self._call[node], lambda v: _value(v, values, weights))
+                if reads and node in reads:
+                    kwargs = {**kwargs, "input": reads[node](kwargs["input"])}
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             for dead in self._dying.get(node, ()):
                 values.pop(dead, None)

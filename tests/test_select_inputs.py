@@ -44,7 +44,7 @@ def rewritten(step: SelectInputs, net: nn.Module | None = None, given: list[tupl
     data = given or batches()
     ctx = Context(batches=data)
     ctx.calibrate = lambda program, needs: calibrate(program, data, needs, cache=False)
-    return Pipeline((step,)).run(capture(net or model(), data[0], {"input": {0: "rows"}}), ctx, ()), ctx
+    return Pipeline((step,)).run(capture(net or model(), data[0], {"x" if isinstance(net, Residual) else "input": {0: "rows"}}), ctx, ()), ctx
 
 
 # --- ops ---------------------------------------------------------------------------------------------------------------------------------
@@ -122,14 +122,72 @@ def test_a_selector_selects_about_its_density(name: str, rows: int, width: int, 
     assert abs(found - density) <= 1 / width + 1e-6
 
 
+def test_zeros_are_skipped_for_nothing() -> None:
+    """Where more of ReLU's neurons are 0 than are to be skipped, those are, and no other."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 32)).eval()
+    after, _ = rewritten(SelectInputs(density=0.9, targets=("2",)), net)
+    x = torch.cat([x for x, in batches()])
+    with torch.no_grad():
+        torch.testing.assert_close(instantiate(after)(x), net(x))
+        assert after.decisions["2"].density == pytest.approx(float((net[:2](x) > 0).float().mean()), abs=0.01)
+
+
 @pytest.mark.parametrize("name", catalog.names("input budget"))
 @pytest.mark.parametrize("density", [0.9, 0.5, 0.2])
-def test_a_budget_is_spent(name: str, density: float) -> None:
-    after, _ = rewritten(SelectInputs(budget=name, density=density))
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_budget_is_spent(name: str, density: float, stacked: bool) -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(20, 24),)] if stacked else batches()
+    after, _ = rewritten(SelectInputs(budget=name, density=density), Residual().eval() if stacked else model(), data)
     rows = list(after.decisions.values())
     sizes = [row.shape[0] * row.shape[1] for row in rows]
     assert sum(row.budget * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes) == pytest.approx(density, abs=0.01)
     assert sum(row.density * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes) == pytest.approx(density, abs=0.02)
+
+
+def test_blocks_are_run_to_see_their_error() -> None:
+    """A block whose second FFN reads what hardly matters: skipping is moved there, and the model is nearer to the dense one for it."""
+    torch.manual_seed(0)
+    net = Residual().eval()
+    data = [(torch.randn(30, 24),) for _ in range(2)]
+    errors, chosen = {}, {}
+    for budget in ("uniform", "block_greedy"):
+        after, _ = rewritten(SelectInputs(budget=budget, density=0.5), net, data)
+        chosen[budget] = {path: row.budget for path, row in after.decisions.items()}
+        with torch.no_grad():
+            errors[budget] = float((instantiate(after)(data[1][0]) - net(data[1][0])).norm())
+    assert errors["block_greedy"] < 0.8 * errors["uniform"]
+    assert chosen["block_greedy"]["blocks.0.up"] > chosen["block_greedy"]["blocks.0.down"]
+    parts, ids = llama_in_parts()
+    ctx = Context(batches=[ids], density=0.5)
+    ctx.calibrate = lambda program, needs: calibrate(program, [ids], needs, cache=False)
+    with pytest.raises(CalibrationError, match="captured in parts"):
+        Pipeline((SelectInputs(budget="block_greedy"),)).run(parts, ctx, ())
+
+
+class Residual(nn.Module):
+    """Two blocks, x + down(gelu(up(norm(x)))); a few of the hidden neurons carry almost all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"norm": nn.LayerNorm(24), "up": nn.Linear(24, 48), "down": nn.Linear(48, 24)}) for _ in range(2)])
+        with torch.no_grad():
+            for block in self.blocks:
+                block["up"].weight[8:] *= 0.02
+                block["up"].bias[8:] *= 0.02
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block["down"](nn.functional.gelu(block["up"](block["norm"](x))))
+        return x
+
+
+def llama_in_parts() -> tuple[Program, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    ids = {"input_ids": torch.randint(1, 96, (2, 6))}
+    return capture(transformers.LlamaForCausalLM(config).eval(), ids), ids
 
 
 def test_the_sample_is_spread_over_all_rows() -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import CalibrationError
+from sparsify_compiler.passes.activation._selection import Selection
+from sparsify_compiler.passes.activation._trials import BlockTrials
 from sparsify_compiler.passes.prune._layers import Layer
 from sparsify_compiler.passes_api import Statistics
-from sparsify_compiler.program import Program
-from sparsify_compiler.site_block import find_blocks
 
 STEPS = 20  # of the curves of errors
 ROWS = 64   # that they are measured on
@@ -21,13 +22,15 @@ ROWS = 64   # that they are measured on
 
 @dataclass
 class InputEvidence:
-    """budgets._base.Evidence about these layers. `scales` and `centers` by layer, None for 1 and 0."""
+    """budgets._base.Evidence about these layers. `scales` and `centers` by layer, None for 1 and 0; `selector` as in select_inputs."""
 
     layers: Mapping[str, Layer]
     statistics: Statistics | None
     scales: Mapping[str, Tensor | None]
     centers: Mapping[str, Tensor | None]
-    blocks: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    selector: str
+    trials: BlockTrials
+    _selections: dict[tuple[str, float], Selection] = field(default_factory=dict)
 
     def statistic(self, site: str, name: str) -> Tensor:
         """A statistic, summed over the sites that share the layer's weight. Raises CalibrationError."""
@@ -55,17 +58,24 @@ class InputEvidence:
             found.append((moved.masked_fill(scores >= limit, 0) @ weight.t()).norm() / whole)
         return torch.stack(found)
 
+    def selection(self, site: str) -> Callable[[float], Selection]:
+        """density -> the selection of that share of a layer's inputs."""
+        return partial(Selection.of, self.selector, self.scores(site), scale=self.scales[site], center=self.centers[site])
+
+    def block_error(self, densities: Mapping[str, float]) -> float:
+        reads = {use.op: self._read(site, density) for site, density in densities.items() for use in self.layers[site].uses}
+        return self.trials.error(self.layers[next(iter(densities))].uses[0], reads)
+
+    def _read(self, site: str, density: float) -> Selection:
+        if (site, density) not in self._selections:
+            self._selections[site, density] = self.selection(site)(density)
+        return self._selections[site, density]
+
     def sensitivity(self, site: str) -> float:
         return float(self.statistic(site, "input_gradient").square().mean().sqrt())
 
     def block(self, site: str) -> str:
-        use = self.layers[site].uses[0]
-        return self.blocks.get((use.region.path, use.op.name)) or _numbered(site)
-
-
-def blocks_of(program: Program) -> dict[tuple[str, str], str]:
-    """(region, op) -> the block that it lies in."""
-    return {(block.region, op): block.path for block in find_blocks(program) for op in block.ops}
+        return self.trials.name(self.layers[site].uses[0]) or _numbered(site)
 
 
 def _numbered(path: str) -> str:

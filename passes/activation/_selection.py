@@ -40,12 +40,12 @@ class Selection:
         limit = named(scores, number)
         return Selection(named, number, float((scores >= (number if limit is None else limit)).float().mean()), scale, center)
 
-    def skipped(self, rows: Tensor) -> Tensor:
-        """rows - select(rows), float32 [rows, K]."""
+    def __call__(self, rows: Tensor) -> Tensor:
+        """select(rows), [..., K]."""
         if self.number is None:
-            return rows.new_zeros(rows.shape)
+            return rows
         limit = self.selector(select.score(rows, self.scale, self.center), self.number)
-        return rows - select.reference(rows, rows.new_tensor(self.number) if limit is None else limit, self.scale, self.center)
+        return select.reference(rows, rows.new_tensor(self.number) if limit is None else limit, self.scale, self.center)
 
     def insert(self, region: Region, before: fx.Node, x: Any, by: str, scores: fx.Node | None = None, straight_through: bool = False) -> fx.Node:
         """The node of select(x, ...), in front of another; by scores that another node gives, where it is named."""

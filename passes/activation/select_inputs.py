@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -14,8 +13,9 @@ from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.normal_form_edit import aten, insert
 from sparsify_compiler.ops import select
-from sparsify_compiler.passes.activation._evidence import InputEvidence, blocks_of
-from sparsify_compiler.passes.activation._selection import Selection, exact
+from sparsify_compiler.passes.activation._evidence import InputEvidence
+from sparsify_compiler.passes.activation._selection import exact
+from sparsify_compiler.passes.activation._trials import BlockTrials
 from sparsify_compiler.passes.activation.repairs._base import Repaired, Skipping
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, Use, find_layers
 from sparsify_compiler.passes.prune._low_rank import add_low_rank
@@ -113,7 +113,7 @@ class SelectInputs(Pass):
         known = {layer.path: layer for layer in layers}
         centers: dict[str, Tensor | None] = {}
         scales: dict[str, Tensor | None] = {}
-        evidence = InputEvidence(known, ctx.statistics, scales, centers, blocks_of(program))
+        evidence = InputEvidence(known, ctx.statistics, scales, centers, self.selector, BlockTrials(program, ctx.batches))
         for site, layer in known.items():
             centers[site] = evidence.statistic(site, "input_mean") if self.center == "mean" else None
             scales[site] = scorer(layer.weight, {name: evidence.statistic(site, name) for name in scorer.statistics})
@@ -121,10 +121,10 @@ class SelectInputs(Pass):
 
     def _select(self, layer: Layer, density: float, evidence: InputEvidence, program: Program) -> None:
         """Put the selection in front of every use of one layer, and note it in the report."""
-        path, scores = layer.path, evidence.scores(layer.path)
-        select_at = partial(Selection.of, self.selector, scores, scale=evidence.scales[path], center=evidence.centers[path])
+        path = layer.path
+        select_at = evidence.selection(path)
         rows = evidence.statistic(path, "input_rows")
-        skipping = Skipping(layer.weight, lambda density: select_at(density).skipped(rows))
+        skipping = Skipping(layer.weight, lambda density: rows - select_at(density)(rows))
         repaired = Repaired(density) if density >= 1 else Named.parse("input repair", self.repair)(skipping, density)
         selection = select_at(repaired.density)
         for use in layer.uses:

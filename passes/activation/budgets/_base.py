@@ -29,6 +29,13 @@ class Evidence(Protocol):
         """||what the layer computes of skipped inputs|| / ||what it computes of all||, at 0, 1 / STEPS, ..., 1 of them skipped, on sampled rows."""
         ...
 
+    def block_error(self, densities: Mapping[str, float]) -> float:
+        """||what their block gives when these sites select that share of their inputs - what it gives otherwise||, on the first calibration batch.
+
+        The sites lie in one block; blocks are asked about in the order of execution. Raises CalibrationError for a model that is captured in parts.
+        """
+        ...
+
     def sensitivity(self, site: str) -> float:
         """Root mean square of the gradient of the loss by an input of the site. Needs the statistic input_gradient."""
         ...

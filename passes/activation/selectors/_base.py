@@ -12,10 +12,16 @@ from torch import Tensor
 
 
 def quantile(scores: Tensor, share: float) -> float:
-    """The smallest score that lies above `share` of all; 0, which keeps everything, for a share of 0. Scores [rows, K], not empty."""
+    """The smallest score that lies above `share` of all; 0, which keeps everything, for a share of 0. Scores [rows, K], not empty.
+
+    Scores of 0 cost nothing when they are skipped, so where more than the share are 0, all of them are: ReLU's zeros.
+    """
     flat = scores.flatten()
     below = round(share * flat.numel())
-    return 0.0 if below < 1 else float(flat.kthvalue(min(below + 1, flat.numel())).values)
+    if below < 1:
+        return 0.0
+    found = float(flat.kthvalue(min(below + 1, flat.numel())).values)
+    return found if found or not bool((flat > 0).any()) else float(flat[flat > 0].min())
 
 
 def count_of(scores: Tensor, density: float) -> int:
