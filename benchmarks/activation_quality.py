@@ -22,20 +22,38 @@ from rich.table import Table
 
 from sparsify_compiler import recipes
 from sparsify_compiler.call import instantiate
-from sparsify_compiler.passes.activation.select_inputs import SelectInputs
 from sparsify_compiler.passes.prune._low_rank import MARK
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
 
 SITES = {"all": ("linear",), "ffn": ("ffn",)}
 Made = Callable[[float, tuple[str, ...]], Pipeline]
+FFN, LARGE = 3 / 4, 3 / 16  # of SmolLM2's weights: its FFNs; queries and outputs of attention
+
+
+def cats(density: float, targets: tuple[str, ...]) -> Pipeline:
+    """The gate is read wholly: as many neurons as make the density of the FFNs, or of the model, with the rest of it dense."""
+    ffn = density if targets == SITES["ffn"] else 1 - (1 - density) / FFN
+    return recipes.cats((3 * ffn - 1) / 2)
+
+
+def chess(density: float, targets: tuple[str, ...]) -> Pipeline:
+    """Likewise; of the whole model also, at the density of the neurons, the inputs of queries and outputs."""
+    if targets == SITES["ffn"]:
+        return recipes.chess((3 * density - 1) / 2)
+    return recipes.chess(1 - (1 - density) / (2 / 3 * FFN + LARGE), ("attention:q", "attention:out"))
+
+
 METHODS: dict[str, Made] = {
     "per token": lambda density, targets: recipes.q_sparse(density, targets),  # the same number of inputs for each, of highest magnitude
     "teal uniform": lambda density, targets: recipes.teal(density, "uniform", targets),
     "teal": lambda density, targets: recipes.teal(density, targets=targets),
     "wina": lambda density, targets: recipes.wina(density, targets=targets),
     "wina threshold": lambda density, targets: recipes.wina(density, "threshold", targets=targets),
-    "chess": lambda density, targets: Pipeline((SelectInputs("channel_quantile", "threshold", "uniform", density, targets=targets),)),
+    "cats": cats,
+    "chess": chess,
+    "spark": lambda density, targets: recipes.spark(density, targets),  # of every layer's inputs, not of the neurons alone
+    "sparsing law": lambda density, targets: recipes.sparsing_law(density, targets),
     "r-sparse": lambda density, targets: recipes.r_sparse(density, targets=targets),
     "magnitude + sensitivity": lambda density, targets: recipes.teal(density, "sensitivity", targets),
     "sensitive inputs": lambda density, targets: recipes.sensitive_inputs(density, targets),

@@ -132,7 +132,7 @@ class Sweep:
             if node.op == "call_function":
                 args, kwargs = fx.node.map_aggregate(self._call[node], lambda v: _value(v, values, weights))
                 if reads and node in reads:
-                    kwargs = {**kwargs, "input": reads[node](kwargs["input"])}
+                    kwargs = {**kwargs, "input": reads[node](kwargs["input"])}  # type: ignore[arg-type]
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             for dead in self._dying.get(node, ()):
                 values.pop(dead, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class BlockTrials:
                 self._sweep.reach(use.region.node(block.input))
             self._output, self._dense = output, self._sweep.ahead(output, {})
         found = self._sweep.ahead(output, reads)
-        return float(sum((one - other).float().square().sum() for one, other in zip(found, self._dense, strict=True))) ** 0.5
+        return math.sqrt(sum(float((one - other).float().square().sum()) for one, other in zip(found, self._dense, strict=True)))
 
     def _begin(self) -> Sweep:
         if self._program.skeleton is not None:
