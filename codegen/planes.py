@@ -30,7 +30,7 @@ DENSE_ROWS = 8       # outputs computed together where all are kept
 DENSE_INPUTS = 256   # above so many inputs of a group oneDNN is out of reach
 CHUNK = 512          # columns of 64 bytes: what a tile reads of x between two visits of a group stays in L1
 CHUNKED_FROM = 384   # inputs of a group from which chunks can pay, where outputs share no columns
-FEWEST_ROWS = 28     # of y for each processor, where they share an image by its rows and not by its planes (measured)
+FEWEST_ROWS = 14     # of y for each processor, where they share an image by its rows and not by its planes (measured)
 ALONE = 12_000       # vector FMAs below which waking other threads costs more than they bring
 PLANS = 64           # shapes of x remembered
 SLAB = 1 << 28       # elements in one call: indices are 32 bits wide, and the copy of x is bounded
@@ -93,7 +93,7 @@ def bind(op: str, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
         raise KernelError("there is no such kernel", where=op, hint="save the model again")
     geometry, parallel = _geometry(tensors, attributes), bool(chosen["parallel"])
     if chosen.get("depthwise"):
-        schedule: build.Schedule = Depthwise(geometry.kernel, geometry.stride, geometry.dilation, finish, parallel)
+        schedule: build.Schedule = Depthwise(geometry.kernel, geometry.stride, geometry.dilation, geometry.padding[1], finish, parallel)
         weight = tensors["weight"].detach().float().flatten(1).contiguous()
         full = torch.zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias.detach().float().contiguous()
         return BoundPlanes(op, chosen, schedule, geometry, (weight.view(-1), full), (weight.shape[0], geometry.groups), 1, target, files)
@@ -214,7 +214,7 @@ class BoundPlanes:
         if not isinstance(made, PreparedPlanes):
             height = self._geometry.extent(size)[0]
             pieces = self.target.cores if height >= FEWEST_ROWS * self.target.cores else 1
-            return (*self._fixed, _foreign(torch.tensor([*self._geometry.padding, pieces], dtype=torch.int32))), x.stride(1)
+            return (*self._fixed, _foreign(torch.tensor([self._geometry.padding[0], pieces], dtype=torch.int32))), x.stride(1)
         offsets, numbers = offsets_of(made.columns, self._geometry, size, x.stride(1))
         numbers |= {"groups": made.bias.numel() // made.r, "chunks": made.chunks}
         values, *rest = self._fixed
