@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.codegen import planes
+from sparsify_compiler.codegen.half import HalfKernel, widened
 from sparsify_compiler.codegen.kernels import amx, conv2d, gather, gather_ffn, lanes, linear, mkl, repeated, slices, strips
 from sparsify_compiler.errors import KernelError, UnknownNameError, nearest
 from sparsify_compiler.target import Target
@@ -74,8 +75,9 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
     if any(tensor.device.type != "cpu" for tensor in tensors.values()):
         return []
     layouts: Layouts = {} if shared is None else shared
-    return [Candidate(name, {"family": family.NAME, **options}, op, tensors, attributes, target, layouts)
-            for family in FAMILIES.values() for name, options in family.offer(op, tensors, attributes, dtype, rows, target)]
+    tensors, half = widened(tensors), {"half": True} if dtype is torch.float16 and "values" in tensors else {}
+    return [Candidate(name, {"family": family.NAME, **options, **half}, op, tensors, attributes, target, layouts) for family in FAMILIES.values()
+            for name, options in family.offer(op, tensors, attributes, torch.float32 if half else dtype, rows, target)]
 
 
 def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
@@ -90,6 +92,7 @@ def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], a
         raise KernelError(f"there is no family of kernels called {name!r}", where=op, hint=nearest(name, FAMILIES))
     layouts = [] if shared is None else shared.setdefault(name, [])
     try:
-        return FAMILIES[name].bind(op, options, tensors, attributes, bias, files, target, layouts)
+        kernel = FAMILIES[name].bind(op, options, widened(tensors), attributes, bias, files, target, layouts)
+        return HalfKernel(kernel, options) if options.get("half") else kernel
     except (KeyError, ValueError, TypeError, AttributeError, UnknownNameError) as error:
         raise KernelError(f"the stored kernel does not fit: {error!r}", where=op, hint="save the model again") from error

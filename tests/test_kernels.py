@@ -170,7 +170,7 @@ def test_many_rows_are_cut_into_slabs() -> None:
 
 def test_unknown_dtypes_and_ops_have_no_candidates() -> None:
     stored = catalog.get("format", "csr").encode(torch.randn(4, 4), torch.ones(4, 4, dtype=torch.bool))
-    for op, dtype in (("linear_csr", torch.float16), ("linear_csr", torch.bfloat16), ("linear_other", torch.float32)):
+    for op, dtype in (("linear_csr", torch.float64), ("linear_csr", torch.bfloat16), ("linear_other", torch.float32)):
         assert runtime.candidates(op, stored.tensors(), stored.attributes(), dtype, (1,), host()) == []
 
 
