@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .call import instantiate, own_tensors
-from .capture import capture
+from .capture_batch import captured_for_any_batch
 from .compile import as_pipeline
-from .errors import CaptureError, SparsifyError
+from .errors import SparsifyError
 from .passes_api import Context, Pass
 from .pipeline import Pipeline
-from .program import Program
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
@@ -39,27 +38,7 @@ def reparameterize(model: nn.Module, example_inputs: Inputs, *, recipe: str | Pa
     inexact = [item.name() for item in pipeline.passes if item.preserves != "values"]
     if inexact:
         raise SparsifyError(f"{inexact[0]} changes values, and reparameterize() is exact", where="recipe", hint="use compile() for it")
-    program = _captured(model, example_inputs, dynamic)
+    program = captured_for_any_batch(model, example_inputs, dynamic)
     after = pipeline.run(program, Context(example_inputs=example_inputs))
     with torch.no_grad():
         return own_tensors(instantiate(after)).eval()
-
-
-def _captured(model: nn.Module, example_inputs: Inputs, dynamic: Any) -> Program:
-    """With a dynamic batch, unless the model can only be captured whole with a fixed one."""
-    if dynamic is not None or not (batch := _batch(example_inputs)):
-        return capture(model, example_inputs, dynamic)
-    try:
-        program = capture(model, example_inputs, batch)
-    except CaptureError:
-        return capture(model, example_inputs)
-    if program.skeleton is not None:
-        fixed = capture(model, example_inputs)
-        program = fixed if fixed.skeleton is None else program
-    return program
-
-
-def _batch(example_inputs: Inputs) -> dict[Any, dict[int, str]]:
-    named = example_inputs.items() if isinstance(example_inputs, Mapping) else enumerate(example_inputs)
-    sized = {key: value.shape[0] for key, value in named if isinstance(value, Tensor) and value.dim() > 1}
-    return {key: {0: "batch"} for key in sized} if len(set(sized.values())) == 1 else {}

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from .calibrate import calibrate
 from .call import instantiate, own_tensors
-from .capture import capture
+from .capture_batch import captured_for_any_batch
 from .compile import as_pipeline, read_batches
 from .errors import InputError
 from .ops import select
@@ -34,7 +34,8 @@ def attach(model: nn.Module, example_inputs: Inputs, recipe: str | Path | Pipeli
     recipe          as in compile(); it may not pack or lower
     calibration     batches like example_inputs, for recipes that need statistics
     density         for recipes that leave it to the budget
-    dynamic         as in compile(): dimensions that may change between calls
+    dynamic         as in compile(): dimensions that may change between calls. By default the first of every tensor (the batch), where the model
+                    allows it
 
     The module is plain PyTorch: parameters under the model's own names, what a rewrite added beside them, and it saves, moves, and goes through
     compile() when it is trained. Dropout is not in it: the graph is that of the model in evaluation. A learned activation's parameters are among
@@ -48,7 +49,7 @@ def attach(model: nn.Module, example_inputs: Inputs, recipe: str | Path | Pipeli
         ctx.batches = batches
         ctx.calibrate = lambda program, needs: calibrate(program, batches, needs)
     with torch.no_grad():
-        program = pipeline.run(capture(model, example_inputs, dynamic), ctx)
+        program = pipeline.run(captured_for_any_batch(model, example_inputs, dynamic), ctx)
     if program.stage not in (Stage.TRACED, Stage.SPARSE):
         raise InputError("this recipe packs or lowers, and what is packed does not train", where="recipe",
                          hint="attach with the rewrites alone; compile() packs and lowers what was trained")

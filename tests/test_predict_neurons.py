@@ -14,7 +14,7 @@ from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import BudgetError, CalibrationError, InputError, ParseError
 from sparsify_compiler.ops import select
-from sparsify_compiler.passes.activation._predictor import fit, hidden, scored, top
+from sparsify_compiler.passes.activation._predictor import fit, hidden, margins, scored, top
 from sparsify_compiler.passes.activation.predict_neurons import PredictNeurons
 from sparsify_compiler.passes.activation.select_neurons import GatedFfn
 from sparsify_compiler.passes_api import Context
@@ -122,10 +122,10 @@ def test_rows_and_gradients_are_collected() -> None:
 def test_several_sets_of_labels_share_the_first_layer() -> None:
     torch.manual_seed(0)
     x = torch.randn(400, 8)
-    wanted = torch.stack([top(x @ torch.randn(8, 12), 0.25) for _ in range(3)])
+    wanted = torch.stack([margins(x @ torch.randn(8, 12), 0.25) for _ in range(3)])
     made = fit(x, wanted, rank=16, epochs=100, seed=0)
     assert all(one.first is made[0].first for one in made)
-    assert all(one.recall > 0.6 for one in made)
+    assert all(one.recall > 0.5 for one in made), [one.recall for one in made]
     again = fit(x, wanted, rank=16, epochs=100, seed=0)
     assert torch.equal(made[2].second, again[2].second)
     assert top(torch.zeros(3, 5), 0.01).sum() == 3

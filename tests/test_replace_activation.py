@@ -148,3 +148,14 @@ def test_zeros_are_skipped_exactly_by_kernels(to: str, gated: bool) -> None:
         x = torch.randn(rows, 64)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), trained(x), rtol=1e-5, atol=1e-6)
+
+
+def test_star_relu_becomes_squared_relu_when_it_is_trained() -> None:
+    net, x = models(False)
+    trained, _ = sc.attach(net, (x,), "replace_activation(to='star_relu')")
+    merged = sc.reparameterize(trained.eval(), (x,))
+    torch.testing.assert_close(merged(x), trained(x))
+    compiled = sc.compile(merged, (x,), recipe="exact_zeros", calibration=[(x,)], dynamic={"x": {0: "rows"}})
+    torch.testing.assert_close(compiled(x[:2]), trained(x[:2]))
+    row = next(row for row in compiled.report().sites if row.structure.startswith("neurons") or row.site == "down")
+    assert row.density < 0.9 or row.format == "dense"

@@ -44,16 +44,25 @@ def top(importance: Tensor, density: float) -> Tensor:
     return torch.zeros_like(importance, dtype=torch.bool).scatter_(1, importance.topk(count, 1).indices, True)
 
 
-def fit(x: Tensor, wanted: Tensor, rank: int, epochs: int, seed: int) -> list[Predictor]:
-    """One predictor for each set of labels, all with the same first layer: x [rows, K], wanted bool [sets, rows, units].
+def margins(importance: Tensor, density: float) -> Tensor:
+    """How far above the least important unit that is kept, or below it, each one lies, in units of the row's mean distance: float16 [rows, units]."""
+    limit = importance.masked_fill(~top(importance, density), float("inf")).amin(1, keepdim=True)
+    distance = importance - limit
+    return (distance / distance.abs().mean(1, keepdim=True).clamp_min(1e-30)).half()
 
-    Binary cross entropy, AdamW along a cosine, on rows brought to mean 0 and deviation 1; that scale goes into the first layer afterwards.
+
+def fit(x: Tensor, margin: Tensor, rank: int, epochs: int, seed: int) -> list[Predictor]:
+    """One predictor for each set of margins(), all with the same first layer: x [rows, K], margin [sets, rows, units].
+
+    Binary cross entropy on whether a unit is kept, weighted with how much it matters that it is: the margin's size. AdamW along a cosine, on rows
+    brought to mean 0 and deviation 1; that scale goes into the first layer afterwards.
     """
     measured = torch.arange(x.shape[0]) % HELD_OUT == HELD_OUT - 1 if x.shape[0] >= 2 * HELD_OUT else torch.ones(x.shape[0], dtype=torch.bool)
     trained = (~measured if bool((~measured).any()) else measured).nonzero()[:, 0]
     mean, deviation = x[trained].mean(0), x[trained].std(0, correction=0).clamp_min(1e-6)
     generator = torch.Generator().manual_seed(seed)
-    sets, _, units = wanted.shape
+    sets, _, units = margin.shape
+    wanted = margin >= 0
     with torch.inference_mode(False), torch.enable_grad():
         first = (torch.randn(rank, x.shape[1], generator=generator, dtype=torch.float32) / math.sqrt(x.shape[1])).requires_grad_()
         second = (torch.randn(sets * units, rank, generator=generator, dtype=torch.float32) / math.sqrt(rank)).requires_grad_()
@@ -66,7 +75,8 @@ def fit(x: Tensor, wanted: Tensor, rank: int, epochs: int, seed: int) -> list[Pr
             for chosen in torch.split(trained[torch.randperm(len(trained), generator=generator)], BATCH):
                 inner = hidden((x[chosen] - mean) / deviation, first, biases[0])
                 logits = functional.linear(inner, second, biases[1]).view(len(chosen), sets, units)
-                loss = functional.binary_cross_entropy_with_logits(logits, wanted[:, chosen].transpose(0, 1).float())
+                labels, weights = wanted[:, chosen].transpose(0, 1).float(), margin[:, chosen].transpose(0, 1).float().abs()
+                loss = functional.binary_cross_entropy_with_logits(logits, labels, weights)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

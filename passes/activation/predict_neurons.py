@@ -15,7 +15,7 @@ from sparsify_compiler.errors import CalibrationError, ParseError
 from sparsify_compiler.fold import evaluate, is_constant, put
 from sparsify_compiler.normal_form_edit import only_user
 from sparsify_compiler.ops import select
-from sparsify_compiler.passes.activation._predictor import Predictor, fit, hidden, scored, top
+from sparsify_compiler.passes.activation._predictor import Predictor, fit, hidden, margins, scored
 from sparsify_compiler.passes.activation._selection import Selection
 from sparsify_compiler.passes.lower._predicted import BY
 from sparsify_compiler.passes.prune._named import Named
@@ -57,7 +57,7 @@ class PredictNeurons(Pass):
     source: Literal["site", "model"] = "site"
     criterion: Literal["magnitude", "gradient"] = "magnitude"
     rank: int = 128
-    epochs: int = 10
+    epochs: int = 6
     selector: str = "threshold"
     targets: tuple[str, ...] = ("ffn",)
     ignore: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ class PredictNeurons(Pass):
             importance = unit.importance(rows[place], slopes.get(place))
             if importance.shape[0] != rows[inputs[0]].shape[0]:
                 raise CalibrationError("its rows are not those of the predictor's input", where=unit.path, hint="source='site', or leave it out")
-            wanted.append(top(importance, density))
+            wanted.append(margins(importance, density))
         if shared is None:
             for done, (place, labels) in enumerate(zip(inputs, wanted, strict=True)):
                 yield fit(rows[place], labels[None], self.rank, self.epochs, ctx.seed)[0]
@@ -227,7 +227,7 @@ def _what(site: Site) -> str:
 def _of_one(x: Tensor, wanted: Sequence[Tensor], rank: int, epochs: int, seed: int) -> Iterator[Predictor]:
     """Predictors with one first layer, for units of several widths: the narrower are filled up for training, and cut again."""
     widest = max(labels.shape[1] for labels in wanted)
-    full = torch.stack([nn.functional.pad(labels, (0, widest - labels.shape[1])) for labels in wanted])
+    full = torch.stack([nn.functional.pad(labels, (0, widest - labels.shape[1]), value=-1) for labels in wanted])
     for labels, made in zip(wanted, fit(x, full, rank, epochs, seed), strict=True):
         width = labels.shape[1]
         yield Predictor(made.first, made.first_bias, made.second[:width], made.second_bias[:width], made.scores[:, :width], made.recall)

@@ -6,7 +6,7 @@ from sparsify_compiler.passes.activation.predict_neurons import PredictNeurons
 from sparsify_compiler.pipeline import Pipeline
 
 
-def deja_vu(density: float | None = None, rank: int = 128, epochs: int = 10, targets: tuple[str, ...] = ("ffn",),
+def deja_vu(density: float | None = None, rank: int = 128, epochs: int = 6, targets: tuple[str, ...] = ("ffn",),
             ignore: tuple[str, ...] = ()) -> Pipeline:
     """Predict the neurons of each FFN that matter from what it reads, by a small network each; targets=("ffn", "attention") for heads too.
 

@@ -6,7 +6,7 @@ from sparsify_compiler.passes.activation.predict_neurons import PredictNeurons
 from sparsify_compiler.pipeline import Pipeline
 
 
-def shadowllm(density: float | None = None, rank: int = 256, epochs: int = 10, targets: tuple[str, ...] = ("ffn",),
+def shadowllm(density: float | None = None, rank: int = 256, epochs: int = 6, targets: tuple[str, ...] = ("ffn",),
               ignore: tuple[str, ...] = ()) -> Pipeline:
     """Predict the neurons of all FFNs by one network, from what the first one reads, trained to find those that the loss's gradient says matter.
 

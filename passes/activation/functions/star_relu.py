@@ -9,8 +9,8 @@ from sparsify_compiler.passes.activation.functions._base import Activation
 
 
 def star_relu(*, scale: float = 0.8944, offset: float = -0.4472, learned: bool = True) -> Activation:
-    """scale * max(x, 0)² + offset. Zero becomes the offset; once trained, fold_scale() takes both numbers into the down projection of an FFN
-    without a gate, and exact zeros are left.
+    """scale * max(x, 0)² + offset. Zero becomes the offset; once trained, sc.reparameterize() takes both numbers into the down projection of an
+    FFN without a gate, and exact zeros are left.
 
     learned  whether the two numbers are trained
     """
