@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from kernel_help import needs_tiles
+from kernel_help import longest_first, needs_tiles
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import sparsify_compiler as sc
-from sparsify_compiler.measure import Timing
 from sparsify_compiler.passes.lower import lower
 from sparsify_compiler.passes.prune.structures._base import Structure
 
@@ -27,17 +25,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.down(nn.functional.gelu(self.up(x)))
         return torch.relu(self.last(x) + x)
-
-
-def longest_first(groups: dict[str, dict[str, Callable[[], object]]], rounds: int) -> dict[str, dict[str, Timing]]:
-    """Timings by which a sparse form that computes more of what follows is always faster. Every form runs once."""
-    def time(name: str) -> float:
-        return (10.0 if name.startswith("dense") else 1.0) - 0.1 * name.count(" + ")
-
-    for forms in groups.values():
-        for run in forms.values():
-            run()
-    return {key: {name: Timing(time(name), time(name), time(name)) for name in forms} for key, forms in groups.items()}
 
 
 @needs_tiles

@@ -1,7 +1,7 @@
 """Convolutions, masked and packed or dense: the forms that each can run in, in each layout of the images that go through the network.
 
-A packed dense convolution gives y channels last, a sparse one reads and writes planes. Which layout a region takes is chosen for all of its
-convolutions together (_layout.py); here each finds its best form in every layout.
+A packed dense convolution gives y channels last, as does a sparse 1×1 one in bfloat16; a sparse one in float32 reads and writes planes. Which layout
+a region takes is chosen for all of its convolutions together (_layout.py); here each finds its best form in every layout.
 """
 
 from __future__ import annotations

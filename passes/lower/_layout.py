@@ -30,7 +30,7 @@ Run = Callable[..., Any]
 def choose(region: Region, layers: Sequence[Conv], ctx: Context, margin: float, prefer: str) -> None:
     """Run the region's convolutions in the layout that saves most, if that is the margin's part of their time; write down why.
 
-    Where bytes count, planes are taken wherever a convolution is sparse.
+    Where bytes count, it is one in which a convolution is sparse, if there is any.
     """
     strided = next((node for node in region.graph.nodes if node.target in STRIDED), None)
     offered = [] if strided is not None else [layout for layout in (LAST, PLANES) if any(layer.kernel_in(layout) for layer in layers)]
@@ -42,8 +42,8 @@ def choose(region: Region, layers: Sequence[Conv], ctx: Context, margin: float, 
     times = _measure(region, layers, offered, ctx)
     best = min(offered, key=lambda layout: times[layout])
     said = [f"{layout}, the whole takes {times[layout]:.3g} instead of {times[EAGER]:.3g} ms" for layout in offered]
-    sparse = [layer for layer in layers if PLANES in offered and layer.is_sparse_in(PLANES)]
-    best = PLANES if prefer == "bytes" and sparse else best
+    sparse = [layout for layout in offered if any(layer.is_sparse_in(layout) for layer in layers)]
+    best = min(sparse, key=lambda layout: times[layout]) if prefer == "bytes" and sparse else best
     pays = times[EAGER] - times[best] >= margin * sum(layer.own for layer in layers)
     if pays or (prefer == "bytes" and sparse):
         _settle(region, layers, {layer: layer.picks.get(best, EAGER) for layer in layers}, ctx,
