@@ -19,7 +19,7 @@ from sparsify_compiler.codegen.kernels.slice_panel import SlicePanel
 from sparsify_compiler.target import Target
 
 NAME = "slices"
-MOST = 32           # rows of x to expect up to which these kernels are offered (measured: at 16, up to 1.5 times the speed of strips on large weights)
+MOST = 32           # rows of x to expect up to which these kernels are offered (at 16, up to 1.5 times the speed of strips on large weights)
 FEW = {"gaps": 3, "places": 14}             # up to so many rows each is computed by itself (measured, Sapphire Rapids)
 ALONE = {"gaps": 1500, "places": 10_000}    # steps of gemv below which waking other threads costs more than they bring (about 4 µs)
 
