@@ -81,6 +81,18 @@ def test_the_sparsest_model_within_the_rise_is_taken(recipe: str) -> None:
     assert budgets[0] < budgets[1]
 
 
+def test_a_language_model_captured_in_parts() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    model = transformers.LlamaForCausalLM(config).eval()
+    data = [{"input_ids": torch.randint(1, 96, (2, 12))} for _ in range(2)]
+    compiled = sc.compile(model, data[0], recipe="sparsing_law", budget=sc.Budget(perplexity_rise=1e-6), calibration=data,
+                          dynamic={"input_ids": {0: "batch", 1: "tokens"}})
+    assert perplexity(compiled, data) <= perplexity(model, data) * (1 + 1e-4)
+    assert compiled.generate(data[0]["input_ids"], max_new_tokens=2).shape == (2, 14)
+
+
 def test_layers_share_one_error() -> None:
     curves = {"a": torch.linspace(0, 1, 21), "b": torch.linspace(0, 1, 21).square()}
 

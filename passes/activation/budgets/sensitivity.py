@@ -9,18 +9,16 @@ from sparsify_compiler.passes.activation.budgets._base import Costs, Evidence, b
 STATISTICS: tuple[str, ...] = ("input_gradient",)
 
 
-def sensitivity(costs: Costs, density: float, evidence: Evidence, *, weighted: bool = False, even: float = 0.0) -> dict[str, float]:
+def sensitivity(costs: Costs, density: float, evidence: Evidence, *, weighted: bool = False) -> dict[str, float]:
     """Site -> density. An input costs as many weights as the layer has outputs; the loss loses the square of its score, so the score is divided by
     the root of that number.
 
     weighted  the scores are in units of the loss already (scorer "gradient"); otherwise each layer's are multiplied with the root mean square of
               the gradient by its inputs
-    even      share of the density that every layer has alike: the loss is no square any more where almost nothing of a layer is read
     """
     found = {}
     for site, cost in costs.items():
         scores = evidence.scores(site)
         unit = 1.0 if weighted else evidence.sensitivity(site)
         found[site] = scores * (unit / math.sqrt(max(cost / max(scores.shape[-1], 1), 1)))
-    shared = by_limit(costs, density, found)
-    return {site: even * density + (1 - even) * share for site, share in shared.items()}
+    return by_limit(costs, density, found)
