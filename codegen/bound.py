@@ -107,6 +107,17 @@ class BoundKernel:
             plan.run(x.view(plan.rows, -1), *added, y.view(plan.rows, -1))
         return y
 
+    @property
+    def signature(self) -> str:
+        """What the shape and dtype of y depend on beside x."""
+        return f"{self.name} {self.in_features} to {self.out_features} {self.prepared.layout.dtype}"
+
+    def empty(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """A y for this x, which may be fake. Raises InputError."""
+        if x.shape[-1] != self.in_features:
+            raise InputError(f"expected [..., {self.in_features}], got {list(x.shape)}", where=self.name)
+        return x.new_empty((*x.shape[:-1], self.out_features), dtype=self._dtype)
+
     def _added(self, other: Tensor | None, plan: _Plan) -> Tensor:
         """What is added, as a matrix."""
         if other is None or other.shape != plan.shape or other.dtype is not self._dtype or not other.is_cpu:

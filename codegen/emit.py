@@ -85,7 +85,12 @@ def either(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
 def load(buffer: Buffer, *index: Expr, lanes: int = 1) -> Expr:
     """buffer[index], or `lanes` neighbours from there as one vector."""
     *outer, last = [tirx.const(i, "int32") if isinstance(i, int) else i for i in index]
-    return tirx.BufferLoad(buffer, [*outer, tirx.Ramp(last, tirx.const(1, "int32"), lanes) if lanes > 1 else last])
+    return tirx.BufferLoad(buffer, [*outer, tirx.Ramp(last, tirx.const(1, str(last.ty)), lanes) if lanes > 1 else last])
+
+
+def wide(index: Expr) -> Expr:
+    """An index of 64 bits: of large tensors, and where many addresses are computed in a loop (LLVM packs those of 32 bits into vectors and back)."""
+    return let(tirx.Cast("int64", index))
 
 
 def store(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> None:

@@ -185,6 +185,27 @@ class BoundPlanes:
             self._slabs(plan, given, y)
         return y
 
+    @property
+    def signature(self) -> str:
+        """What the shape and strides of y depend on beside x."""
+        return f"{self.name} {self._inputs} to {self._outputs} {self._geometry}"
+
+    def empty(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """A y for this x, which may be fake. Raises InputError."""
+        shape, strides = self._output(x)
+        return x.new_empty_strided(shape, strides)
+
+    def _output(self, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides of y."""
+        if x.dim() != 4 or x.shape[1] != self._inputs:
+            raise InputError(f"expected [B, {self._inputs}, H, W], got {list(x.shape)}", where=self.name)
+        height, width = self._geometry.extent(x.shape[2:])
+        if min(height, width) < 1:
+            raise InputError(f"images of {x.shape[2]}x{x.shape[3]} are smaller than the kernel", where=self.name)
+        plane = height * width
+        plane += -plane % LANES if plane > LANES else 0  # each plane begins at a cache line: a load that crosses one costs two
+        return (x.shape[0], self._outputs, height, width), (plane * self._outputs, plane, width, 1)
+
     def _slabs(self, plan: _Plan, given: Sequence[Tensor], y: Tensor) -> None:
         """An image at a time; nothing where y is empty."""
         for image in range(plan.shape[0] if math.prod(plan.shape) else 0):
@@ -192,17 +213,10 @@ class BoundPlanes:
             self._function(*plan.middle, *part, y[image : image + 1])
 
     def _plan(self, x: Tensor) -> _Plan:
-        if x.dim() != 4 or x.shape[1] != self._inputs:
-            raise InputError(f"expected [B, {self._inputs}, H, W], got {list(x.shape)}", where=self.name)
-        height, width = self._geometry.extent(x.shape[2:])
-        if min(height, width) < 1:
-            raise InputError(f"images of {x.shape[2]}x{x.shape[3]} are smaller than the kernel", where=self.name)
-        shape = (x.shape[0], self._outputs, height, width)
+        shape, strides = self._output(x)
         middle, copied = self._middle(x)
-        whole = 0 < x.shape[0] * max(self._inputs * copied, self._outputs * height * width) <= SLAB
-        plane = height * width
-        plane += -plane % LANES if plane > LANES else 0  # each plane begins at a cache line: a load that crosses one costs two
-        plan = _Plan(shape, (plane * self._outputs, plane, width, 1), middle, int(whole))
+        whole = 0 < x.shape[0] * max(self._inputs * copied, math.prod(shape[1:])) <= SLAB
+        plan = _Plan(shape, strides, middle, int(whole))
         if len(self._plans) >= PLANS:
             self._plans.clear()
         self._plans[x.shape, x.stride()] = plan

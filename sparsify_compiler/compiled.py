@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .call import instantiate
 from .errors import ModelError
 from .executor import flat_function
+from .opaque import traceable
 from .program import Program
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class CompiledModel(nn.Module):
     """A Program as a module with the model's signature, output structure and dtypes. Inference only.
 
-    program  the graphs, in whatever stage they are; nodes with a kernel run it directly, and as registered ops under torch.compile and export
+    program  the graphs, in whatever stage they are; nodes with a kernel run it directly, through one registered op under torch.compile, and as
+             the portable ops of the graph under torch.export
     target   the machine that the kernels are for; None when there are none
     report   what compile() found out; without one, report() tells the decisions only
     mapped   tensors of the program whose bytes lie in a file, not in memory
@@ -41,7 +43,7 @@ class CompiledModel(nn.Module):
     def _bind(self) -> None:
         fast = self.program.clone()
         for region in fast.regions.values():
-            region.module.forward = _either(region.module.forward, flat_function(region))
+            region.module.forward = _either(region.module.forward, traceable(region), flat_function(region))
         self.model = instantiate(fast)
         # Without hooks on the inner module its __call__ adds nothing but time.
         self.__dict__["_run"] = self.model if self.program.skeleton is not None else self.model.forward
@@ -106,11 +108,13 @@ class CompiledModel(nn.Module):
             return getattr(model, name)
 
 
-def _either(traceable: Callable[..., Any], flat: Callable[..., Any]) -> Callable[..., Any]:
-    """Our flat function; the plain graph, with registered ops instead of kernels, for whoever traces us."""
+def _either(portable: Callable[..., Any], traced: Callable[..., Any], flat: Callable[..., Any]) -> Callable[..., Any]:
+    """Our flat function; for whoever traces us a graph: the plain one for torch.export, one that calls kernels through an op for torch.compile."""
 
     def forward(*inputs: Any) -> Any:
-        return traceable(*inputs) if torch.compiler.is_compiling() else flat(*inputs)
+        if not torch.compiler.is_compiling():
+            return flat(*inputs)
+        return portable(*inputs) if torch.compiler.is_exporting() else traced(*inputs)
 
     return forward
 

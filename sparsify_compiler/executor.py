@@ -60,7 +60,7 @@ class _Writer:
         self.opening: list[str] = []  # statements before all others
         self._names: dict[fx.Node, str] = {}
         self._constants: dict[int, str] = {}
-        self._kernels, self._skipped = _kernels(region.graph)
+        self._kernels, self._skipped = kernel_calls(region.graph)
         self._dying = _last_uses([(node, self._read(node)) for node in region.graph.nodes if node not in self._skipped])
 
     def statement(self, node: fx.Node) -> list[str]:
@@ -150,7 +150,7 @@ class _LiveWriter(_Writer):
         return self._owners[path]
 
 
-def _kernels(graph: fx.Graph) -> tuple[dict[fx.Node, tuple[Any, tuple[fx.Node, ...]]], set[fx.Node]]:
+def kernel_calls(graph: fx.Graph) -> tuple[dict[fx.Node, tuple[Any, tuple[fx.Node, ...]]], set[fx.Node]]:
     """Node -> the kernel to call there and on what; nodes that a kernel behind them computes.
 
     A kernel with an epilogue is called where the epilogue ends: what it adds may be computed after the node that the kernel belongs to.

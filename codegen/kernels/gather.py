@@ -84,6 +84,15 @@ class Gathering:
             raise InputError(f"expected {self._dtype} [..., {self.in_features}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}",
                              where=self.name)
 
+    @property
+    def signature(self) -> str:
+        """What the shape and dtype of y depend on beside x."""
+        return f"{self.name} {self.in_features} to {self.out_features} {self._dtype}"
+
+    def empty(self, x: Tensor, limit: Tensor | None = None) -> Tensor:
+        """A y for this x, which may be fake."""
+        return x.new_empty((*x.shape[:-1], self.out_features), dtype=self._dtype)
+
     def state(self) -> dict[str, Tensor]:
         """The tensors that it holds. None need storing: bind takes the op's own."""
         raise NotImplementedError

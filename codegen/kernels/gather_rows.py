@@ -2,8 +2,8 @@
 
 First the scores of x are compared with the limit, and what is selected is written next to each other: its place and its difference from the
 centre (whose own part of y lies in the bias), 0 for a row of x that does not select it itself. Then every task goes over the selected rows of W,
-eight at a time, and adds them to its own outputs, which stay in L1; the next eight are asked for meanwhile. Every row of W is a run of whole cache
-lines for a task, so memory is read at the pace of a copy.
+eight at a time, and adds them to its own outputs, which stay in L1. Every row of W is a run of whole cache lines for a task, so the processor reads
+ahead by itself, and memory is read at the pace of a copy; asking for the next rows by prefetch instructions costs a quarter of that (measured).
 
 Bound by: the bandwidth at which the selected rows of W arrive; the FMA rate from some 8 rows of x on.
 """
@@ -125,38 +125,34 @@ def sum_rows(a: Any, how: Any, count: Any, rows: Any, start: Any, width: Any) ->
         e.store(a.sums, e.load(a.bias, start + j * LANES, lanes=LANES), m * a.W + start + j * LANES, lanes=LANES)
     whole = e.let(e.floordiv(count, TOGETHER))
     with e.loop(whole) as group:
-        _add(a, how, rows, group * TOGETHER, TOGETHER, e.minimum((group + 1) * TOGETHER, count - TOGETHER), start, width)
+        _add(a, how, rows, group * TOGETHER, TOGETHER, start, width)
     with e.loop(count - whole * TOGETHER) as rest:
-        _add(a, how, rows, whole * TOGETHER + rest, 1, count - 1, start, width)
+        _add(a, how, rows, whole * TOGETHER + rest, 1, start, width)
     with e.loop(rows) as m, e.loop(e.floordiv(width, how.step)) as j:
         column = e.let(start + j * how.step)
         e.store_tail(a.y, _finished(a, how, e.let(m * a.W + column)), how.step, m, column, a.N)
 
 
-def _add(a: Any, how: Any, rows: Any, first: Any, together: int, next_: Any, start: Any, width: Any) -> None:
+def _add(a: Any, how: Any, rows: Any, first: Any, together: int, start: Any, width: Any) -> None:
     """sums += values * rows of W, `together` of them from number `first` on: some columns for all rows of x, while they are in L1, then the next."""
-    first, next_ = e.let(first), e.let(next_)
-    places = [e.let(e.load(a.places, first + i)) for i in range(together)]
-    ahead = [e.let(e.load(a.places, next_ + i)) for i in range(together)]
+    first = e.let(first)
+    places = [e.wide(e.load(a.places, first + i)) for i in range(together)]
     near = e.let(tirx.Select(tirx.EQ(rows, 1), width, tirx.const(NEAR, "int32")))
     with e.loop(e.floordiv(width + near - 1, near)) as part:
         begin = e.let(start + part * near)
         steps = e.let(e.floordiv(e.minimum(start + width - begin, near), how.step))
-        _multiply(a, how, tirx.const(0, "int32"), first, places, ahead, begin, steps)
-        with e.loop(rows - 1) as others:
-            _multiply(a, how, e.let(others + 1), first, places, [], begin, steps)
+        with e.loop(rows) as m:
+            _multiply(a, how, e.let(m), first, places, begin, steps)
 
 
-def _multiply(a: Any, how: Any, m: Any, first: Any, places: list[Any], ahead: list[Any], begin: Any, steps: Any) -> None:
-    """One row of x and `steps` loads of each of these rows of W, while the same of `ahead` is asked for."""
+def _multiply(a: Any, how: Any, m: Any, first: Any, places: list[Any], begin: Any, steps: Any) -> None:
+    """One row of x and `steps` loads of each of these rows of W."""
     factors = [e.let(e.broadcast(e.load(a.values, m * a.stride + first + i), LANES)) for i in range(len(places))]
     with e.loop(steps) as j:
         column, at = e.let(e.floordiv(begin, how.step // LANES) + j * LANES), e.let(m * a.W + begin + j * how.step)
-        for row in ahead:
-            t.prefetch(a.weight, row, column)
         totals = [e.load(a.sums, at + half * LANES, lanes=LANES) for half in range(how.step // LANES)]
         for row, factor in zip(places, factors, strict=True):
-            for half, weights in enumerate(_weights(a, how, row, column)):
+            for half, weights in enumerate(_weights(a, how, row, e.wide(column))):
                 totals[half] = e.let(tirx.call_llvm_pure_intrin("float32x16", "llvm.fma", weights, factor, totals[half]))
         for half, total in enumerate(totals):
             e.store(a.sums, total, at + half * LANES, lanes=LANES)
