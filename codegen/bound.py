@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
@@ -13,11 +13,15 @@ from torch import Tensor
 
 from sparsify_compiler.codegen import build
 from sparsify_compiler.errors import InputError
+from sparsify_compiler.pages import resident
 from sparsify_compiler.target import Target
 
 PLANS = 4096        # shapes of x remembered
 SLAB = 1 << 24      # elements of x or y in one call of a kernel: its indices are 32 bits wide, and its packed copy of x is bounded
 EVEN = 64           # rows of a slab are a multiple of this, so that only the last one has a partial panel
+
+
+Laid = TypeVar("Laid", bound="PreparedWeight")
 
 
 class PreparedWeight:
@@ -34,12 +38,13 @@ class PreparedWeight:
         """Of x and y."""
         return getattr(torch, self.layout.dtype)  # type: ignore[no-any-return]
 
+    def settled(self: Laid) -> Laid:
+        """The same, its tensors where kernels read them fastest."""
+        return replace(self, **{name: resident(getattr(self, name)) for name in self.STATE})  # type: ignore[type-var]
+
     @property
     def resident_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (getattr(self, name) for name in self.STATE))
-
-
-Laid = TypeVar("Laid", bound=PreparedWeight)
 
 
 def shared_layout(shared: list[Any], bias: Tensor | None, lay_out: Callable[[], Laid]) -> Laid:
@@ -47,7 +52,7 @@ def shared_layout(shared: list[Any], bias: Tensor | None, lay_out: Callable[[], 
     for held, made in shared:
         if held is bias:
             return made  # type: ignore[no-any-return]
-    shared.append((bias, made := lay_out()))
+    shared.append((bias, made := lay_out().settled()))
     return made
 
 

@@ -1,6 +1,7 @@
 """The family of kernels for layers whose rows of x select their inputs: few rows read the selected weights only, many run dense on the same weight.
 
-The weight stays as the op stores it, [K, N], one copy for both; only where N is no multiple of 64 it is copied into rows that are.
+The weight stays as the op stores it, [K, N], one copy for both; it is copied only where N is no multiple of 64, into rows that are, and where it is
+mapped from a file, into huge pages.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sparsify_compiler.codegen.kernels.gather_rows import LANES, GatherRows
 from sparsify_compiler.codegen.kernels.layout import DTYPES
 from sparsify_compiler.codegen.kernels.select_rows import SelectRows
 from sparsify_compiler.errors import InputError, KernelError
+from sparsify_compiler.pages import resident
 from sparsify_compiler.target import Target
 
 NAME, OP, LABEL = "gather", "select_linear", "gather by input"
@@ -122,7 +124,7 @@ class GatherLinear(Gathering):
         weight = tensors["weight"].detach()
         self.in_features, self.out_features = weight.shape
         width = -(-self.out_features // ROUND) * ROUND
-        self._rows = weight.contiguous() if width == self.out_features else pad(weight, (0, width - self.out_features)).contiguous()
+        self._rows = resident(weight if width == self.out_features else pad(weight, (0, width - self.out_features)))
         self._bias = None if bias is None else bias.detach()
         self._vectors = {name: tensors[name].detach() for name in ("limit", "scale", "center") if name in tensors}
         self._dtype, self._few = weight.dtype, FEW_ROWS[weight.dtype]

@@ -16,6 +16,7 @@ from sparsify_compiler.codegen.kernels.gather_rows import LANES
 from sparsify_compiler.codegen.kernels.layout import DTYPES
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.ops import select_ffn
+from sparsify_compiler.pages import resident
 from sparsify_compiler.target import Target
 
 NAME, OP, LABEL = "gather_ffn", "select_ffn", "gather by neuron"
@@ -58,8 +59,8 @@ class GatherFfn(Gathering):
         self._bias = None if bias is None else bias.detach()
         self._dtype, self.in_features, self.out_features = tensors["gate"].dtype, tensors["gate"].shape[1], tensors["down"].shape[1]
         width = -(-self.out_features // ROUND) * ROUND
-        if width != self.out_features:
-            self._tensors["down"] = pad(self._tensors["down"], (0, width - self.out_features)).contiguous()
+        down = self._tensors["down"]
+        self._tensors["down"] = resident(down if width == self.out_features else pad(down, (0, width - self.out_features)))
         self._down = self._tensors["down"][:, : self.out_features].t()
         schedule = FfnRows(str(options["dtype"]), self._activation, columns_of(width, target), "scale" in tensors, target.cores > 1)
         self._kernel, self._select = load_both(schedule, target, files)

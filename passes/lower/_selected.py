@@ -13,6 +13,7 @@ from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.operands import input_of, operands
 from sparsify_compiler.ops import select, select_linear
+from sparsify_compiler.pages import resident
 from sparsify_compiler.passes.lower._layer import EAGER, Form, Source, fused, noise, row_of, say
 from sparsify_compiler.passes.lower._linear import Linear, eager
 from sparsify_compiler.passes_api import Context
@@ -56,7 +57,7 @@ def by_input(region: Region, node: fx.Node, by: str) -> fx.Node:
     weight: Any = node.kwargs["weight"]
     name = f"{weight.target}{BY_INPUT}"
     if not any(other.op == "get_attr" and other.target == name for other in region.graph.nodes):
-        set_tensor(region.module, name, get_tensor(region.module, str(weight.target)).detach().t().contiguous())
+        set_tensor(region.module, name, resident(get_tensor(region.module, str(weight.target)).detach().t()))
     with region.graph.inserting_before(node):
         stored = region.graph.get_attr(name)
     place: dict[str, Any] = {key: node.meta[key] for key in ("path", "module") if key in node.meta}
