@@ -12,6 +12,7 @@ from sparsify_compiler.measure import Timing
 from sparsify_compiler.target import host
 
 needs_tiles = pytest.mark.skipif(not all(host().has(name) for name in amx.FEATURES) or not permission.tiles(), reason="this machine has no AMX tiles")
+needs_avx512 = pytest.mark.skipif(not host().has("avx512f"), reason="this machine's vectors have no 512 bits")
 
 
 def longest_first(groups: dict[str, dict[str, Callable[[], object]]], rounds: int) -> dict[str, dict[str, Timing]]:

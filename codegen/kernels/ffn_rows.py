@@ -1,8 +1,7 @@
 """A gated FFN for one row of x that reads all of its gate, and of up and down only the neurons that the gate selects.
 
 Three parallel steps: the gate's products with x and their activation; for the selected neurons, which are written next to each other between the
-two, the products of up; the selected rows of down, added up as gather_rows.py does. A product takes 16 neurons at a time, each in a register of
-partial sums that are transposed and added at the end.
+two, the products of up (products.py); the selected rows of down, added up as gather_rows.py does.
 
 Bound by: the bandwidth at which the weights arrive.
 """
@@ -19,9 +18,10 @@ from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels import gather_rows
 from sparsify_compiler.codegen.kernels.finish import Finish
 from sparsify_compiler.codegen.kernels.gather_rows import LANES, PARTS
+from sparsify_compiler.codegen.kernels.products import TOGETHER as NEURONS
+from sparsify_compiler.codegen.kernels.products import copy_inputs, products, step_of
 from sparsify_compiler.ops import select_ffn
 
-NEURONS = 16     # that are multiplied with x together
 GROUPS = 4       # of them in a task
 
 
@@ -46,7 +46,7 @@ class FfnRows:
     @property
     def step(self) -> int:
         """Weights of one load."""
-        return LANES * (2 if self.dtype == "bfloat16" else 1)
+        return step_of(self.dtype)
 
 
 class _Arguments:
@@ -72,11 +72,11 @@ class _Arguments:
 
 def _body(how: FfnRows) -> None:
     a = _Arguments(how)
-    _copy(a, how)
+    copy_inputs(a.inputs, a.x, 0, 0, a.K, how.dtype)
     groups = e.let(e.floordiv(a.H, NEURONS))
     with e.loop(e.floordiv(groups + (GROUPS - 1), GROUPS), parallel=how.parallel) as task, e.loop(e.minimum(groups - task * GROUPS, GROUPS)) as i:
         first = e.let((task * GROUPS + i) * NEURONS)
-        total = _products(a, how, a.gate, [first + n for n in range(NEURONS)]) + e.load(a.gate_bias, first, lanes=NEURONS)
+        total = products(a.gate, [first + n for n in range(NEURONS)], a.inputs, 0, a.K, how.dtype) + e.load(a.gate_bias, first, lanes=NEURONS)
         e.store(a.gates, Finish(activation=how.activation)(total), first, lanes=NEURONS)
     count = _select(a, how, groups)
     chosen = e.let(e.floordiv(count + (NEURONS - 1), NEURONS))
@@ -85,33 +85,6 @@ def _body(how: FfnRows) -> None:
     with e.loop(e.floordiv(a.W + (how.columns - 1), how.columns), parallel=how.parallel) as task:
         start = e.let(task * how.columns)
         gather_rows.sum_rows(a, how, count, tirx.const(1, "int32"), start, e.let(e.minimum(a.W - start, how.columns)))
-
-
-def _copy(a: _Arguments, how: FfnRows) -> None:
-    with e.loop(e.floordiv(a.K, how.step)) as j:
-        value = e.let(e.read_float(a.x, 0, j * how.step, lanes=how.step))
-        if how.dtype == "float32":
-            e.store(a.inputs, value, j * LANES, lanes=LANES)
-        else:
-            for half in range(2):
-                e.store(a.inputs, e.shuffle(value, value, [2 * i + half for i in range(LANES)]), (2 * j + half) * LANES, lanes=LANES)
-
-
-def _products(a: _Arguments, how: FfnRows, weights: Any, neurons: list[Any]) -> Any:
-    """The products of these rows of weights with x, one a lane."""
-    sums = [e.Register(LANES, e.broadcast(e.zero(), LANES)) for _ in neurons]
-    with e.loop(e.floordiv(a.K, how.step)) as j:
-        halves = how.step // LANES
-        inputs = [e.let(e.load(a.inputs, (j * halves + half) * LANES, lanes=LANES)) for half in range(halves)]
-        for row, total in zip(neurons, sums, strict=True):
-            word = e.let(e.load(weights, row, j * LANES, lanes=LANES))
-            parts = [word] if halves == 1 else e.upcast_pairs(word, LANES)
-            for part, x in zip(parts, inputs, strict=True):
-                total.multiply_add(part, x)
-    lanes = e.transpose([e.let(total.get()) for total in sums])
-    while len(lanes) > 1:
-        lanes = [e.let(low + high) for low, high in zip(lanes[::2], lanes[1::2], strict=True)]
-    return lanes[0]
 
 
 def _select(a: _Arguments, how: FfnRows, groups: Any) -> Any:
@@ -133,5 +106,5 @@ def _raise(a: _Arguments, how: FfnRows, count: Any, first: Any) -> None:
     """values *= up x, for 16 selected neurons; behind the last one it is taken again, and what comes of it never read."""
     rows = [e.let(e.load(a.places, e.minimum(first + n, count - 1))) for n in range(NEURONS)]
     bias = e.join([e.load(a.up_bias, row) for row in rows], 1)
-    total = e.let(Finish(activation=select_ffn.UP.get(how.activation, ""))(_products(a, how, a.up, rows) + bias))
+    total = e.let(Finish(activation=select_ffn.UP.get(how.activation, ""))(products(a.up, rows, a.inputs, 0, a.K, how.dtype) + bias))
     e.store(a.values, e.load(a.values, first, lanes=NEURONS) * total, first, lanes=NEURONS)

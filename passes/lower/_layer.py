@@ -13,12 +13,13 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.epilogue import META, Epilogue, epilogues
 from sparsify_compiler.fakes import fake_like, mode_of
-from sparsify_compiler.operands import with_dense_weight
+from sparsify_compiler.operands import input_of, with_dense_weight
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, set_tensor
 from sparsify_compiler.shapes import example_shape
 
 EAGER = "dense eager"
+DECODE = 1  # rows that a layer with any number of them is measured at: those of a token that is generated
 NOTHING = Epilogue()
 Source = tuple[str, dict[str, Tensor], dict[str, Any]]  # operator, tensors and attributes that compute a layer: ("linear", {"weight": ...}, {})
 CHUNK = 1 << 26  # bytes of dense weights that are measured together: more than the caches hold, little beside a large model
@@ -125,6 +126,13 @@ def noise(region: Region, node: fx.Node, ctx: Context) -> Tensor:
     """Random numbers of the shape and dtype that a node's value has on the example inputs."""
     generator = torch.Generator().manual_seed(ctx.seed)
     return torch.randn(example_shape(region, node, ctx.example_inputs), generator=generator, dtype=torch.float32).to(node.meta["val"].dtype)
+
+
+def rows_of(region: Region, node: fx.Node, ctx: Context) -> Tensor:
+    """The rows [rows, K] that a layer of any number of them is measured with: where that number varies, those of a token that is generated."""
+    x = noise(region, input_of(node), ctx)
+    x = x.reshape(-1, x.shape[-1])
+    return x[:DECODE] if any(not isinstance(size, int) for size in node.meta["val"].shape) else x
 
 
 def chunks(found: Iterable[tuple[Region, fx.Node]], size_of: Callable[[Region, fx.Node], int]) -> Iterator[tuple[list[tuple[Region, fx.Node]], int]]:

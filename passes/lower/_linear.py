@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler import catalog
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.operands import input_of, operands, operator_of, packed_operator, packed_weight
-from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, Source, fused, noise, row_of, say
+from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, Source, fused, noise, row_of, rows_of, say
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
 
@@ -51,14 +51,15 @@ def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken:
     tensors, attributes, bias = operands(region, node)
     op, packed = operator_of(node), is_packed(node)
     weight = packed_weight(region, node) if packed else tensors["weight"]
-    x = noise(region, input_of(node), ctx)
+    # A model in parts is a language model with a cache, as a rule: of what it does with any number of rows, generating a token is most.
+    x = noise(region, input_of(node), ctx) if packed or not region.path else rows_of(region, node, ctx)
     rows = x.numel() // max(x.shape[-1], 1)
     layer = Linear(region, node, row_of(region, node, "linear", weight, program), weight, bias, packed=packed, rows=rows)
     fixed = all(isinstance(size, int) for size in input_of(node).meta["val"].shape)
     sources: list[Source] = [("linear", {"weight": weight}, {} if fixed else {"any_rows": True}), *([(op, tensors, attributes)] if packed else [])]
     found = fused(node, sources, x.dtype, (rows,), ctx, taken)
     layer.chain = found[-1][0] if found else layer.chain
-    other = None if layer.chain.other is None else noise(region, node, ctx)
+    other = None if layer.chain.other is None else noise(region, node, ctx).reshape(-1, weight.shape[0])[:rows].reshape(*x.shape[:-1], -1)
     layer.add(EAGER, partial(eager, weight, bias), x, other, Form())
     for epilogue, candidate in found:
         kernel = candidate.bind(bias)

@@ -11,17 +11,16 @@ from torch import Tensor, fx
 
 from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.measure import Timing
-from sparsify_compiler.operands import input_of, operands
+from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import select, select_linear
 from sparsify_compiler.pages import resident
-from sparsify_compiler.passes.lower._layer import EAGER, Form, Source, fused, noise, row_of, say
+from sparsify_compiler.passes.lower._layer import EAGER, Form, Source, fused, row_of, rows_of, say
 from sparsify_compiler.passes.lower._linear import Linear, eager
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, get_tensor, set_tensor
 
 aten = torch.ops.aten
 BY_INPUT = "_by_input"
-DECODE = 1  # rows that a layer with any number of them is measured at: those of a token that is generated
 
 
 def is_selecting(node: fx.Node) -> bool:
@@ -79,13 +78,6 @@ def size_of(region: Region, node: fx.Node) -> int:
     """Bytes of the weight."""
     weight = node.kwargs["weight"].meta["val"]  # type: ignore[union-attr]
     return int(weight.numel() * weight.element_size())
-
-
-def rows_of(region: Region, node: fx.Node, ctx: Context) -> Tensor:
-    """The rows that a layer is measured with."""
-    x = noise(region, input_of(node), ctx)
-    x = x.reshape(-1, x.shape[-1])
-    return x[:DECODE] if any(not isinstance(size, int) for size in node.meta["val"].shape) else x
 
 
 def selected(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear:

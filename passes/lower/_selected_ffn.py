@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from sparsify_compiler.normal_form_edit import aten, insert, is_call, only_user
 from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import select, select_ffn
-from sparsify_compiler.passes.lower._layer import EAGER, Form, row_of
+from sparsify_compiler.passes.lower._layer import EAGER, Form, row_of, rows_of
 from sparsify_compiler.passes.lower._linear import Linear, eager
-from sparsify_compiler.passes.lower._selected import by_input, dense_weight, rows_of
+from sparsify_compiler.passes.lower._selected import by_input, dense_weight
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, get_tensor
 from sparsify_compiler.splice import insert_formula

@@ -1,0 +1,100 @@
+"""The family of kernels for dense linear layers that tokens pass one at a time: few rows of x read W where it lies, more are torch's own.
+
+torch reads a weight of many outputs and few inputs, as language models have at their end, at half of the pace of memory (measured, Sapphire
+Rapids); nothing is packed, so nothing is in memory twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from sparsify_compiler.codegen import build
+from sparsify_compiler.codegen.kernels.layout import DTYPES, padded_bias
+from sparsify_compiler.codegen.kernels.products import TOGETHER, step_of
+from sparsify_compiler.codegen.kernels.stream_rows import StreamRows
+from sparsify_compiler.errors import InputError, KernelError
+from sparsify_compiler.target import Target
+
+NAME, OP, LABEL = "streams", "linear", "dense by output"
+FEW_ROWS = 2        # of x: with more the sums want more registers than there are
+
+
+def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
+          target: Target) -> list[tuple[str, dict[str, Any]]]:
+    """Name and options of the kernel, for few rows and for whole vectors of inputs."""
+    fits = op == OP and set(attributes) <= {"any_rows"} and max(rows, default=0) <= FEW_ROWS
+    return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})] if fits and _runs(tensors["weight"], dtype, target) else []
+
+
+def _runs(weight: Tensor, dtype: torch.dtype, target: Target) -> bool:
+    if dtype not in DTYPES or weight.dtype is not dtype or not target.has("avx512f") or weight.dim() != 2 or min(weight.shape) < 1:
+        return False
+    return weight.shape[1] % step_of(str(dtype).removeprefix("torch.")) == 0
+
+
+def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> StreamLinear:
+    """The kernel with this weight. Raises KernelError."""
+    weight = tensors["weight"]
+    if op != OP or not _runs(weight, getattr(torch, str(options["dtype"])), target):
+        raise KernelError("the stored weight does not fit this kernel", where=op, hint="save the model again")
+    return StreamLinear(options, weight, bias, files, target)
+
+
+class StreamLinear:
+    """A dense layer bound to its weight [N, K], which it shares with the model: x [..., K] -> y [..., N], bias included."""
+
+    name = LABEL
+
+    def __init__(self, options: Mapping[str, Any], weight: Tensor, bias: Tensor | None, files: Mapping[str, bytes], target: Target) -> None:
+        import tvm_ffi
+
+        self.options, self.target = dict(options), target
+        self._weight, self._bias = weight.detach().contiguous(), None if bias is None else bias.detach()
+        self.out_features, self.in_features = weight.shape
+        schedule = StreamRows(str(options["dtype"]), target.cores > 1)
+        self._kernel = build.load_exported(files, schedule, target) if files else build.load(schedule, target)
+        self._sums = padded_bias(bias, self.out_features, -(-self.out_features // TOGETHER) * TOGETHER)
+        words = self._weight.view(torch.int32) if weight.dtype is torch.bfloat16 else self._weight
+        self._arguments = tuple(tvm_ffi.from_dlpack(tensor) for tensor in (words, self._sums))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x of the weight's dtype, any strides. Raises InputError."""
+        if x.shape[-1] != self.in_features or x.dtype is not self._weight.dtype or not x.is_cpu:
+            raise InputError(f"expected {self._weight.dtype} [..., {self.in_features}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}",
+                             where=self.name)
+        rows = math.prod(x.shape[:-1])
+        if not 0 < rows <= FEW_ROWS:
+            return linear(x, self._weight, self._bias)
+        y = torch.empty((rows, self.out_features), dtype=x.dtype)
+        matrix = (x.detach() if x.requires_grad else x).contiguous().view(-1).view(rows, -1)  # for TVM one row has strides too
+        self._kernel.function(matrix, *self._arguments, y)
+        return y.view((*x.shape[:-1], self.out_features))
+
+    @property
+    def signature(self) -> str:
+        """What the shape and dtype of y depend on beside x."""
+        return f"{self.name} {self.in_features} to {self.out_features} {self._weight.dtype}"
+
+    def empty(self, x: Tensor) -> Tensor:
+        """A y for this x, which may be fake."""
+        return x.new_empty((*x.shape[:-1], self.out_features))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the weight and the bias."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that it holds. None need storing: bind takes the op's own."""
+        return {"weight": self._weight, "sums": self._sums}
+
+    def files(self) -> dict[str, bytes]:
+        """IR, binary and description, for the artefact."""
+        return build.export(self._kernel)
