@@ -33,7 +33,8 @@ def test_it_is_linear(rows: int, outputs: int, vectors: int, biased: bool, dtype
     y = bound(weight, bias)(x)
     assert y.dtype is dtype
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
-    torch.testing.assert_close(y.float(), linear(x.float(), weight.float(), None if bias is None else bias.float()), rtol=tolerance, atol=tolerance * 10)
+    expected = linear(x.float(), weight.float(), None if bias is None else bias.float())
+    torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance * 10)
 
 
 def test_strides_shapes_and_nan() -> None:
