@@ -31,6 +31,15 @@ class HalfKernel:
         return y.half()
 
     @property
+    def signature(self) -> str:
+        """What the shape and strides of y depend on beside x."""
+        return f"{self._kernel.signature}, float16"
+
+    def empty(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """A y for this x, which may be fake. Raises InputError."""
+        return torch.empty_like(self._kernel.empty(x.float()), dtype=torch.float16)
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of the prepared weight, in float32."""
         return int(self._kernel.resident_bytes)
