@@ -1,11 +1,12 @@
-"""Tokens a second of language models whose tokens select their inputs, inside generate(), against the same model in eager PyTorch, interleaved.
+"""Tokens a second of language models whose tokens select their inputs, inside generate(), against the same model dense, interleaved.
 
     python benchmarks/decode.py --folder FOLDER --build [--model smollm2 llama] [--dtype fp32 bf16] [--recipe "select_inputs()"] [--density 0.5]
     python benchmarks/decode.py --folder FOLDER ...         # the same options: measure what --build has left in FOLDER
 
 "smollm2" is the model of subjects.py, "llama" the shape of Llama-3.2-1B with --layers layers, a vocabulary of 32000 and random weights.
 SmolLM2 calibrates on Brown (--brown FOLDER), the other on random tokens. The time of a token is that of --tokens more of them after a prompt of 8,
-batch 1, greedy, a dynamic cache, Python included; medians over --rounds, and of the ratios of a round.
+batch 1, greedy, Python included; both models in eager PyTorch with a dynamic cache, and under torch.compile (generate()'s own, one step as one
+graph) with a static one. Medians over --rounds; the gain is the fastest dense form's time over our fastest's, of each round.
 """
 
 from __future__ import annotations
@@ -82,21 +83,34 @@ def build(model: nn.Module, batches: list[Mapping[str, Tensor]], arguments: argp
 def measured(model: Any, compiled: Any, arguments: argparse.Namespace) -> str:
     ids = torch.randint(100, 4000, (1, 8))
 
-    def spent(one: Any, tokens: int) -> float:
+    def spent(one: Any, tokens: int, options: Mapping[str, Any]) -> float:
         start = time.perf_counter()
-        one.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        one.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, **options)
         return time.perf_counter() - start
 
-    def token(one: Any) -> float:
-        first = spent(one, 2)
-        return (spent(one, 2 + arguments.tokens) - first) / arguments.tokens * 1e3
+    def token(one: Any, options: Mapping[str, Any]) -> float:
+        first = spent(one, 2, options)
+        return float(spent(one, 2 + arguments.tokens, options) - first) / arguments.tokens * 1e3
 
-    for one in (model, compiled):
-        spent(one, 2)
-    pairs = [(token(model), token(compiled)) for _ in range(arguments.rounds)]
-    dense, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
-    gains = [one / other for one, other in pairs]
-    return f"{dense:.1f} ms a token dense, {ours:.1f} compiled, {statistics.median(gains):.2f} times ({min(gains):.2f} to {max(gains):.2f})"
+    forms = {f"{name}{how}": (one, options) for name, one in (("dense", model), ("ours", compiled))
+             for how, options in (("", {}), (" under torch.compile", one_graph()))}
+    for one, options in forms.values():
+        spent(one, 2 + arguments.tokens, options)
+    rounds = [{name: token(*form) for name, form in forms.items()} for _ in range(arguments.rounds)]
+    middle = {name: statistics.median(times[name] for times in rounds) for name in forms}
+    dense, ours = (min((name for name in forms if name.startswith(kind)), key=middle.__getitem__) for kind in ("dense", "ours"))
+    gains = [times[dense] / times[ours] for times in rounds]
+    told = ", ".join(f"{name} {value:.1f}" for name, value in middle.items())
+    return f"ms a token: {told}; {ours} has {statistics.median(gains):.2f} times the speed of {dense} ({min(gains):.2f} to {max(gains):.2f})"
+
+
+def one_graph() -> dict[str, Any]:
+    """The options of generate() with which it compiles the step of a token: on processors it does so only where told."""
+    from transformers.generation import CompileConfig
+
+    how = CompileConfig(fullgraph=False, dynamic=False, mode="default")
+    how._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": how}
 
 
 if __name__ == "__main__":

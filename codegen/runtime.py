@@ -23,7 +23,8 @@ from sparsify_compiler.errors import KernelError, UnknownNameError, nearest
 from sparsify_compiler.target import Target
 
 # Most promising first.
-FAMILIES = {family.NAME: family for family in (linear, mkl, conv2d, repeated, planes, pixels, amx, streams, slices, strips, lanes, gather, gather_ffn)}
+FAMILIES = {family.NAME: family for family in (linear, mkl, conv2d, repeated, planes, pixels, amx, streams, slices, strips, lanes, gather,
+                                               gather_ffn)}
 
 Layouts = dict[str, list[Any]]  # one weight laid out, by family
 
