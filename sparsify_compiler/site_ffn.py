@@ -63,9 +63,9 @@ def neurons_of(region: Region, site: Site) -> fx.Node:
 
 def activated(activation: fx.Node) -> fx.Node:
     """The last node of the activation that begins with this operator."""
-    after = only_user(activation)
+    after = _reader(activation)
     while after is not None and _inner(after) is activation:
-        activation, after = after, only_user(after)
+        activation, after = after, _reader(after)
     return activation
 
 
@@ -83,7 +83,9 @@ def _ffn(node: object, linears: set[fx.Node]) -> _Ffn | None:
     plain = _activated(node, linears)
     if plain is not None:
         return _Ffn(plain[0], plain[1])
-    if not is_call(node, aten.mul.Tensor) or only_user(node) is None:
+    while isinstance(node, fx.Node) and is_call(node, select.op) and (inner := _inner(node)) is not None:  # of the products
+        node = inner
+    if not isinstance(node, fx.Node) or not is_call(node, aten.mul.Tensor) or _reader(node) is None:
         return None
     a, b = node.kwargs["self"], node.kwargs["other"]
     for one, other in ((a, b), (b, a)):
@@ -96,12 +98,27 @@ def _ffn(node: object, linears: set[fx.Node]) -> _Ffn | None:
 
 def _activated(node: object, linears: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
     """(linear, activation) when a node is an activation of a linear, or the last node of one."""
-    while isinstance(node, fx.Node) and (inner := _inner(node)) is not None and only_user(node) is not None:
+    while isinstance(node, fx.Node) and (inner := _inner(node)) is not None and _reader(node) is not None:
         node = inner
-    if not isinstance(node, fx.Node) or not is_call(node, *ACTIVATIONS) or only_user(node) is None:
+    if not isinstance(node, fx.Node) or not is_call(node, *ACTIVATIONS) or _reader(node) is None:
         return None
     linear = _projected(node.kwargs["self"], linears)
     return None if linear is None else (linear, node)
+
+
+def _reader(node: fx.Node) -> fx.Node | None:
+    """The only user; of a value that is selected, the selection, where the others do no more than find out its limit (top-k)."""
+    chosen = [user for user in node.users if is_call(user, select.op) and user.kwargs["x"] is node]
+    if len(chosen) != 1 or len(node.users) == 1:
+        return only_user(node)
+    limit, inside = chosen[0].kwargs["limit"], set[fx.Node]()
+    waiting = [limit] if isinstance(limit, fx.Node) else []
+    while waiting:
+        one = waiting.pop()
+        if one is not node and one not in inside:
+            inside.add(one)
+            waiting += one.all_input_nodes
+    return chosen[0] if all(user is chosen[0] or user in inside for user in node.users) else None
 
 
 def _inner(node: fx.Node) -> fx.Node | None:

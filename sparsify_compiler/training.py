@@ -26,7 +26,7 @@ class Watch(nn.Module):
         self.seen: list[Tensor] = []
 
     def forward(self, x: Tensor) -> None:
-        if not torch.compiler.is_compiling() and type(x) is Tensor:  # an export of the model leaves nothing here
+        if type(x) is Tensor:  # an export of the model, which runs on stand-ins, leaves nothing here
             self.seen = [x]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -188,3 +188,32 @@ def test_values_are_kept_by_an_untrained_model() -> None:
     module, _, net = attached(sc.recipes.deft())
     x: Tensor = torch.randn(3, 16)
     torch.testing.assert_close(module(x), net(x))
+
+
+def test_under_torch_compile_the_loss_is_the_same() -> None:
+    module, hook, _ = attached()
+    module(X)
+    expected = float(hook.loss().detach())
+    compiled = torch.compile(module, backend="aot_eager")
+    found = []
+    for x in (X * 3, X):
+        compiled(x)
+        found.append(hook.loss())
+    assert float(found[1].detach()) == pytest.approx(expected)
+    assert float(found[0].detach()) > 2 * expected
+    found[1].backward()
+    assert module.gate.weight.grad is not None
+
+
+@pytest.mark.parametrize("recipe", ["lazy_neuron(density=0.25)", "select_neurons(selector='top_k', density=0.25)",
+                                    "relu2_wins() | lazy_neuron(density=0.25)", "select_neurons(selector='statistical_top_k', density=0.25)"])
+def test_activations_that_are_selected_by_row_are_there_too(recipe: str) -> None:
+    torch.manual_seed(0)
+    for net in (GatedFfn(16, 32).eval(), nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)).eval()):
+        module, hook = sc.attach(net, (X,), recipe, calibration=[(X,)])
+        module(X)
+        density, = hook.densities().values()
+        if isinstance(net, nn.Sequential) or "select_neurons" in recipe:
+            assert density == pytest.approx(0.25, abs=0.05)
+        else:
+            assert density > 0.3, "of a gated FFN, lazy_neuron selects the products"

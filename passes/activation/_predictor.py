@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-BATCH, RATE = 256, 3e-3
+BATCH, RATE = 64, 3e-3
 HELD_OUT = 8  # every how many-th row measures, instead of training
 
 
