@@ -30,7 +30,8 @@ DENSE_ROWS = 8       # outputs computed together where all are kept
 DENSE_INPUTS = 256   # above so many inputs of a group oneDNN is out of reach
 CHUNK = 512          # columns of 64 bytes: what a tile reads of x between two visits of a group stays in L1
 CHUNKED_FROM = 384   # inputs of a group from which chunks can pay, where outputs share no columns
-FEWEST_ROWS = 14     # of y for each processor, where they share an image by its rows and not by its planes (one run each of 28, 14 and 7: 2.84, 2.72, 2.86 ms of MobileNetV1)
+# Of y for each processor, where they share an image by its rows, not by its planes. MobileNetV1 with 28, 14 and 7, a run each: 2.84, 2.72, 2.86 ms.
+FEWEST_ROWS = 14
 ALONE = 12_000       # vector FMAs below which waking other threads costs more than they bring
 PLANS = 64           # shapes of x remembered
 SLAB = 1 << 28       # elements in one call: indices are 32 bits wide, and the copy of x is bounded
