@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_help import needs_avx512
+from kernel_help import longest_first, needs_avx512
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
 from sparsify_compiler import opaque
 from sparsify_compiler.errors import ModelError
+from sparsify_compiler.passes.lower import lower
 
 FORCED = "lower(margin=-1000.0)"
 
@@ -46,6 +47,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "neurons": (Selected, (1, 64), "select_neurons() | pack()"),
     "convolutions": (Images, (2, 8, 7, 9), "mask_weights(structure='4x1', targets=('first', 'second')) | pack()"),
 }
+
+
+@pytest.fixture(autouse=True)
+def ours_are_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lower, "round_robin", longest_first)
 
 
 def compiled(name: str) -> tuple[sc.CompiledModel, Tensor]:

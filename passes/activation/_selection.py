@@ -68,7 +68,7 @@ class Selection:
         else:
             limit = insert_formula(region, before, limit_of, {"x": x, **given}, by)
         chosen = insert(before, select.op, x=x, limit=limit, **given, **({"straight_through": True} if straight_through else {}))
-        chosen.meta["by"] = by
+        chosen.meta |= {"by": by, "optional": True}  # lower drops it where it does not pay; a model's own selection stays
         return chosen
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.measure import Timing
+from sparsify_compiler.normal_form_edit import insert
 from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import select, select_linear
 from sparsify_compiler.pages import resident
@@ -44,7 +45,7 @@ def pack(region: Region, node: fx.Node, program: Program, by: str) -> None:
     stored = by_input(region, node, by)
     with region.graph.inserting_before(node):
         packed = region.graph.call_function(select_linear.op, (), {"x": source.kwargs["x"], "weight": stored, **given})
-    packed.meta = {**node.meta, "by": by}
+    packed.meta = {**node.meta, "by": by, "optional": source.meta.get("optional", False)}
     node.replace_all_uses_with(packed)
     region.graph.erase_node(node)
     packed.name = node.name  # sites know their nodes by name
@@ -125,17 +126,26 @@ def choose(layer: Linear, timings: Mapping[str, Timing], margin: float) -> bool:
 
 
 def make_dense(layer: Linear) -> list[fx.Node]:
-    """select_linear -> linear of all inputs. Returns it."""
+    """select_linear -> linear of all inputs, or of those that the model itself selects. Returns it."""
     region, node = layer.region, layer.node
+    x = as_selected(node, node.kwargs["x"])
     weight = dense_weight(region, node, node.kwargs["weight"], layer.weight)
     bias = {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
     with region.graph.inserting_before(node):
-        layer.node = region.graph.call_function(aten.linear.default, (), {"input": node.kwargs["x"], "weight": weight, **bias})
+        layer.node = region.graph.call_function(aten.linear.default, (), {"input": x, "weight": weight, **bias})
     layer.node.meta = {**node.meta, "by": "lower"}
     node.replace_all_uses_with(layer.node)
     region.graph.erase_node(node)
     layer.node.name = node.name
     return [layer.node]
+
+
+def as_selected(node: fx.Node, x: Any) -> Any:
+    """x, or select(x) as a packed node has it, where that selection was the model's own and not made for speed."""
+    if node.meta.get("optional"):
+        return x
+    given = {key: node.kwargs[key] for key in ("limit", "scale", "center") if node.kwargs.get(key) is not None}
+    return insert(node, select.op, x=x, **given)
 
 
 def _call(kernel: Any, limits: tuple[Tensor, ...], x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import select, select_ffn
 from sparsify_compiler.passes.lower._layer import EAGER, Form, row_of, rows_of
 from sparsify_compiler.passes.lower._linear import Linear, eager
-from sparsify_compiler.passes.lower._selected import by_input, dense_weight
+from sparsify_compiler.passes.lower._selected import as_selected, by_input, dense_weight
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, get_tensor
 from sparsify_compiler.splice import insert_formula
@@ -78,7 +78,7 @@ def pack(region: Region, down: fx.Node, found: _Ffn, program: Program, by: str) 
     kwargs = {name: node for name, node in given.items() if node is not None}
     with region.graph.inserting_before(down):
         packed = region.graph.call_function(select_ffn.op, (), {"x": found.up.kwargs["input"], **kwargs, "activation": found.activation})
-    packed.meta = {**down.meta, "by": by}
+    packed.meta = {**down.meta, "by": by, "optional": found.select.meta.get("optional", False)}
     down.replace_all_uses_with(packed)
     region.graph.erase_node(down)
     packed.name = down.name  # sites know their nodes by name
@@ -118,7 +118,7 @@ def ffn(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear
 
 
 def make_dense(layer: Linear) -> list[fx.Node]:
-    """select_ffn -> the FFN with all of its neurons. Returns its linears."""
+    """select_ffn -> the FFN with all of its neurons, or those that the model itself selects. Returns its linears."""
     region, node = layer.region, layer.node
     given: Any = node.kwargs
     name = given["activation"]
@@ -133,7 +133,7 @@ def make_dense(layer: Linear) -> list[fx.Node]:
     gates = insert_formula(region, node, lambda x: select_ffn.ACTIVATIONS[name](x), {"x": gate}, "lower")
     up = linear(given["x"], given["up"], given.get("up_bias"))
     raised = insert_formula(region, node, partial(select_ffn.raised, name), {"up": up}, "lower") if name in select_ffn.UP else up
-    product = insert(node, aten.mul.Tensor, self=gates, other=raised)
+    product = insert(node, aten.mul.Tensor, self=as_selected(node, gates), other=raised)
     down = linear(product, dense_weight(region, node, given["down"], layer.weight), given.get("bias"))
     for made in (product, *linears):
         made.meta["by"] = "lower"
