@@ -52,6 +52,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
 @pytest.fixture(autouse=True)
 def ours_are_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lower, "round_robin", longest_first)
+    torch._dynamo.reset()  # torch compiles one function for eight models at the most, those of other tests among them
 
 
 def compiled(name: str) -> tuple[sc.CompiledModel, Tensor]:
