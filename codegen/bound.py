@@ -42,10 +42,6 @@ class PreparedWeight:
         """The same, its tensors where kernels read them fastest."""
         return replace(self, **{name: resident(getattr(self, name)) for name in self.STATE})  # type: ignore[type-var]
 
-    @property
-    def resident_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (getattr(self, name) for name in self.STATE))
-
 
 def shared_layout(shared: list[Any], bias: Tensor | None, lay_out: Callable[[], Laid]) -> Laid:
     """The layout with this very bias from `shared`; made and added where there is none."""
@@ -80,7 +76,46 @@ class _Plan:
     run: Callable[..., None]
 
 
-class BoundKernel:
+class BoundLayer:
+    """What the kernels of linear layers share, for x [..., in_features] -> y [..., out_features] of one dtype."""
+
+    name: str
+    in_features: int
+    out_features: int
+    _dtype: torch.dtype
+
+    @property
+    def signature(self) -> str:
+        """What the shape and dtype of y depend on beside x."""
+        return f"{self.name} {self.in_features} to {self.out_features} {self._dtype}"
+
+    def empty(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """A y for this x, which may be fake. Raises InputError."""
+        if x.shape[-1] != self.in_features:
+            raise InputError(f"expected [..., {self.in_features}], got {list(x.shape)}", where=self.name)
+        return x.new_empty((*x.shape[:-1], self.out_features), dtype=self._dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that it holds. None need storing: the op's own are bound again."""
+        raise NotImplementedError
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of those tensors: weight, bias, indices, what selects."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[-1] != self.in_features or x.dtype is not self._dtype or not x.is_cpu:
+            raise InputError(f"expected {self._dtype} [..., {self.in_features}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}",
+                             where=self.name)
+
+
+def as_matrix(x: Tensor, rows: int) -> Tensor:
+    """x [..., K] as [rows, K] for TVM, to which a single row has strides too."""
+    return (x.detach() if x.requires_grad else x).contiguous().view(-1).view(rows, x.shape[-1])
+
+
+class BoundKernel(BoundLayer):
     """A prepared weight and its variants, called like a function: x [..., K] -> y [..., N], bias included; + other [..., N] where they add.
 
     Results do not depend on the number of threads: no output is ever summed by two of them.
@@ -112,17 +147,6 @@ class BoundKernel:
             plan.run(x.view(plan.rows, -1), *added, y.view(plan.rows, -1))
         return y
 
-    @property
-    def signature(self) -> str:
-        """What the shape and dtype of y depend on beside x."""
-        return f"{self.name} {self.in_features} to {self.out_features} {self.prepared.layout.dtype}"
-
-    def empty(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """A y for this x, which may be fake. Raises InputError."""
-        if x.shape[-1] != self.in_features:
-            raise InputError(f"expected [..., {self.in_features}], got {list(x.shape)}", where=self.name)
-        return x.new_empty((*x.shape[:-1], self.out_features), dtype=self._dtype)
-
     def _added(self, other: Tensor | None, plan: _Plan) -> Tensor:
         """What is added, as a matrix."""
         if other is None or other.shape != plan.shape or other.dtype is not self._dtype or not other.is_cpu:
@@ -141,13 +165,7 @@ class BoundKernel:
             self._plans[x.shape] = plan
         return plan
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the prepared weight, bias and indices."""
-        return self.prepared.resident_bytes
-
     def state(self) -> dict[str, Tensor]:
-        """The tensors that it holds. None need storing: rebind lays the stored weight out again."""
         return {name: getattr(self.prepared, name) for name in self.prepared.STATE}
 
     def files(self) -> dict[str, bytes]:

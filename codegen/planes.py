@@ -17,7 +17,7 @@ from sparsify_compiler import catalog
 from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels.depthwise import Depthwise
 from sparsify_compiler.codegen.kernels.finish import finish_of
-from sparsify_compiler.codegen.kernels.layout import LANES, dense_groups
+from sparsify_compiler.codegen.kernels.layout import LANES, dense_groups, padded_bias
 from sparsify_compiler.codegen.kernels.planes import NUMBERS, Planes
 from sparsify_compiler.codegen.kernels.planes_layout import Geometry, PreparedPlanes, offsets_of, prepare_planes
 from sparsify_compiler.errors import InputError, KernelError
@@ -96,7 +96,7 @@ def bind(op: str, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
     if chosen.get("depthwise"):
         schedule: build.Schedule = Depthwise(geometry.kernel, geometry.stride, geometry.dilation, geometry.padding[1], finish, parallel)
         weight = tensors["weight"].detach().float().flatten(1).contiguous()
-        full = torch.zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias.detach().float().contiguous()
+        full = padded_bias(bias, weight.shape[0], weight.shape[0])
         return BoundPlanes(op, chosen, schedule, geometry, (weight.view(-1), full), (weight.shape[0], geometry.groups), 1, target, files)
     key = tuple(chosen[name] for name in ("r", "chunk"))
     prepared = next((made[2] for made in shared if isinstance(made, tuple) and made[0] is bias and made[1] == key), None)

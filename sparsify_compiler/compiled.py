@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .call import instantiate
 from .errors import ModelError
 from .executor import flat_function
-from .opaque import traceable
+from .opaque import make_opaque
 from .program import Program
 
 if TYPE_CHECKING:
@@ -42,8 +42,10 @@ class CompiledModel(nn.Module):
 
     def _bind(self) -> None:
         fast = self.program.clone()
-        for region in fast.regions.values():
-            region.module.forward = _either(region.module.forward, traceable(region), flat_function(region))
+        for path, region in fast.regions.items():
+            flat = flat_function(region)
+            make_opaque(region)
+            region.module.forward = _either(self.program.regions[path].module.forward, region.module.forward, flat)
         self.model = instantiate(fast)
         # Without hooks on the inner module its __call__ adds nothing but time.
         self.__dict__["_run"] = self.model if self.program.skeleton is not None else self.model.forward

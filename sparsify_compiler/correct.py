@@ -127,8 +127,8 @@ class _Run:
         """The tokens, padding behind the first end of each row, and nothing behind the last row's end."""
         new = self.tokens[:, self.prompt : self.prompt + count]
         over = torch.isin(new, self.ends).long().cumsum(1)
-        behind = torch.nn.functional.pad(over, (1, 0))[:, :-1] > 0 if new.shape[1] else over > 0
-        kept = int((~behind).any(0).sum()) if new.shape[1] else 0
+        behind = torch.nn.functional.pad(over, (1, 0))[:, :-1] > 0
+        kept = int((~behind).any(0).sum())
         return torch.cat([self.tokens[:, : self.prompt], new.masked_fill(behind, self.padding)[:, :kept]], 1)
 
 

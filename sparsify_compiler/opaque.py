@@ -6,8 +6,8 @@ A number holds in this process only, and only as long as its kernel lives: what 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -15,9 +15,8 @@ from torch import Tensor, fx
 
 from .errors import ModelError
 from .executor import kernel_calls
+from .ops._linear import LIBRARY
 from .program import Region
-
-LIBRARY: Any = torch.library.Library("sparsify", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @runtime_checkable
@@ -39,25 +38,23 @@ _numbers: WeakKeyDictionary[Opaque, int] = WeakKeyDictionary()
 _next = itertools.count()
 
 
-def traceable(region: Region) -> Callable[..., Any]:
-    """forward(*flat inputs) of a copy of the region's graph in which every opaque kernel is a call of the op."""
-    copy = region.clone()
-    found, skipped = kernel_calls(copy.graph)
+def make_opaque(region: Region) -> None:
+    """Every opaque kernel of the region's graph becomes a call of the op."""
+    found, skipped = kernel_calls(region.graph)
     made: dict[fx.Node, fx.Node] = {}
     for node, (kernel, inputs) in found.items():
         if not isinstance(kernel, Opaque):
             continue
-        with copy.graph.inserting_before(node):
-            made[node] = called = copy.graph.call_function(op, ([made.get(value, value) for value in inputs], _number(kernel), kernel.signature))
+        with region.graph.inserting_before(node):
+            made[node] = called = region.graph.call_function(op, ([made.get(value, value) for value in inputs], _number(kernel), kernel.signature))
         called.meta = {key: node.meta[key] for key in ("val", "path", "module") if key in node.meta}
         node.replace_all_uses_with(called)
-        copy.graph.erase_node(node)
-    for node in reversed(copy.graph.nodes):
+        region.graph.erase_node(node)
+    for node in reversed(region.graph.nodes):
         if node in skipped and not node.users:
-            copy.graph.erase_node(node)
-    copy.module.recompile()
-    forward: Callable[..., Any] = copy.module.forward
-    return forward
+            region.graph.erase_node(node)
+    if made:
+        region.module.recompile()
 
 
 def _number(kernel: Opaque) -> int:

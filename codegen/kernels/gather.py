@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsify_compiler.codegen import build
+from sparsify_compiler.codegen.bound import BoundLayer, as_matrix
 from sparsify_compiler.codegen.kernels.gather_rows import LANES, GatherRows
-from sparsify_compiler.codegen.kernels.layout import DTYPES
+from sparsify_compiler.codegen.kernels.layout import DTYPES, padded_bias
 from sparsify_compiler.codegen.kernels.select_rows import SelectRows
-from sparsify_compiler.errors import InputError, KernelError
+from sparsify_compiler.errors import KernelError
 from sparsify_compiler.pages import resident
 from sparsify_compiler.target import Target
 
@@ -71,38 +72,11 @@ def in_order(total: Tensor, dtype: torch.dtype) -> Tensor:
     return total.view(-1, LANES, 2).transpose(1, 2).reshape(-1) if dtype is torch.bfloat16 else total.contiguous()
 
 
-class Gathering:
+class Gathering(BoundLayer):
     """A layer bound to its weights: one kernel for few rows of x, and one that selects for many, before they are multiplied densely."""
 
-    name: str
-    in_features: int
-    out_features: int
-    _dtype: torch.dtype
     _kernel: build.Kernel
     _select: build.Kernel
-
-    def _check(self, x: Tensor) -> None:
-        if x.shape[-1] != self.in_features or x.dtype is not self._dtype or not x.is_cpu:
-            raise InputError(f"expected {self._dtype} [..., {self.in_features}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}",
-                             where=self.name)
-
-    @property
-    def signature(self) -> str:
-        """What the shape and dtype of y depend on beside x."""
-        return f"{self.name} {self.in_features} to {self.out_features} {self._dtype}"
-
-    def empty(self, x: Tensor, limit: Tensor | None = None) -> Tensor:
-        """A y for this x, which may be fake."""
-        return x.new_empty((*x.shape[:-1], self.out_features), dtype=self._dtype)
-
-    def state(self) -> dict[str, Tensor]:
-        """The tensors that it holds. None need storing: bind takes the op's own."""
-        raise NotImplementedError
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the weights, the biases and what selects."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
 
     def files(self) -> dict[str, bytes]:
         """IR, binary and description, for the artefact, as load_both reads them."""
@@ -138,7 +112,7 @@ class GatherLinear(Gathering):
         import tvm_ffi
 
         none, center = torch.zeros(1, dtype=torch.float32), self._vectors.get("center")
-        total = torch.zeros(width, dtype=torch.float32) if self._bias is None else pad(self._bias.float(), (0, width - self.out_features))
+        total = padded_bias(self._bias, self.out_features, width)
         if center is not None:
             total = total + center.float() @ self._rows.float()
         words = self._rows
@@ -155,12 +129,12 @@ class GatherLinear(Gathering):
     def __call__(self, x: Tensor, limit: Tensor | None = None) -> Tensor:
         """x [..., K] of the weight's dtype, any strides -> a new y [..., N]. Raises InputError."""
         self._check(x)
-        *outer, inputs = x.shape
+        outer = x.shape[:-1]
         rows = math.prod(outer)
         if not rows:
             return x.new_empty((*outer, self.out_features))
         limits = self._limit if limit is None else torch.empty(rows, dtype=torch.float32).copy_(limit.detach().reshape(-1))
-        x = (x.detach() if x.requires_grad else x).contiguous().view(-1).view(rows, inputs)  # for TVM one row has strides too
+        x = as_matrix(x, rows)
         if rows > self._few:
             chosen = torch.empty_like(x)
             self._select.function(x, limits, *self._arguments[:2], chosen)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from sparsify_compiler.codegen.bound import as_matrix
 from sparsify_compiler.codegen.kernels.ffn_rows import FfnRows
 from sparsify_compiler.codegen.kernels.finish import ACTIVATIONS
 from sparsify_compiler.codegen.kernels.gather import ROUND, Gathering, columns_of, in_order, load_both
 from sparsify_compiler.codegen.kernels.gather_rows import LANES
-from sparsify_compiler.codegen.kernels.layout import DTYPES
+from sparsify_compiler.codegen.kernels.layout import DTYPES, padded_bias
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.ops import select_ffn
 from sparsify_compiler.pages import resident
@@ -66,7 +67,7 @@ class GatherFfn(Gathering):
         self._kernel, self._select = load_both(schedule, target, files)
         hidden = tensors["gate"].shape[0]
         biases = [self._tensors[name].float() if name in tensors else torch.zeros(hidden, dtype=torch.float32) for name in ("gate_bias", "up_bias")]
-        total = torch.zeros(width, dtype=torch.float32) if bias is None else pad(self._bias.float(), (0, width - self.out_features))  # type: ignore[union-attr]
+        total = padded_bias(self._bias, self.out_features, width)
         gate, up, down = (self._tensors[name] if self._dtype is torch.float32 else self._tensors[name].view(torch.int32) for name in WEIGHTS)
         scale = self._tensors["scale"].float() if "scale" in tensors else torch.zeros(1, dtype=torch.float32)
         self._held = [self._tensors["limit"].float().reshape(1), scale, gate, up, *biases, down, in_order(total, self._dtype)]
@@ -78,8 +79,7 @@ class GatherFfn(Gathering):
         if x.numel() != self.in_features:
             return self._many(x)
         y = torch.empty((1, self.out_features), dtype=self._dtype)
-        row = (x.detach() if x.requires_grad else x).contiguous().view(-1).view(1, -1)  # for TVM one row has strides too
-        self._kernel.function(row, *self._arguments, y)
+        self._kernel.function(as_matrix(x, 1), *self._arguments, y)
         return y.view((*x.shape[:-1], self.out_features))
 
     def _many(self, x: Tensor) -> Tensor:

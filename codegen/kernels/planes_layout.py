@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsify_compiler.codegen.kernels.layout import Groups
+from sparsify_compiler.codegen.kernels.layout import Groups, padded_bias
 
 STRIPS = 8  # at the most
 
@@ -107,9 +107,7 @@ def prepare_planes(groups: Groups, geometry: Geometry, r: int, chunk: int, bias:
     pointers = pad(counts[visits].cumsum(0), (1, 0))
     channels = inputs * geometry.groups // geometry.taps
     placed = columns + owner * r // max(1, out_channels // geometry.groups) * inputs
-    full = torch.zeros(count * r, dtype=torch.float32)
-    if bias is not None:
-        full[:out_channels] = bias.detach().float()
+    full = padded_bias(bias, out_channels, count * r)
     return PreparedPlanes(r, values[order].float().reshape(-1).contiguous(), placed[order].int(), pointers.int(), (visits % count).int(), full,
                           strips, out_channels, channels, chunks)
 

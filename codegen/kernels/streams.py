@@ -1,7 +1,7 @@
 """The family of kernels for dense linear layers that tokens pass one at a time: few rows of x read W where it lies, more are torch's own.
 
-torch reads a weight of many outputs and few inputs, as language models have at their end, at half of the pace of memory (measured, Sapphire
-Rapids); nothing is packed, so nothing is in memory twice.
+Nothing is packed, so nothing is in memory twice. In bfloat16 it is the fastest dense form of most layers of one token (decode.py); in float32
+torch's own mostly is.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsify_compiler.codegen import build
+from sparsify_compiler.codegen.bound import BoundLayer, as_matrix
 from sparsify_compiler.codegen.kernels.layout import DTYPES, padded_bias
 from sparsify_compiler.codegen.kernels.products import TOGETHER, step_of
 from sparsify_compiler.codegen.kernels.stream_rows import StreamRows
-from sparsify_compiler.errors import InputError, KernelError
+from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
 
 NAME, OP, LABEL = "streams", "linear", "dense by output"
-FEW_ROWS = 2        # of x: with more the sums want more registers than there are
+FEW_ROWS = 2        # of x; more were not measured
 
 
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
@@ -47,7 +48,7 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
     return StreamLinear(options, weight, bias, files, target)
 
 
-class StreamLinear:
+class StreamLinear(BoundLayer):
     """A dense layer bound to its weight [N, K], which it shares with the model: x [..., K] -> y [..., N], bias included."""
 
     name = LABEL
@@ -57,7 +58,7 @@ class StreamLinear:
 
         self.options, self.target = dict(options), target
         self._weight, self._bias = weight.detach().contiguous(), None if bias is None else bias.detach()
-        self.out_features, self.in_features = weight.shape
+        self._dtype, (self.out_features, self.in_features) = weight.dtype, weight.shape
         schedule = StreamRows(str(options["dtype"]), target.cores > 1)
         self._kernel = build.load_exported(files, schedule, target) if files else build.load(schedule, target)
         self._sums = padded_bias(bias, self.out_features, -(-self.out_features // TOGETHER) * TOGETHER)
@@ -66,33 +67,15 @@ class StreamLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x of the weight's dtype, any strides. Raises InputError."""
-        if x.shape[-1] != self.in_features or x.dtype is not self._weight.dtype or not x.is_cpu:
-            raise InputError(f"expected {self._weight.dtype} [..., {self.in_features}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}",
-                             where=self.name)
+        self._check(x)
         rows = math.prod(x.shape[:-1])
         if not 0 < rows <= FEW_ROWS:
             return linear(x, self._weight, self._bias)
         y = torch.empty((rows, self.out_features), dtype=x.dtype)
-        matrix = (x.detach() if x.requires_grad else x).contiguous().view(-1).view(rows, -1)  # for TVM one row has strides too
-        self._kernel.function(matrix, *self._arguments, y)
+        self._kernel.function(as_matrix(x, rows), *self._arguments, y)
         return y.view((*x.shape[:-1], self.out_features))
 
-    @property
-    def signature(self) -> str:
-        """What the shape and dtype of y depend on beside x."""
-        return f"{self.name} {self.in_features} to {self.out_features} {self._weight.dtype}"
-
-    def empty(self, x: Tensor) -> Tensor:
-        """A y for this x, which may be fake."""
-        return x.new_empty((*x.shape[:-1], self.out_features))
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the weight and the bias."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
-
     def state(self) -> dict[str, Tensor]:
-        """The tensors that it holds. None need storing: bind takes the op's own."""
         return {"weight": self._weight, "sums": self._sums}
 
     def files(self) -> dict[str, bytes]:
