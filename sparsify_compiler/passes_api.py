@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import BudgetError
-from .program import Program, Stage
+from .program import Program, Site, Stage
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -131,6 +131,15 @@ class Pass:
         for option in options:
             value = getattr(self, option)
             object.__setattr__(self, option, (value,) if isinstance(value, str) else tuple(value))
+
+    def ffns(self, program: Program, ctx: Context) -> list[Site]:
+        """The FFNs that the options `targets` and `ignore` choose; a miss where the model has none. Raises SelectorError."""
+        from .sites import chosen_sites
+
+        sites = chosen_sites(program, ("ffn",), self.targets, self.ignore)  # type: ignore[attr-defined]
+        if not sites:
+            ctx.miss("the model has no FFN")
+        return sites
 
     def run(self, program: Program, ctx: Context) -> Program:
         """The Program after the pass. `program` is a private clone: edit it in place and return it."""

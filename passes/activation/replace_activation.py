@@ -15,7 +15,6 @@ from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site
 from sparsify_compiler.site_ffn import neurons_of
-from sparsify_compiler.sites import chosen_sites
 from sparsify_compiler.splice import insert_formula
 
 KIND = ("ffn",)
@@ -51,11 +50,8 @@ class ReplaceActivation(Pass):
         self.take_selectors("targets", "ignore")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        sites = chosen_sites(program, KIND, self.targets, self.ignore)
-        if not sites:
-            ctx.miss("the model has no FFN")
         given: Activation = Named.parse("activation", self.to)()
-        for site in sites:
+        for site in self.ffns(program, ctx):
             write = _Write(program.regions[site.region], site, given, self.to, self.name())
             why = write.unfit()
             if why is not None:

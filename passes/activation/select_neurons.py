@@ -67,9 +67,7 @@ class SelectNeurons(Pass):
 
     def run(self, program: Program, ctx: Context) -> Program:
         density = 1.0 if exact(Named.parse("selector", self.selector)) else self.density_of(ctx)
-        sites = self._sites(program)
-        if not sites:
-            ctx.miss("the model has no FFN")
+        sites = self.ffns(program, ctx)
         paths = {(site.region, site.roles["op"]): site.path for site in find_sites(program, ("linear",))}
         for done, site in enumerate(sites):
             region = program.regions[site.region]

@@ -11,8 +11,9 @@ BY = "by prediction"  # how the decisions about such sites call their structure
 
 
 def make_dense(program: Program) -> None:
-    """select(x, limit, scores) -> x, without what the scores are computed with."""
-    found = [node for _, node in program.nodes() if node.target is select.op and node.kwargs.get("scores") is not None]
+    """select(x, limit, scores) -> x, without what the scores are computed with; a selection that is the model's own stays."""
+    found = [node for _, node in program.nodes()
+             if node.target is select.op and node.kwargs.get("scores") is not None and node.meta.get("optional")]
     for node in found:
         node.replace_all_uses_with(node.kwargs["x"])  # type: ignore[arg-type]
         erase_dead([node])

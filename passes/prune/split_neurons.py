@@ -63,9 +63,7 @@ class SplitNeurons(Pass):
         return needed(Units.of(program, groups.found), own, "readers", names, ())
 
     def run(self, program: Program, ctx: Context) -> Program:
-        sites = self._sites(program)
-        if not sites:
-            ctx.miss("the model has no FFN")
+        sites = self.ffns(program, ctx)
         groups, scored = find_groups(program), Named.parse("score", self.score)
         units = Units.of(program, groups.found)
         for site in sites:

@@ -16,7 +16,6 @@ from sparsify_compiler.normal_form_edit import Call, argument, aten, insert, is_
 from sparsify_compiler.passes.reparam._probe import Moments, Probe, moments
 from sparsify_compiler.passes_api import Context, Miss, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site, get_tensor, set_tensor
-from sparsify_compiler.sites import chosen_sites
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,8 @@ class IdleChannels(Pass):
         self.take_selectors("targets", "ignore")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        sites = chosen_sites(program, ("ffn",), self.targets, self.ignore)
-        if not sites:
-            ctx.miss("the model has no FFN")
         ffns = []
-        for site in sites:
+        for site in self.ffns(program, ctx):
             ffn = _ffn(program.regions[site.region], site, self.theta, self.which == "straightest")
             if isinstance(ffn, Miss):
                 ctx.miss(ffn.why, site.path)

@@ -14,7 +14,6 @@ from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program
 from sparsify_compiler.site_ffn import neurons_of
-from sparsify_compiler.sites import chosen_sites
 from sparsify_compiler.training import Marked, Part, TrainingPass
 
 KIND = ("ffn",)
@@ -54,10 +53,7 @@ class PenaliseActivations(TrainingPass):
         self.take_selectors("targets", "ignore")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        sites = chosen_sites(program, KIND, self.targets, self.ignore)
-        if not sites:
-            ctx.miss("the model has no FFN")
-        for site in sites:
+        for site in self.ffns(program, ctx):
             region = program.regions[site.region]
             value = neurons_of(region, site) if self.of == "neurons" else region.node(site.roles["down"]).kwargs["input"]
             assert isinstance(value, fx.Node)

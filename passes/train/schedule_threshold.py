@@ -14,7 +14,6 @@ from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program
 from sparsify_compiler.site_ffn import neurons_of
-from sparsify_compiler.sites import chosen_sites
 from sparsify_compiler.training import Marked, Part, TrainingPass
 
 KIND = ("ffn",)
@@ -47,10 +46,7 @@ class ScheduleThreshold(TrainingPass):
         self.take_selectors("targets", "ignore")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        sites = chosen_sites(program, KIND, self.targets, self.ignore)
-        if not sites:
-            ctx.miss("the model has no FFN")
-        for site in sites:
+        for site in self.ffns(program, ctx):
             value = neurons_of(program.regions[site.region], site)
             limit = value.kwargs.get("limit") if value.target is select.op else None
             if isinstance(limit, fx.Node) and limit.op == "get_attr":
