@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from select_help import rewritten
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
@@ -20,16 +21,8 @@ from sparsify_compiler.passes.activation.select_neurons import GatedFfn, SelectN
 from sparsify_compiler.passes.activation.selectors._base import count_of
 from sparsify_compiler.passes_api import Context, Pass
 from sparsify_compiler.pipeline import Pipeline
-from sparsify_compiler.program import Program
 
 SELECTORS = catalog.names("selector")
-
-
-def rewritten(step: Pass, net: nn.Module, data: list[tuple[Tensor, ...]]) -> tuple[Program, Context]:
-    ctx = Context(batches=data)
-    ctx.calibrate = lambda program, needs: calibrate(program, data, needs, cache=False)
-    name = "x" if isinstance(net, GatedFfn) else "input"
-    return Pipeline((step,)).run(capture(net, data[0], {name: {0: "rows"}}), ctx, ()), ctx
 
 
 def linear(inputs: int = 12) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:

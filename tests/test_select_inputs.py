@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from select_help import check_lowered, rewritten
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-import sparsify_compiler as sc
 from sparsify_compiler import catalog
 from sparsify_compiler.calibrate import calibrate
 from sparsify_compiler.call import instantiate
@@ -40,11 +40,8 @@ def batches(count: int = 3) -> list[tuple[Tensor, ...]]:
     return [(torch.randn(20, 48) * torch.rand(48),) for _ in range(count)]
 
 
-def rewritten(step: SelectInputs, net: nn.Module | None = None, given: list[tuple[Tensor, ...]] | None = None) -> tuple[Program, Context]:
-    data = given or batches()
-    ctx = Context(batches=data)
-    ctx.calibrate = lambda program, needs: calibrate(program, data, needs, cache=False)
-    return Pipeline((step,)).run(capture(net or model(), data[0], {"x" if isinstance(net, Residual) else "input": {0: "rows"}}), ctx, ()), ctx
+def selecting(step: SelectInputs, net: nn.Module | None = None, given: list[tuple[Tensor, ...]] | None = None) -> tuple[Program, Context]:
+    return rewritten(step, net or model(), given or batches())
 
 
 # --- ops ---------------------------------------------------------------------------------------------------------------------------------
@@ -126,7 +123,7 @@ def test_zeros_are_skipped_for_nothing() -> None:
     """Where more of ReLU's neurons are 0 than are to be skipped, those are, and no other."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 32)).eval()
-    after, _ = rewritten(SelectInputs(density=0.9, targets=("2",)), net)
+    after, _ = selecting(SelectInputs(density=0.9, targets=("2",)), net)
     x = torch.cat([x for x, in batches()])
     with torch.no_grad():
         torch.testing.assert_close(instantiate(after)(x), net(x))
@@ -139,7 +136,7 @@ def test_zeros_are_skipped_for_nothing() -> None:
 def test_a_budget_is_spent(name: str, density: float, stacked: bool) -> None:
     torch.manual_seed(0)
     data = [(torch.randn(20, 24),)] if stacked else batches()
-    after, _ = rewritten(SelectInputs(budget=name, density=density), Residual().eval() if stacked else model(), data)
+    after, _ = selecting(SelectInputs(budget=name, density=density), Residual().eval() if stacked else model(), data)
     rows = list(after.decisions.values())
     sizes = [row.shape[0] * row.shape[1] for row in rows]
     assert sum(row.budget * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes) == pytest.approx(density, abs=0.01)
@@ -153,7 +150,7 @@ def test_blocks_are_run_to_see_their_error() -> None:
     data = [(torch.randn(30, 24),) for _ in range(2)]
     errors, chosen = {}, {}
     for budget in ("uniform", "block_greedy"):
-        after, _ = rewritten(SelectInputs(budget=budget, density=0.5), net, data)
+        after, _ = selecting(SelectInputs(budget=budget, density=0.5), net, data)
         chosen[budget] = {path: row.budget for path, row in after.decisions.items()}
         with torch.no_grad():
             errors[budget] = float((instantiate(after)(data[1][0]) - net(data[1][0])).norm())
@@ -229,14 +226,14 @@ def test_the_gradient_by_an_input_is_that_through_one_layer() -> None:
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("center", ["zero", "mean"])
 def test_density_1_is_the_dense_model(selector: str, center: Any) -> None:
-    after, _ = rewritten(SelectInputs(selector=selector, center=center, density=1.0))
+    after, _ = selecting(SelectInputs(selector=selector, center=center, density=1.0))
     x = batches()[0][0]
     torch.testing.assert_close(instantiate(after)(x), model()(x))
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_half_of_the_inputs_is_near_the_dense_model_and_not_it(selector: str) -> None:
-    after, ctx = rewritten(SelectInputs(selector=selector, density=0.5))
+    after, ctx = selecting(SelectInputs(selector=selector, density=0.5))
     x = batches()[0][0]
     with torch.no_grad():
         y, dense = instantiate(after)(x), model()(x)
@@ -250,14 +247,14 @@ def test_the_mean_in_place_of_what_is_skipped_is_nearer() -> None:
     x = data[0][0]
     errors = []
     for center in ("zero", "mean"):
-        after, _ = rewritten(SelectInputs(center=center, density=0.3), given=data)  # type: ignore[arg-type]
+        after, _ = selecting(SelectInputs(center=center, density=0.3), given=data)  # type: ignore[arg-type]
         with torch.no_grad():
             errors.append(float((instantiate(after)(x) - model()(x)).norm()))
     assert errors[1] < 0.5 * errors[0]
 
 
 def test_what_is_not_selected_says_why() -> None:
-    once, _ = rewritten(SelectInputs(density=0.5, targets=("0",)))
+    once, _ = selecting(SelectInputs(density=0.5, targets=("0",)))
     data = batches()
     ctx = Context(batches=data, density=0.5)
     ctx.calibrate = lambda program, needs: calibrate(program, data, needs, cache=False)
@@ -281,7 +278,7 @@ def test_bad_options_are_refused() -> None:
         with pytest.raises(error):
             SelectInputs(**options)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="no density"):
-        rewritten(SelectInputs())
+        selecting(SelectInputs())
     with pytest.raises(CalibrationError):
         Pipeline((SelectInputs(density=0.5),)).run(capture(model(), batches()[0]), Context(), ())
 
@@ -353,15 +350,4 @@ def test_packed_and_lowered_models_compute_the_same(selector: str, tmp_path: Any
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(512, 1024), nn.GELU(), nn.Linear(1024, 512)).eval()
     data = [(torch.randn(8, 512),) for _ in range(3)]
-    step = SelectInputs(selector=selector, density=0.25)
-    sparse, _ = rewritten(step, net, data)
-    # A margin below any gain binds the kernels wherever there are some, on the slowest machine too.
-    compiled = sc.compile(net, (torch.randn(1, 512),), recipe=Pipeline.parse(f"{step} | pack() | lower(margin=-1000.0, rounds=3)"),
-                          calibration=data, dynamic={"input": {0: "rows"}})
-    for rows in (1, 2, 30):
-        x = torch.randn(rows, 512)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), instantiate(sparse)(x), rtol=1e-4, atol=1e-4)
-    compiled.save(tmp_path / "saved")
-    x = torch.randn(1, 512)
-    assert torch.equal(sc.load(tmp_path / "saved")(x), compiled(x))
+    check_lowered(SelectInputs(selector=selector, density=0.25), net, data, (1, 2, 30), tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from select_help import check_lowered, rewritten
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
@@ -21,7 +22,6 @@ from sparsify_compiler.ops import select_ffn
 from sparsify_compiler.passes.activation.select_neurons import GatedFfn, SelectNeurons
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
-from sparsify_compiler.program import Program
 from sparsify_compiler.sites import find_sites
 from sparsify_compiler.target import host
 
@@ -36,12 +36,6 @@ def made(inputs: int, hidden: int, outputs: int, dtype: torch.dtype, biased: boo
     found = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     found |= {"scale": torch.rand(hidden) + 0.5} if scaled else {}
     return found, torch.randn(outputs).to(dtype) if biased else None
-
-
-def rewritten(step: SelectNeurons, net: nn.Module, data: list[tuple[Tensor, ...]]) -> tuple[Program, Context]:
-    ctx = Context(batches=data)
-    ctx.calibrate = lambda program, needs: calibrate(program, data, needs, cache=False)
-    return Pipeline((step,)).run(capture(net, data[0], {"x": {0: "rows"}}), ctx, ()), ctx
 
 
 def ffn(inputs: int = 64, hidden: int = 128, bias: bool = False) -> tuple[GatedFfn, list[tuple[Tensor, ...]]]:
@@ -188,15 +182,4 @@ def test_bad_input_is_refused() -> None:
 @pytest.mark.parametrize(("selector", "margin"), [("threshold", -1000.0), ("threshold", 1.0), ("top_k", -1000.0)])
 def test_packed_and_lowered_models_compute_the_same(selector: str, margin: float, tmp_path: Any) -> None:
     net, data = ffn(256, 512, bias=True)
-    step = SelectNeurons(selector=selector, density=0.25)
-    sparse, _ = rewritten(step, net, data)
-    compiled = sc.compile(net, (torch.randn(1, 256),), recipe=Pipeline.parse(f"{step} | pack() | lower(margin={margin}, rounds=3)"),
-                          calibration=data, dynamic={"x": {0: "rows"}})
-    expected = instantiate(sparse) if margin < 1 else net  # what does not pay computes all of its neurons
-    for rows in (1, 2, 30):
-        x = torch.randn(rows, 256)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), expected(x), rtol=1e-4, atol=1e-4)
-    compiled.save(tmp_path / "saved")
-    x = torch.randn(1, 256)
-    assert torch.equal(sc.load(tmp_path / "saved")(x), compiled(x))
+    check_lowered(SelectNeurons(selector=selector, density=0.25), net, data, (1, 2, 30), tmp_path, margin)

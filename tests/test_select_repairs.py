@@ -8,20 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from select_help import check_lowered, rewritten
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
 from sparsify_compiler import catalog
-from sparsify_compiler.calibrate import calibrate
 from sparsify_compiler.call import instantiate
-from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import InputError, ParseError
 from sparsify_compiler.passes.activation.repairs._base import Skipping
 from sparsify_compiler.passes.activation.repairs.low_rank import low_rank
 from sparsify_compiler.passes.activation.select_inputs import SelectInputs
 from sparsify_compiler.passes.prune._low_rank import MARK
-from sparsify_compiler.passes_api import Context
-from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
 
 
@@ -37,12 +34,6 @@ def net(bias: bool = True) -> nn.Module:
 def batches() -> list[tuple[Tensor, ...]]:
     torch.manual_seed(1)
     return [(torch.randn(40, 48),) for _ in range(3)]
-
-
-def rewritten(step: SelectInputs, model: nn.Module, data: list[tuple[Tensor, ...]]) -> Program:
-    ctx = Context(batches=data)
-    ctx.calibrate = lambda program, needs: calibrate(program, data, needs, cache=False)
-    return Pipeline((step,)).run(capture(model, data[0], {"input": {0: "rows"}}), ctx, ())
 
 
 def beside(program: Program) -> int:
@@ -69,7 +60,7 @@ def test_the_low_rank_part_is_paid_for_and_projects(outputs: int, width: int, ro
 def test_it_composes_and_lowers_the_error_where_the_weight_has_few_directions(selector: str, scorer: str) -> None:
     model, data = net(), batches()
     step = {repair: SelectInputs(scorer, selector, "uniform", 0.5, repair) for repair in ("none", "low_rank(share=0.4)")}
-    programs = {repair: rewritten(one, model, data) for repair, one in step.items()}
+    programs = {repair: rewritten(one, model, data)[0] for repair, one in step.items()}
     with torch.no_grad():
         dense = model(data[0][0])
         errors = [float((instantiate(program)(data[0][0]) - dense).norm()) for program in programs.values()]
@@ -85,10 +76,10 @@ def test_it_composes_and_lowers_the_error_where_the_weight_has_few_directions(se
 def test_density_1_is_the_dense_model_and_nan_reaches_the_output(center: Any) -> None:
     model, data = net(bias=False), batches()
     with torch.no_grad():
-        whole = rewritten(SelectInputs(density=1.0, repair="low_rank", center=center), model, data)
+        whole = rewritten(SelectInputs(density=1.0, repair="low_rank", center=center), model, data)[0]
         torch.testing.assert_close(instantiate(whole)(data[0][0]), model(data[0][0]))
         assert not beside(whole)
-        half = instantiate(rewritten(SelectInputs(density=0.5, repair="low_rank(always=True)", center=center), model, data))
+        half = instantiate(rewritten(SelectInputs(density=0.5, repair="low_rank(always=True)", center=center), model, data)[0])
         x = data[0][0].clone()
         x[3, 5] = float("nan")
         assert bool(half(x)[3].isnan().all())
@@ -99,7 +90,7 @@ def test_density_1_is_the_dense_model_and_nan_reaches_the_output(center: Any) ->
 
 def test_a_row_whose_inputs_are_all_selected_is_dense() -> None:
     model, data = nn.Sequential(net()[0]).eval(), batches()
-    half = rewritten(SelectInputs(density=0.5, repair="low_rank(always=True)"), model, data)
+    half = rewritten(SelectInputs(density=0.5, repair="low_rank(always=True)"), model, data)[0]
     assert beside(half)
     x = 100 + torch.rand(4, 48)
     with torch.no_grad():
@@ -118,14 +109,4 @@ def test_packed_and_lowered_models_compute_the_same(tmp_path: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 1024), nn.GELU(), nn.Linear(1024, 512)).eval()
     data = [(torch.randn(8, 512),) for _ in range(3)]
-    step = SelectInputs(density=0.25, repair="low_rank(always=True)")
-    sparse = rewritten(step, model, data)
-    compiled = sc.compile(model, (torch.randn(1, 512),), recipe=Pipeline.parse(f"{step} | pack() | lower(margin=-1000.0, rounds=3)"),
-                          calibration=data, dynamic={"input": {0: "rows"}})
-    for rows in (1, 30):
-        x = torch.randn(rows, 512)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), instantiate(sparse)(x), rtol=1e-4, atol=1e-4)
-    compiled.save(tmp_path / "saved")
-    x = torch.randn(1, 512)
-    assert torch.equal(sc.load(tmp_path / "saved")(x), compiled(x))
+    check_lowered(SelectInputs(density=0.25, repair="low_rank(always=True)"), model, data, (1, 30), tmp_path)
