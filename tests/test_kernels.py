@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from kernel_help import needs_tiles
 from torch import Tensor, nn
 
-from sparsify_compiler import catalog
+from sparsify_compiler import catalog, pages
 from sparsify_compiler.codegen import build, omp, permission, runtime
 from sparsify_compiler.codegen.bound import BoundKernel, Variants
 from sparsify_compiler.codegen.kernels import strips
@@ -172,6 +173,25 @@ def test_unknown_dtypes_and_ops_have_no_candidates() -> None:
     stored = catalog.get("format", "csr").encode(torch.randn(4, 4), torch.ones(4, 4, dtype=torch.bool))
     for op, dtype in (("linear_csr", torch.float64), ("linear_csr", torch.bfloat16), ("linear_other", torch.float32)):
         assert runtime.candidates(op, stored.tensors(), stored.attributes(), dtype, (1,), host()) == []
+
+
+def test_candidates_of_one_weight_share_its_layout() -> None:
+    mask, bias = mask_of("bsr", 256, 512, 0.5, r=16, c=1), torch.randn(256)
+    form = catalog.get("format", "bsr").encode(torch.randn(256, 512), mask, r=16, c=1)
+    shared: dict[str, list[Any]] = {}
+    found = [one for more in ({}, {"activation": "relu"}) for one in runtime.candidates(
+        "linear_bsr", form.tensors(), {**form.attributes(), **more}, torch.float32, (64,), host(), shared)]
+    made = [one for one in (candidate.bind(bias) for candidate in found) if isinstance(one, BoundKernel)]
+    layouts = {type(one.prepared): one.prepared for one in made}
+    assert len(made) > len(layouts), "there is nothing to share"
+    assert all(one.prepared is layouts[type(one.prepared)] for one in made)
+    assert all(_in_huge_pages(one.prepared.values) for one in made)
+    other = found[0].bind(torch.randn(256))
+    assert all(other.prepared is not one.prepared for one in made), "another bias is another layout"
+
+
+def _in_huge_pages(tensor: Tensor) -> bool:
+    return not hasattr(mmap, "MADV_HUGEPAGE") or any(tensor.data_ptr() in room.range for room in pages._rooms)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -141,6 +141,15 @@ def test_compiled_it_is_dense_and_says_so() -> None:
     assert row.density == 1
 
 
+def test_a_selection_that_came_with_the_model_stays() -> None:
+    net, data = clustered()
+    own = instantiate(rewritten(PredictNeurons(density=0.25, epochs=2), net, data)[0])
+    x = data[0][0]
+    with torch.no_grad():
+        assert not torch.allclose(own(x), net(x), atol=1e-2)
+        torch.testing.assert_close(sc.compile(own, (x,), recipe="lower()")(x), own(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_nan_reaches_the_output() -> None:
     net, data = clustered()
     module = instantiate(rewritten(PredictNeurons(density=0.25, epochs=1), net, data)[0])

@@ -53,6 +53,14 @@ def test_strides_shapes_and_nan() -> None:
         kernel(torch.randn(1, 64, dtype=torch.float64))
 
 
+def test_few_rows_run_in_the_kernel_and_more_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, asked = bound(torch.randn(16, 32)), []
+    monkeypatch.setattr(streams, "linear", lambda x, weight, bias: asked.append(len(x)) or linear(x, weight, bias))
+    for rows in range(streams.FEW_ROWS + 3):
+        kernel(torch.randn(rows, 32))
+    assert asked == [0, streams.FEW_ROWS + 1, streams.FEW_ROWS + 2]
+
+
 def test_the_weight_is_not_copied() -> None:
     weight = torch.randn(64, 64)
     assert bound(weight).state()["weight"].data_ptr() == weight.data_ptr()
