@@ -42,6 +42,10 @@ class PreparedWeight:
         """The same, its tensors where kernels read them fastest."""
         return replace(self, **{name: resident(getattr(self, name)) for name in self.STATE})  # type: ignore[type-var]
 
+    @property
+    def resident_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (getattr(self, name) for name in self.STATE))
+
 
 def shared_layout(shared: list[Any], bias: Tensor | None, lay_out: Callable[[], Laid]) -> Laid:
     """The layout with this very bias from `shared`; made and added where there is none."""

@@ -143,7 +143,7 @@ def test_compiled_it_is_dense_and_says_so() -> None:
 
 def test_a_selection_that_came_with_the_model_stays() -> None:
     net, data = clustered()
-    own = instantiate(rewritten(PredictNeurons(density=0.25, epochs=2), net, data)[0])
+    own = instantiate(rewritten(PredictNeurons(density=0.25, epochs=2), net, data)[0]).eval()
     x = data[0][0]
     with torch.no_grad():
         assert not torch.allclose(own(x), net(x), atol=1e-2)
