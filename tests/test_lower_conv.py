@@ -20,6 +20,7 @@ from torch.nn import functional
 from sparsify_compiler.artefact import load
 from sparsify_compiler.capture import capture
 from sparsify_compiler.codegen import runtime
+from sparsify_compiler.codegen.kernels import conv2d
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.epilogue import epilogues
 from sparsify_compiler.errors import ArtefactError, InputError, KernelError
@@ -118,6 +119,19 @@ def test_a_packed_convolution_computes_what_aten_does(data: st.DataObject) -> No
             want = conv(given_x.float(), weight.float(), None if bias is None else bias.float(), stride, padding, dilation, groups)
             assert packed(given_x).dtype is dtype
             assert_close(packed(given_x), want)
+
+
+@needs_packed
+@pytest.mark.parametrize(("kernel", "padding", "offered"), [(1, 0, True), (1, 1, False), (3, 2, True), (3, 3, False)])
+def test_no_window_lies_in_the_padding(kernel: int, padding: int, offered: bool) -> None:
+    """oneDNN crashes there now and then."""
+    weight = torch.randn(8, 4, kernel, 3)
+    attributes = {"stride": [2, 2], "padding": [padding, 1], "dilation": [1, 1], "groups": 1}
+    names = [one.name for one in runtime.candidates("conv2d", {"weight": weight}, attributes, torch.float32, (1, 4, 9, 9), host())]
+    assert (conv2d.LABEL in names) == offered
+    if not offered:
+        with pytest.raises(KernelError, match="no packed dense convolution"):
+            conv2d.bind("conv2d", {"input_size": [1, 4, 9, 9]}, {"weight": weight}, attributes, None, {}, host(), [])
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:

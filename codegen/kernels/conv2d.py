@@ -33,14 +33,14 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
         return []
     weight = tensors["weight"]
     fits = 3 <= weight.dim() <= 5 and len(rows) == weight.dim() and weight.dtype is dtype and min(*rows, *weight.shape) > 0
-    return [(LABEL, {"input_size": list(rows)})] if fits and has_packed(weight, target) and _fuses(attributes) else []
+    return [(LABEL, {"input_size": list(rows)})] if fits and has_packed(weight, target) and takes(weight, attributes) else []
 
 
 def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
          files: Mapping[str, bytes], target: Target, shared: list[Any]) -> PackedConv:
     """The layer with its weight packed, or with the packed weight in `shared`. Raises KernelError."""
     weight, size = tensors["weight"], [int(n) for n in options["input_size"]]
-    if not has_packed(weight, target) or not _fuses(attributes) or len(size) != weight.dim() or min(size) < 1:
+    if not has_packed(weight, target) or not takes(weight, attributes) or len(size) != weight.dim() or min(size) < 1:
         raise KernelError("torch has no packed dense convolution for this dtype and machine", where=op, hint="compile the model again here")
     try:
         return PackedConv(weight, bias, attributes, size, options, shared)
@@ -48,9 +48,14 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
         raise KernelError(f"the weight cannot be packed for an input of {size}: {error}", where=op, hint="compile the model again here") from error
 
 
-def _fuses(attributes: Mapping[str, Any]) -> bool:
-    """Does torch let oneDNN compute this epilogue? After an addition it takes no activation but relu."""
-    return spell(attributes) is not None and ("add" not in attributes or attributes.get("activation", "relu") == "relu")
+def takes(weight: Tensor, attributes: Mapping[str, Any]) -> bool:
+    """Does torch let oneDNN compute this epilogue, after an addition none but relu, and does oneDNN survive the geometry?
+
+    Where a whole window can lie in the padding it ends the process now and then (torch 2.13, brgemm; channels last, eager convolutions too).
+    """
+    fuses = spell(attributes) is not None and ("add" not in attributes or attributes.get("activation", "relu") == "relu")
+    windows = zip(weight.shape[2:], attributes["padding"], attributes["dilation"], strict=True)
+    return fuses and all(int(padding) <= (kernel - 1) * int(dilation) for kernel, padding, dilation in windows)
 
 
 class PackedConv:

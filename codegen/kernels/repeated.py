@@ -39,7 +39,7 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
          files: Mapping[str, bytes], target: Target, shared: list[Any]) -> RepeatedConv:
     """The layer with its weight packed. Raises KernelError."""
     weight, size = tensors["weight"], [int(n) for n in options["input_size"]]
-    if not has_packed(weight, target) or not _fits(weight, attributes) or len(size) != 4 or min(size) < 1:
+    if not has_packed(weight, target) or not _fits(weight, attributes) or not conv2d.takes(weight, attributes) or len(size) != 4 or min(size) < 1:
         raise KernelError("torch has no packed depthwise convolution for this layer on this machine", where=op, hint="compile the model again here")
     try:
         return RepeatedConv(weight, bias, attributes, size, options)
