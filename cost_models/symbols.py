@@ -22,6 +22,11 @@ TABLE: Mapping[str, str] = {
     "steps": "vectors of 16 weights, one for each output of a slice, padding included",
     "block": "steps of which each slice has a multiple",
     "taps": "places of a kernel, or operations for each element of the result",
+    "pairs": "pairs of a block of query rows and a block of keys that attention computes, over batch and heads",
+    "block_q": "query rows of a block",
+    "block_k": "keys of a block",
+    "E": "columns of a value of attention; K are those of a query and a key, M the query rows over batch and heads",
+    "listed": "int32 numbers in the index tensors of a layout",
     "read": "elements of all inputs that are no weights",
     "written": "elements of the result",
     "peak": "flops a second that the machine reaches in this dtype",
@@ -29,8 +34,10 @@ TABLE: Mapping[str, str] = {
     "launch": "seconds that a call costs before it does anything",
 }
 
-NATURAL = ("M", "N", "K", "r", "c", "n", "m", "hidden", "steps", "block", "taps", "read", "written")
-M, N, K, r, c, n, m, hidden, steps, block, taps, read, written = (Symbol(name, integer=True, nonnegative=True) for name in NATURAL)
+NATURAL = ("M", "N", "K", "r", "c", "n", "m", "hidden", "steps", "block", "taps", "read", "written", "pairs", "block_q", "block_k", "E",
+           "listed")
+M, N, K, r, c, n, m, hidden, steps, block, taps, read, written, pairs, block_q, block_k, E, listed = (
+    Symbol(name, integer=True, nonnegative=True) for name in NATURAL)
 density, value_bytes, x_bytes, peak, bandwidth, launch = (
     Symbol(name, nonnegative=True) for name in ("density", "value_bytes", "x_bytes", "peak", "bandwidth", "launch"))
 
