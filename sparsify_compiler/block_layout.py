@@ -13,6 +13,8 @@ from .ops import attend_blocks
 
 Places = Callable[[Tensor, Tensor], Tensor]
 NONE, SOME, ALL = 0, 1, 2  # of a pair of blocks: the places that count
+NOTHING = -2  # number of a tile without a place
+CHUNK = 1 << 22  # places that are looked at together
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,46 @@ def visible_blocks(queries: int, keys: int, block_q: int, block_k: int, causal: 
     return int(torch.clamp(-(-last // block_k), 0, columns).sum())
 
 
+@dataclass(frozen=True)
+class BlockTable:
+    """What of every pair of blocks counts, before it is made into lists.
+
+    kinds    int8 [B', H', NQ, NK]: NONE, SOME or ALL of the places
+    tile_of  int32 [NQ, NK]: the tile of a pair that is SOME; tiles bool [T, block_q, block_k]
+    """
+
+    kinds: Tensor
+    tile_of: Tensor | None
+    tiles: Tensor | None
+    queries: int
+    keys: int
+    block_q: int
+    block_k: int
+    causal: bool
+
+    def layout(self, chosen: Tensor | None = None) -> BlockLayout:
+        """The layout of this table; chosen bool [B', H', NQ, NK] adds whole pairs. What comes after the diagonal is dropped where causal."""
+        kinds = self.kinds if chosen is None else torch.where(chosen, ALL, self.kinds)
+        listed = kinds != NONE
+        if self.causal and chosen is not None:
+            listed = listed & visible(self.queries, self.keys, self.block_q, self.block_k, kinds.device)
+        indices, counts = _listed(listed)
+        tile_of = None
+        if self.tile_of is not None:
+            places = torch.where(kinds == SOME, self.tile_of, -1)
+            tile_of = places.gather(-1, torch.clamp(indices, max=kinds.shape[-1] - 1).long())
+        return BlockLayout(indices, counts, tile_of, None if tile_of is None else self.tiles, self.queries, self.keys, self.block_q, self.block_k,
+                           self.causal)
+
+
 def from_blocks(chosen: Tensor, queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> BlockLayout:
     """The layout of a table of pairs of blocks: chosen bool [B', H', NQ, NK]. Blocks after the diagonal are dropped where causal."""
-    if causal:
-        chosen = chosen & visible(queries, keys, block_q, block_k, chosen.device)
-    indices, counts = _listed(chosen)
-    return BlockLayout(indices, counts, None, None, queries, keys, block_q, block_k, causal)
+    nothing = torch.zeros_like(chosen, dtype=torch.int8)
+    return BlockTable(nothing, None, None, queries, keys, block_q, block_k, causal).layout(chosen)
 
 
-def from_places(kinds: Tensor, allows: Places, queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> BlockLayout:
-    """The layout of a pattern that may cut blocks.
+def from_places(kinds: Tensor, allows: Places, queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> BlockTable:
+    """The table of a pattern that may cut blocks.
 
     kinds   int8 [NQ, NK]: NONE, SOME or ALL of the places of a pair of blocks count
     allows  of positions of queries and keys, whether the place counts (bool, broadcast); asked for pairs of blocks that are SOME only
@@ -79,26 +111,52 @@ def from_places(kinds: Tensor, allows: Places, queries: int, keys: int, block_q:
     if causal:
         kinds = torch.where(visible(queries, keys, block_q, block_k, kinds.device), kinds, NONE)
     rows, columns = (kinds == SOME).nonzero(as_tuple=True)
-    tile_of = torch.full(kinds.shape, -1, dtype=torch.int32, device=kinds.device)
-    tiles = None
-    if len(rows):
-        q = rows[:, None] * block_q + torch.arange(block_q, device=kinds.device) + (keys - queries)
-        k = columns[:, None] * block_k + torch.arange(block_k, device=kinds.device)
-        inside = allows(q[:, :, None], k[:, None, :]).expand(len(rows), block_q, block_k)
-        counted = inside & (k < keys)[:, None] & (rows[:, None] * block_q + torch.arange(block_q, device=kinds.device) < queries)[:, :, None]
+    if not len(rows):
+        return BlockTable(kinds[None, None], None, None, queries, keys, block_q, block_k, causal)
+    number = torch.full((len(rows),), NOTHING, dtype=torch.int32, device=kinds.device)
+    shapes = _Tiles(block_q, block_k)
+    step = max(1, CHUNK // (block_q * block_k))
+    for start in range(0, len(rows), step):
+        row = rows[start:start + step, None] * block_q + torch.arange(block_q, device=kinds.device)
+        q, k = row + (keys - queries), columns[start:start + step, None] * block_k + torch.arange(block_k, device=kinds.device)
+        inside = allows(q[:, :, None], k[:, None, :]).expand(len(row), block_q, block_k)
+        counted = inside & (k < keys)[:, None] & (row < queries)[:, :, None]
         if causal:
             counted = counted & (k[:, None, :] <= q[:, :, None])
         some = counted.flatten(1).any(1)
-        kinds = kinds.clone()
-        kinds[rows[~some], columns[~some]] = NONE
-        unique, which = torch.unique(inside[some].flatten(1), dim=0, return_inverse=True)
-        whole = unique.all(1)
-        number = torch.cumsum(~whole, 0, dtype=torch.int32) - 1
-        tile_of[rows[some], columns[some]] = torch.where(whole, -1, number)[which].to(torch.int32)
-        tiles = unique[~whole].view(-1, block_q, block_k) if not bool(whole.all()) else None
-    indices, counts = _listed((kinds != NONE)[None, None])
-    kept = None if tiles is None else tile_of[None, None].gather(-1, indices.long())
-    return BlockLayout(indices, counts, kept, tiles, queries, keys, block_q, block_k, causal)
+        number[start:start + step][some] = shapes.number(inside[some])
+    tiles = shapes.tensor(kinds.device)
+    kinds, tile_of = kinds.clone(), torch.full(kinds.shape, -1, dtype=torch.int32, device=kinds.device)
+    kinds[rows, columns] = torch.where(number == NOTHING, NONE, torch.where(number < 0, ALL, SOME)).to(torch.int8)
+    tile_of[rows, columns] = torch.clamp(number, min=-1)
+    return BlockTable(kinds[None, None], None if tiles is None else tile_of, tiles, queries, keys, block_q, block_k, causal)
+
+
+class _Tiles:
+    """Different tiles, numbered as they come; one that is True everywhere is -1."""
+
+    def __init__(self, block_q: int, block_k: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._weights = torch.randint(-1 << 62, 1 << 62, (block_q * block_k,), generator=generator)
+        self._known: dict[bytes, int] = {b"\1" * (block_q * block_k): -1}
+        self._size = (-1, block_q, block_k)
+
+    def number(self, tiles: Tensor) -> Tensor:
+        """int32 [n] of bool [n, block_q, block_k]."""
+        flat = tiles.flatten(1)
+        hashes, which = torch.unique((flat * self._weights.to(flat.device)).sum(1), return_inverse=True)
+        first = torch.zeros_like(hashes).scatter_(0, which, torch.arange(len(flat), device=flat.device))
+        if not torch.equal(flat[first][which], flat):  # two tiles of one hash
+            return torch.tensor([self._of(tile) for tile in flat], dtype=torch.int32, device=flat.device)
+        return torch.tensor([self._of(tile) for tile in flat[first]], dtype=torch.int32, device=flat.device)[which]
+
+    def _of(self, tile: Tensor) -> int:
+        return self._known.setdefault(tile.cpu().numpy().tobytes(), len(self._known) - 1)
+
+    def tensor(self, device: Any) -> Tensor | None:
+        """bool [T, block_q, block_k] of the tiles that were numbered; None without any."""
+        numbered = b"".join(list(self._known)[1:])
+        return torch.frombuffer(bytearray(numbered), dtype=torch.bool).view(self._size).to(device) if numbered else None
 
 
 def visible(queries: int, keys: int, block_q: int, block_k: int, device: Any = None) -> Tensor:

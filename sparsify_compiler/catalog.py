@@ -47,6 +47,9 @@ KINDS: Mapping[str, Kind] = {
     "selector": Kind("passes/activation/selectors/*.py"),
     "input budget": Kind("passes/activation/budgets/*.py"),
     "input repair": Kind("passes/activation/repairs/*.py"),
+    "attention pattern": Kind("passes/attention/patterns/*.py"),
+    "block scorer": Kind("passes/attention/scorers/*.py"),
+    "block selector": Kind("passes/attention/selectors/*.py"),
     "format": Kind("formats/*.py"),
     "op": Kind("ops/*.py", holds_object=False),
     "kernel": Kind("codegen/kernels/*.py", holds_object=False, named_like="cost"),  # costs are there for our ops and for dense ones

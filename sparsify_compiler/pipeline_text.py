@@ -17,7 +17,7 @@ from .errors import ParseError, SparsifyError, nearest
 from .option_types import fit
 from .passes_api import Pass
 
-VALUES = ("structure", "budget", "score", "format")  # kinds whose classes may be written as an option's value
+VALUES = ("structure", "budget", "score", "format", "attention pattern")  # kinds whose classes may be written as an option's value
 _WORDS: Mapping[str, Any] = {"None": None, "True": True, "False": False}
 
 

@@ -138,7 +138,7 @@ def window(q: Tensor, k: Tensor) -> Tensor:
 @given(st.integers(0, 25), st.integers(0, 25), st.integers(1, 6), st.integers(1, 6), st.booleans())
 def test_a_pattern_that_cuts_blocks_is_exact(queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> None:
     kinds = torch.full((-(-queries // block_q), -(-keys // block_k)), SOME, dtype=torch.int8)
-    layout = from_places(kinds, window, queries, keys, block_q, block_k, causal)
+    layout = from_places(kinds, window, queries, keys, block_q, block_k, causal).layout()
     position = torch.arange(queries)[:, None] + keys - queries
     expected = window(position, torch.arange(keys)) & (torch.arange(keys) <= position if causal else torch.tensor(True))
     assert torch.equal(layout.mask()[0, 0], expected)
@@ -149,22 +149,23 @@ def test_a_pattern_that_cuts_blocks_is_exact(queries: int, keys: int, block_q: i
 
 def test_equal_tiles_are_kept_once_and_known_pairs_are_not_asked() -> None:
     kinds = torch.full((16, 16), SOME, dtype=torch.int8)
-    assert from_places(kinds, window, 64, 64, 4, 4, True).tiles.shape[0] <= 5  # type: ignore[union-attr]
+    assert from_places(kinds, window, 64, 64, 4, 4, True).layout().tiles.shape[0] <= 5  # type: ignore[union-attr]
     kinds = torch.tensor([[ALL, NONE], [NONE, ALL]], dtype=torch.int8)
 
     def never(q: Tensor, k: Tensor) -> Tensor:
         raise AssertionError
 
-    layout = from_places(kinds, never, 8, 8, 4, 4, False)
+    layout = from_places(kinds, never, 8, 8, 4, 4, False).layout()
     assert layout.tiles is None
     assert layout.density() == 0.5
 
 
 def test_the_registered_op_is_sound() -> None:
     query, key, value = (t.requires_grad_() for t in tensors(1, 2, 1, 6, 6))
-    layout = from_places(torch.full((3, 2), SOME, dtype=torch.int8), window, 6, 6, 2, 3, True)
+    layout = from_places(torch.full((3, 2), SOME, dtype=torch.int8), window, 6, 6, 2, 3, True).layout()
     arguments = (query, key, value, layout.indices, layout.counts, layout.tile_of, layout.tiles, None, None)
-    torch.library.opcheck(attend_blocks.op, arguments, {"block_q": 2, "block_k": 3, "causal": True, "scale": None})
+    torch.library.opcheck(attend_blocks.op, arguments, {"block_q": 2, "block_k": 3, "causal": True, "scale": None},
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

@@ -16,7 +16,7 @@ from sparsify_compiler import catalog
 from sparsify_compiler.calibrate import calibrate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import BudgetError, CalibrationError, ParseError, StructureError
-from sparsify_compiler.passes.prune._named import Named
+from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.budgets._base import scaled, shifted, sizes_of
 from sparsify_compiler.passes.prune.budgets.cfsp import cfsp
 from sparsify_compiler.passes.prune.budgets.curvature import curvature

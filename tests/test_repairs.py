@@ -13,7 +13,7 @@ from sparsify_compiler.calibrate import calibrate
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import CalibrationError, ModelError, ParseError, SparsifyError, StructureError
-from sparsify_compiler.passes.prune._named import Named
+from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.mask_weights import MaskWeights
 from sparsify_compiler.passes.prune.repairs._base import Cut, Repaired
 from sparsify_compiler.passes.prune.structures._base import Structure

@@ -18,7 +18,7 @@ from sparsify_compiler import catalog
 from sparsify_compiler.calibrate import Calibration, calibrate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import CalibrationError, ParseError, SelectorError, StructureError, UnknownNameError
-from sparsify_compiler.passes.prune._named import Named
+from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.mask_weights import MaskWeights
 from sparsify_compiler.passes.prune.scores.channel_share import channel_share
 from sparsify_compiler.passes.prune.scores.gradient_times_weight import gradient_times_weight

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from sparsify_compiler.fold import put
+from sparsify_compiler.named import Named
 from sparsify_compiler.normal_form_edit import insert
 from sparsify_compiler.ops import select
-from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.program import Region
 from sparsify_compiler.splice import insert_formula
 

@@ -13,12 +13,12 @@ from sparsify_compiler.calibrate_rows import Place, collect_rows
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import CalibrationError, ParseError
 from sparsify_compiler.fold import evaluate, is_constant, put
+from sparsify_compiler.named import Named
 from sparsify_compiler.normal_form_edit import only_user
 from sparsify_compiler.ops import select
 from sparsify_compiler.passes.activation._predictor import Predictor, fit, hidden, margins, scored
 from sparsify_compiler.passes.activation._selection import Selection
 from sparsify_compiler.passes.lower._predicted import BY
-from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site, Stage
 from sparsify_compiler.site_ffn import neurons_of

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.fold import erase_dead, evaluate, is_constant, put
+from sparsify_compiler.named import Named
 from sparsify_compiler.normal_form_edit import only_user
 from sparsify_compiler.passes.activation.functions._base import Activation
-from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site
 from sparsify_compiler.site_ffn import neurons_of

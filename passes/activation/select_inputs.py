@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError
+from sparsify_compiler.named import Named
 from sparsify_compiler.normal_form_edit import aten, insert
 from sparsify_compiler.ops import select
 from sparsify_compiler.passes.activation._evidence import InputEvidence
@@ -19,7 +20,6 @@ from sparsify_compiler.passes.activation._trials import BlockTrials
 from sparsify_compiler.passes.activation.repairs._base import Repaired, Skipping
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, Use, find_layers
 from sparsify_compiler.passes.prune._low_rank import add_low_rank
-from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Stage
 

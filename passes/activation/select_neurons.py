@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.fold import evaluate, is_constant
+from sparsify_compiler.named import Named
 from sparsify_compiler.ops import select
 from sparsify_compiler.passes.activation._selection import Selection, exact
-from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site, Stage
 from sparsify_compiler.site_ffn import neurons_of

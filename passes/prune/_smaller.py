@@ -13,9 +13,9 @@ from sparsify_compiler.axis_follow import Follow
 from sparsify_compiler.channel_groups import Group
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ModelError
+from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune._apply import add_bias, sources_of
 from sparsify_compiler.passes.prune._layers import BASIC, Layer, find_layers
-from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes.prune._units import Units
 from sparsify_compiler.passes.prune._visits import OF_LINEAR, DenseStatistics, DenseVisits, SweptVisits, Visits, summed
 from sparsify_compiler.passes.prune.repairs._base import Cut, Repaired

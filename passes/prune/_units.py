@@ -14,8 +14,8 @@ from sparsify_compiler.axis_follow import Follow
 from sparsify_compiler.channel_groups import Group, Member
 from sparsify_compiler.errors import CalibrationError, ModelError
 from sparsify_compiler.fold import evaluate
+from sparsify_compiler.named import Named
 from sparsify_compiler.normal_form_edit import aten, is_call
-from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes_api import Statistics
 from sparsify_compiler.program import Program, Region
 from sparsify_compiler.site_block import find_blocks

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_compiler.errors import BudgetError, ModelError, ParseError, SparsifyError, StructureError
+from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune._apply import Result, apply, leave_dense, sources_of
 from sparsify_compiler.passes.prune._evidence import evidence_of
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, LeftDense, find_layers
-from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes.prune._visits import OF_LINEAR, DenseStatistics, DenseVisits, SweptVisits, Visits, gathered_on_the_way, summed
 from sparsify_compiler.passes.prune.repairs._base import Cut, Repaired
 from sparsify_compiler.passes.prune.structures._base import Structure

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.errors import ParseError
+from sparsify_compiler.named import Named
 from sparsify_compiler.normal_form_edit import aten, is_call
 from sparsify_compiler.passes.prune._layers import Layer, find_layers
-from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes.prune._permutation import search
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.prune.structures.nm import NM

@@ -14,7 +14,7 @@ from sparsify_compiler.axis import Atom
 from sparsify_compiler.channel_cut import cut_channels
 from sparsify_compiler.channel_groups import KINDS, Group, Groups, find_groups
 from sparsify_compiler.errors import BudgetError, ModelError, ParseError
-from sparsify_compiler.passes.prune._named import Named
+from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune._smaller import mend_readers, write_rows
 from sparsify_compiler.passes.prune._units import Sides, UnitEvidence, Units, needed
 from sparsify_compiler.passes.prune.structures._base import keep_top

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.channel_groups import Group, Groups, find_groups
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.fold import erase_dead, evaluate, is_constant, leaves, masks, put
+from sparsify_compiler.named import Named
 from sparsify_compiler.normal_form_edit import aten, infer, insert
-from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes.prune._units import Units, needed
 from sparsify_compiler.passes.prune.structures._base import keep_top
 from sparsify_compiler.passes.reparam._weights import tied

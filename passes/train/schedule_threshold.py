@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.errors import ParseError
+from sparsify_compiler.named import Named
 from sparsify_compiler.ops import select
-from sparsify_compiler.passes.prune._named import Named
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program
 from sparsify_compiler.site_ffn import neurons_of

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsify_compiler import catalog
-from sparsify_compiler.errors import ParseError, nearest
+from . import catalog
+from .errors import ParseError, nearest
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Named:
     @staticmethod
     def parse(kind: str, text: str) -> Named:
         """The function of a catalogue kind ("score", "budget"). Raises UnknownNameError for the name, ParseError for the options."""
-        from sparsify_compiler.pipeline_text import parse_call
+        from .pipeline_text import parse_call
 
         name, options = parse_call(text)
         function = catalog.get(kind, name)

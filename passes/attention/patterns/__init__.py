@@ -1,0 +1,1 @@
+"""Static patterns of attention. One file a pattern."""

@@ -1,0 +1,31 @@
+"""Patterns of whole blocks, at positions that do not move with the length: what a table of blocks says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.block_pattern import Grid, Places, three
+
+
+class Table(Places):
+    """A pattern of `block` × `block` places, numbered from the first key on, so that decoding continues what the prompt began."""
+
+    block: int
+
+    def table(self, rows: Tensor, blocks: int, causal: bool) -> Tensor:
+        """bool [len(rows), blocks]: which blocks of keys the blocks of positions `rows` read."""
+        raise NotImplementedError
+
+    def allows(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
+        blocks = -(-grid.keys // self.block)
+        row = torch.clamp(q // self.block, min=0)
+        rows, number = torch.unique(row, return_inverse=True)
+        return self.table(rows, blocks, grid.causal)[number, torch.clamp(k // self.block, max=max(blocks - 1, 0))]
+
+    def kinds(self, grid: Grid) -> Tensor:
+        first, last = (torch.clamp(q, min=0).flatten() // self.block for q in grid.q)
+        if grid.block_k != self.block or not grid.queries or bool((last - first > 1).any()):
+            return super().kinds(grid)
+        one, other = (self.table(rows, grid.k[0].shape[1], grid.causal) for rows in (first, last))
+        return three(one | other, one & other)

@@ -1,0 +1,100 @@
+"""attend: scaled_dot_product_attention that reads the blocks of keys which an indexer chooses; what a captured graph holds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparsify_compiler.indexer import Indexer
+
+from ._linear import LIBRARY
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False, scale: float | None = None,
+              indexer: str) -> Tensor:
+    """Attention over the blocks that the indexer finds, and of those over what the mask lets through.
+
+    query [B, H, Q, D], key [B, G, K, D], value [B, G, K, E] of one float dtype, G divides H; attn_mask broadcasts to [B, H, Q, K], bool (True
+    counts) or added to the scores; is_causal aligns the ends: query row i stands at key i + K - Q; scale 1 / sqrt(D) unless given; indexer: text
+    of an Indexer. Returns [B, H, Q, E] of query's dtype. Below the indexer's `dense_below` keys it is dense attention.
+    """
+    chosen = Indexer.parse(indexer)
+    if key.shape[2] < chosen.dense_below:
+        return dense(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+    factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
+    key_mask, bias = split_mask(attn_mask, query, key)
+    return chosen.layout(query, key, is_causal, factor).attend(query, key, value, key_mask, bias, factor)[0]
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
+          scale: float | None = None) -> Tensor:
+    """The same over all blocks, by torch."""
+    queries, keys = query.shape[2], key.shape[2]
+    if is_causal and (attn_mask is not None or (queries != keys and queries != 1)):
+        below = torch.arange(keys, device=query.device) <= torch.arange(queries, device=query.device)[:, None] + (keys - queries)
+        attn_mask = below if attn_mask is None else attn_mask & below if attn_mask.dtype is torch.bool else attn_mask.masked_fill(~below, -math.inf)
+    alone = is_causal and attn_mask is None and queries != 1
+    if attn_mask is not None and attn_mask.dtype is not torch.bool:
+        attn_mask = attn_mask.to(query.dtype)
+    return scaled_dot_product_attention(query, key, value, attn_mask, is_causal=alone, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def split_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """key_mask [B, K] where a bool mask is the same for all heads and queries of a batch entry, else bias [1 or B, 1 or H, Q, K]."""
+    if attn_mask is None:
+        return None, None
+    batch, keys = query.shape[0], key.shape[2]
+    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    if mask.dtype is torch.bool and all(mask.shape[axis] == 1 or mask.stride(axis) == 0 for axis in (1, 2)) and mask.shape[1] and mask.shape[2]:
+        return mask[:, 0, 0].expand(batch, keys), None
+    if mask.dtype is torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -math.inf)
+    return None, mask.expand(mask.shape[0], mask.shape[1], query.shape[2], keys)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    fits = query.dim() == key.dim() == value.dim() == 4 and query.shape[-1] == key.shape[-1] and key.shape[:3] == value.shape[:3]
+    fits = fits and query.shape[0] == key.shape[0] and query.shape[1] % max(key.shape[1], 1) == 0
+    shapes = [tuple(t.shape) for t in (query, key, value)]
+    torch._check(fits, lambda: f"attend: query, key, value have shapes {shapes}, needs [B, H, Q, D], [B, G, K, D], [B, G, K, E]")  # type: ignore[no-untyped-call]
+
+
+def _everywhere(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False, scale: float | None = None,
+                indexer: str) -> Tensor:
+    _check(query, key, value)
+    out = reference(query, key, value, attn_mask, is_causal=is_causal, scale=scale, indexer=indexer)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)  # as attend_blocks lays it out, whichever form ran
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False, scale: float | None = None,
+          indexer: str) -> Tensor:
+    _check(query, key, value)
+    batch, heads, queries, _ = query.shape
+    return query.new_empty((batch, queries, heads, value.shape[-1])).transpose(1, 2)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.options = keyword_only_inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Through the blocks that were read; the choice has no gradient. Computed again, so that nothing of the forward is kept."""
+    given = [None if t is None else t.detach().requires_grad_(wanted) for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
+    with torch.enable_grad():
+        out = reference(*given, **ctx.options)  # type: ignore[arg-type]
+    wanted = [t for t in given if t is not None and t.requires_grad]
+    found = dict(zip(map(id, wanted), torch.autograd.grad(out, wanted, grad), strict=True))
+    return tuple(found.get(id(t)) for t in given)
+
+
+LIBRARY.define("attend(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, bool is_causal=False, float? scale=None, str indexer) "
+               "-> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("attend", _everywhere, "CompositeExplicitAutograd")
+torch.library.register_fake("sparsify::attend", _fake, lib=LIBRARY)
+torch.library.register_autograd("sparsify::attend", _backward, setup_context=_setup, lib=LIBRARY)
+op = torch.ops.sparsify.attend.default
