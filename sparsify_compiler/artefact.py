@@ -26,7 +26,7 @@ from .artefact_dense import export_dense
 from .artefact_graph import decode_region, encode_region
 from .artefact_kernels import bind_kernels, check_packed
 from .artefact_manifest import MANIFEST, is_artefact, peek, read_manifest, write_manifest
-from .artefact_skeleton import encode_skeleton, restore_skeleton
+from .artefact_skeleton import check_attentions, encode_skeleton, restore_skeleton
 from .artefact_tensors import TensorSource, TensorStore
 from .compiled import CompiledModel
 from .decision import Decision
@@ -106,6 +106,7 @@ def _write(compiled: CompiledModel, folder: Path) -> None:
         "kernels": kernels.records,
         "left_out": [asdict(part) for part in program.left_out],
         "decisions": [asdict(d) for d in program.decisions.values()],
+        "attentions": dict(program.attentions),
     }
     write_safetensors(folder / WEIGHTS, store.stored)
     (folder / GRAPH).write_text(json.dumps(graph, ensure_ascii=False, separators=(",", ":"), allow_nan=False), encoding="utf-8")
@@ -200,6 +201,7 @@ def _decode(graph: Mapping[str, Any], source: TensorSource, model: nn.Module | N
         tuple(LeftOut(**part) for part in graph["left_out"]),
         graph["aliases"],
         {d.site: d for d in decisions},
+        check_attentions(graph.get("attentions", {}), skeleton),
     )
     return program, kernels
 

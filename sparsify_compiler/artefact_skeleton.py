@@ -12,6 +12,8 @@ from .artefact_tensors import TensorSource, TensorStore
 from .call import clone_structure
 from .capture_regions import dig_holes
 from .errors import ArtefactError, InputError
+from .indexer import Indexer
+from .library_attention import find_library_attentions
 from .program import Program, Region, set_tensor
 
 
@@ -43,6 +45,17 @@ def restore_skeleton(data: Mapping[str, Any], regions: Mapping[str, Region], sou
     dig_holes(fresh, dict(regions))
     _put_tensors(fresh, data, source)
     return fresh.eval()
+
+
+def check_attentions(given: Mapping[str, str], skeleton: nn.Module | None) -> dict[str, str]:
+    """The indexers of the skeleton's attentions, as saved. Raises ArtefactError where the model has no such attention."""
+    known = find_library_attentions(skeleton) if skeleton is not None and given else {}
+    for path, text in given.items():
+        if path not in known:
+            raise ArtefactError(f"the given model has no attention at {path!r} that can choose its blocks", where="model",
+                                hint="give load() a model of the same class, built with the same version of its library")
+        Indexer.parse(text)
+    return dict(given)
 
 
 def _put_tensors(fresh: nn.Module, data: Mapping[str, Any], source: TensorSource) -> None:

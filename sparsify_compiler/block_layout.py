@@ -67,7 +67,7 @@ class BlockTable:
     """What of every pair of blocks counts, before it is made into lists.
 
     kinds    int8 [B', H', NQ, NK]: NONE, SOME or ALL of the places
-    tile_of  int32 [NQ, NK]: the tile of a pair that is SOME; tiles bool [T, block_q, block_k]
+    tile_of  int32, broadcast to kinds: the tile of a pair that is SOME; tiles bool [T, block_q, block_k]
     """
 
     kinds: Tensor
@@ -92,6 +92,21 @@ class BlockTable:
             tile_of = places.gather(-1, torch.clamp(indices, max=kinds.shape[-1] - 1).long())
         return BlockLayout(indices, counts, tile_of, None if tile_of is None else self.tiles, self.queries, self.keys, self.block_q, self.block_k,
                            self.causal)
+
+
+def stack(tables: list[BlockTable], axis: int = 0) -> BlockTable:
+    """Tables of entries of a batch (axis 0) or of heads (axis 1) as one."""
+    if len(tables) == 1:
+        return tables[0]
+    tiles, numbers, known = [], [], 0
+    for table in tables:
+        of_table = torch.full_like(table.kinds, -1, dtype=torch.int32) if table.tile_of is None else table.tile_of.expand_as(table.kinds)
+        numbers.append(torch.where(of_table < 0, -1, of_table + known))
+        tiles += [] if table.tiles is None else [table.tiles]
+        known += 0 if table.tiles is None else len(table.tiles)
+    kinds, one = torch.cat([table.kinds for table in tables], axis), tables[0]
+    return BlockTable(kinds, torch.cat(numbers, axis) if known else None, torch.cat(tiles) if known else None, one.queries, one.keys, one.block_q,
+                      one.block_k, one.causal)
 
 
 def from_blocks(chosen: Tensor, queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> BlockLayout:

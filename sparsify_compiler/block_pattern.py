@@ -14,13 +14,14 @@ from .block_layout import ALL, CHUNK, NONE, SOME, BlockTable, from_places
 
 @dataclass(frozen=True)
 class Grid:
-    """Blocks of query rows × blocks of keys. Query row i stands at key i + keys - queries."""
+    """Blocks of query rows × blocks of keys. Query row i stands at key i + keys - queries; positions are counted from key `shift` on."""
 
     queries: int
     keys: int
     block_q: int
     block_k: int
     causal: bool
+    shift: int = 0
 
     @cached_property
     def q(self) -> tuple[Tensor, Tensor]:
@@ -32,11 +33,12 @@ class Grid:
     def k(self) -> tuple[Tensor, Tensor]:
         """First and last key of each block, [1, NK]."""
         first = torch.arange(0, self.keys, self.block_k)[None]
-        return first, torch.clamp(first + self.block_k, max=self.keys) - 1
+        return first - self.shift, torch.clamp(first + self.block_k, max=self.keys) - 1 - self.shift
 
     @property
     def offset(self) -> int:
-        return self.keys - self.queries
+        """Position of the first query row."""
+        return self.keys - self.queries - self.shift
 
 
 class Pattern(Protocol):
@@ -56,7 +58,7 @@ class Places:
         raise NotImplementedError
 
     def kinds(self, grid: Grid) -> Tensor:
-        keys = torch.arange(grid.keys)
+        keys = torch.arange(grid.keys) - grid.shift
         rows, columns = len(grid.q[0]), grid.k[0].shape[1]
         found = torch.zeros(rows, columns, dtype=torch.int8)
         step = max(1, CHUNK // max(grid.block_q * grid.keys, 1))
@@ -89,7 +91,7 @@ def union(patterns: tuple[Pattern, ...], grid: Grid) -> BlockTable:
     def allows(q: Tensor, k: Tensor) -> Tensor:
         found = torch.zeros((), dtype=torch.bool)
         for pattern in patterns:
-            found = found | pattern.allows(q, k, grid)
+            found = found | pattern.allows(q - grid.shift, k - grid.shift, grid)
         return found
 
     return from_places(kinds, allows, grid.queries, grid.keys, grid.block_q, grid.block_k, grid.causal)

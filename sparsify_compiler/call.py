@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .call_signature import spelled
 from .errors import InputError, nearest
 from .executor import live_function
+from .library_attention import give_indexers
 from .program import InputSpec, Program, Region, TensorSpec
 
 _CACHED_CALLS = 512
@@ -225,6 +226,7 @@ def instantiate(program: Program) -> nn.Module:
                 if child.path not in filled:
                     filled[child.path] = CapturedPart(program.regions[child.path], child.attributes)
                 module._modules[name] = filled[child.path]
+    give_indexers(model, program.attentions)
     return model
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .block_layout import BlockLayout, BlockTable, visible
+from .block_layout import BlockLayout, BlockTable, stack, visible
 from .block_pattern import Grid, Pattern, union
 from .errors import ParseError
 from .named import Named
@@ -69,27 +69,37 @@ class Indexer:
         found: Indexer = build(Indexer, options, name)
         return found
 
-    def layout(self, query: Tensor, key: Tensor, causal: bool, scale: float) -> BlockLayout:
-        """The blocks to read for these queries [B, H, Q, D] and keys [B, G, K, D]. Scores are taken without gradient."""
+    def layout(self, query: Tensor, key: Tensor, causal: bool, scale: float, key_mask: Tensor | None = None) -> BlockLayout:
+        """The blocks to read for these queries [B, H, Q, D] and keys [B, G, K, D], of which key_mask [B, K] count. Scores have no gradient."""
         grid = Grid(query.shape[2], key.shape[2], self.block_q, self.block_k, causal)
+        shifts = _starts(key_mask) if self.always else (0,)
         if not self.scorer:
-            return _static_layout(self.always, grid)
-        shown = visible(grid.queries, grid.keys, grid.block_q, grid.block_k, query.device) if causal else None
+            return _static_layout(self.always, grid, shifts)
         with torch.no_grad():
             scores: Tensor = _named("block scorer", self.scorer)(query.detach(), key.detach(), grid, scale)
-            scores = scores if shown is None else scores.masked_fill(~shown, -torch.inf)
+            if causal:
+                scores = scores.masked_fill(~visible(grid.queries, grid.keys, grid.block_q, grid.block_k, query.device), -torch.inf)
             chosen: Tensor = _named("block selector", self.selector)(scores)
-        return _static_table(self.always, grid).layout(chosen)
+        return _static_table(self.always, grid, shifts).layout(chosen)
+
+
+def _starts(key_mask: Tensor | None) -> tuple[int, ...]:
+    """The first key that counts of each entry of the batch; one number where they agree."""
+    if key_mask is None or not key_mask.numel():
+        return (0,)
+    first = key_mask.to(torch.int8).argmax(1).tolist()
+    return (first[0],) if len(set(first)) == 1 else tuple(first)
 
 
 @lru_cache(LAYOUTS)
-def _static_table(patterns: tuple[Pattern, ...], grid: Grid) -> BlockTable:
-    return union(patterns, grid)
+def _static_table(patterns: tuple[Pattern, ...], grid: Grid, shifts: tuple[int, ...]) -> BlockTable:
+    tables = {shift: union(patterns, replace(grid, shift=shift)) for shift in set(shifts)}
+    return stack([tables[shift] for shift in shifts])
 
 
 @lru_cache(LAYOUTS)
-def _static_layout(patterns: tuple[Pattern, ...], grid: Grid) -> BlockLayout:
-    return _static_table(patterns, grid).layout()
+def _static_layout(patterns: tuple[Pattern, ...], grid: Grid, shifts: tuple[int, ...]) -> BlockLayout:
+    return _static_table(patterns, grid, shifts).layout()
 
 
 @lru_cache(LAYOUTS)

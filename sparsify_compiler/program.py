@@ -150,11 +150,13 @@ class Program:
     left_out: tuple[LeftOut, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)  # tied parameters: other name -> the name that the graphs use
     decisions: dict[str, Decision] = field(default_factory=dict)  # site path -> what was decided there
+    attentions: dict[str, str] = field(default_factory=dict)  # of the skeleton: module path of an attention -> text of its Indexer
 
     def clone(self) -> Program:
         """A Program whose graphs and decisions can be edited without touching this one; tensors are shared."""
         regions = {path: region.clone() for path, region in self.regions.items()}
-        return replace(self, regions=regions, decisions={k: copy.copy(v) for k, v in self.decisions.items()})
+        decisions = {k: copy.copy(v) for k, v in self.decisions.items()}
+        return replace(self, regions=regions, decisions=decisions, attentions=dict(self.attentions))
 
     def nodes(self) -> Iterator[tuple[Region, fx.Node]]:
         """Every node of every region, in the order of execution within a region."""
@@ -168,6 +170,7 @@ class Program:
         for region in self.regions.values():
             lines.append(f"region {region.path or '(whole model)'}")
             lines += [f"  {describe(node)}" for node in region.graph.nodes]
+        lines += [f"attention {path}: {text}" for path, text in self.attentions.items()]
         lines += [f"left out {part.path}: {part.reason}" for part in self.left_out]
         return "\n".join(lines) + "\n"
 

@@ -22,12 +22,17 @@ def reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     counts) or added to the scores; is_causal aligns the ends: query row i stands at key i + K - Q; scale 1 / sqrt(D) unless given; indexer: text
     of an Indexer. Returns [B, H, Q, E] of query's dtype. Below the indexer's `dense_below` keys it is dense attention.
     """
-    chosen = Indexer.parse(indexer)
-    if key.shape[2] < chosen.dense_below:
+    return by_indexer(Indexer.parse(indexer), query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+
+
+def by_indexer(indexer: Indexer, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
+               scale: float | None = None) -> Tensor:
+    """The same for an Indexer in hand. Patterns begin at the first key that counts, so that padding on the left changes nothing."""
+    if key.shape[2] < indexer.dense_below:
         return dense(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     key_mask, bias = split_mask(attn_mask, query, key)
-    return chosen.layout(query, key, is_causal, factor).attend(query, key, value, key_mask, bias, factor)[0]
+    return indexer.layout(query, key, is_causal, factor, key_mask).attend(query, key, value, key_mask, bias, factor)[0]
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
@@ -82,18 +87,38 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any
     ctx.options = keyword_only_inputs
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Through the blocks that were read; the choice has no gradient. Computed again, so that nothing of the forward is kept."""
-    given = [None if t is None else t.detach().requires_grad_(wanted) for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
+def _gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
+               scale: float | None = None, indexer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and an additive mask (empty where there is none), through the blocks that were read: the choice has none.
+
+    All is computed again, so that nothing of the forward is kept.
+    """
+    learned = attn_mask is not None and attn_mask.is_floating_point()
+    given = [t.detach().requires_grad_() for t in ((query, key, value, attn_mask) if learned else (query, key, value))]  # type: ignore[union-attr]
     with torch.enable_grad():
-        out = reference(*given, **ctx.options)  # type: ignore[arg-type]
-    wanted = [t for t in given if t is not None and t.requires_grad]
-    found = dict(zip(map(id, wanted), torch.autograd.grad(out, wanted, grad), strict=True))
-    return tuple(found.get(id(t)) for t in given)
+        out = reference(given[0], given[1], given[2], given[3] if learned else attn_mask, is_causal=is_causal, scale=scale, indexer=indexer)
+    found = torch.autograd.grad(out, given, grad, materialize_grads=True)
+    return found if learned else (*found, query.new_empty(0))  # type: ignore[return-value]
+
+
+def _fake_gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
+                    scale: float | None = None, indexer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    learned = attn_mask is not None and attn_mask.is_floating_point()
+    of_mask = torch.empty_like(attn_mask) if learned else query.new_empty(0)  # type: ignore[arg-type]
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), of_mask
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *found, of_mask = torch.ops.sparsify.attend_gradients(grad, *ctx.saved_tensors, **ctx.options)
+    return (*found, of_mask if of_mask.numel() else None)
 
 
 LIBRARY.define("attend(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, bool is_causal=False, float? scale=None, str indexer) "
                "-> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define("attend_gradients(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, bool is_causal=False, "
+               "float? scale=None, str indexer) -> (Tensor, Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("attend_gradients", _gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("sparsify::attend_gradients", _fake_gradients, lib=LIBRARY)
 LIBRARY.impl("attend", _everywhere, "CompositeExplicitAutograd")
 torch.library.register_fake("sparsify::attend", _fake, lib=LIBRARY)
 torch.library.register_autograd("sparsify::attend", _backward, setup_context=_setup, lib=LIBRARY)

@@ -18,14 +18,14 @@ class Table(Places):
         raise NotImplementedError
 
     def allows(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
-        blocks = -(-grid.keys // self.block)
+        blocks = max(-(-(grid.keys - grid.shift) // self.block), 1)
         row = torch.clamp(q // self.block, min=0)
         rows, number = torch.unique(row, return_inverse=True)
-        return self.table(rows, blocks, grid.causal)[number, torch.clamp(k // self.block, max=max(blocks - 1, 0))]
+        return self.table(rows, blocks, grid.causal)[number, torch.clamp(k // self.block, 0, blocks - 1)]
 
     def kinds(self, grid: Grid) -> Tensor:
         first, last = (torch.clamp(q, min=0).flatten() // self.block for q in grid.q)
-        if grid.block_k != self.block or not grid.queries or bool((last - first > 1).any()):
+        if grid.block_k != self.block or grid.shift or not grid.queries or bool((last - first > 1).any()):
             return super().kinds(grid)
         one, other = (self.table(rows, grid.k[0].shape[1], grid.causal) for rows in (first, last))
         return three(one | other, one & other)

@@ -1,0 +1,105 @@
+"""Attention of models that stay eager Python: an attention function in the library's own registry, which models of Hugging Face ask by name.
+
+A module finds its function by its configuration, which a compiled model has a copy of, and its indexer on itself. Nothing of the user's own
+model, nor of other models in the process, changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+from .indexer import Indexer
+from .ops import attend
+
+NAME = "sparsify"
+_REGISTRY, _INDEXER = "ALL_ATTENTION_FUNCTIONS", "_sparsify_indexer"
+_REFUSED = {"softcap": "its scores are capped", "s_aux": "it has sinks that are learned"}
+
+
+def find_library_attentions(model: nn.Module) -> dict[str, str | None]:
+    """Module path -> None for every attention that asks the registry, or why it cannot be given an indexer."""
+    return {path: _unfit(module) for path, module in model.named_modules() if _asks_registry(module)}
+
+
+def _asks_registry(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and _REGISTRY in code.co_names and hasattr(getattr(module, "config", None), "_attn_implementation")
+
+
+def _unfit(module: nn.Module) -> str | None:
+    config: Any = module.config
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    if window:
+        return f"it reads a window of {window} tokens already"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return _REFUSED["softcap"]
+    return _REFUSED["s_aux"] if hasattr(module, "sinks") else None
+
+
+def give_indexers(model: nn.Module, indexers: Mapping[str, str]) -> None:
+    """Let these attentions of a private copy of a model choose their blocks. The others of the same configuration attend densely."""
+    if not indexers:
+        return
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
+    for path, text in indexers.items():
+        setattr(model.get_submodule(path), _INDEXER, Indexer.parse(text))
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            config._attn_implementation = NAME
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+               scaling: float | None = None, is_causal: bool | None = None, position_bias: Tensor | None = None,
+               **options: Any) -> tuple[Tensor, None]:
+    """What the registry hands out: query [B, H, Q, D], key and value [B, G, K, D] -> [B, Q, H, D]."""
+    for name, why in _REFUSED.items():
+        if options.get(name) is not None:
+            raise ModelError(f"this attention cannot choose blocks: {why}", where=type(module).__name__, hint="name it in the pass's ignore")
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    if attention_mask is not None:
+        key, value = (t[:, :, :attention_mask.shape[-1]] for t in (key, value))  # a static cache is longer than what has been said
+        causal = causal and attention_mask.dim() == 2
+        attention_mask = attention_mask[:, None, None] if attention_mask.dim() == 2 else attention_mask
+    if position_bias is not None:
+        attention_mask = position_bias if attention_mask is None else _added(position_bias, attention_mask)
+    indexer: Indexer | None = getattr(module, _INDEXER, None)
+    if indexer is None:
+        out = attend.dense(query, key, value, attention_mask, is_causal=causal, scale=scaling)
+    elif torch.compiler.is_compiling():
+        out = attend.op(query, key, value, attention_mask, is_causal=causal, scale=scaling, indexer=str(indexer))
+    else:
+        out = attend.by_indexer(indexer, query, key, value, attention_mask, is_causal=causal, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _added(bias: Tensor, mask: Tensor) -> Tensor:
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else bias + mask
+
+
+def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
+          mask_function: Callable[..., Any] | None = None, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+    """None where all keys count, bool [B, K] where some are padding, [B, 1, Q, K] where the model masks in a way of its own; K is what is filled."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+    filled = min(int(q_offset) + q_length - kv_offset, kv_length) if mask_function is not bidirectional_mask_function else kv_length
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        options = {**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        mask: Tensor = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options)
+        return mask[..., :filled]
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, kv_offset:kv_offset + filled].bool()
+        if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
+            return None
+        return attention_mask
+    return None if filled == kv_length else torch.ones(batch_size, filled, dtype=torch.bool, device=options.get("device"))

@@ -1,0 +1,181 @@
+"""select_blocks on whole models: encoders captured whole, language models whose attention stays eager Python, inside generate()."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsify_compiler as sc
+from sparsify_compiler.call import instantiate
+from sparsify_compiler.capture import capture
+from sparsify_compiler.compiled import CompiledModel
+from sparsify_compiler.errors import ModelError, SelectorError
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.pipeline import Pipeline
+
+transformers = pytest.importorskip("transformers")
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False}, "sampling": {"do_sample": True, "top_k": 5}, "beams": {"num_beams": 3, "do_sample": False},
+    "static cache": {"do_sample": False, "cache_implementation": "static"}, "no cache": {"do_sample": False, "use_cache": False},
+}
+DENSE = "select_blocks(always=(SlidingWindow(window=1000),), block_q=4, block_k=4)"
+SPARSE = "select_blocks(always=(SlidingWindow(window=6), Sinks(tokens=2)), block_q=4, block_k=4)"
+
+
+def llama(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=96, **options)
+    return transformers.LlamaForCausalLM(config).eval()  # type: ignore[no-any-return]
+
+
+def rewritten(model: nn.Module, text: str, inputs: dict[str, Tensor] | tuple[Tensor, ...], dynamic: Any = None) -> CompiledModel:
+    program = Pipeline.parse(text).run(capture(model, inputs, dynamic), Context())
+    return CompiledModel(program)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    model, prompt = llama(), {"input_ids": torch.randint(1, 96, (2, 12))}
+    program = capture(model, prompt, {"input_ids": {0: "batch", 1: "tokens"}})
+    made = {name: CompiledModel(Pipeline.parse(text).run(program, Context())) for name, text in (("dense", DENSE), ("sparse", SPARSE))}
+    return {"model": model, **made}
+
+
+def generated(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        tokens: Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=8, **options)
+    return tokens
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("batch", [1, 3])
+def test_all_blocks_generate_as_the_dense_model(models: dict[str, nn.Module], way: str, batch: int) -> None:
+    ids = torch.randint(1, 96, (batch, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    if batch > 1:
+        ids[1, :4], mask[1, :4] = 0, 0
+    both = [generated(models[name], ids, mask, **WAYS[way]) for name in ("model", "dense")]
+    assert torch.equal(*both)
+
+
+def test_decoding_continues_what_the_prompt_began(models: dict[str, nn.Module]) -> None:
+    ids = torch.randint(1, 96, (1, 30))
+    with torch.no_grad():
+        whole = models["sparse"](input_ids=ids).logits
+        step = models["sparse"](input_ids=ids[:, :11], use_cache=True)
+        logits = [step.logits]
+        for start, stop in ((11, 17), *((i, i + 1) for i in range(17, 30))):  # a chunk of the prompt, then tokens
+            step = models["sparse"](input_ids=ids[:, start:stop], past_key_values=step.past_key_values, use_cache=True)
+            logits.append(step.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-5, atol=1e-5)
+    assert (whole - models["model"](input_ids=ids).logits).abs().max() > 1e-2
+
+
+def test_padding_on_the_left_changes_nothing(models: dict[str, nn.Module]) -> None:
+    ids = torch.randint(1, 96, (1, 20))
+    padded = torch.cat((torch.zeros(1, 7, dtype=torch.long), ids), 1)
+    both = torch.cat((padded, torch.randint(1, 96, (1, 27))))
+    mask = torch.ones_like(both)
+    mask[0, :7] = 0
+    with torch.no_grad():
+        alone, together = models["sparse"](input_ids=ids).logits, models["sparse"](input_ids=both, attention_mask=mask).logits
+    torch.testing.assert_close(together[:1, 7:], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_of_the_users_own_is_kept(models: dict[str, nn.Module]) -> None:
+    ids = torch.randint(1, 96, (1, 10))
+    mask = (torch.rand(1, 1, 10, 10, dtype=torch.float32) < 0.5) | torch.eye(10, dtype=torch.bool)
+    with torch.no_grad():
+        expected, found = (models[name](input_ids=ids, attention_mask=mask).logits for name in ("model", "dense"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_users_model_stays_as_it_was(models: dict[str, nn.Module]) -> None:
+    assert models["model"].config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    assert not any(hasattr(module, "_sparsify_indexer") for module in models["model"].modules())
+
+
+def test_some_attentions_only() -> None:
+    model, prompt = llama(), {"input_ids": torch.randint(1, 96, (1, 20))}
+    one = rewritten(model, SPARSE.replace(", block_q", ", ignore=('*.1.self_attn',), block_q", 1), prompt)
+    assert list(one.program.attentions) == ["model.layers.0.self_attn"]
+    none = rewritten(model, DENSE.replace(", block_q", ", ignore=('*.1.self_attn',), block_q", 1), prompt)
+    with torch.no_grad():
+        torch.testing.assert_close(none(**prompt).logits, model(**prompt).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(SelectorError, match="none of 2 sites"):
+        rewritten(model, DENSE.replace(", block_q", ", targets=('*.7.self_attn',), block_q", 1), prompt)
+
+
+def test_saves_and_loads(models: dict[str, nn.Module], tmp_path: Path) -> None:
+    models["sparse"].save(tmp_path / "out")  # type: ignore[operator]
+    again = sc.load(tmp_path / "out", model=llama())
+    ids = torch.randint(1, 96, (1, 20))
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, models["sparse"](input_ids=ids).logits)
+
+
+def test_attentions_that_cannot_choose_say_why() -> None:
+    mistral = transformers.MistralForCausalLM(transformers.MistralConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                                                        num_attention_heads=4, num_key_value_heads=2, sliding_window=4)).eval()
+    ctx = Context()
+    program = Pipeline.parse(SPARSE).run(capture(mistral, {"input_ids": torch.randint(1, 96, (1, 9))}), ctx)
+    assert not program.attentions
+    assert [str(miss) for miss in ctx.misses] == ["at model.layers.0.self_attn: it reads a window of 4 tokens already"]
+    ctx = Context()
+    Pipeline.parse(SPARSE).run(capture(nn.Linear(2, 2).eval(), (torch.randn(1, 2),)), ctx)
+    assert "no attention" in str(ctx.misses[0])
+
+
+def test_what_a_registry_call_cannot_do_is_refused(models: dict[str, nn.Module]) -> None:
+    from sparsify_compiler.library_attention import _attention
+
+    x = torch.zeros(1, 2, 3, 4, dtype=torch.float32)
+    with pytest.raises(ModelError, match="capped"):
+        _attention(nn.Identity(), x, x, x, None, softcap=30.0)
+
+
+class Encoder(nn.Module):
+    """Bidirectional attention with a padding mask, as BERT has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        keep = mask.bool()[:, None, None].expand(-1, 1, x.shape[1], -1)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2).flatten(2)
+
+
+def test_a_captured_encoder_keeps_its_padding_mask_and_trains() -> None:
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    x, mask = torch.randn(2, 21, 16), torch.ones(2, 21, dtype=torch.long)
+    mask[0, 15:] = 0
+    dynamic = {"x": {0: "batch", 1: "tokens"}, "mask": {0: "batch", 1: "tokens"}}
+    dense = rewritten(model, DENSE, (x, mask), dynamic)
+    torch.testing.assert_close(dense(x, mask)[:, :15], model(x, mask)[:, :15], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dense(x[:1, :9], mask[:1, :9]), model(x[:1, :9], mask[:1, :9]), rtol=1e-5, atol=1e-5)
+    trained = instantiate(dense.program)
+    gradients = [torch.autograd.grad(m(x, mask)[:, :15].square().sum(), list(m.parameters())) for m in (trained, model)]
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_runs_under_torch_compile_and_export() -> None:
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    x, mask = torch.randn(1, 21, 16), torch.ones(1, 21, dtype=torch.long)
+    sparse = rewritten(model, SPARSE, (x, mask))
+    expected = sparse(x, mask)
+    torch.testing.assert_close(torch.compile(sparse, backend="aot_eager", fullgraph=True)(x, mask), expected)
+    exported = torch.export.export(sparse, (x, mask), strict=False)
+    assert any("attend" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x, mask), expected)
