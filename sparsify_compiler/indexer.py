@@ -14,6 +14,7 @@ from .block_pattern import Grid, Pattern, union
 from .errors import ParseError
 from .named import Named
 
+DECODED = 8  # query rows up to which a call is a step of decoding
 LAYOUTS = 64  # static layouts that are remembered: all layers of a model share them, and each step of decoding needs one
 
 
@@ -26,7 +27,8 @@ class Indexer:
                   estimate of the log of the sum of exp(score) of a pair of blocks
     selector      a file of passes/attention/selectors: scores, -inf where nothing is visible -> bool, the blocks to read
     block_q, block_k   rows and keys of a block
-    dense_below   attention over fewer keys than this runs densely
+    dense_below   attention over fewer keys than this runs densely; None where that is still to be measured (until then nothing does)
+    dense_below_decoding  the same for a few query rows at a time
     """
 
     always: tuple[Any, ...] = ()
@@ -34,12 +36,13 @@ class Indexer:
     selector: str = ""
     block_q: int = 64
     block_k: int = 64
-    dense_below: int = 0
+    dense_below: int | None = None
+    dense_below_decoding: int | None = None
 
     def __post_init__(self) -> None:
-        if self.block_q < 1 or self.block_k < 1 or self.dense_below < 0:
-            raise ParseError(f"blocks of {self.block_q} × {self.block_k}, dense below {self.dense_below} keys", where="Indexer",
-                             hint="blocks have at least one row and one key")
+        if self.block_q < 1 or self.block_k < 1 or min(self.dense_below or 0, self.dense_below_decoding or 0) < 0:
+            raise ParseError(f"blocks of {self.block_q} × {self.block_k}, dense below {self.dense_below} and {self.dense_below_decoding} keys",
+                             where="Indexer", hint="blocks have at least one row and one key")
         if bool(self.scorer) != bool(self.selector):
             raise ParseError(f"a scorer and a selector go together, got {self.scorer!r} and {self.selector!r}", where="Indexer")
         if not self.always and not self.scorer:
@@ -68,6 +71,11 @@ class Indexer:
             raise ParseError(f"{text!r} is no indexer", hint="write Indexer(always=(SlidingWindow(window=512),))")
         found: Indexer = build(Indexer, options, name)
         return found
+
+    def is_dense(self, queries: int, keys: int) -> bool:
+        """Whether attention of these lengths is better run densely."""
+        limit = self.dense_below_decoding if queries <= DECODED else self.dense_below
+        return keys < (limit or 0)
 
     def layout(self, query: Tensor, key: Tensor, causal: bool, scale: float, key_mask: Tensor | None = None) -> BlockLayout:
         """The blocks to read for these queries [B, H, Q, D] and keys [B, G, K, D], of which key_mask [B, K] count. Scores have no gradient."""

@@ -12,10 +12,16 @@ from torch import Tensor, nn
 import sparsify_compiler as sc
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
+from sparsify_compiler.codegen import runtime
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.errors import ModelError, SelectorError
+from sparsify_compiler.indexer import Indexer
+from sparsify_compiler.measure import Timing
+from sparsify_compiler.ops import attend
+from sparsify_compiler.passes.lower import _attention
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.target import host
 
 transformers = pytest.importorskip("transformers")
 
@@ -179,3 +185,38 @@ def test_runs_under_torch_compile_and_export() -> None:
     exported = torch.export.export(sparse, (x, mask), strict=False)
     assert any("attend" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(x, mask), expected)
+
+
+@pytest.mark.parametrize(("wins", "below"), [((), _attention.NEVER), ((512,), 512), ((256, 512), 0), ((256,), _attention.NEVER)])
+def test_lowering_measures_from_which_length_on_blocks_pay(monkeypatch: pytest.MonkeyPatch, wins: tuple[int, ...], below: int) -> None:
+    def times(kind: Any, queries: int, keys: int, rounds: int) -> dict[str, Timing]:
+        return {"dense": Timing(1.0, 1.0, 1.0), "blocks": Timing(*(3 * (0.5 if keys in wins else 2.0,)))}
+
+    monkeypatch.setattr(_attention, "PROMPTS", (256, 512))
+    monkeypatch.setattr(_attention, "CACHES", (256, 512))
+    monkeypatch.setattr(_attention, "_times", times)
+    model, prompt, ctx = llama(), {"input_ids": torch.randint(1, 96, (1, 20))}, Context(target=host(), kernels=runtime)
+    program = Pipeline.parse(f"{SPARSE} | pack() | lower(rounds=1)").run(capture(model, prompt), ctx)
+    rows = [program.decisions[f"model.layers.{i}.self_attn"] for i in (0, 1)]
+    if below == _attention.NEVER:
+        assert not program.attentions
+        assert "never, slower than dense at every length" in rows[0].reason
+        assert rows[0].format == rows[1].format == "dense"
+    else:
+        indexers = [Indexer.parse(text) for text in program.attentions.values()]
+        assert [(i.dense_below, i.dense_below_decoding) for i in indexers] == [(below, below)] * 2
+        assert rows[0].format == "by block"
+        assert rows[0].sparse_ms == 0.5
+        with torch.no_grad():  # 20 tokens are fewer than 512: as dense
+            same = torch.allclose(CompiledModel(program)(**prompt).logits, model(**prompt).logits, atol=1e-5)
+        assert same == (below == 512)
+
+
+def test_a_graph_becomes_what_it_was_where_blocks_never_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_attention, "_times", lambda *given: {"dense": Timing(1.0, 1.0, 1.0), "blocks": Timing(2.0, 2.0, 2.0)})
+    torch.manual_seed(0)
+    model, x, mask = Encoder().eval(), torch.randn(1, 21, 16), torch.ones(1, 21, dtype=torch.long)
+    ctx = Context(target=host(), kernels=runtime)
+    program = Pipeline.parse(f"{SPARSE} | pack() | lower(rounds=1)").run(capture(model, (x, mask)), ctx)
+    assert not [node for _, node in program.nodes() if node.target is attend.op]
+    torch.testing.assert_close(CompiledModel(program)(x, mask), model(x, mask), rtol=1e-5, atol=1e-5)

@@ -36,7 +36,8 @@ class SelectBlocks(Pass):
     scorer           a file of passes/attention/scorers, or "" for the patterns alone
     selector         a file of passes/attention/selectors, which goes with a scorer
     block_q, block_k rows of queries and keys that are chosen together
-    dense_below      attention over fewer keys than this stays dense
+    dense_below      attention over fewer keys than this stays dense; by default lower() measures where that is faster. 0 for a model that was trained
+                     with the pattern: dense attention would be another function
     targets          selectors of attention sites; all by default
     ignore           selectors of attention sites that stay dense
     """
@@ -46,7 +47,7 @@ class SelectBlocks(Pass):
     selector: str = ""
     block_q: int = 64
     block_k: int = 64
-    dense_below: int = 0
+    dense_below: int | None = None
     targets: tuple[str, ...] = KIND
     ignore: tuple[str, ...] = ()
 
@@ -58,7 +59,7 @@ class SelectBlocks(Pass):
         self._indexer()
 
     def _indexer(self) -> Indexer:
-        return Indexer(self.always, self.scorer, self.selector, self.block_q, self.block_k, self.dense_below)
+        return Indexer(self.always, self.scorer, self.selector, self.block_q, self.block_k, self.dense_below, self.dense_below)
 
     def run(self, program: Program, ctx: Context) -> Program:
         eager = {} if program.skeleton is None else find_library_attentions(program.skeleton)
@@ -83,7 +84,8 @@ class SelectBlocks(Pass):
         else:
             _attend(program.regions[site.region], site, text, self.name())
         what = [str(pattern) for pattern in self.always] + ([f"{self.selector} of {self.scorer}"] if self.scorer else [])
-        program.decisions[site.path] = Decision(site.path, "attention", structure=" | ".join(what), kernel="attend", reason="chooses its blocks")
+        program.decisions[site.path] = Decision(site.path, "attention", structure=" | ".join(what), format="by block", kernel="attend_blocks",
+                                                reason="not measured")
 
 
 def _attend(region: Region, site: Site, indexer: str, name: str) -> None:

@@ -14,7 +14,7 @@ from sparsify_compiler.errors import ParseError, TargetError
 from sparsify_compiler.measure import round_robin
 from sparsify_compiler.memory import give_back
 from sparsify_compiler.operands import packed_operator
-from sparsify_compiler.passes.lower import _conv, _layout, _linear, _predicted, _selected, _selected_ffn
+from sparsify_compiler.passes.lower import _attention, _conv, _layout, _linear, _predicted, _selected, _selected_ffn
 from sparsify_compiler.passes.lower._layer import chunks
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage
@@ -28,10 +28,10 @@ class Lower(Pass):
 
     Matches    sparsify.linear_<format>(x, <format tensors>, bias), sparsify.conv2d_<format>(x, <format tensors>, bias, ...);
                sparsify.select_linear(x, ..., weight, bias), sparsify.select_ffn(x, ..., gate, up, down);
-               linear(x, weight, bias) and conv(x, weight, bias, ...) with a stored weight
+               linear(x, weight, bias) and conv(x, weight, bias, ...) with a stored weight; attend(query, key, value, ...)
     Rewrites   the same node bound to the fastest kernel, with the activation or addition that follows where the kernel computes it too; a packed
                node becomes dense where no sparse kernel pays, and a layer that selects its inputs then reads them all. Convolutions run channels
-               last, or on planes, where the whole is faster so
+               last, or on planes, where the whole is faster so. Attention that chooses its blocks does from the length on where that is faster
     Preserves  values, up to float reassociation
     Paper      none: measurement; the reason for it is "sparse, but not faster", the complaint that every earlier tool met
 
@@ -78,6 +78,7 @@ class Lower(Pass):
             for region in program.regions.values():
                 self._lower_convs([found for found in convs if found[0] is region], program, ctx, taken)
             ctx.progress("lower", total, total)
+            _attention.lower(program, ctx, self.rounds, self.margin)
         return program
 
     def _lower(self, chunk: Iterable[Found], program: Program, ctx: Context, taken: set[fx.Node]) -> None:

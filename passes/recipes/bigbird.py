@@ -17,4 +17,4 @@ def bigbird(block: int = 64, window: int = 3, randoms: int = 3, seed: int = 0, t
     """
     near = SlidingWindow(max(window // 2 * block, 1))
     always = (near, GlobalTokens(block), RandomBlocks(randoms, block, seed))
-    return Pipeline((SelectBlocks(always, block_q=block, block_k=block, targets=targets, ignore=ignore),))
+    return Pipeline((SelectBlocks(always, block_q=block, block_k=block, dense_below=0, targets=targets, ignore=ignore),))

@@ -13,4 +13,4 @@ def longformer(window: int = 512, tokens: int = 1, targets: tuple[str, ...] = KI
 
     Paper      Longformer: The Long-Document Transformer, Beltagy et al., arXiv:2004.05150
     """
-    return Pipeline((SelectBlocks((SlidingWindow(window // 2 + 1), GlobalTokens(tokens)), targets=targets, ignore=ignore),))
+    return Pipeline((SelectBlocks((SlidingWindow(window // 2 + 1), GlobalTokens(tokens)), dense_below=0, targets=targets, ignore=ignore),))

@@ -13,4 +13,5 @@ def pixelated_butterfly(block: int = 32, levels: int | None = None, targets: tup
 
     Paper      Pixelated Butterfly: Simple and Efficient Sparse Training for Neural Network Models, Dao et al., arXiv:2112.00029
     """
-    return Pipeline((SelectBlocks((Butterfly(levels, block), GlobalTokens(block)), block_q=block, block_k=block, targets=targets, ignore=ignore),))
+    always = (Butterfly(levels, block), GlobalTokens(block))
+    return Pipeline((SelectBlocks(always, block_q=block, block_k=block, dense_below=0, targets=targets, ignore=ignore),))

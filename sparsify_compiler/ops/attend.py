@@ -20,7 +20,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
 
     query [B, H, Q, D], key [B, G, K, D], value [B, G, K, E] of one float dtype, G divides H; attn_mask broadcasts to [B, H, Q, K], bool (True
     counts) or added to the scores; is_causal aligns the ends: query row i stands at key i + K - Q; scale 1 / sqrt(D) unless given; indexer: text
-    of an Indexer. Returns [B, H, Q, E] of query's dtype. Below the indexer's `dense_below` keys it is dense attention.
+    of an Indexer. Returns [B, H, Q, E] of query's dtype. Where the indexer says so it is dense attention.
     """
     return by_indexer(Indexer.parse(indexer), query, key, value, attn_mask, is_causal=is_causal, scale=scale)
 
@@ -28,7 +28,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
 def by_indexer(indexer: Indexer, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
                scale: float | None = None) -> Tensor:
     """The same for an Indexer in hand. Patterns begin at the first key that counts, so that padding on the left changes nothing."""
-    if key.shape[2] < indexer.dense_below:
+    if indexer.is_dense(query.shape[2], key.shape[2]):
         return dense(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     key_mask, bias = split_mask(attn_mask, query, key)

@@ -1,0 +1,165 @@
+"""Attentions that choose their blocks: from how many tokens on that is faster than dense attention, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify_compiler.decision import Decision
+from sparsify_compiler.indexer import Indexer
+from sparsify_compiler.measure import Timing, interleave
+from sparsify_compiler.normal_form_edit import insert
+from sparsify_compiler.ops import attend
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.program import Program, Region
+
+PROMPTS = (256, 512, 1024, 2048, 4096)  # tokens of a prompt that is read at once
+CACHES = (256, 1024, 4096, 16384)  # tokens before the one that is said
+NEVER = 1 << 30  # tokens below which an attention stays dense that is slower by blocks at every length
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the time of an attention depends on."""
+
+    indexer: Indexer
+    heads: int
+    groups: int
+    width: int
+    dtype: torch.dtype
+    causal: bool
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One attention of the Program; how to write its indexer back, and how to make it what it was, without one."""
+
+    site: str
+    kind: _Kind
+    write: Callable[[str], None]
+    make_dense: Callable[[], None]
+
+
+def lower(program: Program, ctx: Context, rounds: int, margin: float) -> None:
+    """Give every indexer that has none the lengths below which attention is dense. Attentions of one kind are measured once."""
+    found: dict[_Kind, list[_Place]] = {}
+    for place in [*_in_graphs(program), *_in_python(program)]:
+        if place.kind.indexer.dense_below is None:
+            found.setdefault(place.kind, []).append(place)
+    for done, (kind, places) in enumerate(found.items()):
+        if not ctx.spend():
+            break
+        measured = _measured(kind, rounds, margin)
+        for place in places:
+            if measured.never:
+                place.make_dense()
+            else:
+                place.write(str(measured.indexer))
+            if place.site in program.decisions:
+                measured.note(program.decisions[place.site])
+        ctx.progress("lower attention", done + 1, len(found))
+
+
+def _in_graphs(program: Program) -> list[_Place]:
+    places = []
+    for region, node in program.nodes():
+        if node.target is attend.op:
+            query, key = (node.kwargs[name].meta["val"] for name in ("query", "key"))  # type: ignore[union-attr]
+            indexer = Indexer.parse(str(node.kwargs["indexer"]))
+            kind = _Kind(indexer, int(query.shape[1]), int(key.shape[1]), int(query.shape[3]), query.dtype, bool(node.kwargs.get("is_causal", False)))
+            places.append(_Place(str(node.meta.get("site", node.name)), kind, partial(_write, node), partial(_make_dense, region, node)))
+    return places
+
+
+def _write(node: fx.Node, text: str) -> None:
+    node.kwargs = {**node.kwargs, "indexer": text}
+
+
+def _make_dense(region: Region, node: fx.Node) -> None:
+    given = {name: value for name, value in node.kwargs.items() if name != "indexer"}
+    if node.kwargs["query"].meta["val"].shape[1] != node.kwargs["key"].meta["val"].shape[1]:  # type: ignore[union-attr]
+        given["enable_gqa"] = True
+    dense = insert(node, torch.ops.aten.scaled_dot_product_attention.default, node.meta["val"], **given)
+    node.replace_all_uses_with(dense)
+    region.graph.erase_node(node)
+
+
+def _in_python(program: Program) -> list[_Place]:
+    places = []
+    for path, text in list(program.attentions.items()):
+        assert program.skeleton is not None
+        module: Any = program.skeleton.get_submodule(path)
+        config = module.config
+        heads = int(config.num_attention_heads)
+        groups = int(getattr(config, "num_key_value_heads", None) or heads)
+        width = int(getattr(module, "head_dim", None) or config.hidden_size // heads)
+        dtype = next((t.dtype for region in program.regions.values() for t in region.module.parameters() if t.is_floating_point()), torch.float32)
+        kind = _Kind(Indexer.parse(text), heads, groups, width, dtype, bool(getattr(module, "is_causal", True)))
+        places.append(_Place(path, kind, partial(program.attentions.__setitem__, path), partial(program.attentions.__delitem__, path)))
+    return places
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What measuring gave: the indexer with its limits, and the times and the density at the longest prompt."""
+
+    indexer: Indexer
+    tokens: int
+    times: dict[str, Timing]
+    density: float
+
+    @property
+    def never(self) -> bool:
+        return self.indexer.dense_below == self.indexer.dense_below_decoding == NEVER
+
+    def note(self, row: Decision) -> None:
+        dense, sparse = self.times["dense"].median, self.times["blocks"].median
+        row.rows, row.dense_form, row.dense_ms, row.sparse_ms, row.density = self.tokens, "dense attention", dense, sparse, self.density
+        prompt, decoding = self.indexer.dense_below or 0, self.indexer.dense_below_decoding or 0
+        row.compiled_ms = dense if self.tokens < prompt else sparse
+        if self.never:
+            row.format, row.kernel, row.density = "dense", "dense attention", 1.0
+        row.reason = f"by blocks: prompts {_from(prompt)}, decoding {_from(decoding)}"
+
+
+def _from(limit: int) -> str:
+    return "never, slower than dense at every length" if limit == NEVER else f"from {limit} tokens on" if limit else "always"
+
+
+def _measured(kind: _Kind, rounds: int, margin: float) -> _Measured:
+    prompts = {tokens: _times(kind, tokens, tokens, rounds) for tokens in PROMPTS}
+    caches = {tokens: _times(kind, 1, tokens, rounds) for tokens in CACHES}
+    indexer = replace(kind.indexer, dense_below=_limit(prompts, margin), dense_below_decoding=_limit(caches, margin))
+    query, key, _ = _tensors(kind, PROMPTS[-1], PROMPTS[-1])
+    density = kind.indexer.layout(query, key, kind.causal, kind.width**-0.5).density()
+    return _Measured(indexer, PROMPTS[-1], prompts[PROMPTS[-1]], density)
+
+
+def _limit(times: dict[int, dict[str, Timing]], margin: float) -> int:
+    """The shortest measured length from which on blocks always win; 0 where they win at the shortest."""
+    limit = NEVER
+    for tokens in reversed(times):
+        if times[tokens]["blocks"].median > times[tokens]["dense"].median * (1 - margin):
+            break
+        limit = tokens
+    return 0 if limit == next(iter(times)) else limit
+
+
+def _times(kind: _Kind, queries: int, keys: int, rounds: int) -> dict[str, Timing]:
+    given = _tensors(kind, queries, keys)
+    forms = {"dense": lambda: attend.dense(*given, is_causal=kind.causal),
+             "blocks": lambda: attend.by_indexer(kind.indexer, *given, is_causal=kind.causal)}
+    return interleave(forms, rounds=rounds, warmup=1, at_most=0.5, repeats=1)
+
+
+def _tensors(kind: _Kind, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as projections leave them: the heads of a token beside each other."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(1, tokens, heads, kind.width, generator=generator, dtype=torch.float32).to(kind.dtype).transpose(1, 2)
+            for tokens, heads in ((queries, kind.heads), (keys, kind.groups), (keys, kind.groups))]
+    return made[0], made[1], made[2]
