@@ -96,7 +96,7 @@ def wide(index: Expr) -> Expr:
 def store(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> None:
     """buffer[index] = value, a vector when lanes > 1."""
     *outer, last = [tirx.const(i, "int32") if isinstance(i, int) else i for i in index]
-    builder.buffer_store(buffer, value, [*outer, tirx.Ramp(last, tirx.const(1, "int32"), lanes) if lanes > 1 else last])
+    builder.buffer_store(buffer, value, [*outer, tirx.Ramp(last, tirx.const(1, str(last.ty)), lanes) if lanes > 1 else last])
 
 
 def join(parts: Sequence[Expr], lanes: int) -> Expr:

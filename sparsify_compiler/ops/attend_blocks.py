@@ -131,7 +131,11 @@ def check(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Te
 def _everywhere(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, tile_of: Tensor | None = None,
                 tiles: Tensor | None = None, key_mask: Tensor | None = None, bias: Tensor | None = None, *, block_q: int, block_k: int,
                 causal: bool = False, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    from sparsify_compiler.codegen import attend
+
     check(query, key, value, indices, counts, tile_of, tiles, key_mask, bias, block_q=block_q, block_k=block_k)
+    if not attend.refusal(query, key, value, bias):
+        return attend.run(query, key, value, indices, counts, tile_of, tiles, key_mask, block_q=block_q, block_k=block_k, causal=causal, scale=scale)
     return reference(query, key, value, indices, counts, tile_of, tiles, key_mask, bias, block_q=block_q, block_k=block_k, causal=causal, scale=scale)
 
 

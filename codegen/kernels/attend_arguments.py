@@ -1,0 +1,154 @@
+"""What the kernels of attend_blocks are given, and what they have in common: strided tensors, sizes, which places of two blocks count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tvm import tirx
+
+from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen import emit_tiles as t
+from sparsify_compiler.codegen.kernels import finish
+
+PARTS = Path(__file__).with_name("attend.ll").read_text() + finish.PARTS.read_text()
+
+
+@dataclass(frozen=True)
+class Strided:
+    """A tensor of four dimensions whose last is contiguous: its elements as a flat buffer, its sizes, its strides."""
+
+    elements: Any
+    shape: tuple[Any, ...]
+    strides: tuple[Any, ...]
+
+    def at(self, *index: Any) -> Any:
+        """Where the last dimension begins, as an index of 64 bits."""
+        steps = (e.cast("int64", i) * e.cast("int64", stride) for i, stride in zip(index, self.strides, strict=False))
+        return scalar(sum(steps, start=tirx.const(0, "int64")))
+
+
+def _parameter(shape: tuple[Any, ...], dtype: str) -> tuple[Any, tuple[Any, ...]]:
+    """The next parameter, and its strides."""
+    strides = tuple(e.int32() for _ in shape[:-1])
+    return e.builder.match_buffer(e.builder.arg("", e.builder.handle()), shape, dtype, strides=[*strides, tirx.const(1, "int32")],
+                                  align=2 if "16" in dtype else 4), strides
+
+
+def _strided(buffer: Any, strides: tuple[Any, ...]) -> Strided:
+    size, dtype = e.cast("int64", buffer.shape[0]) * e.cast("int64", strides[0]), str(buffer.dtype)
+    return Strided(e.builder.decl_buffer((size,), dtype, data=buffer.data, align=2 if "16" in dtype else 4), tuple(buffer.shape), strides)
+
+
+def scalar(index: Any) -> Any:
+    """An index of 64 bits in a register of its own: LLVM would compute several of them in a vector, to take them out of it again."""
+    return e.let(e.external("int64", "scalar_index", index))
+
+
+def arguments(dtype: str) -> Any:
+    """f(query, key, value, indices, counts, tile_of, tiles, key_mask, out, lse, block_q, block_k, tiled, padded, causal, workers, scale).
+
+    query [B, H, Q, D], key [B, G, K, D], value [B, G, K, E], out [B, H, Q, E], strided; the index tensors as attend_blocks has them, contiguous,
+    with tiles turned: uint8 [T, block_k, block_q]; tile_of and tiles are read where `tiled` is 1, key_mask, uint8 [B, K], where `padded` is 1.
+    scale is that of scores in base 2.
+    """
+    a = SimpleNamespace(**{name: e.int32() for name in ("B", "H", "G", "Q", "K", "D", "E", "NQ", "C", "T", "IB", "IH")})
+    given = [_parameter(shape, dtype) for shape in ((a.B, a.H, a.Q, a.D), (a.B, a.G, a.K, a.D), (a.B, a.G, a.K, a.E))]
+    a.indices, a.counts = e.argument((a.IB, a.IH, a.NQ, a.C), "int32"), e.argument((a.IB, a.IH, a.NQ), "int32")
+    a.tile_of = e.argument(tuple(e.int32() for _ in range(4)), "int32")
+    a.tiles, a.key_mask = e.argument((a.T, e.int32(), e.int32()), "uint8"), e.argument((e.int32(), e.int32()), "uint8")
+    given.append(_parameter((a.B, a.H, a.Q, a.E), dtype))
+    a.lse = e.argument((a.B, a.H, a.Q), "float32")
+    for name in ("block_q", "block_k", "tiled", "padded", "causal", "workers"):
+        setattr(a, name, e.builder.arg(name, e.int32()))
+    a.scale = e.builder.arg("scale", e.builder.float32())
+    a.sign = e.let(tirx.Select(a.scale < e.zero(), e.constant(-1.0, "float32"), e.constant(1.0, "float32")))
+    a.scale = e.let(a.scale * a.sign)
+    a.query, a.key, a.value, a.out = (_strided(*one) for one in given)
+    return a
+
+
+@contextmanager
+def each_task(a: Any, counter: Any, total: Any) -> Iterator[Any]:
+    """`with each_task(...) as task:` the tasks 0 ... total - 1, each taken by whichever worker is free."""
+    mine = e.stack(1, "int32")
+
+    def take() -> None:
+        e.store(mine, tirx.call_extern("int32", "next_task", t.address(counter, 0)), 0)
+
+    take()
+    with e.builder.While(e.load(mine, 0) < total):
+        yield e.opaque(e.load(mine, 0))
+        take()
+
+
+class Places:
+    """Where a block of query rows of one head finds what it reads, and which of it counts."""
+
+    def __init__(self, a: Any, pair: Any, block: Any) -> None:
+        self.a, self.block = a, block
+        self.batch = e.opaque(tirx.truncdiv(pair, a.H))
+        self.head = e.opaque(pair - self.batch * a.H)
+        self.group = e.opaque(tirx.truncdiv(self.head, tirx.truncdiv(a.H, a.G)))
+        self.listed_batch = e.opaque(e.minimum(self.batch, a.IB - 1))
+        own = tirx.Select(tirx.EQ(a.IH, a.H), self.head, tirx.Select(tirx.EQ(a.IH, a.G), self.group, 0))
+        self.listed_head = e.opaque(own)
+        self.bases = {name: getattr(a, name).at(self.batch, self.head if name in ("query", "out") else self.group)
+                      for name in ("query", "key", "value", "out")}
+
+    def at(self, name: str, number: Any) -> Any:
+        """Index of the first element of a query or output row, a key or a value."""
+        return scalar(self.bases[name] + e.cast("int64", number) * e.cast("int64", getattr(self.a, name).strides[2]))
+
+    @contextmanager
+    def each(self, first: Any, end: Any, most: int) -> Iterator[Any]:
+        """`with places.each(...) as keys:` runs of at most this many keys that the query rows first ... end - 1 read.
+
+        first, count   of the keys;  whole: do all of their places count?;  tile: -1, or of the block;  column: of the first key in its tile
+        """
+        a, at = self.a, (self.listed_batch, self.listed_head, self.block)
+        seen = e.opaque(e.either(a.causal > 0, e.minimum(a.K, e.maximum(end + (a.K - a.Q), 0)), a.K))  # keys that the last row sees
+        all_see = e.opaque(e.either(a.causal > 0, first + (a.K - a.Q) + 1, a.K))
+        with e.loop(e.minimum(e.load(a.counts, *at), a.C)) as place:
+            start = e.opaque(e.load(a.indices, *at, place) * a.block_k)
+            tile = e.stack(1, "int32")
+            e.store(tile, tirx.const(-1, "int32"), 0)
+            with e.when(a.tiled > 0):
+                e.store(tile, e.minimum(e.load(a.tile_of, *at, place), a.T - 1), 0)
+            stop = e.opaque(e.either(start < 0, start, e.minimum(start + a.block_k, seen)))
+            with e.loop(tirx.truncdiv(e.maximum(stop - start, 0) + (most - 1), most)) as run:
+                begin = e.opaque(start + run * most)
+                count = e.opaque(e.minimum(stop - begin, most))
+                number = e.let(e.load(tile, 0))
+                full = e.stack(1, "int32")
+                e.store(full, e.cast("int32", e.both(number < 0, begin + count <= all_see)), 0)
+                with e.when(a.padded > 0), e.loop(count) as n:
+                    e.store(full, e.load(full, 0) & e.cast("int32", e.load(a.key_mask, self.batch, begin + n)), 0)
+                yield SimpleNamespace(first=begin, count=count, tile=number, column=e.opaque(begin - start), whole=e.let(e.load(full, 0) > 0))
+
+    def allowed(self, keys: Any, n: Any, row: Any) -> Any:
+        """Do the 16 rows from `row` on count key number n of a run? Rows past the block may get any answer."""
+        a, number = self.a, e.let(keys.first + n)
+        flags = e.Register(16, _ones(1), "int32")
+        with e.when(a.causal > 0):
+            position = tirx.Ramp(row + (a.K - a.Q), tirx.const(1, "int32"), 16)
+            flags.set(tirx.Select(position >= e.broadcast(number, 16), _ones(1), _ones(0)))
+        with e.when(keys.tile >= 0):
+            within = e.let(row - self.block * a.block_q)
+            words = [e.load(a.tiles, keys.tile, keys.column + n, e.minimum(within + i, a.block_q - 1)) for i in range(16)]
+            flags.set(flags.get() & e.join([e.cast("int32", word) for word in words], 1))
+        with e.when(a.padded > 0):
+            flags.set(flags.get() & e.broadcast(e.cast("int32", e.load(a.key_mask, self.batch, number)), 16))
+        return flags.get() > _ones(0)
+
+    def store_lse(self, value: Any, row: Any, count: Any) -> None:
+        """The first `count` of 16 rows' log of the sum."""
+        e.builder.evaluate(tirx.call_extern("int32", "store_part", t.address(self.a.lse, self.batch, self.head, row), value, count))
+
+
+def _ones(value: int) -> Any:
+    return e.broadcast(tirx.const(value, "int32"), 16)

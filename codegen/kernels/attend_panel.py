@@ -1,0 +1,214 @@
+"""attend_blocks in float32 for many query rows: vectors run along query rows, so that keys and values are read as they lie in memory.
+
+A worker takes a block of query rows, 16 * `vectors` rows at a time, and packs them transposed and scaled. For 64 keys at a time it makes their
+scores, [key][row], takes powers of two against the largest score so far (Milakov and Gimelshein, arXiv:1805.02867), and adds shares * values to
+sums [column][row] (Dao et al., FlashAttention, arXiv:2205.14135). Keys and values are broadcast from memory: each of their numbers is multiplied
+with `vectors` registers of rows.
+
+Bound by: the FMA rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from tvm import tirx
+
+from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen.kernels import softmax
+from sparsify_compiler.codegen.kernels.attend_arguments import PARTS, Places, arguments, each_task, scalar
+from sparsify_compiler.codegen.kernels.finish import store_part
+from sparsify_compiler.codegen.kernels.softmax import LANES
+
+KEYS = 64       # at a time: their scores, and the packed queries, stay in L1
+GROUPS = {4: (6, 4), 2: (10, 4)}    # by vectors: keys, or columns, whose sums are in registers at a time; the second for what is left
+
+
+@dataclass(frozen=True)
+class AttendPanel:
+    """How: this many registers of query rows at a time, 2 or 4."""
+
+    vectors: int
+    name = "attend_panel"
+
+    def compute(self) -> Any:
+        """The PrimFunc; its parameters are those of attend_arguments.py."""
+        return e.function("main", lambda: _body(self))
+
+    @property
+    def rows(self) -> int:
+        """Query rows at a time."""
+        return self.vectors * LANES
+
+
+def _body(how: AttendPanel) -> None:
+    a = arguments("float32")
+    counter = e.scratch(LANES, "int32")
+    e.store(counter, tirx.const(0, "int32"), 0)
+    parts = e.opaque(tirx.truncdiv(a.block_q + (how.rows - 1), how.rows))
+    with e.loop(a.workers, parallel=True) as _, e.llvm(PARTS):
+        room = SimpleNamespace(queries=e.scratch(a.D * how.rows, "float32"), scores=e.scratch((KEYS + LANES) * how.rows, "float32"),
+                               sums=e.scratch((a.E + 2 * LANES) * how.rows, "float32"),
+                               **{name: e.scratch(how.rows, "float32") for name in ("top", "total", "fade")})
+        with each_task(a, counter, a.B * a.H * a.NQ) as task:
+            pair = e.opaque(tirx.truncdiv(task, a.NQ))
+            block = e.opaque(a.NQ - 1 - (task - pair * a.NQ))  # where causal, the longest first
+            places = Places(a, pair, block)
+            with e.loop(parts) as part:
+                first = e.opaque(block * a.block_q + part * how.rows)
+                end = e.opaque(e.minimum(e.minimum(first + how.rows, (block + 1) * a.block_q), a.Q))
+                with e.when(first < end):
+                    _rows(how, a, room, places, first, end)
+
+
+def _rows(how: AttendPanel, a: Any, room: Any, places: Places, first: Any, end: Any) -> None:
+    """Everything for the query rows first ... end - 1."""
+    _pack(how, a, room, places, first, end)
+    for v in range(how.vectors):
+        e.store(room.top, softmax.lanes(-math.inf), v * LANES, lanes=LANES)
+        e.store(room.total, softmax.lanes(0.0), v * LANES, lanes=LANES)
+    with e.loop(a.E * how.vectors) as i:
+        e.store(room.sums, softmax.lanes(0.0), i * LANES, lanes=LANES)
+    with places.each(first, end, KEYS) as keys:
+        _scores(how, a, room, places, keys)
+        e.choose(keys.whole, lambda: None, lambda: _mask(how, a, room, places, keys, first))
+        for whole in (True, False):
+            with e.when(keys.whole if whole else tirx.Not(keys.whole)):
+                _shares(how, a, room, keys, whole)
+                _add(how, a, room, places, keys, whole)
+    _write(how, a, room, places, first, end)
+
+
+def _pack(how: AttendPanel, a: Any, room: Any, places: Places, first: Any, end: Any) -> None:
+    """queries [column][row], scaled. Rows past the last repeat it: their results are not stored."""
+    chunks = e.opaque(tirx.truncdiv(a.D, LANES))
+    with e.loop(how.vectors) as v:
+        starts = [places.at("query", e.minimum(first + v * LANES + i, end - 1)) for i in range(LANES)]
+        with e.loop(chunks) as chunk:
+            lines = [e.let(e.load(a.query.elements, start + chunk * LANES, lanes=LANES)) for start in starts]
+            to = e.opaque(chunk * LANES * how.rows + v * LANES)
+            for d, line in enumerate(e.transpose(lines)):
+                e.store(room.queries, line * e.broadcast(a.sign, LANES), to + d * how.rows, lanes=LANES)
+        with e.loop(a.D - chunks * LANES) as rest:
+            for i, start in enumerate(starts):
+                column = chunks * LANES + rest
+                e.store(room.queries, e.load(a.query.elements, start + column) * a.sign, column * how.rows + v * LANES + i)
+
+
+def _grouped(how: AttendPanel, count: Any, body: Callable[[Any, int], None]) -> None:
+    """body(first, size) for groups that cover 0 ... count - 1; the last may reach behind it."""
+    large, small = GROUPS[how.vectors]
+    whole = e.opaque(tirx.truncdiv(count, large))
+    with e.loop(whole) as number:
+        body(e.opaque(number * large), large)
+    with e.loop(tirx.truncdiv(count - whole * large + (small - 1), small)) as number:
+        body(e.opaque(whole * large + number * small), small)
+
+
+def _products(how: AttendPanel, sums: list[list[e.Register]], count: Any, left: Any, right: Callable[[Any, int], Any], whole: bool = True) -> None:
+    """sums[g][v] += left[i][v] * right(i, g), a scalar, for i < count; where not `whole`, absent shares of `left` add nothing."""
+    with e.loop(count) as i:
+        rows = [e.let(e.load(left, i * how.rows + v * LANES, lanes=LANES)) for v in range(how.vectors)]
+        counts = [None if whole else softmax.counted(row) for row in rows]
+        for g, registers in enumerate(sums):
+            factor = e.let(e.broadcast(right(i, g), LANES))
+            for register, row, counted in zip(registers, rows, counts, strict=True):
+                total = softmax.fma(row, factor, register.get())
+                register.set(total if counted is None else tirx.Select(counted, total, register.get()))
+
+
+def _scores(how: AttendPanel, a: Any, room: Any, places: Places, keys: Any) -> None:
+    """scores [key][row], and their maximum with the largest so far into `fade`."""
+    for v in range(how.vectors):
+        e.store(room.fade, e.load(room.top, v * LANES, lanes=LANES), v * LANES, lanes=LANES)
+
+    def group(first: Any, size: int) -> None:
+        starts = [places.at("key", keys.first + e.minimum(first + g, keys.count - 1)) for g in range(size)]
+        sums = [[e.Register(LANES, softmax.lanes(0.0)) for _ in range(how.vectors)] for _ in range(size)]
+        _products(how, sums, a.D, room.queries, lambda i, g: e.load(a.key.elements, starts[g] + i))
+        for v in range(how.vectors):
+            top = e.let(e.load(room.fade, v * LANES, lanes=LANES))
+            for g, registers in enumerate(sums):
+                value = e.let(registers[v].get())
+                e.store(room.scores, value, (first + g) * how.rows + v * LANES, lanes=LANES)
+                top = softmax.larger(top, value)
+            e.store(room.fade, top, v * LANES, lanes=LANES)
+
+    _grouped(how, keys.count, group)
+
+
+def _mask(how: AttendPanel, a: Any, room: Any, places: Places, keys: Any, first: Any) -> None:
+    """Scores of places that do not count become minus infinity; the maximum is taken anew."""
+    with e.loop(how.vectors) as v:
+        e.store(room.fade, e.load(room.top, v * LANES, lanes=LANES), v * LANES, lanes=LANES)
+    with e.loop(keys.count) as n, e.loop(how.vectors) as v:
+        at = e.let(n * how.rows + v * LANES)
+        allowed = places.allowed(keys, n, e.opaque(first + v * LANES))
+        score = e.let(tirx.Select(allowed, e.load(room.scores, at, lanes=LANES), softmax.lanes(-math.inf)))
+        e.store(room.scores, score, at, lanes=LANES)
+        e.store(room.fade, softmax.larger(e.load(room.fade, v * LANES, lanes=LANES), score), v * LANES, lanes=LANES)
+
+
+def _shares(how: AttendPanel, a: Any, room: Any, keys: Any, whole: bool) -> None:
+    """Scores become shares, 2 ** (score - largest so far); what was summed before fades by the growth of that."""
+    tops, totals, scale = [], [], e.let(e.broadcast(a.scale, LANES))
+    for v in range(how.vectors):
+        top, before = (e.let(e.load(held, v * LANES, lanes=LANES)) for held in (room.fade, room.top))
+        tops.append(e.let(softmax.finite_top(top) * e.broadcast(-a.scale, LANES)))
+        fade = softmax.exp2(e.let(before * e.broadcast(a.scale, LANES) + tops[v]))
+        e.store(room.top, top, v * LANES, lanes=LANES)
+        e.store(room.fade, fade, v * LANES, lanes=LANES)
+        e.store(room.total, e.load(room.total, v * LANES, lanes=LANES) * fade, v * LANES, lanes=LANES)
+        totals.append(e.Register(LANES, softmax.lanes(0.0)))    # of these keys: added one by one to all others they would lose digits
+    with e.loop(keys.count) as n:
+        for v in range(how.vectors):
+            at = e.let(n * how.rows + v * LANES)
+            score = e.let(e.load(room.scores, at, lanes=LANES))
+            share = softmax.exp2(softmax.fma(score, scale, tops[v]))
+            totals[v].set(totals[v].get() + share)
+            if not whole:
+                share = tirx.Select(tirx.EQ(score, softmax.lanes(-math.inf)), softmax.lanes(-0.0), share)
+            e.store(room.scores, share, at, lanes=LANES)
+    for v, total in enumerate(totals):
+        e.store(room.total, e.load(room.total, v * LANES, lanes=LANES) + total.get(), v * LANES, lanes=LANES)
+
+
+def _add(how: AttendPanel, a: Any, room: Any, places: Places, keys: Any, whole: bool) -> None:
+    """sums [column][row] = sums * fade + shares * values."""
+    base = places.at("value", keys.first)
+    step = scalar(e.cast("int64", a.value.strides[2]))
+
+    def group(first: Any, size: int) -> None:
+        columns = [scalar(base + e.cast("int64", e.minimum(first + g, a.E - 1))) for g in range(size)]
+        fades = [e.let(e.load(room.fade, v * LANES, lanes=LANES)) for v in range(how.vectors)]
+        sums = [[e.Register(LANES, e.load(room.sums, (first + g) * how.rows + v * LANES, lanes=LANES) * fades[v]) for v in range(how.vectors)]
+                for g in range(size)]
+        _products(how, sums, keys.count, room.scores, lambda i, g: e.load(a.value.elements, columns[g] + e.cast("int64", i) * step), whole)
+        for g, registers in enumerate(sums):
+            for v, register in enumerate(registers):
+                e.store(room.sums, register.get(), (first + g) * how.rows + v * LANES, lanes=LANES)
+
+    _grouped(how, a.E, group)
+
+
+def _write(how: AttendPanel, a: Any, room: Any, places: Places, first: Any, end: Any) -> None:
+    """out [row][column] = sums / total, and lse."""
+    with e.loop(how.vectors) as v:
+        row = e.opaque(first + v * LANES)
+        total, top = (e.let(e.load(held, v * LANES, lanes=LANES)) for held in (room.total, room.top))
+        none = tirx.EQ(top, softmax.lanes(-math.inf))
+        part = e.let(tirx.Select(none, softmax.lanes(0.0), softmax.lanes(1.0) / total))
+        sum_of_all = e.let(top * e.broadcast(a.scale, LANES) + softmax.log2(total))
+        places.store_lse(e.let(tirx.Select(none, top, sum_of_all * softmax.lanes(math.log(2)))), row, e.opaque(end - row))
+        starts = [places.at("out", e.minimum(row + i, end - 1)) for i in range(LANES)]
+        with e.loop(tirx.truncdiv(a.E + (LANES - 1), LANES)) as chunk:
+            column = e.opaque(chunk * LANES)
+            held = e.opaque(column * how.rows + v * LANES)
+            lines = e.transpose([e.let(e.load(room.sums, held + i * how.rows, lanes=LANES) * part) for i in range(LANES)])
+            for i, line in enumerate(lines):
+                with e.when(row + i < end):
+                    store_part(a.out.elements, line, starts[i] + e.cast("int64", column), e.opaque(a.E - column))

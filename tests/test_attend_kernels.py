@@ -1,0 +1,175 @@
+"""The kernels of attend_blocks against its reference: every shape, what counts and what does not, strides, bad numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_help import needs_avx512
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparsify_compiler.block_layout import ALL, NONE, SOME, BlockLayout, from_blocks, from_places
+from sparsify_compiler.codegen import attend
+from sparsify_compiler.ops import attend_blocks
+
+pytestmark = needs_avx512
+
+
+def tensors(batch: int, heads: int, groups: int, queries: int, keys: int, width: int, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(queries * 31 + keys)
+    q, k, v = ((batch, heads, queries, width), (batch, groups, keys, width), (batch, groups, keys, last or width))
+    return torch.randn(q, dtype=torch.float32), torch.randn(k, dtype=torch.float32), torch.randn(v, dtype=torch.float32)
+
+
+def chosen(batch: int, heads: int, queries: int, keys: int, block_q: int, block_k: int, share: float) -> Tensor:
+    return torch.rand(batch, heads, -(-queries // block_q), -(-keys // block_k), dtype=torch.float32) < share
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_mask: Tensor | None = None,
+          scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """The reference in float64."""
+    places = (layout.indices, layout.counts, layout.tile_of, layout.tiles, key_mask)
+    options: dict[str, Any] = {"block_q": layout.block_q, "block_k": layout.block_k, "causal": layout.causal, "scale": scale}
+    found: tuple[Tensor, Tensor] = attend_blocks.reference(query.double(), key.double(), value.double(), *places, **options)
+    return found
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest number."""
+    return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_mask: Tensor | None = None, scale: float | None = None) -> None:
+    assert attend.refusal(query, key, value, None) == ""
+    out, lse = layout.attend(query, key, value, key_mask, scale=scale)
+    expected, total = exact(query, key, value, layout, key_mask, scale)
+    assert out.dtype is query.dtype
+    assert out.transpose(1, 2).is_contiguous()
+    assert distance(out, expected) <= 2e-6
+    torch.testing.assert_close(lse.double(), total, rtol=2e-6, atol=4e-6)
+    assert not out[total == -math.inf].any()
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.data())
+def test_any_shape_and_choice_of_blocks(data: st.DataObject) -> None:
+    draw = data.draw
+    groups, repeat, batch = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    queries, keys, width, last = draw(st.integers(1, 150)), draw(st.integers(1, 150)), draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    block_q, block_k = draw(st.sampled_from([1, 5, 16, 24, 64, 100])), draw(st.sampled_from([3, 16, 64, 100]))
+    query, key, value = tensors(batch, groups * repeat, groups, queries, keys, width, last)
+    of_batch, of_heads = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, groups, groups * repeat]))
+    table = chosen(of_batch, of_heads, queries, keys, block_q, block_k, draw(st.sampled_from([0.3, 1.0])))
+    layout = from_blocks(table, queries, keys, block_q, block_k, draw(st.booleans()))
+    key_mask = torch.rand(batch, keys, dtype=torch.float32) < 0.7 if draw(st.booleans()) else None
+    check(query, key, value, layout, key_mask, draw(st.sampled_from([None, 0.3, -0.2, 0.0])))
+
+
+def window(q: Tensor, k: Tensor) -> Tensor:
+    return (q - k < 37) & (k <= q) | (k < 5)
+
+
+@pytest.mark.parametrize(("queries", "keys", "block"), [(130, 130, 32), (70, 200, 64), (7, 100, 16), (100, 60, 16)])
+def test_patterns_that_cut_blocks(queries: int, keys: int, block: int) -> None:
+    kinds = torch.full((-(-queries // block), -(-keys // block)), SOME, dtype=torch.int8)
+    for causal in (False, True):
+        check(*tensors(1, 4, 2, queries, keys, 32), from_places(kinds, window, queries, keys, block, block, causal).layout())
+
+
+@pytest.mark.parametrize("width", [32, 64, 80, 128, 256])
+def test_all_blocks_are_dense_attention(width: int) -> None:
+    query, key, value = tensors(1, 2, 1, 200, 200, width)
+    layout = from_blocks(torch.ones(1, 1, 4, 4, dtype=torch.bool), 200, 200, 64, 64, True)
+    out, _ = layout.attend(query, key, value)
+    expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True)
+    assert distance(out, expected) <= 2e-6
+
+
+def test_strided_tensors_are_read_as_they_lie() -> None:
+    held = torch.randn(2, 90, 3, 6, 40, dtype=torch.float32)     # [batch, token, q k v, head, width], as one projection makes them
+    query, key, value = (held[:, :, i].transpose(1, 2) for i in range(3))
+    layout = from_blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool), 90, 90, 64, 64, True)
+    check(query, key[:, :3], value[:, :3], layout)
+    check(query.mT.contiguous().mT, key[:, :2, :, :], value[:, :2].expand(2, 2, 90, 40), layout)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("rows", [1, 48])
+def test_only_places_that_count_can_spoil_a_row(bad: float, rows: int) -> None:
+    query, key, value = tensors(1, 2, 2, rows, 48, 16)
+    key[0, 0, 20], value[0, 1, 21], value[0, 0, 47] = bad, bad, bad
+    key_mask = torch.ones(1, 48, dtype=torch.bool)
+    key_mask[0, 47] = False
+    out, _ = from_blocks(torch.ones(1, 1, -(-rows // 16), 3, dtype=torch.bool), rows, 48, 16, 16, True).attend(query, key, value, key_mask)
+    spoilt = ~out.isfinite().all(-1)
+    seen = torch.arange(48 - rows, 48)
+    assert torch.equal(spoilt[0, 1], seen >= 21)
+    assert not spoilt[0, 0][seen < 20].any()
+    if math.isnan(bad):
+        assert torch.equal(spoilt[0, 0], seen >= 20)
+
+
+def test_large_scores_and_empty_rows() -> None:
+    query, key, value = tensors(1, 1, 1, 96, 96, 64)
+    table = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    table[0, 0, 1] = False
+    layout = from_blocks(table, 96, 96, 32, 32, False)
+    out, lse = layout.attend(query * 40, key * 40, value)
+    expected, total = exact(query * 40, key * 40, value, layout)
+    assert distance(out, expected) <= 1e-3      # float32 knows scores of thousands to a thousandth
+    torch.testing.assert_close(lse.double(), total, rtol=2e-6, atol=0)
+
+
+def test_indices_out_of_range_read_nothing() -> None:
+    query, key, value = tensors(1, 1, 1, 16, 32, 16)
+    layout = from_blocks(torch.ones(1, 1, 1, 2, dtype=torch.bool), 16, 32, 16, 16, False)
+    out, _ = layout.attend(query, key, value)
+    for wrong in (-3, 1 << 20):
+        indices = torch.cat((layout.indices, torch.full((1, 1, 1, 1), wrong, dtype=torch.int32)), -1)
+        again, _ = attend_blocks.op(query, key, value, indices, layout.counts + 9, block_q=16, block_k=16)
+        assert torch.equal(again, out)
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    query, key, value = tensors(1, 4, 2, 130, 130, 64)
+    layout = from_blocks(chosen(1, 4, 130, 130, 32, 32, 0.6), 130, 130, 32, 32, True)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(layout.attend(query, key, value))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_calls_without_a_kernel_say_why_and_run_the_reference() -> None:
+    query, key, value = tensors(1, 1, 1, 8, 8, 4)
+    layout = from_blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool), 8, 8, 8, 8, False)
+    given: list[tuple[tuple[Any, ...], str]] = [((query.double(), key.double(), value.double(), None), "float64"),
+                                                ((query, key, value, torch.zeros(1, 1, 8, 8, dtype=torch.float32)), "bias"),
+                                                ((query, key.bfloat16(), value, None), "several dtypes"),
+                                                ((query[:, :, :0], key, value, None), "nothing to compute")]
+    for arguments, reason in given:
+        assert reason in attend.refusal(*arguments)
+    out, _ = layout.attend(query.double(), key.double(), value.double())
+    assert distance(out, exact(query, key, value, layout)[0]) < 1e-12
+
+
+def test_compiled_by_torch_in_one_graph() -> None:
+    kinds = torch.tensor([[ALL, NONE], [SOME, ALL]], dtype=torch.int8)
+    layout = from_places(kinds, window, 32, 32, 16, 16, True).layout()
+
+    def block(x: Tensor) -> Tensor:
+        q, k, v = x.unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        return layout.attend(q, k, v)[0].transpose(1, 2).flatten(2) + 1
+
+    x = torch.randn(1, 32, 96, dtype=torch.float32)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), block(x), rtol=0, atol=0)
