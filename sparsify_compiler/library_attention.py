@@ -51,6 +51,9 @@ def give_indexers(model: nn.Module, indexers: Mapping[str, str]) -> None:
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
+    from .library_cache import before_forward
+
+    model.register_forward_pre_hook(before_forward, with_kwargs=True)
     for path, text in indexers.items():
         setattr(model.get_submodule(path), _INDEXER, Indexer.parse(text))
     for module in model.modules():

@@ -1,0 +1,81 @@
+"""A key-value cache for Hugging Face's generate() that appends in place: a token costs its own bytes, not a copy of all that was said before.
+
+Imported only where transformers is. What it hands to attention are views of its buffers, [B, G, tokens, D], the last dimension contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+SPARE = 256  # tokens of room that a buffer has at least after it has grown
+GROWTH = 1.25
+
+
+class AppendingLayer(DynamicLayer):  # type: ignore[misc]
+    """The keys and values of one attention. As DynamicLayer, whatever is done to `keys` and `values` from outside (beams, cuts)."""
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        super().__init__()
+        self._room: tuple[Tensor, Tensor] | None = None
+        if keys is not None and values is not None:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values of all tokens, the new ones [B, G, tokens, D] at the end."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before = self.get_seq_length()
+        after = before + key_states.shape[-2]
+        if not self._fits(key_states, after):
+            self._grow(key_states, value_states, before, after)
+        assert self._room is not None
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, before:after] = states
+        self.keys, self.values = (room[:, :, :after] for room in self._room)
+        return self.keys, self.values
+
+    def _fits(self, states: Tensor, after: int) -> bool:
+        """Whether the tokens so far lie at the start of the buffers, and the new ones find room behind them."""
+        if self._room is None or self.keys is None or self._room[0].shape[2] < after or self._room[0].shape[:2] != states.shape[:2]:
+            return False
+        return all(held.data_ptr() == room.data_ptr() and held.stride() == room.stride()
+                   for held, room in zip((self.keys, self.values), self._room, strict=True))
+
+    def _grow(self, key_states: Tensor, value_states: Tensor, before: int, after: int) -> None:
+        room = max(after + SPARE, int(after * GROWTH))
+        made = []
+        for held, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer = states.new_empty((*states.shape[:2], room, states.shape[3]))
+            if before:
+                buffer[:, :, :before] = held
+            made.append(buffer)
+        self._room = made[0], made[1]
+
+    def reset(self) -> None:
+        """Forget all tokens, and keep the room."""
+        super().reset()
+        if self._room is not None:
+            self.is_initialized = True
+            self.keys, self.values = (room[:, :, :0] for room in self._room)
+
+
+def append_in_place(cache: Any) -> None:
+    """Let the layers of a DynamicCache append in place, whatever they hold already. Layers of any other kind stay as they are."""
+    if not isinstance(cache, DynamicCache):
+        return
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = AppendingLayer
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[place] = AppendingLayer(layer.keys, layer.values) if layer.is_initialized else AppendingLayer()
+
+
+def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of a language model: the cache that it is given appends in place."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            append_in_place(value)
