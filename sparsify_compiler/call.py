@@ -16,8 +16,10 @@ from .errors import InputError, nearest
 from .executor import live_function
 from .library_attention import give_indexers
 from .program import InputSpec, Program, Region, TensorSpec
+from .session import INPUT, Session
 
 _CACHED_CALLS = 512
+NOTING = ("sparsify.noted.default", "sparsify.held_ffn.default")  # ops that read and write notes of a session
 
 
 def call_arguments(example: tuple[Any, ...] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -227,6 +229,9 @@ def instantiate(program: Program) -> nn.Module:
                     filled[child.path] = CapturedPart(program.regions[child.path], child.attributes)
                 module._modules[name] = filled[child.path]
     give_indexers(model, program.attentions)
+    keys = [str(node.kwargs["key"]) for _, node in program.nodes() if str(node.target) in NOTING]
+    if keys:
+        Session().watch(model, {path: model.get_submodule(path) for key in keys if (path := key.removeprefix(INPUT)) != key})
     return model
 
 

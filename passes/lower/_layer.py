@@ -14,9 +14,11 @@ from sparsify_compiler.decision import Decision
 from sparsify_compiler.epilogue import META, Epilogue, epilogues
 from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.operands import input_of, with_dense_weight
+from sparsify_compiler.ops import put_rows, take_rows
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, set_tensor
 from sparsify_compiler.shapes import example_shape
+from sparsify_compiler.site_graph import backwards
 
 EAGER = "dense eager"
 DECODE = 1  # rows that a layer with any number of them is measured at: those of a token that is generated
@@ -133,6 +135,12 @@ def rows_of(region: Region, node: fx.Node, ctx: Context) -> Tensor:
     x = noise(region, input_of(node), ctx)
     x = x.reshape(-1, x.shape[-1])
     return x[:DECODE] if any(not isinstance(size, int) for size in node.meta["val"].shape) else x
+
+
+def on_taken_rows(node: fx.Node) -> bool:
+    """Whether a layer lies in a block that runs on a part of the rows: how many there are is known at each call only, whatever the graph says."""
+    taken = backwards(node, lambda one: one.target is take_rows.op, lambda one: one.op == "call_function" and one.target is not put_rows.op)
+    return bool(taken)
 
 
 def chunks(found: Iterable[tuple[Region, fx.Node]], size_of: Callable[[Region, fx.Node], int]) -> Iterator[tuple[list[tuple[Region, fx.Node]], int]]:

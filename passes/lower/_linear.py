@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler import catalog
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.operands import input_of, operands, operator_of, packed_operator, packed_weight
-from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, Source, fused, noise, row_of, rows_of, say
+from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, Source, fused, noise, on_taken_rows, row_of, rows_of, say
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
 
@@ -55,7 +55,7 @@ def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken:
     x = noise(region, input_of(node), ctx) if packed or not region.path else rows_of(region, node, ctx)
     rows = x.numel() // max(x.shape[-1], 1)
     layer = Linear(region, node, row_of(region, node, "linear", weight, program), weight, bias, packed=packed, rows=rows)
-    fixed = all(isinstance(size, int) for size in input_of(node).meta["val"].shape)
+    fixed = all(isinstance(size, int) for size in input_of(node).meta["val"].shape) and not on_taken_rows(node)
     sources: list[Source] = [("linear", {"weight": weight}, {} if fixed else {"any_rows": True}), *([(op, tensors, attributes)] if packed else [])]
     found = fused(node, sources, x.dtype, (rows,), ctx, taken)
     layer.chain = found[-1][0] if found else layer.chain

@@ -81,7 +81,7 @@ def size_of(region: Region, node: fx.Node) -> int:
     return int(weight.numel() * weight.element_size())
 
 
-def selected(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear:
+def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear:
     """The layer at a node, its kernels built and ready to run on as many selected inputs as calibration found."""
     assert ctx.kernels is not None
     assert ctx.target is not None

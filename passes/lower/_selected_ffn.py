@@ -14,10 +14,12 @@ from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import select, select_ffn
 from sparsify_compiler.passes.lower._layer import EAGER, Form, row_of, rows_of
 from sparsify_compiler.passes.lower._linear import Linear, eager
-from sparsify_compiler.passes.lower._selected import as_selected, by_input, dense_weight
+from sparsify_compiler.passes.lower._selected import as_selected, by_input, choose, dense_weight
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, get_tensor
 from sparsify_compiler.splice import insert_formula
+
+__all__ = ["choose", "find", "is_packed", "layer", "make_dense", "pack", "size_of"]  # it is chosen by what a layer is chosen by
 
 ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu", aten.sigmoid.default: "sigmoid", aten.gelu.default: "gelu"}
 SQUARED, RAISED = {"relu": "relu2"}, {"relu": "drelu"}  # names of the whole, by the activation that is squared, and that up has too
@@ -42,7 +44,7 @@ def find(down: fx.Node) -> _Ffn | None:
     for chosen, up in ((one, other), (other, one)):
         if not is_call(chosen, select.op) or only_user(chosen) is None:
             continue
-        gate, name = _activation(chosen.kwargs["x"])
+        gate, name = activation_of(chosen.kwargs["x"])
         if is_call(up, aten.relu.default) and name in RAISED and only_user(up) is not None:
             up, name = up.kwargs["self"], RAISED[name]
         if not _stored(up) or only_user(up) is None:
@@ -54,7 +56,7 @@ def find(down: fx.Node) -> _Ffn | None:
     return None
 
 
-def _activation(node: Any) -> tuple[Any, str]:
+def activation_of(node: Any) -> tuple[Any, str]:
     """What an activation is of, and its name; None where it has none."""
     squared = is_call(node, aten.pow.Tensor_Scalar, aten.square.default) and node.kwargs.get("exponent", 2) == 2 and only_user(node) is not None
     inner = node.kwargs["self"] if squared else node
@@ -91,7 +93,7 @@ def size_of(region: Region, node: fx.Node) -> int:
     return sum(int(value.numel() * value.element_size()) for value in values)
 
 
-def ffn(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear:
+def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear:
     """The FFN at a node, its kernels built and ready to run with as many selected neurons as calibration found."""
     assert ctx.kernels is not None
     assert ctx.target is not None

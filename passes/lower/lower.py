@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,12 +14,13 @@ from sparsify_compiler.errors import ParseError, TargetError
 from sparsify_compiler.measure import round_robin
 from sparsify_compiler.memory import give_back
 from sparsify_compiler.operands import packed_operator
-from sparsify_compiler.passes.lower import _attention, _conv, _layout, _linear, _predicted, _selected, _selected_ffn
+from sparsify_compiler.passes.lower import _attention, _conv, _held, _layout, _linear, _predicted, _selected, _selected_ffn
 from sparsify_compiler.passes.lower._layer import chunks
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage
 
 Found = tuple[Region, fx.Node]
+SELECTING = (_selected, _selected_ffn, _held)  # what does not compute all of its weights: is_packed, size_of, layer, choose, make_dense
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Lower(Pass):
     """Choose how every linear layer and every convolution runs, by measuring its kernels against the dense forms of the same layer.
 
     Matches    sparsify.linear_<format>(x, <format tensors>, bias), sparsify.conv2d_<format>(x, <format tensors>, bias, ...);
-               sparsify.select_linear(x, ..., weight, bias), sparsify.select_ffn(x, ..., gate, up, down);
+               sparsify.select_linear(x, ..., weight, bias), sparsify.select_ffn(x, ..., gate, up, down), sparsify.held_ffn(x, ...);
                linear(x, weight, bias) and conv(x, weight, bias, ...) with a stored weight; attend(query, key, value, ...)
     Rewrites   the same node bound to the fastest kernel, with the activation or addition that follows where the kernel computes it too; a packed
                node becomes dense where no sparse kernel pays, and a layer that selects its inputs then reads them all. Convolutions run channels
@@ -61,7 +62,7 @@ class Lower(Pass):
             raise TargetError("there is no target to lower for", where=self.name(), hint="compile(..., target='cpu') gives one")
         _predicted.make_dense(program)
         linears = [(region, node) for region, node in program.nodes() if _linear.is_packed(node) or _linear.is_linear(node)]
-        selecting = [(region, node) for region, node in program.nodes() if _selected.is_packed(node) or _selected_ffn.is_packed(node)]
+        selecting = [(region, node) for region, node in program.nodes() if any(kind.is_packed(node) for kind in SELECTING)]
         convs = [(region, node) for region, node in program.nodes() if _conv.is_conv(node)]
         taken: set[fx.Node] = set()
         total = len(selecting) + len(linears) + len(convs)
@@ -91,11 +92,10 @@ class Lower(Pass):
 
     def _lower_selecting(self, chunk: Iterable[Found], program: Program, ctx: Context) -> list[Found]:
         """The same for layers that select their inputs. Those where that does not pay are made dense and handed back."""
-        layers = [(_selected_ffn.ffn if _selected_ffn.is_packed(node) else _selected.selected)(region, node, program, ctx) for region, node in chunk]
+        layers = [_kind(node).layer(region, node, program, ctx) for region, node in chunk]
         timings = round_robin({layer.key: layer.runs for layer in layers}, rounds=self.rounds)
-        refused = [layer for layer in layers if ctx.spend() and not _selected.choose(layer, timings[layer.key], self.margin)]
-        return [(layer.region, node) for layer in refused
-                for node in (_selected_ffn if _selected_ffn.is_packed(layer.node) else _selected).make_dense(layer)]
+        refused = [layer for layer in layers if ctx.spend() and not _kind(layer.node).choose(layer, timings[layer.key], self.margin)]
+        return [(layer.region, node) for layer in refused for node in _kind(layer.node).make_dense(layer)]
 
     def _lower_convs(self, found: list[Found], program: Program, ctx: Context, taken: set[fx.Node]) -> None:
         """The same for the convolutions of a region, which then choose a layout together."""
@@ -112,8 +112,13 @@ class Lower(Pass):
             give_back()
 
 
+def _kind(node: fx.Node) -> Any:
+    return next(kind for kind in SELECTING if kind.is_packed(node))
+
+
 def _size_of(region: Region, node: fx.Node) -> int:
-    return _selected_ffn.size_of(region, node) if _selected_ffn.is_packed(node) else _selected.size_of(region, node)
+    size: int = _kind(node).size_of(region, node)
+    return size
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

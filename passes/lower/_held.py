@@ -1,0 +1,118 @@
+"""FFNs that hold a part of their neurons while a text goes on: kept where that pays at one token, made dense elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify_compiler import session
+from sparsify_compiler.measure import Timing
+from sparsify_compiler.normal_form_edit import aten, insert
+from sparsify_compiler.operands import operands
+from sparsify_compiler.ops import held_ffn, select_ffn
+from sparsify_compiler.passes.lower._layer import EAGER, Form, row_of, rows_of, say
+from sparsify_compiler.passes.lower._linear import Linear, eager
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.program import Program, Region
+from sparsify_compiler.splice import insert_formula
+
+HELD = "weights cut out"
+
+
+def is_packed(node: fx.Node) -> bool:
+    """An FFN that holds neurons."""
+    return node.target is held_ffn.op
+
+
+def size_of(region: Region, node: fx.Node) -> int:
+    """Bytes of its weights."""
+    values = [node.kwargs[name].meta["val"] for name in ("gate", "up", "down") if name in node.kwargs]  # type: ignore[union-attr]
+    return sum(int(value.numel() * value.element_size()) for value in values)
+
+
+def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear:
+    """The FFN at a node, as it runs on a token of a text that goes on, and dense."""
+    assert ctx.kernels is not None
+    assert ctx.target is not None
+    tensors, _, bias = operands(region, node)
+    options = {name: node.kwargs[name] for name in ("activation", "density", "share", "prompt", "key")}
+    x = rows_of(region, node, ctx)[:1]
+    weight = tensors["down"]
+    layer = Linear(region, node, row_of(region, node, "linear", weight, program), weight, bias, packed=True, rows=1)
+    biases = {"gate": tensors.get("gate_bias"), "up": tensors.get("up_bias"), "down": bias}
+    dense = {name: (tensors[name], biases[name]) for name in biases if name in tensors}
+    activation = str(options["activation"])
+    layer.add(EAGER, partial(_whole, {name: partial(eager, *pair) for name, pair in dense.items()}, activation), x, None, Form())
+    found = {name: ctx.kernels.candidates("linear", {"weight": pair[0]}, {"any_rows": True}, x.dtype, (1,), ctx.target)
+             for name, pair in dense.items()}
+    if all(found.values()):
+        packed: dict[str, Any] = {name: candidates[0].bind(dense[name][1]) for name, candidates in found.items()}
+        layer.add(found["down"][0].name, partial(_whole, packed, activation), x, None, Form())
+    layer.add(HELD, _GoingOn(tensors, bias, options), x[None], None, Form(False))
+    return layer
+
+
+def choose(layer: Linear, timings: Mapping[str, Timing], margin: float) -> bool:
+    """Whether it stays as it is; what was measured is written down."""
+    times = {name: timing.median for name, timing in timings.items()}
+    yardstick = min((name for name in times if layer.forms[name].dense), key=lambda name: times[name])
+    row, gain = layer.decision, times[yardstick] / times[HELD]
+    row.rows, row.dense_form, row.dense_ms, row.sparse_ms = layer.rows, yardstick, times[yardstick], times[HELD]
+    if times[HELD] <= times[yardstick] * (1 - margin):
+        row.kernel, row.compiled_ms = HELD, times[HELD]
+        say(row, f"{gain:.2f} times the speed of {yardstick} while a text goes on, {row.density:.0%} of its neurons held")
+        return True
+    row.density = 1.0
+    say(row, f"computes everything: the weights that were cut out have {gain:.2f} times the dense speed")
+    return False
+
+
+def make_dense(layer: Linear) -> list[fx.Node]:
+    """held_ffn -> the FFN with all of its neurons. Returns its linears."""
+    region, node = layer.region, layer.node
+    given: Any = node.kwargs
+    linears: list[fx.Node] = []
+
+    def linear(x: Any, name: str, bias: str) -> fx.Node:
+        made = insert(node, aten.linear.default, input=x, weight=given[name], **({"bias": given[bias]} if bias in given else {}))
+        linears.append(made)
+        return made
+
+    inputs = {"up": linear(given["x"], "up", "up_bias")} | ({"gate": linear(given["x"], "gate", "gate_bias")} if "gate" in given else {})
+    hidden = insert_formula(region, node, partial(_hidden, activation=given["activation"]), inputs, "lower")
+    down = linear(hidden, "down", "bias")
+    for made in linears:
+        made.meta["by"] = "lower"
+    down.meta = {**node.meta, "by": "lower"}
+    node.replace_all_uses_with(down)
+    region.graph.erase_node(node)
+    down.name = node.name
+    return linears
+
+
+def _hidden(up: Tensor, gate: Tensor | None = None, *, activation: str) -> Tensor:
+    return select_ffn.ACTIVATIONS[activation](up) if gate is None else select_ffn.ACTIVATIONS[activation](gate) * select_ffn.raised(activation, up)
+
+
+def _whole(linears: Mapping[str, Any], activation: str, x: Tensor) -> Tensor:
+    y: Tensor = linears["down"](_hidden(linears["up"](x), linears["gate"](x) if "gate" in linears else None, activation=activation))
+    return y
+
+
+class _GoingOn:
+    """The op on a token of a text whose prompt voted, for each neuron as chance has it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None, options: Mapping[str, Any]) -> None:
+        votes = torch.rand(1, tensors["down"].shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        text = {str(options["key"]): held_ffn.Held(votes)}
+        self._arguments = {**tensors, **({} if bias is None else {"bias": bias}), **options}
+        self._call = session.Call(text, 1, (1, 1), None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with session.running(self._call):
+            y: Tensor = held_ffn.op(x, **self._arguments)
+            return y
