@@ -90,6 +90,15 @@ def _added(bias: Tensor, mask: Tensor) -> Tensor:
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else bias + mask
 
 
+def _of_held(mask: Tensor, forgotten: int) -> Tensor:
+    """The columns of a mask [B, tokens] of the keys that a cache still holds. Raises ModelError where padding stands among the first ones."""
+    after: int = getattr(forgotten, "after", 0)
+    if forgotten and after and not bool(mask[:, :after].all()):
+        raise ModelError("a cache that forgets keeps the first tokens, and here some of these are padding", where="streaming_cache",
+                         hint="generate texts of different lengths one by one, or use a cache that keeps everything")
+    return torch.cat((mask[:, :after], mask[:, after + forgotten:]), 1) if forgotten else mask
+
+
 def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
           mask_function: Callable[..., Any] | None = None, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
     """None where all keys count, bool [B, K] where some are padding, [B, 1, Q, K] where the model masks in a way of its own; K is what is filled."""
@@ -97,11 +106,13 @@ def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor
 
     filled = min(int(q_offset) + q_length - kv_offset, kv_length) if mask_function is not bidirectional_mask_function else kv_length
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        if getattr(kv_offset, "after", 0):
+            raise ModelError("this model masks in a way of its own, and its cache forgets", hint="use a cache that keeps everything")
         options = {**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         mask: Tensor = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options)
         return mask[..., :filled]
     if attention_mask is not None:
-        attention_mask = attention_mask[:, kv_offset:kv_offset + filled].bool()
+        attention_mask = _of_held(attention_mask.bool(), kv_offset)[:, :filled]
         if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
             return None
         return attention_mask

@@ -28,7 +28,7 @@ class AppendingLayer(DynamicLayer):  # type: ignore[misc]
         """The keys and values of all tokens, the new ones [B, G, tokens, D] at the end."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        before = self.get_seq_length()
+        before = self.held()
         after = before + key_states.shape[-2]
         if not self._fits(key_states, after):
             self._grow(key_states, value_states, before, after)
@@ -37,6 +37,10 @@ class AppendingLayer(DynamicLayer):  # type: ignore[misc]
             room[:, :, before:after] = states
         self.keys, self.values = (room[:, :, :after] for room in self._room)
         return self.keys, self.values
+
+    def held(self) -> int:
+        """Tokens in `keys` and `values`."""
+        return int(self.keys.shape[-2]) if self.is_initialized and self.keys is not None and self.keys.dim() == 4 else 0
 
     def _fits(self, states: Tensor, after: int) -> bool:
         """Whether the tokens so far lie at the start of the buffers, and the new ones find room behind them."""

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
+import sparsify_compiler as sc  # noqa: E402
+from sparsify_compiler import library_cache_streaming  # noqa: E402
+from sparsify_compiler.capture import capture  # noqa: E402
+from sparsify_compiler.compiled import CompiledModel  # noqa: E402
+from sparsify_compiler.errors import InputError, ModelError  # noqa: E402
 from sparsify_compiler.library_cache import AppendingLayer, append_in_place  # noqa: E402
+from sparsify_compiler.passes_api import Context  # noqa: E402
+from sparsify_compiler.pipeline import Pipeline  # noqa: E402
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=96)
+    return transformers.LlamaForCausalLM(config).eval()  # type: ignore[no-any-return]
+
+
+@cache
+def streamed(window: int, sinks: int) -> CompiledModel:
+    text = f"select_blocks(always=(SlidingWindow(window={window}), Sinks(tokens={sinks})), block_q=4, block_k=4)"
+    return CompiledModel(Pipeline.parse(text).run(capture(llama(), {"input_ids": torch.randint(1, 96, (2, 12))},
+                                                          {"input_ids": {0: "batch", 1: "tokens"}}), Context()))
 
 
 def states(tokens: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -46,8 +68,8 @@ def test_holds_what_a_dynamic_cache_holds(action: str, dtype: torch.dtype) -> No
             assert torch.equal(found[1], expected[1])
             assert found[0].stride(-1) == 1
         assert caches[0].get_seq_length() == caches[1].get_seq_length()
-        for cache in caches:
-            ACTIONS[action](cache)
+        for each in caches:
+            ACTIONS[action](each)
 
 
 def test_a_batch_may_change_its_size() -> None:
@@ -56,8 +78,8 @@ def test_a_batch_may_change_its_size() -> None:
         key, value = states(3, batch)
         found, expected = (cache.update(key, value, 0) for cache in (ours, theirs))
         assert torch.equal(found[0], expected[0])
-        for cache in (ours, theirs):
-            cache.batch_repeat_interleave(2)
+        for each in (ours, theirs):
+            each.batch_repeat_interleave(2)
 
 
 def test_a_token_is_written_and_nothing_else_moves() -> None:
@@ -91,3 +113,85 @@ def test_caches_of_another_kind_stay_as_they_are() -> None:
     append_in_place(static)
     append_in_place(None)
     assert [type(layer) for layer in static.layers] == kinds
+
+
+def test_a_streaming_cache_changes_nothing_of_a_model_that_reads_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_cache_streaming, "SLACK", 5)
+    sparse, ids = streamed(window=8, sinks=3), torch.randint(1, 96, (2, 50))
+    with torch.no_grad():
+        whole = sparse(input_ids=ids).logits
+        cache, logits = sc.streaming_cache(window=8, sinks=3), []
+        for start, stop in ((0, 20), (20, 26), *((i, i + 1) for i in range(26, 50))):
+            logits.append(sparse(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits)
+            assert cache.get_seq_length() == stop
+    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-5, atol=1e-5)
+    layer = cache.layers[0]
+    assert layer.keys.shape[2] <= 3 + 7 + 5 + 1
+    assert layer.forgotten > 20
+    with pytest.raises(ModelError, match="taken back"):
+        cache.crop(-10)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}])
+def test_generate_with_a_streaming_cache(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    monkeypatch.setattr(library_cache_streaming, "SLACK", 5)
+    sparse, ids = streamed(window=8, sinks=3), torch.randint(1, 96, (1, 20))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        plain, bounded = (sparse.generate(ids, attention_mask=mask, max_new_tokens=30, **options, **given)
+                          for given in ({}, {"past_key_values": sc.streaming_cache(8, 3)}))
+    assert torch.equal(plain, bounded)
+
+
+def test_a_streaming_cache_refuses_padding_among_its_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_cache_streaming, "SLACK", 5)
+    sparse, ids = streamed(window=8, sinks=3), torch.randint(1, 96, (2, 30))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    with torch.no_grad(), pytest.raises(ModelError, match="padding"):
+        sparse.generate(ids, attention_mask=mask, max_new_tokens=9, past_key_values=sc.streaming_cache(8, 3))
+    for window, sinks in ((0, 4), (8, -1)):
+        with pytest.raises(InputError):
+            sc.streaming_cache(window, sinks)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.004), (4, 0.07)])
+@pytest.mark.parametrize("action", list(ACTIONS))
+def test_a_quantized_cache_holds_nearly_the_same(bits: int, most: float, action: str) -> None:
+    torch.manual_seed(0)
+    caches = sc.quantized_cache(bits, group=8), transformers.DynamicCache()
+    for tokens in (5, 1, 30, 1, 1, 20, 2):
+        given = states(tokens)
+        found, expected = (cache.update(*given, 0) for cache in caches)
+        for one, other in zip(found, expected, strict=True):
+            assert one.shape == other.shape
+            assert (one - other).abs().max() <= most * (other.max() - other.min())
+            assert torch.equal(one[:, :, -8:], other[:, :, -8:])
+        assert caches[0].get_seq_length() == caches[1].get_seq_length()
+        for each in caches:
+            ACTIONS[action](each)
+    if action == "append":
+        layer = caches[0].layers[0]
+        assert layer._groups() == 6
+        plain = sum(t.numel() * 4 for t in (caches[1].layers[0].keys, caches[1].layers[0].values))
+        assert layer.resident_bytes() < plain * (0.75 if bits == 8 else 0.65)  # of 4 channels: scales weigh much
+
+
+def test_generate_with_a_quantized_cache() -> None:
+    model, ids = llama(), torch.randint(1, 96, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    with torch.no_grad():
+        cache = sc.quantized_cache(8, group=8)
+        quantized = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        more = model(input_ids=ids[:, :1], attention_mask=torch.cat((mask, mask[:, -1:]), 1), past_key_values=cache, use_cache=True).logits
+        plain = model(input_ids=ids, attention_mask=mask, use_cache=True)
+        expected = model(input_ids=ids[:, :1], attention_mask=torch.cat((mask, mask[:, -1:]), 1), past_key_values=plain.past_key_values).logits
+    torch.testing.assert_close(quantized.logits, plain.logits)
+    assert 0 < (more - expected).abs().max() < 0.02
+    with pytest.raises(InputError, match="bits"):
+        sc.quantized_cache(3)
+    with pytest.raises(InputError, match="bytes by twos"):
+        sc.quantized_cache(4).update(torch.zeros(1, 1, 2, 3, dtype=torch.float32), torch.zeros(1, 1, 2, 4, dtype=torch.float32), 0)
