@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.codegen import build
+from sparsify_compiler.codegen.kernels.attend_few import AttendFew
 from sparsify_compiler.codegen.kernels.attend_panel import AttendPanel
 from sparsify_compiler.errors import TargetError
 from sparsify_compiler.target import host
 
 LANES = 16
+NEEDS = {torch.float32: ("avx512f",), torch.bfloat16: ("avx512f", "avx512bf16")}
+FEW = 8             # query rows up to which every key is read once for all of them
+TASKS = 8           # parts of the work that they are cut into, at least
 TINY = 1e-30        # for a scale of 0: infinity times this is still infinity
 FAR = 1 << 31       # strides of the kernels' arguments are 32 bits wide
 
 
 def refusal(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> str:
     """Why no kernel runs such a call, and the reference does; "" where one does."""
-    if not query.is_cpu or query.dtype is not torch.float32:
+    if not query.is_cpu or query.dtype not in NEEDS:
         return f"no kernel for {query.dtype} on {query.device}"
     if key.dtype is not query.dtype or value.dtype is not query.dtype:
         return f"query, key and value have several dtypes: {query.dtype}, {key.dtype}, {value.dtype}"
@@ -29,15 +33,18 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> s
         return "no kernel adds a bias to the scores"
     if not min(*query.shape, *key.shape, *value.shape):
         return "nothing to compute"
-    return _missing()
+    if query.dtype is torch.bfloat16 and query.shape[2] > FEW:
+        return "no kernel for many query rows in bfloat16"
+    return _missing(query.dtype)
 
 
 @cache
-def _missing() -> str:
+def _missing(dtype: torch.dtype) -> str:
     try:
-        return "" if host().has("avx512f") else "this machine's vectors have no 512 bits"
+        lacks = [feature for feature in NEEDS[dtype] if not host().has(feature)]
     except TargetError as error:
         return str(error)
+    return f"this machine lacks {lacks[0]}" if lacks else ""
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, tile_of: Tensor | None, tiles: Tensor | None,
@@ -46,11 +53,17 @@ def run(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tens
     batch, heads, queries, width = query.shape
     out = query.new_empty((batch, queries, heads, value.shape[-1])).transpose(1, 2)
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
+    tensors = *(_strided(tensor) for tensor in (query, key, value)), *_places(indices, counts, tile_of, tiles, key_mask), out, lse
+    flags = block_q, block_k, int(tile_of is not None), int(key_mask is not None), int(causal)
     factor = (width ** -0.5 if scale is None else scale or TINY) * math.log2(math.e)
-    tasks = batch * heads * indices.shape[2]
-    _panel(min(block_q, queries))(
-        *(_strided(tensor) for tensor in (query, key, value)), *_places(indices, counts, tile_of, tiles, key_mask), out, lse,
-        block_q, block_k, int(tile_of is not None), int(key_mask is not None), int(causal), min(torch.get_num_threads(), tasks), factor)
+    tasks, threads = batch * heads * indices.shape[2], torch.get_num_threads()
+    if queries > FEW:
+        _panel(min(block_q, queries))(*tensors, *flags, min(threads, tasks), factor)
+        return out, lse
+    together = 1 if indices.shape[1] not in (1, key.shape[1]) else heads // key.shape[1]
+    parts = min(-(-TASKS * together // tasks), indices.shape[3])  # for any number of threads, lest results depend on it
+    few = _few(query.dtype, together * min(block_q, queries))
+    few(*tensors, *flags, min(threads, tasks // together * parts), together, parts, factor)
     return out, lse
 
 
@@ -58,10 +71,10 @@ def _places(indices: Tensor, counts: Tensor, tile_of: Tensor | None, tiles: Tens
     """The index tensors as kernels read them; something of the right dtype and dimensions for what is not given."""
     indices, counts = (tensor.to(torch.int32).contiguous() for tensor in (indices, counts))
     if tile_of is None or tiles is None:
-        kinds, turned = indices, torch.empty((1, 1, 1), dtype=torch.uint8)
+        kinds, turned = indices, _nothing(3)
     else:
         kinds, turned = tile_of.to(torch.int32).contiguous(), tiles.mT.contiguous().view(torch.uint8)
-    mask = torch.empty((1, 1), dtype=torch.uint8) if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    mask = _nothing(2) if key_mask is None else key_mask.contiguous().view(torch.uint8)
     return indices, counts, kinds, turned, mask
 
 
@@ -73,5 +86,16 @@ def _strided(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+@cache
+def _nothing(dimensions: int) -> Tensor:
+    return torch.zeros((1,) * dimensions, dtype=torch.uint8)
+
+
+@cache
+def _few(dtype: torch.dtype, lines: int) -> Any:
+    return build.load(AttendFew(str(dtype).removeprefix("torch."), 1 if lines == 1 else 4), host()).function
+
+
+@cache
 def _panel(rows: int) -> Any:
     return build.load(AttendPanel(4 if rows > 2 * LANES else 2), host()).function

@@ -50,7 +50,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_ma
     expected, total = exact(query, key, value, layout, key_mask, scale)
     assert out.dtype is query.dtype
     assert out.transpose(1, 2).is_contiguous()
-    assert distance(out, expected) <= 2e-6
+    assert distance(out, expected) <= (2e-6 if out.dtype is torch.float32 else 4e-3)     # half a unit in the last place of bfloat16
     torch.testing.assert_close(lse.double(), total, rtol=2e-6, atol=4e-6)
     assert not out[total == -math.inf].any()
 
@@ -60,21 +60,25 @@ def check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_ma
 def test_any_shape_and_choice_of_blocks(data: st.DataObject) -> None:
     draw = data.draw
     groups, repeat, batch = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    queries, keys, width, last = draw(st.integers(1, 150)), draw(st.integers(1, 150)), draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    queries = draw(st.one_of(st.integers(1, 8), st.integers(9, 150)))
+    keys, width, last = draw(st.integers(1, 150)), draw(st.integers(1, 70)), draw(st.integers(1, 70))
     block_q, block_k = draw(st.sampled_from([1, 5, 16, 24, 64, 100])), draw(st.sampled_from([3, 16, 64, 100]))
     query, key, value = tensors(batch, groups * repeat, groups, queries, keys, width, last)
     of_batch, of_heads = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, groups, groups * repeat]))
     table = chosen(of_batch, of_heads, queries, keys, block_q, block_k, draw(st.sampled_from([0.3, 1.0])))
     layout = from_blocks(table, queries, keys, block_q, block_k, draw(st.booleans()))
     key_mask = torch.rand(batch, keys, dtype=torch.float32) < 0.7 if draw(st.booleans()) else None
-    check(query, key, value, layout, key_mask, draw(st.sampled_from([None, 0.3, -0.2, 0.0])))
+    scale = draw(st.sampled_from([None, 0.3, -0.2, 0.0]))
+    check(query, key, value, layout, key_mask, scale)
+    if queries <= attend.FEW:
+        check(query.bfloat16(), key.bfloat16(), value.bfloat16(), layout, key_mask, scale)
 
 
 def window(q: Tensor, k: Tensor) -> Tensor:
     return (q - k < 37) & (k <= q) | (k < 5)
 
 
-@pytest.mark.parametrize(("queries", "keys", "block"), [(130, 130, 32), (70, 200, 64), (7, 100, 16), (100, 60, 16)])
+@pytest.mark.parametrize(("queries", "keys", "block"), [(130, 130, 32), (70, 200, 64), (7, 100, 16), (100, 60, 16), (8, 100, 3)])
 def test_patterns_that_cut_blocks(queries: int, keys: int, block: int) -> None:
     kinds = torch.full((-(-queries // block), -(-keys // block)), SOME, dtype=torch.int8)
     for causal in (False, True):

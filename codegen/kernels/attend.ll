@@ -48,3 +48,40 @@ define <16 x float> @larger(<16 x float> %x, <16 x float> %least) alwaysinline {
   %value = select <16 x i1> %below, <16 x float> %least, <16 x float> %x
   ret <16 x float> %value
 }
+
+; The largest of 16; NaN only where all are.
+define float @largest(<16 x float> %x) alwaysinline {
+  %top = call float @llvm.vector.reduce.fmax.v16f32(<16 x float> %x)
+  ret float %top
+}
+declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)
+define float @sum(<16 x float> %x) alwaysinline {
+  %total = call reassoc float @llvm.vector.reduce.fadd.v16f32(float -0.0, <16 x float> %x)
+  ret float %total
+}
+declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
+
+; The first n of 32 halves, zeros behind them, as words of two; and the same written.
+define <16 x i32> @load_halves(ptr %from, i32 %n) alwaysinline {
+  %mask = call <32 x i1> @halves_below(i32 %n)
+  %value = call <32 x i16> @llvm.masked.load.v32i16.p0(ptr %from, i32 2, <32 x i1> %mask, <32 x i16> zeroinitializer)
+  %words = bitcast <32 x i16> %value to <16 x i32>
+  ret <16 x i32> %words
+}
+define i32 @store_halves(ptr %to, <16 x i32> %words, i32 %n) alwaysinline {
+  %mask = call <32 x i1> @halves_below(i32 %n)
+  %value = bitcast <16 x i32> %words to <32 x i16>
+  call void @llvm.masked.store.v32i16.p0(<32 x i16> %value, ptr %to, i32 2, <32 x i1> %mask)
+  ret i32 0
+}
+define <32 x i1> @halves_below(i32 %n) alwaysinline {
+  %some = icmp slt i32 %n, 32
+  %few = select i1 %some, i32 %n, i32 32
+  %count = trunc i32 %few to i16
+  %one = insertelement <32 x i16> poison, i16 %count, i32 0
+  %all = shufflevector <32 x i16> %one, <32 x i16> poison, <32 x i32> zeroinitializer
+  %mask = icmp sgt <32 x i16> %all, <i16 0, i16 1, i16 2, i16 3, i16 4, i16 5, i16 6, i16 7, i16 8, i16 9, i16 10, i16 11, i16 12, i16 13, i16 14, i16 15, i16 16, i16 17, i16 18, i16 19, i16 20, i16 21, i16 22, i16 23, i16 24, i16 25, i16 26, i16 27, i16 28, i16 29, i16 30, i16 31>
+  ret <32 x i1> %mask
+}
+declare <32 x i16> @llvm.masked.load.v32i16.p0(ptr, i32, <32 x i1>, <32 x i16>)
+declare void @llvm.masked.store.v32i16.p0(<32 x i16>, ptr, i32, <32 x i1>)

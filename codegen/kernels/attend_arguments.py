@@ -15,6 +15,7 @@ from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels import finish
 
+LANES = 16
 PARTS = Path(__file__).with_name("attend.ll").read_text() + finish.PARTS.read_text()
 
 
@@ -49,12 +50,12 @@ def scalar(index: Any) -> Any:
     return e.let(e.external("int64", "scalar_index", index))
 
 
-def arguments(dtype: str) -> Any:
-    """f(query, key, value, indices, counts, tile_of, tiles, key_mask, out, lse, block_q, block_k, tiled, padded, causal, workers, scale).
+def arguments(dtype: str, *more: str) -> Any:
+    """f(query, key, value, indices, counts, tile_of, tiles, key_mask, out, lse, block_q, block_k, tiled, padded, causal, workers, *more, scale).
 
     query [B, H, Q, D], key [B, G, K, D], value [B, G, K, E], out [B, H, Q, E], strided; the index tensors as attend_blocks has them, contiguous,
     with tiles turned: uint8 [T, block_k, block_q]; tile_of and tiles are read where `tiled` is 1, key_mask, uint8 [B, K], where `padded` is 1.
-    scale is that of scores in base 2.
+    scale is that of scores in base 2; `more` are int32.
     """
     a = SimpleNamespace(**{name: e.int32() for name in ("B", "H", "G", "Q", "K", "D", "E", "NQ", "C", "T", "IB", "IH")})
     given = [_parameter(shape, dtype) for shape in ((a.B, a.H, a.Q, a.D), (a.B, a.G, a.K, a.D), (a.B, a.G, a.K, a.E))]
@@ -63,7 +64,7 @@ def arguments(dtype: str) -> Any:
     a.tiles, a.key_mask = e.argument((a.T, e.int32(), e.int32()), "uint8"), e.argument((e.int32(), e.int32()), "uint8")
     given.append(_parameter((a.B, a.H, a.Q, a.E), dtype))
     a.lse = e.argument((a.B, a.H, a.Q), "float32")
-    for name in ("block_q", "block_k", "tiled", "padded", "causal", "workers"):
+    for name in ("block_q", "block_k", "tiled", "padded", "causal", "workers", *more):
         setattr(a, name, e.builder.arg(name, e.int32()))
     a.scale = e.builder.arg("scale", e.builder.float32())
     a.sign = e.let(tirx.Select(a.scale < e.zero(), e.constant(-1.0, "float32"), e.constant(1.0, "float32")))
@@ -87,12 +88,12 @@ def each_task(a: Any, counter: Any, total: Any) -> Iterator[Any]:
 
 
 class Places:
-    """Where a block of query rows of one head finds what it reads, and which of it counts."""
+    """Where a block of query rows of one head, numbered through the batch, finds what it reads, and which of it counts."""
 
-    def __init__(self, a: Any, pair: Any, block: Any) -> None:
+    def __init__(self, a: Any, head: Any, block: Any) -> None:
         self.a, self.block = a, block
-        self.batch = e.opaque(tirx.truncdiv(pair, a.H))
-        self.head = e.opaque(pair - self.batch * a.H)
+        self.batch = e.opaque(tirx.truncdiv(head, a.H))
+        self.head = e.opaque(head - self.batch * a.H)
         self.group = e.opaque(tirx.truncdiv(self.head, tirx.truncdiv(a.H, a.G)))
         self.listed_batch = e.opaque(e.minimum(self.batch, a.IB - 1))
         own = tirx.Select(tirx.EQ(a.IH, a.H), self.head, tirx.Select(tirx.EQ(a.IH, a.G), self.group, 0))
@@ -105,15 +106,17 @@ class Places:
         return scalar(self.bases[name] + e.cast("int64", number) * e.cast("int64", getattr(self.a, name).strides[2]))
 
     @contextmanager
-    def each(self, first: Any, end: Any, most: int) -> Iterator[Any]:
-        """`with places.each(...) as keys:` runs of at most this many keys that the query rows first ... end - 1 read.
+    def each(self, first: Any, end: Any, most: int, part: Any = 0, parts: Any = 1) -> Iterator[Any]:
+        """`with places.each(...) as keys:` runs of at most this many keys that the query rows first ... end - 1 read; or a part of the listed blocks.
 
         first, count   of the keys;  whole: do all of their places count?;  tile: -1, or of the block;  column: of the first key in its tile
         """
         a, at = self.a, (self.listed_batch, self.listed_head, self.block)
         seen = e.opaque(e.either(a.causal > 0, e.minimum(a.K, e.maximum(end + (a.K - a.Q), 0)), a.K))  # keys that the last row sees
         all_see = e.opaque(e.either(a.causal > 0, first + (a.K - a.Q) + 1, a.K))
-        with e.loop(e.minimum(e.load(a.counts, *at), a.C)) as place:
+        listed = e.opaque(e.minimum(e.load(a.counts, *at), a.C))
+        begin, stop = (e.opaque(tirx.truncdiv(listed * (part + i), parts)) for i in range(2))
+        with e.loop(stop, start=begin) as place:
             start = e.opaque(e.load(a.indices, *at, place) * a.block_k)
             tile = e.stack(1, "int32")
             e.store(tile, tirx.const(-1, "int32"), 0)
@@ -130,25 +133,26 @@ class Places:
                     e.store(full, e.load(full, 0) & e.cast("int32", e.load(a.key_mask, self.batch, begin + n)), 0)
                 yield SimpleNamespace(first=begin, count=count, tile=number, column=e.opaque(begin - start), whole=e.let(e.load(full, 0) > 0))
 
-    def allowed(self, keys: Any, n: Any, row: Any) -> Any:
-        """Do the 16 rows from `row` on count key number n of a run? Rows past the block may get any answer."""
+    def allowed(self, keys: Any, n: Any, row: Any, lanes: int = LANES) -> Any:
+        """Do the rows from `row` on count key number n of a run? Rows past the block may get any answer."""
         a, number = self.a, e.let(keys.first + n)
-        flags = e.Register(16, _ones(1), "int32")
+        flags = e.Register(lanes, _every(1, lanes), "int32")
         with e.when(a.causal > 0):
-            position = tirx.Ramp(row + (a.K - a.Q), tirx.const(1, "int32"), 16)
-            flags.set(tirx.Select(position >= e.broadcast(number, 16), _ones(1), _ones(0)))
+            place = row + (a.K - a.Q)
+            position = tirx.Ramp(place, tirx.const(1, "int32"), lanes) if lanes > 1 else place
+            flags.set(tirx.Select(position >= e.broadcast(number, lanes), _every(1, lanes), _every(0, lanes)))
         with e.when(keys.tile >= 0):
             within = e.let(row - self.block * a.block_q)
-            words = [e.load(a.tiles, keys.tile, keys.column + n, e.minimum(within + i, a.block_q - 1)) for i in range(16)]
-            flags.set(flags.get() & e.join([e.cast("int32", word) for word in words], 1))
+            words = [e.cast("int32", e.load(a.tiles, keys.tile, keys.column + n, e.minimum(within + i, a.block_q - 1))) for i in range(lanes)]
+            flags.set(flags.get() & (e.join(words, 1) if lanes > 1 else words[0]))
         with e.when(a.padded > 0):
-            flags.set(flags.get() & e.broadcast(e.cast("int32", e.load(a.key_mask, self.batch, number)), 16))
-        return flags.get() > _ones(0)
+            flags.set(flags.get() & e.broadcast(e.cast("int32", e.load(a.key_mask, self.batch, number)), lanes))
+        return flags.get() > _every(0, lanes)
 
     def store_lse(self, value: Any, row: Any, count: Any) -> None:
         """The first `count` of 16 rows' log of the sum."""
         e.builder.evaluate(tirx.call_extern("int32", "store_part", t.address(self.a.lse, self.batch, self.head, row), value, count))
 
 
-def _ones(value: int) -> Any:
-    return e.broadcast(tirx.const(value, "int32"), 16)
+def _every(value: int, lanes: int) -> Any:
+    return e.broadcast(tirx.const(value, "int32"), lanes)

@@ -55,9 +55,9 @@ def _body(how: AttendPanel) -> None:
                                sums=e.scratch((a.E + 2 * LANES) * how.rows, "float32"),
                                **{name: e.scratch(how.rows, "float32") for name in ("top", "total", "fade")})
         with each_task(a, counter, a.B * a.H * a.NQ) as task:
-            pair = e.opaque(tirx.truncdiv(task, a.NQ))
-            block = e.opaque(a.NQ - 1 - (task - pair * a.NQ))  # where causal, the longest first
-            places = Places(a, pair, block)
+            head = e.opaque(tirx.truncdiv(task, a.NQ))
+            block = e.opaque(a.NQ - 1 - (task - head * a.NQ))  # where causal, the longest first
+            places = Places(a, head, block)
             with e.loop(parts) as part:
                 first = e.opaque(block * a.block_q + part * how.rows)
                 end = e.opaque(e.minimum(e.minimum(first + how.rows, (block + 1) * a.block_q), a.Q))
