@@ -71,7 +71,8 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
             raise ModelError(f"this attention cannot choose blocks: {why}", where=type(module).__name__, hint="name it in the pass's ignore")
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     if attention_mask is not None:
-        key, value = (t[:, :, :attention_mask.shape[-1]] for t in (key, value))  # a static cache is longer than what has been said
+        if attention_mask.shape[-1] < key.shape[2]:  # a static cache is longer than what has been said
+            key, value = (t[:, :, :attention_mask.shape[-1]] for t in (key, value))
         causal = causal and attention_mask.dim() == 2
         attention_mask = attention_mask[:, None, None] if attention_mask.dim() == 2 else attention_mask
     if position_bias is not None:

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from .key_sums import KeySums
+
 SPARE = 256  # tokens of room that a buffer has at least after it has grown
 GROWTH = 1.25
 
@@ -20,6 +22,7 @@ class AppendingLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         super().__init__()
         self._room: tuple[Tensor, Tensor] | None = None
+        self._sums = KeySums()
         if keys is not None and values is not None:
             self.lazy_initialization(keys, values)
             self.keys, self.values = keys, values
@@ -31,12 +34,13 @@ class AppendingLayer(DynamicLayer):  # type: ignore[misc]
         before = self.held()
         after = before + key_states.shape[-2]
         if not self._fits(key_states, after):
+            self._sums = KeySums()  # keys that were put there by somebody else
             self._grow(key_states, value_states, before, after)
         assert self._room is not None
         for room, states in zip(self._room, (key_states, value_states), strict=True):
             room[:, :, before:after] = states
         self.keys, self.values = (room[:, :, :after] for room in self._room)
-        return self.keys, self.values
+        return self._sums.give(self.keys), self.values
 
     def held(self) -> int:
         """Tokens in `keys` and `values`."""
@@ -59,8 +63,13 @@ class AppendingLayer(DynamicLayer):  # type: ignore[misc]
             made.append(buffer)
         self._room = made[0], made[1]
 
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self._sums.keep(self.held())
+
     def reset(self) -> None:
         """Forget all tokens, and keep the room."""
+        self._sums = KeySums()
         super().reset()
         if self._room is not None:
             self.is_initialized = True

@@ -57,6 +57,7 @@ class StreamingLayer(AppendingLayer):
                 held[:, :, self.sinks:-going] = held[:, :, self.sinks + going:].clone()
             self.keys, self.values = (held[:, :, :-going] for held in (self.keys, self.values))
             self.forgotten += going
+            self._sums.keep(0)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:

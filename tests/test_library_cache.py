@@ -16,6 +16,7 @@ from sparsify_compiler import library_cache_streaming  # noqa: E402
 from sparsify_compiler.capture import capture  # noqa: E402
 from sparsify_compiler.compiled import CompiledModel  # noqa: E402
 from sparsify_compiler.errors import InputError, ModelError  # noqa: E402
+from sparsify_compiler.key_sums import of_blocks  # noqa: E402
 from sparsify_compiler.library_cache import AppendingLayer, append_in_place  # noqa: E402
 from sparsify_compiler.passes_api import Context  # noqa: E402
 from sparsify_compiler.pipeline import Pipeline  # noqa: E402
@@ -70,6 +71,31 @@ def test_holds_what_a_dynamic_cache_holds(action: str, dtype: torch.dtype) -> No
         assert caches[0].get_seq_length() == caches[1].get_seq_length()
         for each in caches:
             ACTIONS[action](each)
+
+
+@pytest.mark.parametrize("action", list(ACTIONS))
+def test_sums_of_keys_follow_what_the_cache_holds(action: str) -> None:
+    torch.manual_seed(0)
+    cache = both()[0]
+    for tokens in (5, 1, 30, 1, 400, 2, 9):
+        key, _ = cache.update(*states(tokens), 0)
+        for kind, block in (("sum", 8), ("min", 4), ("max", 4), ("sum", 3)):
+            assert hasattr(key, "_sparsify_sums")
+            torch.testing.assert_close(of_blocks(key, kind, block), of_blocks(key.clone(), kind, block))
+        ACTIONS[action](cache)
+
+
+def test_sums_of_whole_blocks_are_taken_once() -> None:
+    layer = AppendingLayer()
+    key, _ = layer.update(*states(16))
+    of_blocks(key, "sum", 4)
+    key[:, :, :16] = 7.0  # behind its back
+    key, _ = layer.update(*states(3))
+    assert not torch.allclose(of_blocks(key, "sum", 4)[:, :, 0], torch.tensor(28.0))
+    mask = torch.ones(2, 19, dtype=torch.bool)
+    mask[0, :2] = False
+    assert of_blocks(key, "sum", 4, mask)[0, 0, 0, 0] == 14.0
+    assert of_blocks(key, "min", 4, ~torch.ones_like(mask)).isinf().all()
 
 
 def test_a_batch_may_change_its_size() -> None:
