@@ -23,6 +23,7 @@ from rich.table import Table
 
 from sparsify_compiler import recipes
 from sparsify_compiler.call import instantiate
+from sparsify_compiler.passes.activation.estimate_neurons import EstimateNeurons
 from sparsify_compiler.passes.activation.predict_neurons import PredictNeurons
 from sparsify_compiler.passes.activation.select_inputs import SelectInputs
 from sparsify_compiler.pipeline import Pipeline
@@ -31,6 +32,9 @@ METHODS: dict[str, Callable[[float], Pipeline]] = {
     "oracle": lambda density: Pipeline((SelectInputs("weight_norm", "top_k", "uniform", density, targets=("ffn:down",)),)),
     "deja vu": lambda density: recipes.deja_vu(density),
     "shadowllm": lambda density: recipes.shadowllm(density),
+    "low-rank copy": lambda density: Pipeline((EstimateNeurons(density, 74),)),  # as many weights to read as Deja Vu's network of rank 128
+    "low-rank copy, rank 128": lambda density: Pipeline((EstimateNeurons(density, 128),)),
+    "gate": lambda density: recipes.cats(density),  # every gate is computed, in full
     "one for all, magnitude": lambda density: Pipeline((PredictNeurons(density, "model", "magnitude", 256),)),
 }
 

@@ -14,15 +14,17 @@ from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import BudgetError, CalibrationError, InputError, ParseError
 from sparsify_compiler.ops import select
+from sparsify_compiler.passes.activation._copy import copied
 from sparsify_compiler.passes.activation._predictor import fit, hidden, margins, scored, top
+from sparsify_compiler.passes.activation.estimate_neurons import EstimateNeurons
 from sparsify_compiler.passes.activation.predict_neurons import PredictNeurons
 from sparsify_compiler.passes.activation.select_neurons import GatedFfn
-from sparsify_compiler.passes_api import Context
+from sparsify_compiler.passes_api import Context, Pass
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
 
 
-def rewritten(step: PredictNeurons, net: nn.Module, data: list[Any], dynamic: Any = None) -> tuple[Program, Context]:
+def rewritten(step: Pass, net: nn.Module, data: list[Any], dynamic: Any = None) -> tuple[Program, Context]:
     ctx = Context(batches=data)
     return Pipeline((step,)).run(capture(net, data[0], dynamic), ctx, ()), ctx
 
@@ -176,3 +178,35 @@ def test_bad_input_is_refused() -> None:
     selected, ctx = rewritten(PredictNeurons(0.5, epochs=1), net, data)
     Pipeline((PredictNeurons(0.5, epochs=1),)).run(selected, ctx, ())
     assert "selected already" in ctx.misses[-1].why
+
+
+@pytest.mark.parametrize("net", [GatedFfn(32, 64, True), nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))], ids=["gated", "plain"])
+def test_a_copy_of_full_rank_knows_what_each_neuron_gives(net: nn.Module) -> None:
+    """Its scores are then the neurons' own, times the length of their weights, so that as many of the largest are selected."""
+    torch.manual_seed(0)
+    data = [(torch.randn(200, 32),)]
+    program, ctx = rewritten(EstimateNeurons(density=0.3, rank=32, selector="top_k"), net.eval(), data)
+    row, = program.decisions.values()
+    assert ctx.rewrites == 1
+    assert int(row.reason.partition("%")[0].rpartition(" ")[2]) >= 99
+    up, down = (net.up, net.down) if isinstance(net, GatedFfn) else (net[0], net[2])
+    x = torch.randn(200, 32)
+    with torch.no_grad():
+        made = nn.functional.silu(net.gate(x)) * up(x) if isinstance(net, GatedFfn) else nn.functional.gelu(up(x))
+        score = made.abs() * down.weight.norm(dim=0)
+        kept = made * (score >= score.topk(round(0.3 * 64)).values[:, -1:])
+        assert float((instantiate(program)(x) - down(kept)).norm() / down(kept).norm()) < 0.03, "but for neurons at the limit"
+
+
+def test_a_thin_copy_knows_more_than_chance_and_what_it_misses() -> None:
+    net, data = clustered()
+    program, _ = rewritten(EstimateNeurons(density=0.25, rank=4), net, data)
+    row, = program.decisions.values()
+    assert int(row.reason.partition("%")[0].rpartition(" ")[2]) > 60, "chance is 25 %"
+    assert row.density == pytest.approx(0.25, abs=0.02)
+    copy = copied(torch.zeros(3, 4), torch.rand(3, 6), [(torch.randn(6, 4), torch.ones(6))], [torch.relu], torch.ones(6), 2, 0.5)  # no row differs
+    torch.testing.assert_close(copy.scores, torch.ones(3, 6), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ParseError):
+        EstimateNeurons(rank=0)
+    with pytest.raises(CalibrationError, match="there are none"):
+        Pipeline((EstimateNeurons(0.5),)).run(capture(net, data[0]), Context(), ())

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify_compiler.calibrate_rows import Place, collect_rows
-from sparsify_compiler.decision import Decision
+from sparsify_compiler.calibrate_rows import collect_rows
 from sparsify_compiler.errors import CalibrationError, ParseError
-from sparsify_compiler.fold import evaluate, is_constant, put
+from sparsify_compiler.fold import put
 from sparsify_compiler.named import Named
-from sparsify_compiler.normal_form_edit import only_user
-from sparsify_compiler.ops import select
 from sparsify_compiler.passes.activation._predictor import Predictor, fit, hidden, margins, scored
 from sparsify_compiler.passes.activation._selection import Selection
+from sparsify_compiler.passes.activation._units import Unit, in_groups, row_of, unit_of
 from sparsify_compiler.passes.lower._predicted import BY
 from sparsify_compiler.passes_api import Context, Pass, Preserves
-from sparsify_compiler.program import Program, Region, Site, Stage
-from sparsify_compiler.site_ffn import neurons_of
+from sparsify_compiler.program import Program, Stage
 from sparsify_compiler.sites import chosen_sites, find_sites
 from sparsify_compiler.splice import insert_formula
 
 KINDS = ("ffn", "attention")
-MAX_BYTES = 1 << 29  # of rows that are held at one time
 FROM, CRITERIA = ("site", "model"), ("magnitude", "gradient")
 
 
@@ -87,37 +83,26 @@ class PredictNeurons(Pass):
             ctx.miss("the model was captured in regions, and one predictor cannot see them all: source='site' can")
             return program
         shared = units[0].source if units and self.source == "model" else None
-        for group in self._groups(units, ctx):
+        for group in [units] if shared is not None else in_groups(units, ctx.batches or ()):
             group = [unit for unit in group if ctx.spend()]
             for unit, predictor in zip(group, self._trained(group, program, density, shared, ctx), strict=True):
                 self._select(unit, predictor, density, shared, program)
         return program
 
-    def _units(self, program: Program, ctx: Context) -> Iterator[_Unit]:
+    def _units(self, program: Program, ctx: Context) -> Iterator[Unit]:
         """What may be selected, in the order of execution."""
         sites = chosen_sites(program, KINDS, self.targets, self.ignore)
         if not sites:
             ctx.miss("the model has no FFN")
         paths = {(site.region, site.roles["op"]): site.path for site in find_sites(program, ("linear",))}
         for site in sites:
-            made = _unit(program.regions[site.region], site, paths)
+            made = unit_of(program.regions[site.region], site, paths)
             if isinstance(made, str):
                 ctx.miss(made, site.path)
             else:
                 yield made
 
-    def _groups(self, units: Sequence[_Unit], ctx: Context) -> Iterator[list[_Unit]]:
-        """Units whose rows fit into memory together; with one predictor for all, all of them."""
-        group: list[_Unit] = []
-        for unit in units:
-            if self.source == "site" and group and (len(group) + 1) * unit.bytes_a_row * _rows_of(ctx.batches or ()) > MAX_BYTES:
-                yield group
-                group = []
-            group.append(unit)
-        if group:
-            yield group
-
-    def _trained(self, group: Sequence[_Unit], program: Program, density: float, shared: fx.Node | None, ctx: Context) -> Iterator[Predictor]:
+    def _trained(self, group: Sequence[Unit], program: Program, density: float, shared: fx.Node | None, ctx: Context) -> Iterator[Predictor]:
         """A predictor for each unit."""
         inputs = [unit.place(shared or unit.source) for unit in group]
         made = [unit.place(unit.made) for unit in group]
@@ -135,7 +120,7 @@ class PredictNeurons(Pass):
         else:
             yield from _of_one(rows[inputs[0]], wanted, self.rank, self.epochs, ctx.seed)
 
-    def _select(self, unit: _Unit, predictor: Predictor, density: float, shared: fx.Node | None, program: Program) -> None:
+    def _select(self, unit: Unit, predictor: Predictor, density: float, shared: fx.Node | None, program: Program) -> None:
         selection = Selection.of(self.selector, predictor.scores, density)
         region, reader, by = unit.region, unit.reader, self.name()
         source = shared or unit.source
@@ -160,68 +145,9 @@ class PredictNeurons(Pass):
         scores = insert_formula(region, reader, spread, {"inner": known, **parts}, by)
         chosen = selection.insert(region, reader, unit.value, by, scores)
         reader.replace_input_with(unit.value, chosen)
-        row, unit.op.meta["site"] = program.decisions.setdefault(unit.path, _row(unit)), unit.path
+        row, unit.op.meta["site"] = program.decisions.setdefault(unit.path, row_of(unit)), unit.path
         row.structure, row.density, row.budget = f"{unit.what} {BY}", selection.found, density
         row.reason = f"the predictor finds {predictor.recall:.0%} of the {unit.what} that matter most"
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """One site. `value`, read by `reader`, is selected in units of `size` numbers, by a prediction from `source`; `op` reads `made`."""
-
-    path: str
-    region: Region
-    what: str
-    source: fx.Node
-    value: fx.Node
-    reader: fx.Node
-    made: fx.Node
-    op: fx.Node
-    size: int
-
-    def place(self, node: fx.Node) -> Place:
-        return self.region.path, node.name
-
-    @property
-    def bytes_a_row(self) -> int:
-        return sum(4 * int(node.meta["val"].shape[-1]) for node in (self.source, self.made))
-
-    def importance(self, rows: Tensor, slopes: Tensor | None) -> Tensor:
-        """[rows, units]."""
-        if slopes is not None:
-            return self._units(rows * slopes).sum(-1).abs()
-        length = evaluate(self.region, self.op.kwargs["weight"]).float().square().sum(0).sqrt()  # type: ignore[arg-type]
-        return self._units(rows * length).square().sum(-1).sqrt()
-
-    def _units(self, rows: Tensor) -> Tensor:
-        return rows.view(rows.shape[0], -1, self.size)
-
-
-def _unit(region: Region, site: Site, paths: dict[tuple[str, str], str]) -> _Unit | str:
-    role = "down" if site.kind == "ffn" else "out"
-    if role not in site.roles or ("q" not in site.roles and site.kind == "attention"):
-        return "what it reads or what reads it is no linear"
-    op, first = region.node(site.roles[role]), region.node(site.roles["up" if site.kind == "ffn" else "q"])
-    made: Any = op.kwargs["input"]
-    source: Any = first.kwargs["input"]
-    weight = op.kwargs["weight"]
-    if not isinstance(weight, fx.Node) or not is_constant(weight):
-        return "its last projection has no stored weight"
-    value = neurons_of(region, site) if site.kind == "ffn" else made
-    reader, size = only_user(value), 1
-    if site.kind == "attention":
-        heads, size = int(site.facts["heads"]), int(site.facts["head_dim"])
-        if heads * size != int(made.meta["val"].shape[-1]) or size == 0:
-            return "its heads are not next to each other"
-    if reader is None:
-        return f"its {_what(site)} have {len(value.users)} readers"
-    if value.target is select.op or reader.target is select.op:
-        return f"its {_what(site)} are selected already"
-    return _Unit(paths[site.region, site.roles[role]], region, _what(site), source, value, reader, made, op, size)
-
-
-def _what(site: Site) -> str:
-    return "neurons" if site.kind == "ffn" else "heads"
 
 
 def _of_one(x: Tensor, wanted: Sequence[Tensor], rank: int, epochs: int, seed: int) -> Iterator[Predictor]:
@@ -231,21 +157,6 @@ def _of_one(x: Tensor, wanted: Sequence[Tensor], rank: int, epochs: int, seed: i
     for labels, made in zip(wanted, fit(x, full, rank, epochs, seed), strict=True):
         width = labels.shape[1]
         yield Predictor(made.first, made.first_bias, made.second[:width], made.second_bias[:width], made.scores[:, :width], made.recall)
-
-
-def _rows_of(batches: Sequence[Any]) -> int:
-    """About how many rows these batches have: the numbers of their largest integer tensor, or the rows of their largest other one."""
-    total = 0
-    for batch in batches:
-        tensors = [value for value in torch.utils._pytree.tree_leaves(batch) if isinstance(value, Tensor)]
-        total += max((t.numel() if not t.is_floating_point() else t.numel() // max(int(t.shape[-1]), 1) for t in tensors if t.dim()), default=1)
-    return total
-
-
-def _row(unit: _Unit) -> Decision:
-    weight = evaluate(unit.region, unit.op.kwargs["weight"])  # type: ignore[arg-type]
-    size = weight.numel() * weight.element_size()
-    return Decision(unit.path, "linear", tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size, bytes=size)
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
