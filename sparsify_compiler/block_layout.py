@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,17 +79,28 @@ class BlockTable:
     block_k: int
     causal: bool
 
-    def layout(self, chosen: Tensor | None = None) -> BlockLayout:
-        """The layout of this table; chosen bool [B', H', NQ, NK] adds whole pairs. What comes after the diagonal is dropped where causal."""
-        kinds = self.kinds if chosen is None else torch.where(chosen, ALL, self.kinds)
-        listed = kinds != NONE
-        if self.causal and chosen is not None:
-            listed = listed & visible(self.queries, self.keys, self.block_q, self.block_k, kinds.device)
-        indices, counts = _listed(listed)
+    def with_blocks(self, chosen: Tensor) -> BlockTable:
+        """The table with whole pairs added, chosen bool [B', H', NQ, NK]; none that lies after the diagonal where causal."""
+        if self.causal:
+            chosen = chosen & visible(self.queries, self.keys, self.block_q, self.block_k, chosen.device)
+        return replace(self, kinds=torch.where(chosen, ALL, self.kinds))
+
+    def expand(self, batch: int, heads: int) -> BlockTable:
+        """The same for every entry of a batch and every head, where it is the same for all of them now."""
+        size = (batch, heads, *self.kinds.shape[2:])
+        return replace(self, kinds=self.kinds.expand(size), tile_of=None if self.tile_of is None else self.tile_of.expand(size))
+
+    def take_heads(self, heads: Tensor) -> BlockTable:
+        """These heads of a table that has one for each, in this order."""
+        return replace(self, kinds=self.kinds[:, heads], tile_of=None if self.tile_of is None else self.tile_of[:, heads])
+
+    def layout(self) -> BlockLayout:
+        """The lists of this table."""
+        indices, counts = _listed(self.kinds != NONE)
         tile_of = None
         if self.tile_of is not None:
-            places = torch.where(kinds == SOME, self.tile_of, -1)
-            tile_of = places.gather(-1, torch.clamp(indices, max=kinds.shape[-1] - 1).long())
+            places = torch.where(self.kinds == SOME, self.tile_of, -1)
+            tile_of = places.gather(-1, torch.clamp(indices, max=self.kinds.shape[-1] - 1).long())
         return BlockLayout(indices, counts, tile_of, None if tile_of is None else self.tiles, self.queries, self.keys, self.block_q, self.block_k,
                            self.causal)
 
@@ -112,7 +123,7 @@ def stack(tables: list[BlockTable], axis: int = 0) -> BlockTable:
 def from_blocks(chosen: Tensor, queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> BlockLayout:
     """The layout of a table of pairs of blocks: chosen bool [B', H', NQ, NK]. Blocks after the diagonal are dropped where causal."""
     nothing = torch.zeros_like(chosen, dtype=torch.int8)
-    return BlockTable(nothing, None, None, queries, keys, block_q, block_k, causal).layout(chosen)
+    return BlockTable(nothing, None, None, queries, keys, block_q, block_k, causal).with_blocks(chosen).layout()
 
 
 def from_places(kinds: Tensor, allows: Places, queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> BlockTable:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block_layout import BlockLayout, BlockTable, stack, visible
+from .block_layout import ALL, BlockLayout, BlockTable, stack, visible
 from .block_pattern import Grid, Pattern, union
 from .errors import ParseError
 from .named import Named
@@ -23,12 +23,16 @@ class Indexer:
     """The choice of blocks of one attention, as plain options; str() and parse() are inverses.
 
     always        patterns (passes/attention/patterns) whose union is read whatever the scores are
-    scorer        a file of passes/attention/scorers, or "" for the patterns alone: (query, key, grid, scale) -> scores [B, H', NQ, NK], each an
-                  estimate of the log of the sum of exp(score) of a pair of blocks
-    selector      a file of passes/attention/selectors: scores, -inf where nothing is visible -> bool, the blocks to read
+    scorer        a file of passes/attention/scorers, or "" for the patterns alone: (query, key, key_mask, grid, scale) -> scores [B, 1 or H, NQ, NK],
+                  estimates of the log of the sum of exp(score) of a pair of blocks, up to a number of its own for each row of the table;
+                  +inf for a pair that must be read
+    selector      a file of passes/attention/selectors: (scores, read) -> bool like scores, the pairs to read. Scores are -inf where nothing is
+                  visible, and +inf where a pair must be read or is not a number; read says what `always` reads wholly
     block_q, block_k   rows and keys of a block
     dense_below   attention over fewer keys than this runs densely; None where that is still to be measured (until then nothing does)
     dense_below_decoding  the same for a few query rows at a time
+    choices       other indexers, of the same blocks, for some of the heads
+    heads         the heads of each choice; all others do as this indexer says
     """
 
     always: tuple[Any, ...] = ()
@@ -38,6 +42,8 @@ class Indexer:
     block_k: int = 64
     dense_below: int | None = None
     dense_below_decoding: int | None = None
+    choices: tuple[Any, ...] = ()
+    heads: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.block_q < 1 or self.block_k < 1 or min(self.dense_below or 0, self.dense_below_decoding or 0) < 0:
@@ -54,6 +60,17 @@ class Indexer:
         for kind, name in (("block scorer", self.scorer), ("block selector", self.selector)):
             if name:
                 _named(kind, name)
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        named = [head for heads in self.heads for head in heads]
+        if len(self.choices) != len(self.heads) or len(set(named)) != len(named) or min(named, default=0) < 0:
+            raise ParseError(f"{len(self.choices)} choices for the heads {self.heads}", where="Indexer",
+                             hint="every choice has heads of its own, such as choices=(Indexer(...),), heads=((0, 3),)")
+        for choice in self.choices:
+            if not isinstance(choice, Indexer) or choice.choices or (choice.block_q, choice.block_k) != (self.block_q, self.block_k):
+                raise ParseError(f"{choice} is no choice for some heads", where="Indexer",
+                                 hint=f"a choice is an Indexer with block_q={self.block_q}, block_k={self.block_k} and no choices of its own")
 
     def __str__(self) -> str:
         from .pipeline_text import print_value
@@ -80,15 +97,48 @@ class Indexer:
     def layout(self, query: Tensor, key: Tensor, causal: bool, scale: float, key_mask: Tensor | None = None) -> BlockLayout:
         """The blocks to read for these queries [B, H, Q, D] and keys [B, G, K, D], of which key_mask [B, K] count. Scores have no gradient."""
         grid = Grid(query.shape[2], key.shape[2], self.block_q, self.block_k, causal)
-        shifts = _starts(key_mask) if self.always else (0,)
-        if not self.scorer:
-            return _static_layout(self.always, grid, shifts)
+        if not self.scorer and not self.choices:
+            return _static_layout(self.always, grid, _starts(key_mask))
         with torch.no_grad():
-            scores: Tensor = _named("block scorer", self.scorer)(query.detach(), key.detach(), grid, scale)
-            if causal:
-                scores = scores.masked_fill(~visible(grid.queries, grid.keys, grid.block_q, grid.block_k, query.device), -torch.inf)
-            chosen: Tensor = _named("block selector", self.selector)(scores)
-        return _static_table(self.always, grid, shifts).layout(chosen)
+            return self._table(query.detach(), key.detach(), key_mask, grid, scale).layout()
+
+    def _table(self, query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> BlockTable:
+        """What all heads read, or each: [B or 1, H or 1, NQ, NK]."""
+        if self.choices:
+            return self._of_heads(query, key, key_mask, grid, scale)
+        table = _static_table(self.always, grid, _starts(key_mask) if self.always else (0,))
+        if not self.scorer:
+            return table
+        seen = _seen(grid, key_mask, query.device)
+        scores: Tensor = _named("block scorer", self.scorer)(query, key, key_mask, grid, scale)
+        scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).masked_fill(~seen, -torch.inf)
+        chosen: Tensor = _named("block selector", self.selector)(scores, (table.kinds == ALL) & seen)
+        return table.with_blocks(chosen & (scores > -torch.inf))
+
+    def _of_heads(self, query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> BlockTable:
+        total, repeat = query.shape[1], query.shape[1] // max(key.shape[1], 1)
+        named = {head for heads in self.heads for head in heads}
+        if max(named, default=-1) >= total:
+            raise ParseError(f"a choice for head {max(named)} of {total}", where="Indexer")
+        others = tuple(head for head in range(total) if head not in named)
+        parts = [(replace(self, choices=(), heads=()), others), *zip(self.choices, self.heads, strict=True)]
+        tables: list[BlockTable] = []
+        order: list[int] = []
+        for part, heads in parts:
+            if heads:
+                of_key = key[:, [head // repeat for head in heads]]
+                tables.append(part._table(query[:, heads], of_key, key_mask, grid, scale).expand(len(query), len(heads)))
+                order += heads
+        return stack(tables, 1).take_heads(torch.tensor(order, device=query.device).argsort())
+
+
+def _seen(grid: Grid, key_mask: Tensor | None, device: torch.device) -> Tensor:
+    """bool, broadcast to [B, 1, NQ, NK]: the pairs of blocks with a key that counts, at or below the diagonal where causal."""
+    seen = visible(grid.queries, grid.keys, grid.block_q, grid.block_k, device) if grid.causal else torch.ones(1, 1, dtype=torch.bool, device=device)
+    if key_mask is None:
+        return seen
+    blocks = torch.nn.functional.pad(key_mask, (0, -grid.keys % grid.block_k)).unflatten(-1, (-1, grid.block_k))
+    return seen & blocks.any(-1)[:, None, None]
 
 
 def _starts(key_mask: Tensor | None) -> tuple[int, ...]:

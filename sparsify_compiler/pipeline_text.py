@@ -152,9 +152,16 @@ class Reader:
             return {self.value(k): self.value(v) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
         if isinstance(node, ast.Call):
             name, options, _ = self.call(node)
-            found = catalog.find(VALUES, name)
+            found = _indexer() if name == "Indexer" else catalog.find(VALUES, name)
             return build(found, options, name) if isinstance(found, type) else ast.unparse(node)  # a function with options stays text
         raise self.wrong(node, "not a plain value", "numbers, text, tuples, lists, or a dataclass such as NM(n=2, m=4)")
+
+
+def _indexer() -> type:
+    """The one dataclass of the engine that is an option's value, though no file of the catalogue."""
+    from .indexer import Indexer
+
+    return Indexer
 
 
 def _print_float(value: float) -> str:

@@ -1,0 +1,106 @@
+"""What scorers share.
+
+A scorer is a function `name(query, key, key_mask, grid, scale, *, options) -> scores` in a file of its own: query [B, H, Q, D], key [B, G, K, D],
+key_mask bool [B, K] or None (keys that count; what the others hold is never looked at), scores float32 [B, H, NQ, NK]. A score estimates the log of
+the sum of exp(score) over a pair of blocks, up to a number of its own for each head and row of blocks; +inf where the pair must be read. Of blocks
+of keys that do not count, and after the diagonal, a score may be anything: the indexer drops them. A NaN among what counts makes scores NaN, which
+are read.
+
+Where keys are summed up by blocks first (means, bounds), a cache of keys can keep these sums, as they do not depend on the query.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsify_compiler.block_pattern import Grid
+
+CHUNK = 1 << 24  # scores that are held at once
+
+
+def in_blocks(rows: Tensor, block: int, fill: float = 0.0) -> Tensor:
+    """[..., N, D] -> [..., ceil(N / block), block, D]; what is missing of the last block is `fill`."""
+    count = -(-rows.shape[-2] // block)
+    return pad(rows, (0, 0, 0, count * block - rows.shape[-2]), value=fill).unflatten(-2, (count, block))
+
+
+def counted(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """float32 [B, G, N, D] with 0 in the rows that do not count."""
+    return rows.float() if mask is None else rows.float().masked_fill(~mask[:, None, :, None], 0)
+
+
+def sizes(length: int, block: int, mask: Tensor | None) -> Tensor:
+    """float32 [B or 1, N]: how many rows of each block count."""
+    ones = torch.ones(1, length, dtype=torch.float32) if mask is None else mask.float()
+    return in_blocks(ones[..., None], block).sum((-2, -1))
+
+
+def means(rows: Tensor, block: int, mask: Tensor | None) -> Tensor:
+    """float32 [B, G, blocks, D]: the mean of the rows that count, 0 where none does."""
+    number = sizes(rows.shape[2], block, mask).to(rows.device)
+    return in_blocks(counted(rows, mask), block).sum(-2) / number[:, None, :, None].clamp(min=1)
+
+
+def query_mask(grid: Grid, key_mask: Tensor | None) -> Tensor | None:
+    """bool [B, Q]: the queries that are tokens which count, where queries are the last of the keys; None where all count or nobody knows."""
+    if key_mask is None or grid.queries > grid.keys or not (grid.causal or grid.queries == grid.keys):
+        return None
+    return key_mask[:, grid.keys - grid.queries:]
+
+
+def dots(query: Tensor, key: Tensor) -> Tensor:
+    """query [B, H, N, D] · key [B, G, M, D] -> [B, H, N, M], grouped queries."""
+    groups = max(key.shape[1], 1)
+    found = query.unflatten(1, (groups, query.shape[1] // groups)).flatten(2, 3) @ key.transpose(-1, -2)
+    return found.unflatten(2, (query.shape[1] // groups, query.shape[2])).flatten(1, 2)
+
+
+def log_keys(grid: Grid, key_mask: Tensor | None) -> Tensor:
+    """float32 [B or 1, 1, NQ, NK]: log of the number of keys of a block that a row of a block of queries sees, in the mean of its rows."""
+    return sizes(grid.keys, grid.block_k, key_mask)[:, None, None].log() + log_visible(grid).to("cpu" if key_mask is None else key_mask.device)
+
+
+def log_visible(grid: Grid) -> Tensor:
+    """float32 [NQ, NK]: log of the share of a pair's places that lie at or below the diagonal; 0 where all count."""
+    return _visible_share(grid).log() if grid.causal else torch.zeros(len(grid.q[0]), grid.k[0].shape[1], dtype=torch.float32)
+
+
+def _visible_share(grid: Grid) -> Tensor:
+    """float32 [NQ, NK]: of the places of a pair of blocks, those at or below the diagonal."""
+    first, last = (position.float() for position in grid.q)
+    start, stop = (position.float() for position in grid.k)
+    width = stop - start + 1
+
+    def below(position: Tensor) -> Tensor:  # places at or below the diagonal of all rows up to this position
+        depth = (position - start + 1).clamp(min=0)
+        inside = depth.minimum(width)
+        return inside * (inside + 1) / 2 + (depth - inside) * width
+
+    return (below(last) - below(first - 1)) / ((last - first + 1) * width)
+
+
+def row_positions(grid: Grid, rows: Tensor) -> Tensor:
+    """The key that each of these rows of the queries stands at."""
+    return rows + (grid.keys - grid.queries)
+
+
+def row_shares(query: Tensor, rows: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> Tensor:
+    """Exact shares of attention of some rows of the queries: query [B, H, R, D], rows int [R] their numbers -> [B, H, R, K].
+
+    0 for rows that see nothing. key is what counted() gives.
+    """
+    scores = dots(query.float(), key) * scale
+    hidden = torch.zeros(1, 1, 1, grid.keys, dtype=torch.bool, device=key.device) if key_mask is None else ~key_mask[:, None, None]
+    if grid.causal:
+        hidden = hidden | (torch.arange(grid.keys, device=key.device) > row_positions(grid, rows.to(key.device))[:, None])
+    return torch.softmax(scores.masked_fill(hidden, -math.inf), -1).masked_fill(hidden, 0)
+
+
+def log_mean(shares: Tensor, which: Tensor, blocks: int) -> Tensor:
+    """log of the mean over the rows of each block of queries: shares [B, H, R, NK], which int [R] the block of each -> [B, H, blocks, NK]."""
+    total = shares.new_zeros(*shares.shape[:2], blocks, shares.shape[-1]).index_add_(2, which, shares)
+    return (total / torch.bincount(which, minlength=blocks).clamp(min=1)[:, None]).log()

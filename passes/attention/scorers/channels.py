@@ -1,0 +1,31 @@
+"""Channels: scores of every key by a few channels that were found to matter (Double Sparsity, arXiv:2408.07092, section 3.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.errors import StructureError
+from sparsify_compiler.passes.attention.scorers._blocks import counted, in_blocks, log_visible, means, query_mask
+
+
+def channels(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float, *, kept: tuple[tuple[int, ...], ...] = ()) -> Tensor:
+    """log of the sum over the keys of a block of exp(scale * the kept channels of mean(q) · those of k).
+
+    kept   the channels of each head, all heads as many; () keeps all. select_channels finds them
+    """
+    of_query, keys = means(query, grid.block_q, query_mask(grid, key_mask)), counted(key, key_mask)
+    if kept and len(kept) != query.shape[1]:
+        raise StructureError(f"channels of {len(kept)} heads, and the attention has {query.shape[1]}", where="channels", hint="calibrate it again")
+    keys = keys.repeat_interleave(query.shape[1] // max(key.shape[1], 1), 1)
+    if kept:
+        which = torch.tensor(kept, device=query.device)[None, :, None]
+        of_query, keys = (t.gather(-1, which.expand(*t.shape[:-1], which.shape[-1])) for t in (of_query, keys))
+    scores = of_query @ keys.transpose(-1, -2) * scale
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None], -math.inf)
+    total = torch.logsumexp(in_blocks(scores[..., None], grid.block_k, -math.inf).squeeze(-1), -1)
+    return total + log_visible(grid).to(query.device)

@@ -1,0 +1,47 @@
+"""Vertical and slash: columns and diagonals that some rows attend to (MInference, arXiv:2407.02490, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.passes.attention.scorers._blocks import counted, in_blocks, row_positions, row_shares
+
+
+def vertical_slash(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float, *, last: int = 64, step: int = 1,
+                   slashes: bool = True) -> Tensor:
+    """log(share of the columns of a block + share of the diagonals that cross the pair of blocks), in the mean of the sampled rows.
+
+    A diagonal is the distance of a key from its query. A pair of blocks takes of each as much as it holds of it.
+
+    last      the last rows of the queries that are looked at; 0 is all of them
+    step      every how manyth of them
+    slashes   False looks at columns only (SampleAttention, arXiv:2406.15486, section 4.2, whose windows near the diagonal are static)
+    """
+    first = max(grid.queries - last, 0) if last else 0
+    rows = torch.arange(grid.queries - 1, first - 1, -max(step, 1))
+    shares = row_shares(query[:, :, rows], rows, counted(key, key_mask), key_mask, grid, scale)
+    columns = in_blocks(shares.mean(2)[..., None], grid.block_k).sum((-2, -1))[:, :, None]
+    if not slashes:
+        return columns.expand(-1, -1, len(grid.q[0]), -1).log()
+    return (columns + _crossing(_by_distance(shares, row_positions(grid, rows), grid), grid)).log()
+
+
+def _by_distance(shares: Tensor, positions: Tensor, grid: Grid) -> Tensor:
+    """[B, H, K + Q - 1]: mean share of the keys at each distance from their query, from K - 1 behind it to Q - 1 after it."""
+    total = shares.new_zeros(*shares.shape[:2], max(grid.keys + grid.queries - 1, 0))
+    place = torch.arange(grid.keys, device=shares.device) - positions.to(shares.device)[:, None] + grid.keys - 1
+    return total.index_add_(-1, place.flatten(), shares.flatten(2)) / max(len(positions), 1)
+
+
+def _crossing(slashes: Tensor, grid: Grid) -> Tensor:
+    """[B, H, NQ, NK]: what a row of a pair of blocks has of the diagonals, in the mean of its rows: a difference of sums of sums."""
+    twice = pad(pad(slashes.double().cumsum(-1), (1, 0)).cumsum(-1), (1, 0))
+    (q0, q1), (k0, k1) = ((a.to(slashes.device) for a in pair) for pair in (grid.q, grid.k))
+
+    def total(edge: Tensor) -> Tensor:  # of the rows q0 ... q1, the diagonals before key `edge`
+        return twice[..., edge - q0 + grid.keys] - twice[..., edge - q1 + grid.keys - 1]
+
+    return ((total(k1 + 1) - total(k0)) / (q1 - q0 + 1)).clamp(min=0).to(slashes.dtype)

@@ -1,0 +1,1 @@
+"""From the scores of pairs of blocks to the pairs that are read. One file a selector."""

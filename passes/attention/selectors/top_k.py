@@ -1,0 +1,19 @@
+"""Top-k: as many pairs of blocks in every row, those of highest score."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_k(scores: Tensor, read: Tensor, *, share: float = 0.5, blocks: int = 0) -> Tensor:
+    """The pairs to read; what is read anyway, and what must be, counts among them.
+
+    share    of the visible pairs of a row, rounded up
+    blocks   as many at least
+    """
+    visible = scores > -torch.inf
+    number = (visible.sum(-1, keepdim=True) * share).sub(1e-6).ceil().clamp(min=max(blocks, 1))
+    first = scores.masked_fill(read & visible, torch.inf)
+    rank = first.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return visible & ((rank < number) | (first == torch.inf))
