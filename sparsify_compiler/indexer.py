@@ -137,8 +137,8 @@ def _seen(grid: Grid, key_mask: Tensor | None, device: torch.device) -> Tensor:
     seen = visible(grid.queries, grid.keys, grid.block_q, grid.block_k, device) if grid.causal else torch.ones(1, 1, dtype=torch.bool, device=device)
     if key_mask is None:
         return seen
-    blocks = torch.nn.functional.pad(key_mask, (0, -grid.keys % grid.block_k)).unflatten(-1, (-1, grid.block_k))
-    return seen & blocks.any(-1)[:, None, None]
+    padded = torch.nn.functional.pad(key_mask, (0, -grid.keys % grid.block_k))
+    return seen & padded.view(len(key_mask), grid.k[0].shape[1], grid.block_k).any(-1)[:, None, None]
 
 
 def _starts(key_mask: Tensor | None) -> tuple[int, ...]:

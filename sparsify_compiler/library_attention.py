@@ -62,6 +62,11 @@ def give_indexers(model: nn.Module, indexers: Mapping[str, str]) -> None:
             config._attn_implementation = NAME
 
 
+def set_function(model: nn.Module, path: str, function: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None], Tensor]) -> None:
+    """Let an attention that has an indexer be computed by (query, key, value, mask, is_causal, scale) -> [B, H, Q, E] instead."""
+    setattr(model.get_submodule(path), _INDEXER, function)
+
+
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
                scaling: float | None = None, is_causal: bool | None = None, position_bias: Tensor | None = None,
                **options: Any) -> tuple[Tensor, None]:
@@ -77,9 +82,11 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
         attention_mask = attention_mask[:, None, None] if attention_mask.dim() == 2 else attention_mask
     if position_bias is not None:
         attention_mask = position_bias if attention_mask is None else _added(position_bias, attention_mask)
-    indexer: Indexer | None = getattr(module, _INDEXER, None)
+    indexer = getattr(module, _INDEXER, None)
     if indexer is None:
         out = attend.dense(query, key, value, attention_mask, is_causal=causal, scale=scaling)
+    elif not isinstance(indexer, Indexer):
+        out = indexer(query, key, value, attention_mask, causal, scaling)
     elif torch.compiler.is_compiling():
         out = attend.op(query, key, value, attention_mask, is_causal=causal, scale=scaling, indexer=str(indexer))
     else:

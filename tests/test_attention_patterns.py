@@ -18,7 +18,8 @@ from sparsify_compiler.errors import SparsifyError, StructureError
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.pipeline_text import parse_value, print_value
 
-PATTERNS = ("SlidingWindow(window=1)", "SlidingWindow(window=9)", "Sinks(tokens=3)", "GlobalTokens(tokens=5)", "Dilated(step=3)", "Dilated(step=1)",
+PATTERNS = ("SlidingWindow(window=1)", "SlidingWindow(window=9)", "SlidingWindow(window=2, growth=0.3)", "Sinks(tokens=3)",
+            "GlobalTokens(tokens=5)", "Dilated(step=3)", "Dilated(step=1)",
             "Dilated(step=2, window=4)", "FixedColumns(stride=6, columns=2)", "RandomBlocks(blocks=2, block=4)",
             "RandomBlocks(blocks=3, block=5, seed=1)", "Butterfly(block=4)", "Butterfly(levels=1, block=3)",
             "Windows(size=7)", "Windows(size=(2, 3), width=6, prefix=1)")
@@ -91,7 +92,8 @@ def test_bigbird_draws_as_many_blocks_as_it_says() -> None:
 
 
 @pytest.mark.parametrize("text", [
-    "SlidingWindow(window=0)", "Sinks(tokens=-1)", "GlobalTokens(tokens=-1)", "Dilated(step=0)", "Dilated(step=1, window=0)",
+    "SlidingWindow(window=0)", "SlidingWindow(window=3, growth=-0.5)",
+    "Sinks(tokens=-1)", "GlobalTokens(tokens=-1)", "Dilated(step=0)", "Dilated(step=1, window=0)",
     "FixedColumns(stride=2, columns=3)", "RandomBlocks(blocks=-1)", "Butterfly(levels=-1)", "Butterfly(block=0)", "Windows(size=0)",
     "Windows(size=(2, 2))", "Windows(size=4, width=3)"])
 def test_options_that_cannot_be(text: str) -> None:

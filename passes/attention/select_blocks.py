@@ -6,21 +6,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from sparsify_compiler.decision import Decision
 from sparsify_compiler.indexer import Indexer
-from sparsify_compiler.library_attention import find_library_attentions
-from sparsify_compiler.normal_form_edit import argument, insert
-from sparsify_compiler.ops import attend
+from sparsify_compiler.passes.attention._calibration import calibrated
+from sparsify_compiler.passes.attention._sites import KIND, attention_sites, give_indexer
 from sparsify_compiler.passes.attention.patterns.sinks import Sinks
 from sparsify_compiler.passes.attention.patterns.sliding_window import SlidingWindow
 from sparsify_compiler.passes_api import Context, Pass, Preserves
-from sparsify_compiler.program import Program, Region, Site, Stage
-from sparsify_compiler.selectors import select
-from sparsify_compiler.sites import find_sites
-
-KIND = ("attention",)
+from sparsify_compiler.program import Program, Stage
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class SelectBlocks(Pass):
     Paper      none: the frame that StreamingLLM (arXiv:2309.17453), BigBird (arXiv:2007.14062), MInference (arXiv:2407.02490) and others fill in
 
     always           patterns, files of passes/attention/patterns, whose union every query reads
-    scorer           a file of passes/attention/scorers, or "" for the patterns alone
+    scorer           a file of passes/attention/scorers, or "" for the patterns alone; some learn from the calibration batches
     selector         a file of passes/attention/selectors, which goes with a scorer
     block_q, block_k rows of queries and keys that are chosen together
     dense_below      attention over fewer keys than this stays dense; by default lower() measures where that is faster. 0 for a model that was trained
@@ -62,50 +56,12 @@ class SelectBlocks(Pass):
         return Indexer(self.always, self.scorer, self.selector, self.block_q, self.block_k, self.dense_below, self.dense_below)
 
     def run(self, program: Program, ctx: Context) -> Program:
-        eager = {} if program.skeleton is None else find_library_attentions(program.skeleton)
-        every = [*find_sites(program, KIND), *(Site("attention", path, "", {}, {"eager": True}) for path in eager)]
-        sites = select(every, self.targets, self.ignore, program) if every or self.targets != KIND else []
-        if not sites:
-            ctx.miss("the model has no attention that can choose its blocks")
+        sites = attention_sites(program, ctx, self.targets, self.ignore)
+        indexers = calibrated(self._indexer(), program, sites, ctx)
         for site in sites:
-            why = eager[site.path] if "eager" in site.facts else _unfit(program.regions[site.region].node(site.roles["attention"]))
-            if why is not None:
-                ctx.miss(why, site.path)
-            elif ctx.spend():
-                self._rewrite(program, site)
+            if ctx.spend():
+                give_indexer(program, site, indexers[site.path], self.name())
         return program
-
-    def _rewrite(self, program: Program, site: Site) -> None:
-        text = str(self._indexer())
-        if "eager" in site.facts:
-            if site.path in program.attentions:
-                return
-            program.attentions[site.path] = text
-        else:
-            _attend(program.regions[site.region], site, text, self.name())
-        what = [str(pattern) for pattern in self.always] + ([f"{self.selector} of {self.scorer}"] if self.scorer else [])
-        program.decisions[site.path] = Decision(site.path, "attention", structure=" | ".join(what), format="by block", kernel="attend_blocks",
-                                                reason="not measured")
-
-
-def _attend(region: Region, site: Site, indexer: str, name: str) -> None:
-    node = region.node(site.roles["attention"])
-    given = {key: node.kwargs[key] for key in ("query", "key", "value", "attn_mask", "is_causal", "scale") if node.kwargs.get(key) is not None}
-    made = insert(node, attend.op, node.meta["val"], **given, indexer=indexer)
-    made.meta.update({"by": name, "site": site.path})
-    node.replace_all_uses_with(made)
-    region.graph.erase_node(node)
-
-
-def _unfit(node: fx.Node) -> str | None:
-    query, key = (node.kwargs[name].meta["val"].shape for name in ("query", "key"))  # type: ignore[union-attr]
-    if len(query) != 4:
-        return f"its queries have {len(query)} dimensions, not batch, heads, tokens and width"
-    if argument(node, "dropout_p"):
-        return "it drops shares at random"
-    if argument(node, "is_causal") and query[2] != key[2]:
-        return "it is causal with queries and keys of different lengths, which torch aligns at the start"
-    return None
 
 
 class Attention(nn.Module):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from sparsify_compiler.passes.attention._sites import KIND
 from sparsify_compiler.passes.attention.patterns.sinks import Sinks
 from sparsify_compiler.passes.attention.patterns.sliding_window import SlidingWindow
-from sparsify_compiler.passes.attention.select_blocks import KIND, SelectBlocks
+from sparsify_compiler.passes.attention.select_blocks import SelectBlocks
 from sparsify_compiler.pipeline import Pipeline
 
 

@@ -25,7 +25,7 @@ CHUNK = 1 << 24  # scores that are held at once
 def in_blocks(rows: Tensor, block: int, fill: float = 0.0) -> Tensor:
     """[..., N, D] -> [..., ceil(N / block), block, D]; what is missing of the last block is `fill`."""
     count = -(-rows.shape[-2] // block)
-    return pad(rows, (0, 0, 0, count * block - rows.shape[-2]), value=fill).unflatten(-2, (count, block))
+    return pad(rows, (0, 0, 0, count * block - rows.shape[-2]), value=fill).reshape(*rows.shape[:-2], count, block, rows.shape[-1])
 
 
 def counted(rows: Tensor, mask: Tensor | None) -> Tensor:
@@ -54,9 +54,10 @@ def query_mask(grid: Grid, key_mask: Tensor | None) -> Tensor | None:
 
 def dots(query: Tensor, key: Tensor) -> Tensor:
     """query [B, H, N, D] · key [B, G, M, D] -> [B, H, N, M], grouped queries."""
+    batch, heads, rows, width = query.shape
     groups = max(key.shape[1], 1)
-    found = query.unflatten(1, (groups, query.shape[1] // groups)).flatten(2, 3) @ key.transpose(-1, -2)
-    return found.unflatten(2, (query.shape[1] // groups, query.shape[2])).flatten(1, 2)
+    together = query.reshape(batch, groups, heads // groups * rows, width)
+    return (together @ key.transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
 
 
 def log_keys(grid: Grid, key_mask: Tensor | None) -> Tensor:

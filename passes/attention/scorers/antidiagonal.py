@@ -35,5 +35,5 @@ def antidiagonal(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid
         after = after | (of_rows >= grid.queries).to(query.device)[:, None]
         scores = (dots(part, k) * (scale / stride)).masked_fill(after, -math.inf)
         shares = torch.softmax(scores, -1).masked_fill(after, 0)
-        found[:, :, first:first + each] = shares.unflatten(-1, (-1, columns)).sum(-1).unflatten(2, (-1, rows)).mean(3).log()
+        found[:, :, first:first + each] = in_blocks(in_blocks(shares[..., None], columns).sum((-2, -1)), rows).mean(3).log()
     return found

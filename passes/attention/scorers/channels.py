@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from sparsify_compiler.errors import StructureError
 from sparsify_compiler.passes.attention.scorers._blocks import counted, in_blocks, log_visible, means, query_mask
 
 
-def channels(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float, *, kept: tuple[tuple[int, ...], ...] = ()) -> Tensor:
+def channels(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float, *, number: int = 16,
+             kept: tuple[tuple[int, ...], ...] = ()) -> Tensor:
     """log of the sum over the keys of a block of exp(scale * the kept channels of mean(q) · those of k).
 
-    kept   the channels of each head, all heads as many; () keeps all. select_channels finds them
+    number   channels of each head, which calibration finds
+    kept     those that it found; () keeps all
     """
     of_query, keys = means(query, grid.block_q, query_mask(grid, key_mask)), counted(key, key_mask)
     if kept and len(kept) != query.shape[1]:
@@ -29,3 +32,15 @@ def channels(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, sc
         scores = scores.masked_fill(~key_mask[:, None, None], -math.inf)
     total = torch.logsumexp(in_blocks(scores[..., None], grid.block_k, -math.inf).squeeze(-1), -1)
     return total + log_visible(grid).to(query.device)
+
+
+def observe(query: Tensor, key: Tensor, key_mask: Tensor | None) -> Tensor:
+    """[H, D]: the sum over all pairs of a query and a key of |q * k|, channel by channel."""
+    of_key = counted(key, key_mask).abs().sum(2).repeat_interleave(query.shape[1] // max(key.shape[1], 1), 1)
+    return (query.float().abs().sum(2) * of_key).sum(0)
+
+
+def learn(total: Tensor, *, number: int = 16, kept: tuple[tuple[int, ...], ...] = ()) -> dict[str, Any]:
+    """The options with the channels of the largest sums."""
+    found = total.topk(min(max(number, 1), total.shape[-1]), -1).indices.sort(-1).values
+    return {"number": number, "kept": tuple(tuple(row) for row in found.tolist())}

@@ -23,8 +23,8 @@ def proxy_heads(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid,
     heads, groups = query.shape[1], key.shape[1]
     if proxies < 1 or heads % proxies:
         raise StructureError(f"{proxies} proxies cannot stand for {heads} heads", where="proxy_heads", hint="the number of heads is their multiple")
-    of_query = query.float().unflatten(1, (proxies, -1)).mean(2)
-    of_key = counted(key, key_mask).repeat_interleave(heads // max(groups, 1), 1).unflatten(1, (proxies, -1)).mean(2)
+    of_query, of_key = (t.reshape(len(t), proxies, heads // proxies, *t.shape[2:]).mean(2) for t in (
+        query.float(), counted(key, key_mask).repeat_interleave(heads // max(groups, 1), 1)))
     shared = sampled_rows(of_query, of_key, key_mask, grid, scale, rows=rows).repeat_interleave(heads // proxies, 1)
     if not shared.numel():
         return shared
