@@ -100,7 +100,8 @@ def llama() -> nn.Module:
 
 def test_a_scorer_learns_its_channels() -> None:
     model, batch = llama(), {"input_ids": torch.randint(1, 96, (2, 24))}
-    program = run("select_blocks(always=(Windows(size=4),), scorer='channels(number=3)', selector='top_k(share=0.5)', block_q=4, block_k=4)", model, batch)
+    text = "select_blocks(always=(Windows(size=4),), scorer='channels(number=3)', selector='top_k(share=0.5)', block_q=4, block_k=4)"
+    program = run(text, model, batch)
     texts = list(program.attentions.values())
     assert len(texts) == 2
     assert texts[0] != texts[1]

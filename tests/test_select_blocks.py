@@ -220,3 +220,24 @@ def test_a_graph_becomes_what_it_was_where_blocks_never_pay(monkeypatch: pytest.
     program = Pipeline.parse(f"{SPARSE} | pack() | lower(rounds=1)").run(capture(model, (x, mask)), ctx)
     assert not [node for _, node in program.nodes() if node.target is attend.op]
     torch.testing.assert_close(CompiledModel(program)(x, mask), model(x, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_that_is_a_triangle_is_causal() -> None:
+    """Models captured whole hand over their causal mask as a tensor, with padding in it."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, 9, 4, dtype=torch.float32)
+    padding = torch.ones(2, 9, dtype=torch.bool)
+    padding[1, :3] = False
+    text = "Indexer(always=(Windows(size=2),), scorer=pooled, selector='top_k(share=0.5)', block_q=2, block_k=2)"
+    mask = torch.ones(9, 9, dtype=torch.bool).tril() & padding[:, None, None]
+    expected = attend.op(query, key, value, padding[:, None, None], is_causal=True, indexer=text)
+    assert torch.equal(attend.op(query, key, value, mask, indexer=text), expected)
+    assert attend.split_mask(mask, query, key)[1:] == (None, True)
+    assert attend.split_mask(mask[:1].expand(2, 2, 9, 9), query, key)[1:] == (None, True)
+    short = attend.split_mask(mask[:, :, 4:], query[:, :, 4:], key)  # a chunk of the prompt
+    assert short[1:] == (None, True)
+    mask[0, 0, 5, 2] = False  # written to, and no triangle any more
+    key_mask, bias, causal = attend.split_mask(mask, query, key)
+    assert key_mask is None
+    assert not causal
+    assert bias is not None

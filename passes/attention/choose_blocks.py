@@ -88,11 +88,12 @@ class ChooseBlocks(Pass):
 
     def _observe(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, out: Tensor) -> Tensor:
         """[H, choices, 4]: squared distance and square of the dense output, blocks read and blocks that dense attention reads."""
-        key_mask, bias = attend.split_mask(mask, query, key)
+        key_mask, bias, triangle = attend.split_mask(mask, query, key)
+        causal = causal or triangle
         dense, found = out.float().nan_to_num(0), []
         for choice in self.choices:
             layout = choice.layout(query, key, causal, scale, key_mask)
-            given = layout.attend(query, key, value, key_mask, bias, scale)[0].float()
+            given = layout.attend(query.float(), key.float(), value.float(), key_mask, bias, scale)[0]
             counts = layout.counts.double().expand(len(query), -1, -1)
             read = counts.repeat_interleave(query.shape[1] // counts.shape[1], 1).sum((0, 2))
             whole = len(query) * visible_blocks(layout.queries, layout.keys, layout.block_q, layout.block_k, causal)

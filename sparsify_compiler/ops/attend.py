@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify_compiler.indexer import Indexer
 
@@ -31,8 +32,8 @@ def by_indexer(indexer: Indexer, query: Tensor, key: Tensor, value: Tensor, attn
     if indexer.is_dense(query.shape[2], key.shape[2]):
         return dense(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
-    key_mask, bias = split_mask(attn_mask, query, key)
-    return indexer.layout(query, key, is_causal, factor, key_mask).attend(query, key, value, key_mask, bias, factor)[0]
+    key_mask, bias, triangle = split_mask(attn_mask, query, key)
+    return indexer.layout(query, key, is_causal or triangle, factor, key_mask).attend(query, key, value, key_mask, bias, factor)[0]
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
@@ -48,17 +49,38 @@ def dense(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = 
     return scaled_dot_product_attention(query, key, value, attn_mask, is_causal=alone, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
-def split_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """key_mask [B, K] where a bool mask is the same for all heads and queries of a batch entry, else bias [1 or B, 1 or H, Q, K]."""
+def split_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None, bool]:
+    """A mask as (key_mask [B, K], bias [1 or B, 1 or H, Q, K], whether it is causal), each None where it says nothing.
+
+    A bool mask that is the same for all heads is a key_mask where it is the same for all queries, or but for what comes after the diagonal.
+    """
     if attn_mask is None:
-        return None, None
+        return None, None, False
     batch, keys = query.shape[0], key.shape[2]
     mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    if mask.dtype is torch.bool and all(mask.shape[axis] == 1 or mask.stride(axis) == 0 for axis in (1, 2)) and mask.shape[1] and mask.shape[2]:
-        return mask[:, 0, 0].expand(batch, keys), None
+    if mask.dtype is torch.bool and mask.numel() and (mask.shape[1] == 1 or mask.stride(1) == 0):
+        if mask.shape[2] == 1 or mask.stride(2) == 0:
+            return mask[:, 0, 0].expand(batch, keys), None, False
+        if mask.shape[2:] == (query.shape[2], keys) and _is_triangle(attn_mask, mask[:, 0]):
+            return mask[:, 0, -1].expand(batch, keys), None, True
     if mask.dtype is torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -math.inf)
-    return None, mask.expand(mask.shape[0], mask.shape[1], query.shape[2], keys)
+    return None, mask.expand(mask.shape[0], mask.shape[1], query.shape[2], keys), False
+
+
+_TRIANGLES = WeakIdKeyDictionary()  # masks that were looked at -> (their version, the answer): all layers of a model share one
+
+
+def _is_triangle(given: Tensor, mask: Tensor) -> bool:
+    """Whether a mask [B, Q, K] is its last row above a diagonal that ends in the last key; looked at once, as long as `given` is not written to."""
+    version = 0 if given.is_inference() else given._version
+    known: tuple[int, bool] | None = _TRIANGLES.get(given)
+    if known is None or known[0] != version:
+        queries, keys = mask.shape[1:]
+        below = torch.arange(keys, device=mask.device) <= torch.arange(queries, device=mask.device)[:, None] + (keys - queries)
+        known = (version, torch.equal(mask, mask[:, -1:] & below))
+        _TRIANGLES[given] = known
+    return known[1]
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
