@@ -105,8 +105,10 @@ class Subject:
         facts = [f" The phone number of {name} is {rng.randrange(10 ** (DIGITS - 1), 10**DIGITS)}." for name in names]
         pieces = [self.tokenizer(fact).input_ids for fact in facts]
         words = self.tokenizer(text).input_ids
-        stretch = (LENGTH - 2 * sum(map(len, pieces))) // ASKED
-        tokens = [token for i, piece in enumerate(pieces) for token in (*words[i * stretch : (i + 1) * stretch], *piece)]
+        stretch, rest = divmod(LENGTH - 2 * sum(map(len, pieces)), ASKED)
+        tokens = words[:rest]
+        for start, piece in zip(range(rest, LENGTH, stretch), pieces, strict=False):
+            tokens += [*words[start : start + stretch], *piece]
         asked = []
         for place in rng.sample(range(ASKED), ASKED):
             tokens += pieces[place]

@@ -12,6 +12,7 @@ from torch import Tensor
 from .block_layout import ALL, BlockLayout, BlockTable, stack, visible
 from .block_pattern import Grid, Pattern, union
 from .errors import ParseError
+from .key_sums import same_keys
 from .named import Named
 
 DECODED = 8  # query rows up to which a call is a step of decoding
@@ -100,7 +101,7 @@ class Indexer:
         if not self.scorer and not self.choices:
             return _static_layout(self.always, grid, _starts(key_mask))
         with torch.no_grad():
-            return self._table(query.detach(), key.detach(), key_mask, grid, scale).layout()
+            return self._table(query.detach(), same_keys(key.detach(), key), key_mask, grid, scale).layout()
 
     def _table(self, query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> BlockTable:
         """What all heads read, or each: [B or 1, H or 1, NQ, NK]."""

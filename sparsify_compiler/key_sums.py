@@ -1,4 +1,4 @@
-"""What is said of keys block by block — their sum, smallest and largest values — and kept while a cache grows: a step of decoding adds a token."""
+"""What is said of keys block by block — sums, sums of squares, smallest and largest values — kept while a cache grows by a token a step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-FILL = {"sum": 0.0, "min": math.inf, "max": -math.inf}  # kind -> what a key that does not count is
+FILL = {"sum": 0.0, "squares": 0.0, "min": math.inf, "max": -math.inf}  # kind -> what a key that does not count is
 _HELD = "_sparsify_sums"
 
 
@@ -39,9 +39,9 @@ class KeySums:
 
 
 def of_blocks(key: Tensor, kind: str, block: int, key_mask: Tensor | None = None) -> Tensor:
-    """float32 [B, G, ceil(K / block), D]: "sum", "min" or "max" of each channel of the keys [B, G, K, D] that count (key_mask bool [B, K]).
+    """float32 [B, G, ceil(K / block), D]: "sum", "squares", "min" or "max" of each channel of the keys [B, G, K, D] that count.
 
-    A block without a key that counts has 0, infinity or minus infinity. Keys of a cache without padding are looked at once.
+    key_mask bool [B, K]: the keys that count. A block without any has 0, infinity or minus infinity. Keys of a cache without padding are looked at once.
     """
     held: Any = getattr(key, _HELD, None)
     if held is None or key_mask is not None:
@@ -58,10 +58,10 @@ def same_keys(made: Tensor, key: Tensor) -> Tensor:
 
 
 def _reduced(key: Tensor, kind: str, block: int, key_mask: Tensor | None = None) -> Tensor:
-    wide = key.float()
+    wide = key.float().square() if kind == "squares" else key.float()
     if key_mask is not None:
         wide = wide.masked_fill(~key_mask[:, None, :, None], FILL[kind])
     missing = -key.shape[2] % block
     wide = pad(wide, (0, 0, 0, missing), value=FILL[kind]) if missing else wide
-    wide = wide.reshape(*wide.shape[:2], -1, block, wide.shape[3])
-    return wide.sum(3) if kind == "sum" else wide.amin(3) if kind == "min" else wide.amax(3)
+    wide = wide.reshape(*wide.shape[:2], wide.shape[2] // block, block, wide.shape[3])
+    return wide.sum(3) if kind in ("sum", "squares") else wide.amin(3) if kind == "min" else wide.amax(3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -42,8 +43,8 @@ def inputs() -> tuple[Tensor, ...]:
     return q[None], k[None], torch.randn(1, 2, 32, 3, dtype=torch.float32)
 
 
-def run(text: str, model: nn.Module, batch: tuple[Tensor, ...] | dict[str, Tensor]) -> Program:
-    return Pipeline.parse(text).run(capture(model, batch), Context(batches=[batch]))
+def run(text: str, model: nn.Module, batch: tuple[Tensor, ...] | dict[str, Tensor], dynamic: Any = None) -> Program:
+    return Pipeline.parse(text).run(capture(model, batch, dynamic), Context(batches=[batch]))
 
 
 def indexer_of(program: Program) -> Indexer:
@@ -101,7 +102,7 @@ def llama() -> nn.Module:
 def test_a_scorer_learns_its_channels() -> None:
     model, batch = llama(), {"input_ids": torch.randint(1, 96, (2, 24))}
     text = "select_blocks(always=(Windows(size=4),), scorer='channels(number=3)', selector='top_k(share=0.5)', block_q=4, block_k=4)"
-    program = run(text, model, batch)
+    program = run(text, model, batch, {"input_ids": {0: "batch", 1: "tokens"}})
     texts = list(program.attentions.values())
     assert len(texts) == 2
     assert texts[0] != texts[1]

@@ -79,7 +79,7 @@ def test_sums_of_keys_follow_what_the_cache_holds(action: str) -> None:
     cache = both()[0]
     for tokens in (5, 1, 30, 1, 400, 2, 9):
         key, _ = cache.update(*states(tokens), 0)
-        for kind, block in (("sum", 8), ("min", 4), ("max", 4), ("sum", 3)):
+        for kind, block in (("sum", 8), ("squares", 8), ("min", 4), ("max", 4), ("sum", 3)):
             assert hasattr(key, "_sparsify_sums")
             torch.testing.assert_close(of_blocks(key, kind, block), of_blocks(key.clone(), kind, block))
         ACTIONS[action](cache)

@@ -60,7 +60,7 @@ class ChooseBlocks(Pass):
             raise ParseError(f"quotas of {self.quotas} for {len(self.choices)} choices", where=self.name(), hint="one share each, which sum to 1")
         if self.share is not None and (self.quotas or not 0 < self.share <= 1):
             raise ParseError(f"a share of {self.share} of the blocks", where=self.name(), hint="above 0 and at most 1, and not beside quotas")
-        self._indexer([0])
+        self._indexer(list(range(len(self.choices))))
 
     def _indexer(self, chosen: list[int]) -> Indexer:
         """The indexer of one attention, from the number of each head's choice; the most frequent one is the indexer's own."""

@@ -6,7 +6,8 @@ the sum of exp(score) over a pair of blocks, up to a number of its own for each 
 of keys that do not count, and after the diagonal, a score may be anything: the indexer drops them. A NaN among what counts makes scores NaN, which
 are read.
 
-Where keys are summed up by blocks first (means, bounds), a cache of keys can keep these sums, as they do not depend on the query.
+Where keys are summed up by blocks first (means, bounds), engine's key_sums keeps that while a cache grows: a step of decoding then costs no look at
+every key.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.key_sums import of_blocks
 
 CHUNK = 1 << 24  # scores that are held at once
 
@@ -39,10 +41,10 @@ def sizes(length: int, block: int, mask: Tensor | None) -> Tensor:
     return in_blocks(ones[..., None], block).sum((-2, -1))
 
 
-def means(rows: Tensor, block: int, mask: Tensor | None) -> Tensor:
-    """float32 [B, G, blocks, D]: the mean of the rows that count, 0 where none does."""
+def means(rows: Tensor, block: int, mask: Tensor | None, kind: str = "sum") -> Tensor:
+    """float32 [B, G, blocks, D]: the mean of the rows that count, or of their "squares"; 0 where none does."""
     number = sizes(rows.shape[2], block, mask).to(rows.device)
-    return in_blocks(counted(rows, mask), block).sum(-2) / number[:, None, :, None].clamp(min=1)
+    return of_blocks(rows, kind, block, mask) / number[:, None, :, None].clamp(min=1)
 
 
 def query_mask(grid: Grid, key_mask: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ def gaussian(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, sc
     """scale * mean(q) · mean(k) + scale² / 2 * mean(q²) · var(k) + log(keys): exact where channels are independent and normal."""
     of_query = query_mask(grid, key_mask)
     center = means(key, grid.block_k, key_mask)
-    spread = (means(key.float().square(), grid.block_k, key_mask) - center.square()).clamp(min=0)
+    spread = (means(key, grid.block_k, key_mask, "squares") - center.square()).clamp(min=0)
     first = dots(means(query, grid.block_q, of_query), center)
     second = dots(means(query, grid.block_q, of_query).square(), spread)
     return first * scale + second * (scale * scale / 2) + log_keys(grid, key_mask).to(query.device)

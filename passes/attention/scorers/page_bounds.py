@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.key_sums import of_blocks
 from sparsify_compiler.passes.attention.scorers._blocks import dots, in_blocks, log_visible, means, query_mask, sizes
 
 
@@ -17,10 +18,8 @@ def page_bounds(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid,
     page   keys that have bounds of their own; a block is the next multiple (LServe's logical pages, arXiv:2502.14866, section 3.4.2)
     """
     page = math.gcd(max(page, 1), grid.block_k)
-    hidden = None if key_mask is None else ~key_mask[:, None, :, None]
-    low, high = (in_blocks(key.float() if hidden is None else key.float().masked_fill(hidden, fill), page, fill) for fill in (math.inf, -math.inf))
     number = sizes(grid.keys, page, key_mask)[:, None, :, None].to(query.device)
-    low, high = low.amin(-2).masked_fill(number == 0, 0), high.amax(-2).masked_fill(number == 0, 0)
+    low, high = (of_blocks(key, kind, page, key_mask).masked_fill(number == 0, 0) for kind in ("min", "max"))
     of_query = means(query, grid.block_q, query_mask(grid, key_mask)) * scale
     bound = dots(of_query.clamp(min=0), high) + dots(of_query.clamp(max=0), low) + number.log().squeeze(-1)[:, :, None]
     return torch.logsumexp(in_blocks(bound[..., None], grid.block_k // page, -math.inf).squeeze(-1), -1) + log_visible(grid).to(query.device)
