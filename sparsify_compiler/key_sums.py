@@ -41,7 +41,8 @@ class KeySums:
 def of_blocks(key: Tensor, kind: str, block: int, key_mask: Tensor | None = None) -> Tensor:
     """float32 [B, G, ceil(K / block), D]: "sum", "squares", "min" or "max" of each channel of the keys [B, G, K, D] that count.
 
-    key_mask bool [B, K]: the keys that count. A block without any has 0, infinity or minus infinity. Keys of a cache without padding are looked at once.
+    key_mask bool [B, K]: the keys that count. A block without any has 0, infinity or minus infinity. Keys of a cache that holds no padding are
+    looked at once.
     """
     held: Any = getattr(key, _HELD, None)
     if held is None or key_mask is not None:

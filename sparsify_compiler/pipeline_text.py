@@ -152,13 +152,15 @@ class Reader:
             return {self.value(k): self.value(v) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
         if isinstance(node, ast.Call):
             name, options, _ = self.call(node)
-            found = _indexer() if name == "Indexer" else catalog.find(VALUES, name)
+            found = named_value(name)
             return build(found, options, name) if isinstance(found, type) else ast.unparse(node)  # a function with options stays text
         raise self.wrong(node, "not a plain value", "numbers, text, tuples, lists, or a dataclass such as NM(n=2, m=4)")
 
 
-def _indexer() -> type:
-    """The one dataclass of the engine that is an option's value, though no file of the catalogue."""
+def named_value(name: str) -> Any:
+    """What an option's value may call by this name: a class of the catalogue, or a function of it, or Indexer. Raises UnknownNameError."""
+    if name != "Indexer":
+        return catalog.find(VALUES, name)
     from .indexer import Indexer
 
     return Indexer

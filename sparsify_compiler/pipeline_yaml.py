@@ -14,10 +14,9 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from . import catalog
 from .errors import ParseError
 from .passes_api import Pass
-from .pipeline_text import VALUES, build, build_step
+from .pipeline_text import build, build_step, named_value
 
 
 def to_yaml(passes: tuple[Pass, ...]) -> str:
@@ -77,7 +76,7 @@ def _load(text: str, where: str) -> Any:
         if not isinstance(node, yaml.MappingNode):
             raise ParseError(f"!{suffix} needs its options as a mapping", where=mark)
         options = {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
-        return build(catalog.find(VALUES, suffix), options, suffix, lambda option: f" at {mark}")
+        return build(named_value(suffix), options, suffix, lambda option: f" at {mark}")
 
     Loader.add_multi_constructor("!", construct)
     try:

@@ -67,8 +67,9 @@ class ChooseBlocks(Pass):
         heads = {i: tuple(head for head, choice in enumerate(chosen) if choice == i) for i in sorted(set(chosen))}
         own = max(heads, key=lambda i: (len(heads[i]), -i))
         others = {i: named for i, named in heads.items() if i != own}
-        return replace(self.choices[own], choices=tuple(self.choices[i] for i in others), heads=tuple(others.values()),
-                       dense_below=self.dense_below, dense_below_decoding=self.dense_below)
+        first: Indexer = self.choices[own]
+        return replace(first, choices=tuple(self.choices[i] for i in others), heads=tuple(others.values()), dense_below=self.dense_below,
+                       dense_below_decoding=self.dense_below)
 
     def run(self, program: Program, ctx: Context) -> Program:
         sites = attention_sites(program, ctx, self.targets, self.ignore)

@@ -68,7 +68,7 @@ def split_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Te
     return None, mask.expand(mask.shape[0], mask.shape[1], query.shape[2], keys), False
 
 
-_TRIANGLES = WeakIdKeyDictionary()  # masks that were looked at -> (their version, the answer): all layers of a model share one
+_TRIANGLES: Any = WeakIdKeyDictionary()  # masks that were looked at -> (their version, the answer): all layers of a model share one
 
 
 def _is_triangle(given: Tensor, mask: Tensor) -> bool:
