@@ -59,10 +59,14 @@ def multiply_add(total: int, a: int, b: int) -> None:
 
 def bfloat16_pairs(low: Any, high: Any) -> Any:
     """int32 words of two float32 each, rounded to nearest even bfloat16; denormals become 0, any NaN a quiet one."""
-    # LLVM gives 32 bfloat16; TVM, which has no such vectors here, may call them anything of 64 bytes as long as they are reinterpreted next.
-    halves = tirx.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512bf16.cvtne2ps2bf16.512", high, low)
-    bits = e.let(e.reinterpret("uint16", halves, 32))
+    bits = e.let(e.reinterpret("uint16", bfloat16_row(low, high), 32))
     return e.reinterpret("int32", e.shuffle(bits, bits, [half for i in range(16) for half in (i, 16 + i)]), 16)
+
+
+def bfloat16_row(first: Any, second: Any) -> Any:
+    """32 neighbours, rounded likewise, in 16 words of int32."""
+    # LLVM gives 32 bfloat16; TVM, which has no such vectors here, may call them anything of 64 bytes as long as they are reinterpreted next.
+    return tirx.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512bf16.cvtne2ps2bf16.512", second, first)
 
 
 def address(buffer: Any, *index: Any) -> Any:

@@ -50,12 +50,12 @@ def check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_ma
     expected, total = exact(query, key, value, layout, key_mask, scale)
     assert out.dtype is query.dtype
     assert out.transpose(1, 2).is_contiguous()
-    assert distance(out, expected) <= (2e-6 if out.dtype is torch.float32 else 4e-3)     # half a unit in the last place of bfloat16
-    torch.testing.assert_close(lse.double(), total, rtol=2e-6, atol=4e-6)
+    assert distance(out, expected) <= {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[out.dtype]    # shares and results are rounded
+    torch.testing.assert_close(lse.double(), total, rtol=2e-6, atol=1e-4 if out.dtype is torch.bfloat16 else 4e-6)
     assert not out[total == -math.inf].any()
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=50, derandomize=True, deadline=None)
 @given(st.data())
 def test_any_shape_and_choice_of_blocks(data: st.DataObject) -> None:
     draw = data.draw
@@ -70,8 +70,8 @@ def test_any_shape_and_choice_of_blocks(data: st.DataObject) -> None:
     key_mask = torch.rand(batch, keys, dtype=torch.float32) < 0.7 if draw(st.booleans()) else None
     scale = draw(st.sampled_from([None, 0.3, -0.2, 0.0]))
     check(query, key, value, layout, key_mask, scale)
-    if queries <= attend.FEW:
-        check(query.bfloat16(), key.bfloat16(), value.bfloat16(), layout, key_mask, scale)
+    dtype = draw(st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float16]))
+    check(query.to(dtype), key.to(dtype), value.to(dtype), layout, key_mask, scale)
 
 
 def window(q: Tensor, k: Tensor) -> Tensor:
@@ -94,6 +94,17 @@ def test_all_blocks_are_dense_attention(width: int) -> None:
     assert distance(out, expected) <= 2e-6
 
 
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_bfloat16_is_as_good_as_that_of_torch(width: int, causal: bool) -> None:
+    query, key, value = (tensor.bfloat16() for tensor in tensors(1, 4, 4, 700, 700, width))
+    layout = from_blocks(torch.ones(1, 1, 11, 11, dtype=torch.bool), 700, 700, 64, 64, causal)
+    expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=causal)
+    ours, theirs = ((out.double() - expected).square().mean().sqrt() for out in
+                    (layout.attend(query, key, value)[0], scaled_dot_product_attention(query, key, value, is_causal=causal)))
+    assert ours <= 1.05 * theirs
+
+
 def test_strided_tensors_are_read_as_they_lie() -> None:
     held = torch.randn(2, 90, 3, 6, 40, dtype=torch.float32)     # [batch, token, q k v, head, width], as one projection makes them
     query, key, value = (held[:, :, i].transpose(1, 2) for i in range(3))
@@ -104,18 +115,21 @@ def test_strided_tensors_are_read_as_they_lie() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("rows", [1, 48])
-def test_only_places_that_count_can_spoil_a_row(bad: float, rows: int) -> None:
-    query, key, value = tensors(1, 2, 2, rows, 48, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_places_that_count_can_spoil_a_row(bad: float, rows: int, dtype: torch.dtype) -> None:
+    query, key, value = (tensor.to(dtype) for tensor in tensors(1, 2, 2, rows, 48, 16))
     key[0, 0, 20], value[0, 1, 21], value[0, 0, 47] = bad, bad, bad
     key_mask = torch.ones(1, 48, dtype=torch.bool)
     key_mask[0, 47] = False
-    out, _ = from_blocks(torch.ones(1, 1, -(-rows // 16), 3, dtype=torch.bool), rows, 48, 16, 16, True).attend(query, key, value, key_mask)
+    out, lse = from_blocks(torch.ones(1, 1, -(-rows // 16), 3, dtype=torch.bool), rows, 48, 16, 16, True).attend(query, key, value, key_mask)
     spoilt = ~out.isfinite().all(-1)
     seen = torch.arange(48 - rows, 48)
     assert torch.equal(spoilt[0, 1], seen >= 21)
     assert not spoilt[0, 0][seen < 20].any()
     if math.isnan(bad):
         assert torch.equal(spoilt[0, 0], seen >= 20)
+        assert torch.equal(lse.isnan()[0, 0], seen >= 20)
+    assert not lse[0, 1].isnan().any()
 
 
 def test_large_scores_and_empty_rows() -> None:

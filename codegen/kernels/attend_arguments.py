@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
-from sparsify_compiler.codegen.kernels import finish
+from sparsify_compiler.codegen.kernels import finish, softmax
 
-LANES = 16
+LANES = softmax.LANES
 PARTS = Path(__file__).with_name("attend.ll").read_text() + finish.PARTS.read_text()
 
 
@@ -74,12 +75,12 @@ def arguments(dtype: str, *more: str) -> Any:
 
 
 @contextmanager
-def each_task(a: Any, counter: Any, total: Any) -> Iterator[Any]:
+def each_task(a: Any, counter: Any, total: Any, at: int = 0) -> Iterator[Any]:
     """`with each_task(...) as task:` the tasks 0 ... total - 1, each taken by whichever worker is free."""
     mine = e.stack(1, "int32")
 
     def take() -> None:
-        e.store(mine, tirx.call_extern("int32", "next_task", t.address(counter, 0)), 0)
+        e.store(mine, tirx.call_extern("int32", "next_task", t.address(counter, at)), 0)
 
     take()
     with e.builder.While(e.load(mine, 0) < total):
@@ -106,10 +107,11 @@ class Places:
         return scalar(self.bases[name] + e.cast("int64", number) * e.cast("int64", getattr(self.a, name).strides[2]))
 
     @contextmanager
-    def each(self, first: Any, end: Any, most: int, part: Any = 0, parts: Any = 1) -> Iterator[Any]:
+    def each(self, first: Any, end: Any, most: int, part: Any = 0, parts: Any = 1, whole_steps: int = 1) -> Iterator[Any]:
         """`with places.each(...) as keys:` runs of at most this many keys that the query rows first ... end - 1 read; or a part of the listed blocks.
 
-        first, count   of the keys;  whole: do all of their places count?;  tile: -1, or of the block;  column: of the first key in its tile
+        first, count   of the keys;  tile: -1, or of the block;  column: of the first key in its tile
+        whole          do all of their places count, and are they a multiple of `whole_steps`, a power of two?
         """
         a, at = self.a, (self.listed_batch, self.listed_head, self.block)
         seen = e.opaque(e.either(a.causal > 0, e.minimum(a.K, e.maximum(end + (a.K - a.Q), 0)), a.K))  # keys that the last row sees
@@ -128,7 +130,7 @@ class Places:
                 count = e.opaque(e.minimum(stop - begin, most))
                 number = e.let(e.load(tile, 0))
                 full = e.stack(1, "int32")
-                e.store(full, e.cast("int32", e.both(number < 0, begin + count <= all_see)), 0)
+                e.store(full, e.cast("int32", e.both(e.both(number < 0, begin + count <= all_see), tirx.EQ(count & (whole_steps - 1), 0))), 0)
                 with e.when(a.padded > 0), e.loop(count) as n:
                     e.store(full, e.load(full, 0) & e.cast("int32", e.load(a.key_mask, self.batch, begin + n)), 0)
                 yield SimpleNamespace(first=begin, count=count, tile=number, column=e.opaque(begin - start), whole=e.let(e.load(full, 0) > 0))
@@ -149,9 +151,13 @@ class Places:
             flags.set(flags.get() & e.broadcast(e.cast("int32", e.load(a.key_mask, self.batch, number)), lanes))
         return flags.get() > _every(0, lanes)
 
-    def store_lse(self, value: Any, row: Any, count: Any) -> None:
-        """The first `count` of 16 rows' log of the sum."""
-        e.builder.evaluate(tirx.call_extern("int32", "store_part", t.address(self.a.lse, self.batch, self.head, row), value, count))
+    def finish(self, top: Any, total: Any, row: Any, count: Any) -> Any:
+        """Store the log of the sum of the first `count` of 16 rows, of their largest scores and the totals of their shares; 1 / total, or 0."""
+        none = tirx.EQ(top, softmax.lanes(-math.inf))
+        found = e.let((top * e.broadcast(self.a.scale, LANES) + softmax.log2(total)) * softmax.lanes(math.log(2)))
+        to = t.address(self.a.lse, self.batch, self.head, row)
+        e.builder.evaluate(tirx.call_extern("int32", "store_part", to, e.let(tirx.Select(none, top, found)), count))
+        return e.let(tirx.Select(none, softmax.lanes(0.0), softmax.lanes(1.0) / total))
 
 
 def _every(value: int, lanes: int) -> Any:

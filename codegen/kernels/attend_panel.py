@@ -75,7 +75,7 @@ def _rows(how: AttendPanel, a: Any, room: Any, places: Places, first: Any, end: 
         e.store(room.sums, softmax.lanes(0.0), i * LANES, lanes=LANES)
     with places.each(first, end, KEYS) as keys:
         _scores(how, a, room, places, keys)
-        e.choose(keys.whole, lambda: None, lambda: _mask(how, a, room, places, keys, first))
+        e.choose(keys.whole, lambda: None, lambda: mask(how, a, room, places, keys, first))
         for whole in (True, False):
             with e.when(keys.whole if whole else tirx.Not(keys.whole)):
                 _shares(how, a, room, keys, whole)
@@ -141,10 +141,13 @@ def _scores(how: AttendPanel, a: Any, room: Any, places: Places, keys: Any) -> N
     _grouped(how, keys.count, group)
 
 
-def _mask(how: AttendPanel, a: Any, room: Any, places: Places, keys: Any, first: Any) -> None:
-    """Scores of places that do not count become minus infinity; the maximum is taken anew."""
+def mask(how: Any, a: Any, room: Any, places: Places, keys: Any, first: Any, until: Any = None) -> None:
+    """Scores of places that do not count become minus infinity, those of all keys up to `until` among them; the maximum is taken anew."""
     with e.loop(how.vectors) as v:
         e.store(room.fade, e.load(room.top, v * LANES, lanes=LANES), v * LANES, lanes=LANES)
+    if until is not None:
+        with e.loop(until * how.vectors, start=keys.count * how.vectors) as i:
+            e.store(room.scores, softmax.lanes(-math.inf), i * LANES, lanes=LANES)
     with e.loop(keys.count) as n, e.loop(how.vectors) as v:
         at = e.let(n * how.rows + v * LANES)
         allowed = places.allowed(keys, n, e.opaque(first + v * LANES))
@@ -199,11 +202,7 @@ def _write(how: AttendPanel, a: Any, room: Any, places: Places, first: Any, end:
     """out [row][column] = sums / total, and lse."""
     with e.loop(how.vectors) as v:
         row = e.opaque(first + v * LANES)
-        total, top = (e.let(e.load(held, v * LANES, lanes=LANES)) for held in (room.total, room.top))
-        none = tirx.EQ(top, softmax.lanes(-math.inf))
-        part = e.let(tirx.Select(none, softmax.lanes(0.0), softmax.lanes(1.0) / total))
-        sum_of_all = e.let(top * e.broadcast(a.scale, LANES) + softmax.log2(total))
-        places.store_lse(e.let(tirx.Select(none, top, sum_of_all * softmax.lanes(math.log(2)))), row, e.opaque(end - row))
+        part = places.finish(*(e.let(e.load(held, v * LANES, lanes=LANES)) for held in (room.top, room.total)), row, e.opaque(end - row))
         starts = [places.at("out", e.minimum(row + i, end - 1)) for i in range(LANES)]
         with e.loop(tirx.truncdiv(a.E + (LANES - 1), LANES)) as chunk:
             column = e.opaque(chunk * LANES)
