@@ -67,7 +67,8 @@ def test_all_blocks_are_dense_attention(dtype: torch.dtype, causal: bool) -> Non
     layout = from_blocks(torch.ones(1, 1, 5, 10, dtype=torch.bool), 37, 37, 8, 4, causal)
     out, lse = layout.attend(query, key, value)
     expected = scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
-    torch.testing.assert_close(out, expected)
+    rough = {"rtol": 1.6e-2, "atol": 8e-3} if dtype is torch.bfloat16 else {}   # the kernel rounds shares to bfloat16, as torch does where it can
+    torch.testing.assert_close(out, expected, **rough)
     assert out.dtype is dtype
     assert lse.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     assert layout.density() == 1
