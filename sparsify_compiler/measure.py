@@ -37,6 +37,8 @@ def interleave(forms: Mapping[str, Callable[[], object]], *, rounds: int = 15, w
         times = _rounds(forms, rounds, at_most)
         yardstick = next(iter(times.values()))
         half = len(yardstick) // 2
+        if not half:
+            break
         first, second = statistics.median(yardstick[:half]), statistics.median(yardstick[half:])
         if abs(first - second) <= steady * min(first, second):
             break

@@ -16,6 +16,7 @@ from sparsify_compiler.codegen import runtime
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.errors import ModelError, SelectorError
 from sparsify_compiler.indexer import Indexer
+from sparsify_compiler.library_attention import find_library_attentions
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.ops import attend
 from sparsify_compiler.passes.lower import _attention
@@ -241,3 +242,31 @@ def test_a_mask_that_is_a_triangle_is_causal() -> None:
     assert key_mask is None
     assert not causal
     assert bias is not None
+
+
+class Biased(Encoder):
+    """Attention with relative positions, as MPNet has it."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        apart = (torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs().to(x.dtype)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=-apart[None, None]).transpose(1, 2).flatten(2)
+
+
+def test_what_is_added_to_the_scores_stays_and_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x, mask = Biased().eval(), torch.randn(1, 21, 16), torch.ones(1, 21, dtype=torch.long)
+    dense = rewritten(model, DENSE, (x, mask))
+    torch.testing.assert_close(dense(x, mask), model(x, mask), rtol=1e-5, atol=1e-5)
+    seen = []
+    monkeypatch.setattr(_attention, "PROMPTS", (32,))
+    monkeypatch.setattr(_attention, "CACHES", (32,))
+    monkeypatch.setattr(attend, "by_indexer", lambda indexer, q, k, v, given, **rest: seen.append(given) or q)
+    Pipeline.parse(f"{SPARSE} | pack() | lower(rounds=1)").run(capture(model, (x, mask)), Context(target=host(), kernels=runtime))
+    assert {tuple(given.shape) for given in seen} == {(1, 1, 32, 32), (1, 1, 1, 32)}
+
+
+def test_relative_positions_of_a_library_are_refused() -> None:
+    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    found = find_library_attentions(transformers.T5EncoderModel(config))
+    assert all(why is not None and "bias" in why for why in found.values())

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.indexer import Indexer
+from sparsify_compiler.key_sums import KeySums
 from sparsify_compiler.measure import Timing, interleave
 from sparsify_compiler.normal_form_edit import insert
 from sparsify_compiler.ops import attend
@@ -33,6 +34,7 @@ class _Kind:
     width: int
     dtype: torch.dtype
     causal: bool
+    biased: bool  # something is added to its scores
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ def _in_graphs(program: Program) -> list[_Place]:
         if node.target is attend.op:
             query, key = (node.kwargs[name].meta["val"] for name in ("query", "key"))  # type: ignore[union-attr]
             indexer = Indexer.parse(str(node.kwargs["indexer"]))
-            kind = _Kind(indexer, int(query.shape[1]), int(key.shape[1]), int(query.shape[3]), query.dtype, bool(node.kwargs.get("is_causal", False)))
+            mask: Any = node.kwargs.get("attn_mask")
+            biased = mask is not None and mask.meta["val"].is_floating_point()
+            causal = bool(node.kwargs.get("is_causal", False))
+            kind = _Kind(indexer, int(query.shape[1]), int(key.shape[1]), int(query.shape[3]), query.dtype, causal, biased)
             places.append(_Place(str(node.meta.get("site", node.name)), kind, partial(_write, node), partial(_make_dense, region, node)))
     return places
 
@@ -99,7 +104,7 @@ def _in_python(program: Program) -> list[_Place]:
         groups = int(getattr(config, "num_key_value_heads", None) or heads)
         width = int(getattr(module, "head_dim", None) or config.hidden_size // heads)
         dtype = next((t.dtype for region in program.regions.values() for t in region.module.parameters() if t.is_floating_point()), torch.float32)
-        kind = _Kind(Indexer.parse(text), heads, groups, width, dtype, bool(getattr(module, "is_causal", True)))
+        kind = _Kind(Indexer.parse(text), heads, groups, width, dtype, bool(getattr(module, "is_causal", True)), False)
         places.append(_Place(path, kind, partial(program.attentions.__setitem__, path), partial(program.attentions.__delitem__, path)))
     return places
 
@@ -151,9 +156,12 @@ def _limit(times: dict[int, dict[str, Timing]], margin: float) -> int:
 
 
 def _times(kind: _Kind, queries: int, keys: int, rounds: int) -> dict[str, Timing]:
-    given = _tensors(kind, queries, keys)
-    forms = {"dense": lambda: attend.dense(*given, is_causal=kind.causal),
-             "blocks": lambda: attend.by_indexer(kind.indexer, *given, is_causal=kind.causal)}
+    query, key, value = _tensors(kind, queries, keys)
+    mask = torch.zeros(1, 1, queries, keys, dtype=kind.dtype) if kind.biased else None
+    if queries == 1:
+        key = KeySums().give(key)  # a cache keeps them
+    forms = {"dense": lambda: attend.dense(query, key, value, mask, is_causal=kind.causal),
+             "blocks": lambda: attend.by_indexer(kind.indexer, query, key, value, mask, is_causal=kind.causal)}
     return interleave(forms, rounds=rounds, warmup=1, at_most=0.5, repeats=1)
 
 
