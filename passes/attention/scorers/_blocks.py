@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from sparsify_compiler.block_pattern import Grid
 from sparsify_compiler.key_sums import of_blocks
 
-CHUNK = 1 << 24  # scores that are held at once
+CHUNK = 1 << 20  # scores that are held at once: they stay in a cache
 
 
 def in_blocks(rows: Tensor, block: int, fill: float = 0.0) -> Tensor:
@@ -94,13 +94,18 @@ def row_positions(grid: Grid, rows: Tensor) -> Tensor:
 def row_shares(query: Tensor, rows: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> Tensor:
     """Exact shares of attention of some rows of the queries: query [B, H, R, D], rows int [R] their numbers -> [B, H, R, K].
 
-    0 for rows that see nothing. key is what counted() gives.
+    0 for rows that see nothing. key is what counted() gives, or as much of its beginning as the rows see.
     """
-    scores = dots(query.float(), key) * scale
-    hidden = torch.zeros(1, 1, 1, grid.keys, dtype=torch.bool, device=key.device) if key_mask is None else ~key_mask[:, None, None]
+    scores, keys = dots(query.float() * scale, key), key.shape[2]
+    hidden = None if key_mask is None else ~key_mask[:, None, None, :keys]
     if grid.causal:
-        hidden = hidden | (torch.arange(grid.keys, device=key.device) > row_positions(grid, rows.to(key.device))[:, None])
-    return torch.softmax(scores.masked_fill(hidden, -math.inf), -1).masked_fill(hidden, 0)
+        after = torch.arange(keys, device=key.device) > row_positions(grid, rows.to(key.device))[:, None]
+        hidden = after if hidden is None else hidden | after
+    if hidden is None:
+        return torch.softmax(scores, -1)
+    shares = torch.softmax(scores.masked_fill_(hidden, -math.inf), -1)
+    blind = hidden.all(-1, keepdim=True)
+    return shares.masked_fill_(blind, 0) if bool(blind.any()) else shares
 
 
 def log_mean(shares: Tensor, which: Tensor, blocks: int) -> Tensor:

@@ -24,16 +24,17 @@ def antidiagonal(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid
     empty = in_blocks(sizes(grid.keys, stride, key_mask)[..., None], columns).flatten(1) == 0
     row = torch.arange(q.shape[2] * rows) * stride
     hidden = empty[:, None, None].to(query.device)
-    found = query.new_empty((*query.shape[:2], q.shape[2], k.shape[2] // columns), dtype=torch.float32)
+    found = query.new_full((*query.shape[:2], q.shape[2], k.shape[2] // columns), -math.inf, dtype=torch.float32)
     each = max(1, CHUNK // max(query.shape[0] * query.shape[1] * rows * k.shape[2], 1))
     for first in range(0, q.shape[2], each):
         part, of_rows = q[:, :, first:first + each].flatten(2, 3), row[first * rows:(first + each) * rows]
-        after = hidden
+        after, seen = hidden, k.shape[2]
         if grid.causal:
             end = (of_rows + stride).clamp(max=grid.queries) + (grid.keys - grid.queries)
+            seen = min(max(-(-int(end.max()) // grid.block_k) * columns, 0), k.shape[2])
             after = hidden | (torch.arange(k.shape[2]) * stride >= end[:, None]).to(query.device)
-        after = after | (of_rows >= grid.queries).to(query.device)[:, None]
-        scores = (dots(part, k) * (scale / stride)).masked_fill(after, -math.inf)
-        shares = torch.softmax(scores, -1).masked_fill(after, 0)
-        found[:, :, first:first + each] = in_blocks(in_blocks(shares[..., None], columns).sum((-2, -1)), rows).mean(3).log()
+        after = (after | (of_rows >= grid.queries).to(query.device)[:, None])[..., :seen]
+        scores = dots(part * (scale / stride), k[:, :, :seen]).masked_fill_(after, -math.inf)
+        shares = torch.softmax(scores, -1).masked_fill_(after, 0)
+        found[:, :, first:first + each, :seen // columns] = in_blocks(in_blocks(shares[..., None], columns).sum((-2, -1)), rows).mean(3).log()
     return found

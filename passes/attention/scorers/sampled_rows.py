@@ -17,14 +17,15 @@ def sampled_rows(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid
     count, keys = -(-grid.queries // grid.block_q), counted(key, key_mask)
     blocks = -(-grid.keys // grid.block_k)
     step = max(grid.block_q // rows, 1) if rows else 1
-    found = query.new_empty((*query.shape[:2], count, blocks), dtype=torch.float32)
+    found = query.new_full((*query.shape[:2], count, blocks), -torch.inf, dtype=torch.float32)
     each = max(1, CHUNK // max(query.shape[0] * query.shape[1] * (grid.block_q // step) * grid.keys, 1))
     for first in range(0, count, each):
         last = min(first + each, count)
         taken, which = _rows(grid, first, last, step)
-        shares = row_shares(query[:, :, taken], taken, keys, key_mask, grid, scale)
+        seen = max(min(last * grid.block_q, grid.queries) + grid.keys - grid.queries, 0) if grid.causal else grid.keys
+        shares = row_shares(query[:, :, taken], taken, keys[:, :, :seen], key_mask, grid, scale)
         of_blocks = in_blocks(shares[..., None], grid.block_k).sum((-2, -1))
-        found[:, :, first:last] = log_mean(of_blocks, which.to(query.device), last - first)
+        found[:, :, first:last, :of_blocks.shape[-1]] = log_mean(of_blocks, which.to(query.device), last - first)
     return found
 
 
