@@ -190,8 +190,8 @@ def test_runs_under_torch_compile_and_export() -> None:
 
 @pytest.mark.parametrize(("wins", "below"), [((), _attention.NEVER), ((512,), 512), ((256, 512), 0), ((256,), _attention.NEVER)])
 def test_lowering_measures_from_which_length_on_blocks_pay(monkeypatch: pytest.MonkeyPatch, wins: tuple[int, ...], below: int) -> None:
-    def times(kind: Any, queries: int, keys: int, rounds: int) -> dict[str, Timing]:
-        return {"dense": Timing(1.0, 1.0, 1.0), "blocks": Timing(*(3 * (0.5 if keys in wins else 2.0,)))}
+    def times(kind: Any, tensors: tuple[Tensor, ...], rounds: int) -> dict[str, Timing]:
+        return {"dense": Timing(1.0, 1.0, 1.0), "blocks": Timing(*(3 * (0.5 if tensors[1].shape[2] in wins else 2.0,)))}
 
     monkeypatch.setattr(_attention, "PROMPTS", (256, 512))
     monkeypatch.setattr(_attention, "CACHES", (256, 512))
@@ -211,6 +211,32 @@ def test_lowering_measures_from_which_length_on_blocks_pay(monkeypatch: pytest.M
         with torch.no_grad():  # 20 tokens are fewer than 512: as dense
             same = torch.allclose(CompiledModel(program)(**prompt).logits, model(**prompt).logits, atol=1e-5)
         assert same == (below == 512)
+
+
+@pytest.mark.parametrize("kind", ["eager", "graph"])
+def test_what_an_indexer_finds_is_measured_on_the_models_own_keys(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    measured: list[tuple[Tensor, ...]] = []
+
+    def times(kind: Any, tensors: tuple[Tensor, ...], rounds: int) -> dict[str, Timing]:
+        measured.append(tensors)
+        return {"dense": Timing(2.0, 2.0, 2.0), "blocks": Timing(1.0, 1.0, 1.0)}
+
+    monkeypatch.setattr(_attention, "_times", times)
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 21, 16), torch.ones(2, 21, dtype=torch.long)
+    model, batch = (llama(), {"input_ids": torch.randint(1, 96, (1, 21))}) if kind == "eager" else (Encoder().eval(), (x, mask))
+    dynamic = "select_blocks(always=(), scorer=pooled, selector='top_k(share=0.5)', block_q=4, block_k=4)"
+    ctx = Context(target=host(), kernels=runtime, batches=[batch])
+    program = Pipeline.parse(f"{dynamic} | pack() | lower(rounds=1)").run(capture(model, batch), ctx)
+    for query, key, value in measured:
+        tokens = key.shape[2]
+        assert torch.equal(key[:, :, :tokens - 21], key[:, :, 21:])
+        assert torch.equal(value[:, :, :tokens - 21], value[:, :, 21:])
+        assert query.shape[2] in (1, tokens)
+    if kind == "graph":
+        expected = model.get_submodule("v")(x)[:1].unflatten(-1, (2, 8)).transpose(1, 2)
+        torch.testing.assert_close(measured[0][2][:, :, -21:], expected)
+    assert next(iter(program.decisions.values())).density == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_graph_becomes_what_it_was_where_blocks_never_pay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""Attentions that choose their blocks: from how many tokens on that is faster than dense attention, measured."""
+"""Attentions that choose their blocks: from how many tokens on that is faster than dense attention, measured.
+
+How many blocks an indexer finds depends on queries and keys: they are those of the model's own calibration batch, stretched to the lengths.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsify_compiler.attention_taps import with_taps
+from sparsify_compiler.calibrate_run import call_on
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.key_sums import KeySums
@@ -17,11 +22,12 @@ from sparsify_compiler.measure import Timing, interleave
 from sparsify_compiler.normal_form_edit import insert
 from sparsify_compiler.ops import attend
 from sparsify_compiler.passes_api import Context
-from sparsify_compiler.program import Program, Region
+from sparsify_compiler.program import Program, Region, Site
 
 PROMPTS = (256, 512, 1024, 2048, 4096)  # tokens of a prompt that is read at once
 CACHES = (256, 1024, 4096, 16384)  # tokens before the one that is said
 NEVER = 1 << 30  # tokens below which an attention stays dense that is slower by blocks at every length
+Given = tuple[Tensor, Tensor, Tensor]  # query, key, value
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class _Place:
     """One attention of the Program; how to write its indexer back, and how to make it what it was, without one."""
 
     site: str
+    tap: Site
     kind: _Kind
     write: Callable[[str], None]
     make_dense: Callable[[], None]
@@ -53,10 +60,11 @@ def lower(program: Program, ctx: Context, rounds: int, margin: float) -> None:
     for place in [*_in_graphs(program), *_in_python(program)]:
         if place.kind.indexer.dense_below is None:
             found.setdefault(place.kind, []).append(place)
+    seen = _seen(program, ctx, {kind: places[0].tap for kind, places in found.items() if kind.indexer.scorer or kind.indexer.choices})
     for done, (kind, places) in enumerate(found.items()):
         if not ctx.spend():
             break
-        measured = _measured(kind, rounds, margin)
+        measured = _measured(kind, seen.get(kind), rounds, margin)
         for place in places:
             if measured.never:
                 place.make_dense()
@@ -65,6 +73,22 @@ def lower(program: Program, ctx: Context, rounds: int, margin: float) -> None:
             if place.site in program.decisions:
                 measured.note(program.decisions[place.site])
         ctx.progress("lower attention", done + 1, len(found))
+
+
+def _seen(program: Program, ctx: Context, taps: dict[_Kind, Site]) -> dict[_Kind, Given]:
+    """Queries, keys and values of the first call of these attentions, on a calibration batch or the example inputs."""
+    batch = ctx.batches[0] if ctx.batches else ctx.example_inputs
+    found: dict[str, Given] = {}
+    if batch is None or not taps:
+        return {}
+
+    def watch(path: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+        found.setdefault(path, (query[:1].detach(), key[:1].detach(), value[:1].detach()))
+        return attend.dense(query, key, value, mask, is_causal=causal, scale=scale)
+
+    with torch.no_grad():
+        call_on(with_taps(program, taps.values(), watch), batch, 0)
+    return {kind: found[site.path] for kind, site in taps.items() if site.path in found and found[site.path][0].shape[2]}
 
 
 def _in_graphs(program: Program) -> list[_Place]:
@@ -77,7 +101,9 @@ def _in_graphs(program: Program) -> list[_Place]:
             biased = mask is not None and mask.meta["val"].is_floating_point()
             causal = bool(node.kwargs.get("is_causal", False))
             kind = _Kind(indexer, int(query.shape[1]), int(key.shape[1]), int(query.shape[3]), query.dtype, causal, biased)
-            places.append(_Place(str(node.meta.get("site", node.name)), kind, partial(_write, node), partial(_make_dense, region, node)))
+            site = str(node.meta.get("site", node.name))
+            tap = Site("attention", f"{region.path}/{node.name}", region.path, {"attention": node.name})
+            places.append(_Place(site, tap, kind, partial(_write, node), partial(_make_dense, region, node)))
     return places
 
 
@@ -105,7 +131,8 @@ def _in_python(program: Program) -> list[_Place]:
         width = int(getattr(module, "head_dim", None) or config.hidden_size // heads)
         dtype = next((t.dtype for region in program.regions.values() for t in region.module.parameters() if t.is_floating_point()), torch.float32)
         kind = _Kind(Indexer.parse(text), heads, groups, width, dtype, bool(getattr(module, "is_causal", True)), False)
-        places.append(_Place(path, kind, partial(program.attentions.__setitem__, path), partial(program.attentions.__delitem__, path)))
+        tap = Site("attention", path, "", {}, {"eager": True})
+        places.append(_Place(path, tap, kind, partial(program.attentions.__setitem__, path), partial(program.attentions.__delitem__, path)))
     return places
 
 
@@ -136,11 +163,11 @@ def _from(limit: int) -> str:
     return "never, slower than dense at every length" if limit == NEVER else f"from {limit} tokens on" if limit else "always"
 
 
-def _measured(kind: _Kind, rounds: int, margin: float) -> _Measured:
-    prompts = {tokens: _times(kind, tokens, tokens, rounds) for tokens in PROMPTS}
-    caches = {tokens: _times(kind, 1, tokens, rounds) for tokens in CACHES}
+def _measured(kind: _Kind, seen: Given | None, rounds: int, margin: float) -> _Measured:
+    prompts = {tokens: _times(kind, _tensors(kind, seen, tokens, tokens), rounds) for tokens in PROMPTS}
+    caches = {tokens: _times(kind, _tensors(kind, seen, 1, tokens), rounds) for tokens in CACHES}
     indexer = replace(kind.indexer, dense_below=_limit(prompts, margin), dense_below_decoding=_limit(caches, margin))
-    query, key, _ = _tensors(kind, PROMPTS[-1], PROMPTS[-1])
+    query, key, _ = _tensors(kind, seen, PROMPTS[-1], PROMPTS[-1])
     density = kind.indexer.layout(query, key, kind.causal, kind.width**-0.5).density()
     return _Measured(indexer, PROMPTS[-1], prompts[PROMPTS[-1]], density)
 
@@ -155,8 +182,9 @@ def _limit(times: dict[int, dict[str, Timing]], margin: float) -> int:
     return 0 if limit == next(iter(times)) else limit
 
 
-def _times(kind: _Kind, queries: int, keys: int, rounds: int) -> dict[str, Timing]:
-    query, key, value = _tensors(kind, queries, keys)
+def _times(kind: _Kind, given: Given, rounds: int) -> dict[str, Timing]:
+    query, key, value = given
+    queries, keys = query.shape[2], key.shape[2]
     mask = torch.zeros(1, 1, queries, keys, dtype=kind.dtype) if kind.biased else None
     if queries == 1:
         key = KeySums().give(key)  # a cache keeps them
@@ -165,9 +193,18 @@ def _times(kind: _Kind, queries: int, keys: int, rounds: int) -> dict[str, Timin
     return interleave(forms, rounds=rounds, warmup=1, at_most=0.5, repeats=1)
 
 
-def _tensors(kind: _Kind, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value as projections leave them: the heads of a token beside each other."""
+def _tensors(kind: _Kind, seen: Given | None, queries: int, keys: int) -> Given:
+    """Query, key and value as projections leave them: the heads of a token beside each other. What was seen is repeated; else they are random."""
+    if seen is not None:
+        query, key, value = (_stretched(tensor, tokens) for tensor, tokens in zip(seen, (queries, keys, keys), strict=True))
+        return query, key, value
     generator = torch.Generator().manual_seed(0)
     made = [torch.randn(1, tokens, heads, kind.width, generator=generator, dtype=torch.float32).to(kind.dtype).transpose(1, 2)
             for tokens, heads in ((queries, kind.heads), (keys, kind.groups), (keys, kind.groups))]
     return made[0], made[1], made[2]
+
+
+def _stretched(tensor: Tensor, tokens: int) -> Tensor:
+    """The last tokens of a tensor [1, heads, T, width] that is repeated until it has as many."""
+    again = tensor.repeat(1, 1, -(-tokens // tensor.shape[2]), 1)[:, :, -tokens:]
+    return again.transpose(1, 2).contiguous().transpose(1, 2)
