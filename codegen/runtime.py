@@ -18,13 +18,26 @@ from torch import Tensor
 
 from sparsify_compiler.codegen import pixels, planes
 from sparsify_compiler.codegen.half import HalfKernel, widened
-from sparsify_compiler.codegen.kernels import amx, conv2d, gather, gather_ffn, lanes, linear, mkl, repeated, slices, streams, strips
+from sparsify_compiler.codegen.kernels import (
+    amx,
+    conv2d,
+    gather,
+    gather_ffn,
+    gather_inputs_ffn,
+    lanes,
+    linear,
+    mkl,
+    repeated,
+    slices,
+    streams,
+    strips,
+)
 from sparsify_compiler.errors import KernelError, UnknownNameError, nearest
 from sparsify_compiler.target import Target
 
 # Most promising first.
 FAMILIES = {family.NAME: family for family in (linear, mkl, conv2d, repeated, planes, pixels, amx, streams, slices, strips, lanes, gather,
-                                               gather_ffn)}
+                                               gather_ffn, gather_inputs_ffn)}
 
 Layouts = dict[str, list[Any]]  # one weight laid out, by family
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .call_check import literal_check
 from .call_signature import spelled
 from .errors import InputError, nearest
 from .executor import live_function
@@ -169,13 +170,14 @@ class CapturedModule(nn.Module):
         tapped = any(node.op == "call_module" for node in region.graph.nodes)  # calibration looks into a copy of the graph
         self._live = None if self._kernels is not None or tapped else live_function(region)
         self._spec, self._single = region.spec, region.spec.out_spec.is_leaf()
-        self._flatten = Flattener(region.spec, _device(graph))
+        self._flatten, self._fits = Flattener(region.spec, _device(graph)), literal_check(region.spec, _device(graph))
         self.training = False
         self.__class__ = spelled(type(self), region.spec)  # so that it can be captured, exported and bound like the model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises InputError where the call does not fit what was captured."""
-        inputs = self._flatten(args, kwargs)
+        checked = torch.compiler.is_compiling() and self._fits is not None and self._fits(args, kwargs)
+        inputs = args if checked else self._flatten(args, kwargs)
         flat = self._kernels(*inputs) if self._kernels is not None else self._run(inputs)
         return flat[0] if self._single else unflatten_result(self._spec, flat)
 

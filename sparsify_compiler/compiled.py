@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .call import instantiate
 from .errors import ModelError
-from .executor import flat_function
+from .executor import flat_function, traced_function
 from .opaque import make_opaque
 from .program import Program
 
@@ -45,7 +45,7 @@ class CompiledModel(nn.Module):
         for path, region in fast.regions.items():
             flat = flat_function(region)
             make_opaque(region)
-            region.module.forward = _either(self.program.regions[path].module.forward, region.module.forward, flat)
+            region.module.forward = _either(self.program.regions[path].module.forward, traced_function(region), region.module, flat)
         self.model = instantiate(fast)
         # Without hooks on the inner module its __call__ adds nothing but time.
         self.__dict__["_run"] = self.model if self.program.skeleton is not None else self.model.forward
@@ -110,13 +110,13 @@ class CompiledModel(nn.Module):
             return getattr(model, name)
 
 
-def _either(portable: Callable[..., Any], traced: Callable[..., Any], flat: Callable[..., Any]) -> Callable[..., Any]:
+def _either(portable: Callable[..., Any], traced: Callable[..., Any], module: nn.Module, flat: Callable[..., Any]) -> Callable[..., Any]:
     """Our flat function; for whoever traces us a graph: the plain one for torch.export, one that calls kernels through an op for torch.compile."""
 
     def forward(*inputs: Any) -> Any:
         if not torch.compiler.is_compiling():
             return flat(*inputs)
-        return portable(*inputs) if torch.compiler.is_exporting() else traced(*inputs)
+        return portable(*inputs) if torch.compiler.is_exporting() else traced(module, *inputs)
 
     return forward
 

@@ -7,7 +7,7 @@ model that is a tenth of the time.
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,11 @@ def live_function(region: Region) -> Callable[..., Any]:
     return _function(_LiveWriter(region))
 
 
+def traced_function(region: Region) -> Callable[..., Any]:
+    """The same for who traces it: operators by their registered names, and of the module nothing is looked at but the tensors that are read."""
+    return _function(_LiveWriter(region, {}))
+
+
 def _function(writer: _Writer) -> Callable[..., Any]:
     region = writer.region
     lines = [line for node in region.graph.nodes for line in writer.statement(node)]
@@ -53,8 +58,8 @@ def _function(writer: _Writer) -> Callable[..., Any]:
 class _Writer:
     """Turns nodes into statements and collects what they refer to."""
 
-    def __init__(self, region: Region) -> None:
-        self.region, self.module = region, region.module
+    def __init__(self, region: Region, direct: Mapping[Any, Callable[..., Any]] = DIRECT) -> None:
+        self.region, self.module, self._direct = region, region.module, direct
         self.globals: dict[str, Any] = {}
         self.inputs: list[str] = []
         self.opening: list[str] = []  # statements before all others
@@ -98,7 +103,7 @@ class _Writer:
                     break
                 positional.append(named.pop(argument.name))
         parts = [self._value(value) for value in positional] + [f"{key}={self._value(value)}" for key, value in named.items()]
-        return f"{self._constant(DIRECT.get(node.target, node.target))}({', '.join(parts)})"
+        return f"{self._constant(self._direct.get(node.target, node.target))}({', '.join(parts)})"
 
     def _value(self, value: Any) -> str:
         if isinstance(value, fx.Node):
@@ -121,8 +126,8 @@ class _Writer:
 class _LiveWriter(_Writer):
     """Reads every tensor out of the module that is the function's first argument: one lookup a tensor, and two a module that owns some."""
 
-    def __init__(self, region: Region) -> None:
-        super().__init__(region)
+    def __init__(self, region: Region, direct: Mapping[Any, Callable[..., Any]] = DIRECT) -> None:
+        super().__init__(region, direct)
         self.inputs.append("module")
         self._kernels, self._skipped = {}, set()
         self._dying = _last_uses([(node, node.all_input_nodes) for node in region.graph.nodes])

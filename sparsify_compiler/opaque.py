@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, fx
@@ -33,13 +33,13 @@ class Opaque(Protocol):
     def __call__(self, *inputs: Tensor) -> Tensor: ...
 
 
-_kernels: WeakValueDictionary[int, Opaque] = WeakValueDictionary()
+_kernels: dict[int, ref[Opaque]] = {}
 _numbers: WeakKeyDictionary[Opaque, int] = WeakKeyDictionary()
 _next = itertools.count()
 
 
 def make_opaque(region: Region) -> None:
-    """Every opaque kernel of the region's graph becomes a call of the op."""
+    """Every opaque kernel of the region's graph becomes a call of the op; the tensors that only kernels read leave the graph."""
     found, skipped = kernel_calls(region.graph)
     made: dict[fx.Node, fx.Node] = {}
     for node, (kernel, inputs) in found.items():
@@ -51,21 +51,20 @@ def make_opaque(region: Region) -> None:
         node.replace_all_uses_with(called)
         region.graph.erase_node(node)
     for node in reversed(region.graph.nodes):
-        if node in skipped and not node.users:
+        if not node.users and (node in skipped or node.op == "get_attr"):
             region.graph.erase_node(node)
-    if made:
-        region.module.recompile()
 
 
 def _number(kernel: Opaque) -> int:
     if kernel not in _numbers:
         _numbers[kernel] = number = next(_next)
-        _kernels[number] = kernel
+        _kernels[number] = ref(kernel, lambda gone: _kernels.pop(number, None))
     return _numbers[kernel]
 
 
 def _kernel(number: int, signature: str) -> Opaque:
-    kernel = _kernels.get(number)
+    found = _kernels.get(number)
+    kernel = None if found is None else found()
     if kernel is None or kernel.signature != signature:
         raise ModelError("a graph of torch.compile calls a kernel that is gone", where=signature,
                          hint="keep the compiled model for as long as what torch.compile made of it")

@@ -15,11 +15,10 @@ from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
-from sparsify_compiler.codegen.kernels import gather_rows
 from sparsify_compiler.codegen.kernels.finish import Finish
-from sparsify_compiler.codegen.kernels.gather_rows import LANES, PARTS
+from sparsify_compiler.codegen.kernels.gather_rows import LANES, PARTS, Chosen, Sums, weight_argument
 from sparsify_compiler.codegen.kernels.products import TOGETHER as NEURONS
-from sparsify_compiler.codegen.kernels.products import copy_inputs, products, step_of
+from sparsify_compiler.codegen.kernels.products import copy_inputs, products
 from sparsify_compiler.ops import select_ffn
 
 GROUPS = 4       # of them in a task
@@ -39,18 +38,13 @@ class FfnRows:
     def compute(self) -> Any:
         """The PrimFunc f(x [1, K], limit [1], scale [H], gate [H, K], up [H, K], gate_bias [H], up_bias [H], weight [H, W], bias [W], y [1, N]).
 
-        H a multiple of 16, K of `step`. Weights of bfloat16 come as int32 words of two; bias as in GatherRows.
+        H a multiple of 16, K of 16 (32 for bfloat16). Weights of bfloat16 come as int32 words of two; bias as in GatherRows.
         """
         return e.function("main", lambda: _body(self))
 
-    @property
-    def step(self) -> int:
-        """Weights of one load."""
-        return step_of(self.dtype)
-
 
 class _Arguments:
-    """The parameters, under the names that gather_rows gives them where it has them, and what is written on the way."""
+    """The parameters, and what is written on the way."""
 
     def __init__(self, how: FfnRows) -> None:
         self.M, self.N, self.K, self.H, self.W = (e.int32() for _ in range(5))
@@ -60,14 +54,12 @@ class _Arguments:
         self.scale = e.argument((self.H if how.scaled else e.int32(),), "float32")
         self.gate, self.up = (e.argument((self.H, e.int32()), words) for _ in range(2))
         self.gate_bias, self.up_bias = (e.argument((self.H,), "float32") for _ in range(2))
-        self.weight = e.argument((self.H, e.int32()), words)
-        self.bias = e.argument((self.W,), "float32")
+        weight, bias = weight_argument(self.H, how.dtype), e.argument((self.W,), "float32")
         self.y = e.argument((self.M, self.N), how.dtype)
-        self.stride = e.let(self.H + LANES)
         self.inputs = e.scratch(self.K, "float32")    # x; for bfloat16 the even inputs, then the odd ones, of every load of weights
-        self.gates, self.values = (e.scratch(self.stride, "float32") for _ in range(2))
-        self.places = e.scratch(self.stride, "int32")
-        self.sums = e.scratch(self.W, "float32")
+        self.gates = e.scratch(self.H, "float32")
+        one = tirx.const(1, "int32")
+        self.chosen, self.sums = Chosen(one, self.H), Sums(how.dtype, weight, bias, one, self.W)
 
 
 def _body(how: FfnRows) -> None:
@@ -84,7 +76,9 @@ def _body(how: FfnRows) -> None:
         _raise(a, how, count, e.let((task * GROUPS + i) * NEURONS))
     with e.loop(e.floordiv(a.W + (how.columns - 1), how.columns), parallel=how.parallel) as task:
         start = e.let(task * how.columns)
-        gather_rows.sum_rows(a, how, count, tirx.const(1, "int32"), start, e.let(e.minimum(a.W - start, how.columns)))
+        width = e.let(e.minimum(a.W - start, how.columns))
+        a.sums.add(a.chosen, count, start, width)
+        a.sums.write(a.y, a.N, start, width)
 
 
 def _select(a: _Arguments, how: FfnRows, groups: Any) -> Any:
@@ -97,14 +91,14 @@ def _select(a: _Arguments, how: FfnRows, groups: Any) -> Any:
         size = e.absolute(value, LANES)
         score = e.let(size * e.load(a.scale, at, lanes=LANES) if how.scaled else size)
         mask = e.let(e.external("int32", "selected", score, e.load(a.limit, 0)))
-        e.builder.evaluate(tirx.call_extern("int32", "compress_values", t.address(a.values, count), value, mask))
-        e.store(found, count + tirx.call_extern("int32", "compress_places", t.address(a.places, count), at, mask), 0)
+        e.builder.evaluate(tirx.call_extern("int32", "compress_values", t.address(a.chosen.values, count), value, mask))
+        e.store(found, count + tirx.call_extern("int32", "compress_places", t.address(a.chosen.places, count), at, mask), 0)
     return e.let(e.load(found, 0))
 
 
 def _raise(a: _Arguments, how: FfnRows, count: Any, first: Any) -> None:
     """values *= up x, for 16 selected neurons; behind the last one it is taken again, and what comes of it never read."""
-    rows = [e.let(e.load(a.places, e.minimum(first + n, count - 1))) for n in range(NEURONS)]
+    rows = [e.let(e.load(a.chosen.places, e.minimum(first + n, count - 1))) for n in range(NEURONS)]
     bias = e.join([e.load(a.up_bias, row) for row in rows], 1)
     total = e.let(Finish(activation=select_ffn.UP.get(how.activation, ""))(products(a.up, rows, a.inputs, 0, a.K, how.dtype) + bias))
-    e.store(a.values, e.load(a.values, first, lanes=NEURONS) * total, first, lanes=NEURONS)
+    e.store(a.chosen.values, e.load(a.chosen.values, first, lanes=NEURONS) * total, first, lanes=NEURONS)

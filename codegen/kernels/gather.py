@@ -6,7 +6,6 @@ mapped from a file, into huge pages.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,7 +96,7 @@ class GatherLinear(Gathering):
         self.options, self.target = dict(options), target
         weight = tensors["weight"].detach()
         self.in_features, self.out_features = weight.shape
-        width = -(-self.out_features // ROUND) * ROUND
+        self.width = width = -(-self.out_features // ROUND) * ROUND  # outputs that the kernel computes
         self._rows = resident(weight if width == self.out_features else pad(weight, (0, width - self.out_features)))
         self._bias = None if bias is None else bias.detach()
         self._vectors = {name: tensors[name].detach() for name in ("limit", "scale", "center") if name in tensors}
@@ -126,23 +125,25 @@ class GatherLinear(Gathering):
         self._limit = None if limit is None else tvm_ffi.from_dlpack(limit.float().reshape(1))
         self._matrix = self._rows[:, : self.out_features]
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Of a kernel that selects by a stored limit: limit, scale, center, weight, bias."""
+        return (self._limit, *self._arguments)
+
     def __call__(self, x: Tensor, limit: Tensor | None = None) -> Tensor:
         """x [..., K] of the weight's dtype, any strides -> a new y [..., N]. Raises InputError."""
-        self._check(x)
-        outer = x.shape[:-1]
-        rows = math.prod(outer)
+        rows, shape = self._sizes(x)
         if not rows:
-            return x.new_empty((*outer, self.out_features))
+            return x.new_empty(shape)
         limits = self._limit if limit is None else torch.empty(rows, dtype=torch.float32).copy_(limit.detach().reshape(-1))
+        if rows <= self._few:
+            y = x.new_empty(shape)
+            self._kernel.function(as_matrix(x, rows), limits, *self._arguments, as_matrix(y, rows))
+            return y
         x = as_matrix(x, rows)
-        if rows > self._few:
-            chosen = torch.empty_like(x)
-            self._select.function(x, limits, *self._arguments[:2], chosen)
-            y = torch.mm(chosen, self._matrix) if self._bias is None else torch.addmm(self._bias, chosen, self._matrix)
-        else:
-            y = torch.empty((rows, self.out_features), dtype=self._dtype)
-            self._kernel.function(x, limits, *self._arguments, y)
-        return y.view((*outer, self.out_features))
+        chosen = torch.empty_like(x)
+        self._select.function(x, limits, *self._arguments[:2], chosen)
+        return (torch.mm(chosen, self._matrix) if self._bias is None else torch.addmm(self._bias, chosen, self._matrix)).view(shape)
 
     def state(self) -> dict[str, Tensor]:
         return {"weight": self._rows, "sums": self._sums, **self._vectors, **({} if self._bias is None else {"bias": self._bias})}

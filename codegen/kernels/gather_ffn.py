@@ -75,12 +75,12 @@ class GatherFfn(Gathering):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] of the weights' dtype, any strides -> a new y [..., N]. Raises InputError."""
-        self._check(x)
-        if x.numel() != self.in_features:
+        rows, shape = self._sizes(x)
+        if rows != 1:
             return self._many(x)
-        y = torch.empty((1, self.out_features), dtype=self._dtype)
-        self._kernel.function(as_matrix(x, 1), *self._arguments, y)
-        return y.view((*x.shape[:-1], self.out_features))
+        y = x.new_empty(shape)
+        self._kernel.function(as_matrix(x, 1), *self._arguments, as_matrix(y, 1))
+        return y
 
     def _many(self, x: Tensor) -> Tensor:
         given = self._tensors

@@ -6,7 +6,6 @@ torch's own mostly is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,13 +66,12 @@ class StreamLinear(BoundLayer):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x of the weight's dtype, any strides. Raises InputError."""
-        self._check(x)
-        rows = math.prod(x.shape[:-1])
+        rows, shape = self._sizes(x)
         if not 0 < rows <= FEW_ROWS:
             return linear(x, self._weight, self._bias)
-        y = torch.empty((rows, self.out_features), dtype=x.dtype)
-        self._kernel.function(as_matrix(x, rows), *self._arguments, y)
-        return y.view((*x.shape[:-1], self.out_features))
+        y = x.new_empty(shape)
+        self._kernel.function(as_matrix(x, rows), *self._arguments, as_matrix(y, rows))
+        return y
 
     def state(self) -> dict[str, Tensor]:
         return {"weight": self._weight, "sums": self._sums}

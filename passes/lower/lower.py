@@ -14,7 +14,7 @@ from sparsify_compiler.errors import ParseError, TargetError
 from sparsify_compiler.measure import round_robin
 from sparsify_compiler.memory import give_back
 from sparsify_compiler.operands import packed_operator
-from sparsify_compiler.passes.lower import _attention, _conv, _held, _layout, _linear, _predicted, _selected, _selected_ffn
+from sparsify_compiler.passes.lower import _attention, _conv, _held, _inputs_ffn, _layout, _linear, _predicted, _selected, _selected_ffn
 from sparsify_compiler.passes.lower._layer import chunks
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage
@@ -31,8 +31,10 @@ class Lower(Pass):
                sparsify.select_linear(x, ..., weight, bias), sparsify.select_ffn(x, ..., gate, up, down), sparsify.held_ffn(x, ...);
                linear(x, weight, bias) and conv(x, weight, bias, ...) with a stored weight; attend(query, key, value, ...)
     Rewrites   the same node bound to the fastest kernel, with the activation or addition that follows where the kernel computes it too; a packed
-               node becomes dense where no sparse kernel pays, and a layer that selects its inputs then reads them all. Convolutions run channels
-               last, or on planes, where the whole is faster so. Attention that chooses its blocks does from the length on where that is faster
+               node becomes dense where no sparse kernel pays, and a layer that selects its inputs then reads them all. An FFN of such layers
+               becomes sparsify.select_inputs_ffn(x, gate, up, down, ...) where one kernel for all of it is the fastest. Convolutions run
+               channels last, or on planes, where the whole is faster so. Attention that chooses its blocks does from the length on where that
+               is faster
     Preserves  values, up to float reassociation
     Paper      none: measurement; the reason for it is "sparse, but not faster", the complaint that every earlier tool met
 
@@ -68,6 +70,7 @@ class Lower(Pass):
         total = len(selecting) + len(linears) + len(convs)
         ctx.progress("lower", 0, total)
         with torch.no_grad():
+            selecting = self._lower_ffns(selecting, program, ctx)
             for chunk, done in chunks(selecting, _size_of):
                 linears += self._lower_selecting(chunk, program, ctx)
                 give_back()
@@ -89,6 +92,18 @@ class Lower(Pass):
         for layer in layers:
             if ctx.spend():
                 _linear.choose(layer, timings[layer.key], self.margin, self.prefer)
+
+    def _lower_ffns(self, selecting: list[Found], program: Program, ctx: Context) -> list[Found]:
+        """FFNs of which every linear selects its inputs, in one call where that is the fastest. Returns the layers that are left."""
+        done: set[fx.Node] = set()
+        for chunk, _ in chunks([found for found in selecting if _inputs_ffn.find(found[1]) is not None], _inputs_ffn.size_of):
+            layers = [_inputs_ffn.whole(region, node, program, ctx) for region, node in chunk]
+            timings = round_robin({layer.key: layer.runs for layer in layers}, rounds=self.rounds)
+            for layer in layers:
+                if ctx.spend() and _inputs_ffn.choose(layer, timings[layer.key], self.margin, program):
+                    done.update(layer.ffn.linears.values())
+            give_back()
+        return [found for found in selecting if found[1] not in done]
 
     def _lower_selecting(self, chunk: Iterable[Found], program: Program, ctx: Context) -> list[Found]:
         """The same for layers that select their inputs. Those where that does not pay are made dense and handed back."""
