@@ -6,15 +6,15 @@ What a check reads from objects torch.compile reads again before every call of w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .executor import defined
 from .program import InputSpec, TensorSpec
 
 
-def literal_check(spec: InputSpec, device: torch.device | None) -> Callable[[tuple[Any, ...], dict[str, Any]], bool] | None:
+def literal_check(spec: InputSpec, device: torch.device | None) -> Callable[..., bool] | None:
     """fits(args, kwargs): are these positional arguments, one a tensor of the graph, which a Flattener would let through?
 
     False says nothing: a Flattener binds names, and tells what is wrong. None where the graph takes anything but tensors in the order of forward().
@@ -23,10 +23,8 @@ def literal_check(spec: InputSpec, device: torch.device | None) -> Callable[[tup
     plain = positional.num_children == 0 and all(child.is_leaf() for child in named.children())
     if not plain or tuple(named.context) != spec.parameters[:len(named.context)] or not all(isinstance(leaf, TensorSpec) for leaf in spec.leaves):
         return None
-    scope: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
-    exec(f"def fits(args, kwargs):\n    return {' and '.join(_conditions(spec, device))}\n", scope)
-    made: Callable[[tuple[Any, ...], dict[str, Any]], bool] = scope["fits"]
-    return made
+    source = f"def fits(args, kwargs):\n    return {' and '.join(_conditions(spec, device))}\n"
+    return defined("fits", source, f"<sparsify check of {', '.join(spec.names)}>", {"torch": torch, "Tensor": Tensor})
 
 
 def _conditions(spec: InputSpec, device: torch.device | None) -> Iterator[str]:

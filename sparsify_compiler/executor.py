@@ -42,15 +42,19 @@ def traced_function(region: Region) -> Callable[..., Any]:
     return _function(_LiveWriter(region, {}))
 
 
+def defined(name: str, source: str, title: str, scope: dict[str, Any]) -> Callable[..., Any]:
+    """The function `name` of Python source that was just written. Its lines are shown in tracebacks and profiles, under a title."""
+    linecache.cache[title] = (len(source), None, source.splitlines(keepends=True), title)
+    exec(compile(source, title, "exec"), scope)
+    function: Callable[..., Any] = scope[name]
+    return function
+
+
 def _function(writer: _Writer) -> Callable[..., Any]:
     region = writer.region
     lines = [line for node in region.graph.nodes for line in writer.statement(node)]
     source = f"def forward({', '.join(writer.inputs)}):\n" + "".join(f"    {line}\n" for line in (*writer.opening, *lines))
-    name = f"<sparsify {region.path or 'model'} {id(writer):x}>"
-    # Python shows the lines of the function in tracebacks and profiles.
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    exec(compile(source, name, "exec"), writer.globals)
-    function: Callable[..., Any] = writer.globals["forward"]
+    function = defined("forward", source, f"<sparsify {region.path or 'model'} {id(writer):x}>", writer.globals)
     function.__dict__["source"] = source
     return function
 
