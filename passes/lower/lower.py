@@ -70,7 +70,10 @@ class Lower(Pass):
         total = len(selecting) + len(linears) + len(convs)
         ctx.progress("lower", 0, total)
         with torch.no_grad():
-            selecting = self._lower_ffns(selecting, program, ctx)
+            for chunk, _ in chunks([found for found in selecting if _inputs_ffn.find(found[1]) is not None], _inputs_ffn.size_of):
+                whole = self._lower_ffns(chunk, program, ctx)
+                selecting = [found for found in selecting if found[1] not in whole]
+                give_back()
             for chunk, done in chunks(selecting, _size_of):
                 linears += self._lower_selecting(chunk, program, ctx)
                 give_back()
@@ -93,17 +96,12 @@ class Lower(Pass):
             if ctx.spend():
                 _linear.choose(layer, timings[layer.key], self.margin, self.prefer)
 
-    def _lower_ffns(self, selecting: list[Found], program: Program, ctx: Context) -> list[Found]:
-        """FFNs of which every linear selects its inputs, in one call where that is the fastest. Returns the layers that are left."""
-        done: set[fx.Node] = set()
-        for chunk, _ in chunks([found for found in selecting if _inputs_ffn.find(found[1]) is not None], _inputs_ffn.size_of):
-            layers = [_inputs_ffn.whole(region, node, program, ctx) for region, node in chunk]
-            timings = round_robin({layer.key: layer.runs for layer in layers}, rounds=self.rounds)
-            for layer in layers:
-                if ctx.spend() and _inputs_ffn.choose(layer, timings[layer.key], self.margin, program):
-                    done.update(layer.ffn.linears.values())
-            give_back()
-        return [found for found in selecting if found[1] not in done]
+    def _lower_ffns(self, chunk: Iterable[Found], program: Program, ctx: Context) -> set[fx.Node]:
+        """FFNs of which every linear selects its inputs, in one call where that is the fastest. Returns the linears that are done with."""
+        layers = [_inputs_ffn.whole(region, node, program, ctx) for region, node in chunk]
+        timings = round_robin({layer.key: layer.runs for layer in layers}, rounds=self.rounds)
+        whole = [layer for layer in layers if ctx.spend() and _inputs_ffn.choose(layer, timings[layer.key], self.margin, program)]
+        return {node for layer in whole for node in layer.ffn.linears.values()}
 
     def _lower_selecting(self, chunk: Iterable[Found], program: Program, ctx: Context) -> list[Found]:
         """The same for layers that select their inputs. Those where that does not pay are made dense and handed back."""
