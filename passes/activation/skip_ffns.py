@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from sparsify_compiler.calibrate_rows import collect_rows
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import CalibrationError, ParseError
-from sparsify_compiler.fold import evaluate
 from sparsify_compiler.givers import find_givers
 from sparsify_compiler.ops import take_rows
 from sparsify_compiler.passes.activation._guard import Guard, Stream
@@ -78,7 +77,7 @@ class SkipFfns(Pass):
             elif len(chain) < 2:
                 ctx.miss(f"{len(chain)} of its {len(sites)} FFNs may be skipped, and the first of them decides about the others", stack)
             else:
-                self._guard(program, stack, chain, len(sites), density, ctx)
+                self._guard(program, stack, chain, sites, density, ctx)
         return program
 
     def _streams(self, program: Program, stacks: dict[str, list[Site]], ctx: Context) -> dict[str, Stream]:
@@ -102,7 +101,8 @@ class SkipFfns(Pass):
                 ctx.miss("the residual stream that it is added to is not seen", site.path)
         return found
 
-    def _guard(self, program: Program, stack: str, chain: Sequence[tuple[Site, Stream]], total: int, density: float, ctx: Context) -> None:
+    def _guard(self, program: Program, stack: str, chain: Sequence[tuple[Site, Stream]], sites: Sequence[Site], density: float,
+               ctx: Context) -> None:
         """Rewrite one stack, and find the limit on what calibration sees."""
         if not ctx.batches:
             raise CalibrationError("a limit is found on batches, and there are none", where=stack, hint="give calibration=batches")
@@ -113,13 +113,15 @@ class SkipFfns(Pass):
             guard.add(site, stream, decides=number < len(chain) - 1)
         rows, _ = collect_rows(program, ctx.batches, guard.likeness)
         highest = torch.stack([rows[place][:, 0] for place in guard.likeness], 1).cummax(1).values  # what decides about the next FFN
-        limit = _limit(highest, density * total - (total - highest.shape[1]))
+        limit = _limit(highest, density * len(sites) - (len(sites) - highest.shape[1]))
         for region, name in guard.limits:
             set_tensor(program.regions[region].module, name, torch.tensor(limit, dtype=torch.float32))
-        paths = {(site.region, site.roles["op"]): site.path for site in find_sites(program, ("linear",))}
+        for site in sites:
+            row = program.decisions.setdefault(site.path, _row(program, site))
+            row.budget, row.reason = density, "every row runs through it"
         for (site, _), below in zip(chain[1:], (highest < limit).float().mean(0).tolist(), strict=True):
-            row = _row(program, site, paths[site.region, site.roles["down"]])
-            row.density, row.budget, row.reason = below, density, f"skipped behind an FFN that changes a row to a cosine of {limit:.4f} or more"
+            row = program.decisions[site.path]
+            row.density, row.reason = below, f"skipped behind an FFN that changes a row to a cosine of {limit:.4f} or more"
 
 
 def _limit(highest: Tensor, wanted: float) -> float:
@@ -149,14 +151,10 @@ def _skips(program: Program, site: Site) -> bool:
     return source.target is take_rows.op
 
 
-def _row(program: Program, site: Site, path: str) -> Decision:
+def _row(program: Program, site: Site) -> Decision:
     region = program.regions[site.region]
-    weight = evaluate(region, region.node(site.roles["down"]).kwargs["weight"])  # type: ignore[arg-type]
-    size = weight.numel() * weight.element_size()
-    made = Decision(path, "linear", tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size, bytes=size)
-    row = program.decisions.setdefault(path, made)
-    row.structure = "rows"
-    return row
+    shape = tuple(int(size) for size in region.node(site.roles["down"]).kwargs["weight"].meta["val"].shape)  # type: ignore[union-attr]
+    return Decision(site.path, "ffn", shape, str(region.node(site.roles["down"]).meta["val"].dtype).removeprefix("torch."), "rows", format="rows")
 
 
 class _Blocks(nn.Module):

@@ -63,7 +63,7 @@ def choose(layer: Linear, timings: Mapping[str, Timing], margin: float) -> bool:
     row, gain = layer.decision, times[yardstick] / times[HELD]
     row.rows, row.dense_form, row.dense_ms, row.sparse_ms = layer.rows, yardstick, times[yardstick], times[HELD]
     if times[HELD] <= times[yardstick] * (1 - margin):
-        row.kernel, row.compiled_ms = HELD, times[HELD]
+        row.format, row.kernel, row.compiled_ms = "neurons", HELD, times[HELD]
         say(row, f"{gain:.2f} times the speed of {yardstick} while a text goes on, {row.density:.0%} of its neurons held")
         return True
     row.density = 1.0
