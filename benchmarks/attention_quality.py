@@ -57,7 +57,8 @@ METHODS: dict[str, tuple[str, ...]] = {  # name -> pipelines at about 48, 23 and
     "exact scores": by_blocks("sampled_rows(rows=0)"),  # what no scorer can beat by much
     "pooled, share of a row": tuple(ALWAYS.format(scorer="pooled", selector=f"top_k(share={share})") for share in (0.5, 0.25, 0.125)),
     "minference": tuple(f"minference(tokens={tokens})" for tokens in TOKENS),
-    "moa": tuple(f"moa(share={share})" for share in (0.48, 0.25, 0.125)),
+    "mixed heads": tuple(f"mixed_heads(share={share})" for share in (0.48, 0.23, 0.12)),
+    "moa": tuple(f"moa(share={share})" for share in (0.48, 0.23, 0.12)),
     "lserve": tuple(f"lserve(tokens={tokens}, window={tokens // 4})" for tokens in (896, 384, 192)),
     "double sparsity": tuple(f"double_sparsity(tokens={tokens})" for tokens in TOKENS),
     "twilight": tuple(f"twilight(mass={mass})" for mass in MASSES),

@@ -79,12 +79,6 @@ class BlockTable:
     block_k: int
     causal: bool
 
-    def with_blocks(self, chosen: Tensor) -> BlockTable:
-        """The table with whole pairs added, chosen bool [B', H', NQ, NK]; none that lies after the diagonal where causal."""
-        if self.causal:
-            chosen = chosen & visible(self.queries, self.keys, self.block_q, self.block_k, chosen.device)
-        return replace(self, kinds=torch.where(chosen, ALL, self.kinds))
-
     def expand(self, batch: int, heads: int) -> BlockTable:
         """The same for every entry of a batch and every head, where it is the same for all of them now."""
         size = (batch, heads, *self.kinds.shape[2:])
@@ -122,8 +116,10 @@ def stack(tables: list[BlockTable], axis: int = 0) -> BlockTable:
 
 def from_blocks(chosen: Tensor, queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> BlockLayout:
     """The layout of a table of pairs of blocks: chosen bool [B', H', NQ, NK]. Blocks after the diagonal are dropped where causal."""
-    nothing = torch.zeros_like(chosen, dtype=torch.int8)
-    return BlockTable(nothing, None, None, queries, keys, block_q, block_k, causal).with_blocks(chosen).layout()
+    if causal:
+        chosen = chosen & visible(queries, keys, block_q, block_k, chosen.device)
+    kinds = torch.where(chosen, ALL, NONE).to(torch.int8)
+    return BlockTable(kinds, None, None, queries, keys, block_q, block_k, causal).layout()
 
 
 def from_places(kinds: Tensor, allows: Places, queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> BlockTable:

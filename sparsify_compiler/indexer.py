@@ -114,7 +114,7 @@ class Indexer:
         scores: Tensor = _named("block scorer", self.scorer)(query, key, key_mask, grid, scale)
         scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).masked_fill(~seen, -torch.inf)
         chosen: Tensor = _named("block selector", self.selector)(scores, (table.kinds == ALL) & seen)
-        return table.with_blocks(chosen & (scores > -torch.inf))
+        return replace(table, kinds=torch.where(chosen & (scores > -torch.inf), ALL, table.kinds))
 
     def _of_heads(self, query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> BlockTable:
         total, repeat = query.shape[1], query.shape[1] // max(key.shape[1], 1)
@@ -135,11 +135,16 @@ class Indexer:
 
 def _seen(grid: Grid, key_mask: Tensor | None, device: torch.device) -> Tensor:
     """bool, broadcast to [B, 1, NQ, NK]: the pairs of blocks with a key that counts, at or below the diagonal where causal."""
-    seen = visible(grid.queries, grid.keys, grid.block_q, grid.block_k, device) if grid.causal else torch.ones(1, 1, dtype=torch.bool, device=device)
+    seen = _visible(grid).to(device)
     if key_mask is None:
         return seen
     padded = torch.nn.functional.pad(key_mask, (0, -grid.keys % grid.block_k))
     return seen & padded.view(len(key_mask), grid.k[0].shape[1], grid.block_k).any(-1)[:, None, None]
+
+
+@lru_cache(LAYOUTS)
+def _visible(grid: Grid) -> Tensor:
+    return visible(grid.queries, grid.keys, grid.block_q, grid.block_k) if grid.causal else torch.ones(1, 1, dtype=torch.bool)
 
 
 def _starts(key_mask: Tensor | None) -> tuple[int, ...]:

@@ -213,6 +213,9 @@ def test_selectors_take_what_they_say() -> None:
     assert chosen("top_p(mass=0.71)", shares) == [1, 2, 3]
     assert chosen("top_p(mass=1.0)", shares) == [0, 1, 2, 3, 4]
     assert chosen("top_p(mass=0.49)", shares, [True, False, False, False, False]) == [0, 1]
+    assert chosen("top_p(mass=0.5, rest=True)", shares, [False, True, False, False, False]) == [1, 2]
+    assert chosen("top_p(mass=0.51, rest=True)", shares, [False, True, False, False, False]) == [1, 2, 3]
+    assert chosen("top_p(mass=0.9, rest=True)", shares[:1], [True]) in ([], [0])  # it is read anyway
     assert chosen("top_p(mass=0.4)", [*shares, inf]) == [1, 5]
     assert chosen("top_p(mass=0.1, blocks=2)", shares) == [1, 2]
     assert chosen("threshold(share=0.15)", [x + 3 for x in shares]) == [1, 2, 3]

@@ -13,6 +13,7 @@ every key.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.nn.functional import pad
 from sparsify_compiler.block_pattern import Grid
 from sparsify_compiler.key_sums import of_blocks
 
+GRIDS = 16  # lengths that are remembered: all layers of a model share them
 CHUNK = 1 << 20  # scores that are held at once: they stay in a cache
 
 
@@ -37,8 +39,12 @@ def counted(rows: Tensor, mask: Tensor | None) -> Tensor:
 
 def sizes(length: int, block: int, mask: Tensor | None) -> Tensor:
     """float32 [B or 1, N]: how many rows of each block count."""
-    ones = torch.ones(1, length, dtype=torch.float32) if mask is None else mask.float()
-    return in_blocks(ones[..., None], block).sum((-2, -1))
+    return _whole_sizes(length, block) if mask is None else in_blocks(mask.float()[..., None], block).sum((-2, -1))
+
+
+@lru_cache(GRIDS)
+def _whole_sizes(length: int, block: int) -> Tensor:
+    return (length - torch.arange(0, length, block, dtype=torch.float32)).clamp(max=block)[None]
 
 
 def means(rows: Tensor, block: int, mask: Tensor | None, kind: str = "sum") -> Tensor:
@@ -67,6 +73,7 @@ def log_keys(grid: Grid, key_mask: Tensor | None) -> Tensor:
     return sizes(grid.keys, grid.block_k, key_mask)[:, None, None].log() + log_visible(grid).to("cpu" if key_mask is None else key_mask.device)
 
 
+@lru_cache(GRIDS)
 def log_visible(grid: Grid) -> Tensor:
     """float32 [NQ, NK]: log of the share of a pair's places that lie at or below the diagonal; 0 where all count."""
     return _visible_share(grid).log() if grid.causal else torch.zeros(len(grid.q[0]), grid.k[0].shape[1], dtype=torch.float32)

@@ -15,5 +15,6 @@ def top_k(scores: Tensor, read: Tensor, *, share: float = 0.5, blocks: int = 0) 
     visible = scores > -torch.inf
     number = (visible.sum(-1, keepdim=True) * share).sub(1e-6).ceil().clamp(min=max(blocks, 1))
     first = scores.masked_fill(read & visible, torch.inf)
-    rank = first.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    return visible & ((rank < number) | (first == torch.inf))
+    order = first.argsort(dim=-1, descending=True, stable=True)
+    taken = torch.arange(scores.shape[-1], device=scores.device) < number
+    return visible & (torch.zeros_like(visible).scatter_(-1, order, taken) | (first == torch.inf))

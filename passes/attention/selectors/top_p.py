@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 
-def top_p(scores: Tensor, read: Tensor, *, mass: float = 0.9, blocks: int = 1) -> Tensor:
-    """The pairs to read. The mass of what is read anyway counts; what must be read has none, as nobody knows it.
+def top_p(scores: Tensor, read: Tensor, *, mass: float = 0.9, blocks: int = 1, rest: bool = False) -> Tensor:
+    """The pairs to read. What must be read has no mass, as nobody knows it.
 
     mass     of a row's softmax over its scores
     blocks   as many at least
+    rest     the softmax leaves out what is read anyway: the first tokens and the near ones would hide what else a head looks for
     """
     visible, must = scores > -torch.inf, scores == torch.inf
-    shares = torch.softmax(scores.masked_fill(must, -torch.inf), -1).nan_to_num(0)
+    shares = torch.softmax(scores.masked_fill(must | (read if rest else must), -torch.inf), -1).nan_to_num(0)
     order = (shares + 2.0 * (read & visible) + 4.0 * must).argsort(dim=-1, descending=True, stable=True)
     sorted_shares = shares.gather(-1, order)
     before = sorted_shares.cumsum(-1) - sorted_shares
