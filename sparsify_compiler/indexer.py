@@ -24,7 +24,7 @@ class Indexer:
     """The choice of blocks of one attention, as plain options; str() and parse() are inverses.
 
     always        patterns (passes/attention/patterns) whose union is read whatever the scores are
-    scorer        a file of passes/attention/scorers, or "" for the patterns alone: (query, key, key_mask, grid, scale) -> scores [B, 1 or H, NQ, NK],
+    scorer        a file of passes/attention/scorers, or "" for the patterns alone: (query, key, key_mask, grid, scale) -> scores [B, H, NQ, NK],
                   estimates of the log of the sum of exp(score) of a pair of blocks, up to a number of its own for each row of the table;
                   +inf for a pair that must be read
     selector      a file of passes/attention/selectors: (scores, read) -> bool like scores, the pairs to read. Scores are -inf where nothing is
@@ -105,32 +105,34 @@ class Indexer:
 
     def _table(self, query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> BlockTable:
         """What all heads read, or each: [B or 1, H or 1, NQ, NK]."""
-        if self.choices:
-            return self._of_heads(query, key, key_mask, grid, scale)
-        table = _static_table(self.always, grid, _starts(key_mask) if self.always else (0,))
-        if not self.scorer:
-            return table
-        seen = _seen(grid, key_mask, query.device)
-        scores: Tensor = _named("block scorer", self.scorer)(query, key, key_mask, grid, scale)
-        scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).masked_fill(~seen, -torch.inf)
-        chosen: Tensor = _named("block selector", self.selector)(scores, (table.kinds == ALL) & seen)
-        return replace(table, kinds=torch.where(chosen & (scores > -torch.inf), ALL, table.kinds))
-
-    def _of_heads(self, query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> BlockTable:
-        total, repeat = query.shape[1], query.shape[1] // max(key.shape[1], 1)
-        named = {head for heads in self.heads for head in heads}
+        total, named = query.shape[1], {head for heads in self.heads for head in heads}
         if max(named, default=-1) >= total:
             raise ParseError(f"a choice for head {max(named)} of {total}", where="Indexer")
         others = tuple(head for head in range(total) if head not in named)
-        parts = [(replace(self, choices=(), heads=()), others), *zip(self.choices, self.heads, strict=True)]
-        tables: list[BlockTable] = []
-        order: list[int] = []
-        for part, heads in parts:
-            if heads:
-                of_key = key[:, [head // repeat for head in heads]]
-                tables.append(part._table(query[:, heads], of_key, key_mask, grid, scale).expand(len(query), len(heads)))
-                order += heads
-        return stack(tables, 1).take_heads(torch.tensor(order, device=query.device).argsort())
+        parts = [(part, heads) for part, heads in ((self, others), *zip(self.choices, self.heads, strict=True)) if heads or not named]
+        seen = _seen(grid, key_mask, query.device)
+        scores = {text: _scores(text, query, key, key_mask, grid, scale, seen) for text in dict.fromkeys(part.scorer for part, _ in parts) if text}
+        shifts = _starts(key_mask) if any(part.always for part, _ in parts) else (0,)
+        if len(parts) == 1:
+            return parts[0][0]._part(scores.get(parts[0][0].scorer), seen, grid, shifts)
+        tables = [part._part(scores[part.scorer][:, heads] if part.scorer else None, seen, grid, shifts).expand(len(query), len(heads))
+                  for part, heads in parts]
+        order = torch.tensor([head for _, heads in parts for head in heads], device=query.device).argsort()
+        return stack(tables, 1).take_heads(order)
+
+    def _part(self, scores: Tensor | None, seen: Tensor, grid: Grid, shifts: tuple[int, ...]) -> BlockTable:
+        """What this indexer's own options read: of the scores of some heads, if it has a scorer."""
+        table = _static_table(self.always, grid, shifts)
+        if scores is None:
+            return table
+        chosen: Tensor = _named("block selector", self.selector)(scores, (table.kinds == ALL) & seen)
+        return replace(table, kinds=torch.where(chosen & (scores > -torch.inf), ALL, table.kinds))
+
+
+def _scores(scorer: str, query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float, seen: Tensor) -> Tensor:
+    """[B, H, NQ, NK]: what a scorer says of all heads; +inf where that is no number, -inf where nothing is seen."""
+    scores: Tensor = _named("block scorer", scorer)(query, key, key_mask, grid, scale)
+    return scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).masked_fill(~seen, -torch.inf)
 
 
 def _seen(grid: Grid, key_mask: Tensor | None, device: torch.device) -> Tensor:
