@@ -114,7 +114,8 @@ class Indexer:
         scores = {text: _scores(text, query, key, key_mask, grid, scale, seen) for text in dict.fromkeys(part.scorer for part, _ in parts) if text}
         shifts = _starts(key_mask) if any(part.always for part, _ in parts) else (0,)
         if len(parts) == 1:
-            return parts[0][0]._part(scores.get(parts[0][0].scorer), seen, grid, shifts)
+            only: Indexer = parts[0][0]
+            return only._part(scores.get(only.scorer), seen, grid, shifts)
         tables = [part._part(scores[part.scorer][:, heads] if part.scorer else None, seen, grid, shifts).expand(len(query), len(heads))
                   for part, heads in parts]
         order = torch.tensor([head for _, heads in parts for head in heads], device=query.device).argsort()
