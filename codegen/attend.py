@@ -95,7 +95,7 @@ def _places(indices: Tensor, counts: Tensor, tile_of: Tensor | None, tiles: Tens
     if tile_of is None or tiles is None:
         kinds, turned = indices, _nothing(3)
     else:
-        kinds, turned = tile_of.to(torch.int32).contiguous(), tiles.mT.contiguous().view(torch.uint8)
+        kinds, turned = tile_of.to(torch.int32).contiguous(), pad(tiles.mT.contiguous().view(torch.uint8), (0, -tiles.shape[1] % (4 * LANES)))
     mask = _nothing(2) if key_mask is None else key_mask.contiguous().view(torch.uint8)
     return indices, counts, kinds, turned, mask
 

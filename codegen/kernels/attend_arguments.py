@@ -55,7 +55,8 @@ def arguments(dtype: str, *more: str) -> Any:
     """f(query, key, value, indices, counts, tile_of, tiles, key_mask, out, lse, block_q, block_k, tiled, padded, causal, workers, *more, scale).
 
     query [B, H, Q, D], key [B, G, K, D], value [B, G, K, E], out [B, H, Q, E], strided; the index tensors as attend_blocks has them, contiguous,
-    with tiles turned: uint8 [T, block_k, block_q]; tile_of and tiles are read where `tiled` is 1, key_mask, uint8 [B, K], where `padded` is 1.
+    with tiles turned: uint8 [T, block_k, block_q and as many as make a multiple of 64]; tile_of and tiles are read where `tiled` is 1, key_mask,
+    uint8 [B, K], where `padded` is 1.
     scale is that of scores in base 2; `more` are int32.
     """
     a = SimpleNamespace(**{name: e.int32() for name in ("B", "H", "G", "Q", "K", "D", "E", "NQ", "C", "T", "IB", "IH")})
@@ -111,6 +112,7 @@ class Places:
         """`with places.each(...) as keys:` runs of at most this many keys that the query rows first ... end - 1 read; or a part of the listed blocks.
 
         first, count   of the keys;  tile: -1, or of the block;  column: of the first key in its tile
+        upcoming       where the next run begins;  jumps: not behind this one, where the processor would look ahead by itself
         whole          do all of their places count, and are they a multiple of `whole_steps`, a power of two?
         """
         a, at = self.a, (self.listed_batch, self.listed_head, self.block)
@@ -133,7 +135,18 @@ class Places:
                 e.store(full, e.cast("int32", e.both(e.both(number < 0, begin + count <= all_see), tirx.EQ(count & (whole_steps - 1), 0))), 0)
                 with e.when(a.padded > 0), e.loop(count) as n:
                     e.store(full, e.load(full, 0) & e.cast("int32", e.load(a.key_mask, self.batch, begin + n)), 0)
-                yield SimpleNamespace(first=begin, count=count, tile=number, column=e.opaque(begin - start), whole=e.let(e.load(full, 0) > 0))
+                after = e.opaque(e.load(a.indices, *at, e.minimum(place + 1, listed - 1)) * a.block_k)
+                upcoming = e.opaque(e.either(begin + most < stop, begin + most, e.either(after < 0, begin, after)))
+                yield SimpleNamespace(first=begin, count=count, tile=number, column=e.opaque(begin - start), whole=e.let(e.load(full, 0) > 0),
+                                      upcoming=upcoming, jumps=tirx.NE(upcoming, begin + count))
+
+    def prefetch(self, name: str, number: Any) -> None:
+        """Ask for a key or a value, which is needed soon, from memory."""
+        a, tensor = self.a, getattr(self.a, name)
+        size = 2 if "16" in str(tensor.elements.dtype) else 4
+        at = self.at(name, e.minimum(number, a.K - 1))
+        with e.loop(tirx.truncdiv(tensor.shape[-1] * size + 63, 64)) as line:
+            t.prefetch(tensor.elements, at + e.cast("int64", line * (64 // size)), near=False)
 
     def allowed(self, keys: Any, n: Any, row: Any, lanes: int = LANES) -> Any:
         """Do the rows from `row` on count key number n of a run? Rows past the block may get any answer."""
@@ -145,8 +158,9 @@ class Places:
             flags.set(tirx.Select(position >= e.broadcast(number, lanes), _every(1, lanes), _every(0, lanes)))
         with e.when(keys.tile >= 0):
             within = e.let(row - self.block * a.block_q)
-            words = [e.cast("int32", e.load(a.tiles, keys.tile, keys.column + n, e.minimum(within + i, a.block_q - 1))) for i in range(lanes)]
-            flags.set(flags.get() & (e.join(words, 1) if lanes > 1 else words[0]))
+            at = (keys.tile, keys.column + n, within)
+            words = tirx.call_extern("int32x16", "flags", t.address(a.tiles, *at)) if lanes > 1 else e.cast("int32", e.load(a.tiles, *at))
+            flags.set(flags.get() & words)
         with e.when(a.padded > 0):
             flags.set(flags.get() & e.broadcast(e.cast("int32", e.load(a.key_mask, self.batch, number)), lanes))
         return flags.get() > _every(0, lanes)

@@ -91,8 +91,12 @@ def _part(how: AttendFew, a: Any, room: Any, kept: Any, task: Any) -> None:
     with e.loop(tirx.truncdiv(a.lines * a.columns, LANES)) as i:
         e.store(kept.sums, softmax.lanes(0.0), r.line * a.columns + i * LANES, lanes=LANES)
     with places.each(first, end, KEYS, task - which * a.parts, a.parts) as keys:
+        with e.loop(keys.count) as n:
+            places.prefetch("value", keys.first + n)
         _scores(how, a, r, places, keys)
         e.choose(keys.whole, lambda: None, lambda: _mask(a, r, places, keys))
+        with e.when(keys.jumps), e.loop(KEYS) as n:
+            places.prefetch("key", keys.upcoming + n)
         _shares(a, r, kept, keys)
         for whole in (True, False):
             with e.when(keys.whole if whole else tirx.Not(keys.whole)):

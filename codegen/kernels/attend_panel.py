@@ -21,7 +21,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels import softmax
 from sparsify_compiler.codegen.kernels.attend_arguments import PARTS, Places, arguments, each_task, scalar
-from sparsify_compiler.codegen.kernels.finish import store_part
+from sparsify_compiler.codegen.kernels.finish import load_part, store_part
 from sparsify_compiler.codegen.kernels.softmax import LANES
 
 KEYS = 64       # at a time: their scores, and the packed queries, stay in L1
@@ -76,10 +76,8 @@ def _rows(how: AttendPanel, a: Any, room: Any, places: Places, first: Any, end: 
     with places.each(first, end, KEYS) as keys:
         _scores(how, a, room, places, keys)
         e.choose(keys.whole, lambda: None, lambda: mask(how, a, room, places, keys, first))
-        for whole in (True, False):
-            with e.when(keys.whole if whole else tirx.Not(keys.whole)):
-                _shares(how, a, room, keys, whole)
-                _add(how, a, room, places, keys, whole)
+        e.choose(keys.whole, lambda: _shares(how, a, room, places, keys, True), lambda: _shares(how, a, room, places, keys, False))
+        e.choose(_plain(a, places, keys), lambda: _add(how, a, room, places, keys, True), lambda: _add(how, a, room, places, keys, False))
     _write(how, a, room, places, first, end)
 
 
@@ -128,6 +126,8 @@ def _scores(how: AttendPanel, a: Any, room: Any, places: Places, keys: Any) -> N
 
     def group(first: Any, size: int) -> None:
         starts = [places.at("key", keys.first + e.minimum(first + g, keys.count - 1)) for g in range(size)]
+        for g in range(size):
+            places.prefetch("value", keys.first + first + g)
         sums = [[e.Register(LANES, softmax.lanes(0.0)) for _ in range(how.vectors)] for _ in range(size)]
         _products(how, sums, a.D, room.queries, lambda i, g: e.load(a.key.elements, starts[g] + i))
         for v in range(how.vectors):
@@ -156,7 +156,7 @@ def mask(how: Any, a: Any, room: Any, places: Places, keys: Any, first: Any, unt
         e.store(room.fade, softmax.larger(e.load(room.fade, v * LANES, lanes=LANES), score), v * LANES, lanes=LANES)
 
 
-def _shares(how: AttendPanel, a: Any, room: Any, keys: Any, whole: bool) -> None:
+def _shares(how: AttendPanel, a: Any, room: Any, places: Places, keys: Any, whole: bool) -> None:
     """Scores become shares, 2 ** (score - largest so far); what was summed before fades by the growth of that."""
     tops, totals, scale = [], [], e.let(e.broadcast(a.scale, LANES))
     for v in range(how.vectors):
@@ -168,6 +168,7 @@ def _shares(how: AttendPanel, a: Any, room: Any, keys: Any, whole: bool) -> None
         e.store(room.total, e.load(room.total, v * LANES, lanes=LANES) * fade, v * LANES, lanes=LANES)
         totals.append(e.Register(LANES, softmax.lanes(0.0)))    # of these keys: added one by one to all others they would lose digits
     with e.loop(keys.count) as n:
+        places.prefetch("key", keys.upcoming + n)
         for v in range(how.vectors):
             at = e.let(n * how.rows + v * LANES)
             score = e.let(e.load(room.scores, at, lanes=LANES))
@@ -178,6 +179,15 @@ def _shares(how: AttendPanel, a: Any, room: Any, keys: Any, whole: bool) -> None
             e.store(room.scores, share, at, lanes=LANES)
     for v, total in enumerate(totals):
         e.store(room.total, e.load(room.total, v * LANES, lanes=LANES) + total.get(), v * LANES, lanes=LANES)
+
+
+def _plain(a: Any, places: Places, keys: Any) -> Any:
+    """Do all places count, or do those that don't have finite values, which a share of 0 makes 0?"""
+    bad = e.Register(1, e.constant(0, "int32"), "int32")
+    with e.when(tirx.Not(keys.whole)), e.loop(keys.count) as n, e.loop(tirx.truncdiv(a.E + (LANES - 1), LANES)) as i:
+        at = places.at("value", keys.first + n) + e.cast("int64", i * LANES)
+        bad.set(bad.get() | e.external("int32", "bad_words", e.let(load_part(a.value.elements, e.wide(at), e.opaque(a.E - i * LANES)))))
+    return tirx.EQ(bad.get(), 0)
 
 
 def _add(how: AttendPanel, a: Any, room: Any, places: Places, keys: Any, whole: bool) -> None:

@@ -98,6 +98,8 @@ def _rows(how: AttendTiles, a: Any, room: Any, places: Places, first: Any, end: 
         with e.loop(halves) as half, e.loop(steps) as step:
             _scores(how, a, room, places, e.opaque(half * HALF), keys, step)
         e.choose(keys.whole, lambda: None, lambda: mask(how, a, room, places, keys, first, steps * DEPTH))
+        with e.when(keys.jumps), e.loop(KEYS) as n:
+            places.prefetch("key", keys.upcoming + n)
         with e.loop(halves) as half:
             row = e.opaque(half * HALF)
             _grow(how, a, room, row, steps)

@@ -34,7 +34,7 @@ def larger(value: Any, least: Any) -> Any:
 
 
 def exp2(power: Any, rough: bool = False) -> Any:
-    """2 ** power, 0 below -150, NaN for NaN; relative error 9e-8, or 8e-5. Inside of `with e.llvm(attend.ll)`."""
+    """2 ** power, about 1e-38 where it would be less, NaN for NaN; relative error 9e-8, or 8e-5. Inside of `with e.llvm(attend.ll)`."""
     return e.let(e.external("float32x16", "exp2_rough" if rough else "exp2", power))
 
 

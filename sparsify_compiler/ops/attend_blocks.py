@@ -122,10 +122,13 @@ def check(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Te
         fits = fits and indices.shape[2] == -(-queries // block_q) and (tile_of is None or (tile_of.shape == indices.shape and tiles is not None))
         fits = fits and (tiles is None or tuple(tiles.shape[1:]) == (block_q, block_k)) and (key_mask is None or key_mask.shape == (batch, keys))
         fits = fits and (bias is None or (bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads) and bias.shape[2:] == (queries, keys)))
-    given = {"query": query, "key": key, "value": value, "indices": indices, "counts": counts, "tile_of": tile_of, "tiles": tiles,
-             "key_mask": key_mask, "bias": bias}
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items() if tensor is not None)
-    torch._check(fits, lambda: f"attend_blocks: with blocks of {block_q} × {block_k}, these do not fit together: {shapes}")  # type: ignore[no-untyped-call]
+    def message() -> str:
+        given = {"query": query, "key": key, "value": value, "indices": indices, "counts": counts, "tile_of": tile_of, "tiles": tiles,
+                 "key_mask": key_mask, "bias": bias}
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items() if tensor is not None)
+        return f"attend_blocks: with blocks of {block_q} × {block_k}, these do not fit together: {shapes}"
+
+    torch._check(fits, message)  # type: ignore[no-untyped-call]
 
 
 def _everywhere(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, tile_of: Tensor | None = None,

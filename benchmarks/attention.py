@@ -1,0 +1,126 @@
+"""Speed of attention over some blocks of keys, against torch's scaled_dot_product_attention and compiled FlexAttention, interleaved.
+
+    python benchmarks/attention.py [--tokens 1024 ...] [--heads 8 ...] [--widths 64 ...] [--dtypes fp32 bf16] [--no-flex] [--build]
+    python benchmarks/attention.py --decode [--tokens 8192 32768] [--heads 8 32] [--groups 8]
+
+Causal prefill: all blocks, a window of 512 tokens and 64 sinks, and a random tenth of the blocks below the diagonal (one choice for all heads; blocks
+of 64 × 64). "of ideal" is SDPA's time times the share of its causal blocks that are read, over the time taken. Decoding: one query row, an eighth
+of the blocks of the cache, each group its own. Layouts are made beforehand. --build compiles what is to be timed and leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparsify_compiler.block_layout import BlockLayout, from_blocks, visible
+from sparsify_compiler.block_pattern import Grid, union
+from sparsify_compiler.measure import interleave
+from sparsify_compiler.passes.attention.patterns.sinks import Sinks
+from sparsify_compiler.passes.attention.patterns.sliding_window import SlidingWindow
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BLOCK, WINDOW, SINKS, SHARE, KEPT = 64, 512, 64, 0.1, 8
+Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--heads", nargs="+", type=int, default=[8])
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--widths", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--no-flex", action="store_true")
+    parser.add_argument("--build", action="store_true")
+    given = parser.parse_args()
+    torch.set_grad_enabled(False)
+    columns = ("kept ms", "GB/s", "gain", "all ms") if given.decode else (
+        "TFLOP/s", "all ms (of ideal)", "window ms (of ideal)", "tenth ms (of ideal)", "FlexAttention: all", "window", "tenth")
+    table = Table(title=f"{torch.get_num_threads()} threads")
+    for column in ("tokens", "heads", "width", "dtype", "SDPA ms", *columns):
+        table.add_column(column, justify="right")
+    for tokens in given.tokens or ([8192, 32768] if given.decode else [1024, 2048, 4096, 8192, 16384]):
+        for heads in given.heads:
+            for width in given.widths:
+                for name in given.dtypes:
+                    torch.manual_seed(0)
+                    row = decode(tokens, heads, min(given.groups, heads), width, DTYPES[name], given.build) if given.decode else prefill(
+                        tokens, heads, width, DTYPES[name], not given.no_flex, given.build)
+                    table.add_row(str(tokens), str(heads), str(width), name, *row)
+    if not given.build:
+        Console(width=150).print(table)
+
+
+def prefill(tokens: int, heads: int, width: int, dtype: torch.dtype, flex: bool, build: bool) -> Iterator[str]:
+    """What the table says of one size."""
+    query, key, value = (torch.randn(1, heads, tokens, width).to(dtype) for _ in range(3))
+    layouts = dict(patterns(tokens))
+    forms: dict[str, Callable[[], object]] = {"SDPA": lambda: scaled_dot_product_attention(query, key, value, is_causal=True)}
+    for name, (layout, mask) in layouts.items():
+        forms[name] = lambda layout=layout: layout.attend(query, key, value)
+        if flex:
+            forms[f"flex {name}"] = flexible(query, key, value, mask)
+    if build:
+        for form in forms.values():
+            form()
+        return iter(())
+    found = {name: timing.median for name, timing in interleave(forms, rounds=9, warmup=1, at_most=12.0, repeats=1).items()}
+    flops = 2 * heads * tokens * tokens * width
+    cells = [f"{found['SDPA']:.2f}", f"{flops / found['SDPA'] / 1e9:.2f}"]
+    for name, (layout, _) in layouts.items():
+        cells.append(f"{found[name]:.2f} ({100 * layout.density() * found['SDPA'] / found[name]:.0f} %)")
+    cells.extend(f"{found[f'flex {name}'] / found[name]:.1f} x" if flex else "" for name in layouts)
+    return iter(cells)
+
+
+def patterns(tokens: int) -> Iterator[tuple[str, tuple[BlockLayout, Mask]]]:
+    """Layouts of blocks, and the same as masks for FlexAttention."""
+    blocks = -(-tokens // BLOCK)
+    below = visible(tokens, tokens, BLOCK, BLOCK)
+    yield "all", (from_blocks(below[None, None], tokens, tokens, BLOCK, BLOCK, True), lambda b, h, q, k: q >= k)
+    window = union((SlidingWindow(window=WINDOW), Sinks(tokens=SINKS)), Grid(tokens, tokens, BLOCK, BLOCK, True)).layout()
+    yield "window", (window, lambda b, h, q, k: (q >= k) & ((q - k < WINDOW) | (k < SINKS)))
+    chosen = (torch.rand(blocks, blocks) < SHARE) & below | torch.eye(blocks, dtype=torch.bool)
+    yield "tenth", (from_blocks(chosen[None, None], tokens, tokens, BLOCK, BLOCK, True), lambda b, h, q, k: (q >= k) & chosen[q // BLOCK, k // BLOCK])
+
+
+def flexible(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Callable[[], object]:
+    """FlexAttention, compiled for this size."""
+    tokens = query.shape[2]
+    blocks = create_block_mask(mask, None, None, tokens, tokens, device="cpu", BLOCK_SIZE=BLOCK)
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(query, key, value, block_mask=blocks)
+
+
+def decode(tokens: int, heads: int, groups: int, width: int, dtype: torch.dtype, build: bool) -> Iterator[str]:
+    """What the table says of one size of cache."""
+    query = torch.randn(1, heads, 1, width).to(dtype)
+    key, value = (torch.randn(1, groups, tokens, width).to(dtype) for _ in range(2))
+    blocks = -(-tokens // BLOCK)
+    chosen = torch.rand(1, groups, 1, blocks).argsort(-1) < blocks // KEPT
+    kept, every = (from_blocks(table, 1, tokens, BLOCK, BLOCK, True) for table in (chosen, torch.ones_like(chosen)))
+    forms: dict[str, Callable[[], object]] = {
+        "SDPA": lambda: scaled_dot_product_attention(query, key, value, enable_gqa=heads != groups),
+        "kept": lambda: kept.attend(query, key, value), "all": lambda: every.attend(query, key, value)}
+    if build:
+        for form in forms.values():
+            form()
+        return iter(())
+    found = {name: timing.median for name, timing in interleave(forms, rounds=31, warmup=2, at_most=4.0).items()}
+    moved = 2 * groups * tokens * width * dtype.itemsize / KEPT
+    return iter((f"{found['SDPA']:.2f}", f"{found['kept']:.3f}", f"{moved / found['kept'] / 1e6:.0f}",
+                 f"{found['SDPA'] / found['kept']:.1f} x", f"{found['all']:.2f}"))
+
+
+if __name__ == "__main__":
+    main()
