@@ -1,6 +1,6 @@
 """Quality of activation sparsity on real language: perplexity of SmolLM2 when each token reads a part of the weights only.
 
-    python benchmarks/activation_quality.py --brown FOLDER [--json FILE] [--methods teal ...] [--sparsities 25 40 ...] [--sites all ffn]
+    python benchmarks/activation_quality.py --brown FOLDER [--json FILE] [--methods wina ...] [--sparsities 25 40 ...] [--sites all ffn]
                                             [--prompt 256]
 
 Model, texts and splits are those of subjects.py: calibration on 512 tokens each of --samples Brown files, measured on others of its files and on
@@ -80,7 +80,8 @@ def of_ffns(density: float, targets: tuple[str, ...]) -> float:
 METHODS: dict[str, Made] = {
     "per token": lambda density, targets: recipes.q_sparse(density, targets),  # the same number of inputs for each, of highest magnitude
     "teal uniform": lambda density, targets: recipes.teal(density, "uniform", targets),
-    "teal": lambda density, targets: recipes.teal(density, targets=targets),
+    "teal greedy": lambda density, targets: recipes.teal(density, "greedy", targets),
+    "teal block greedy": lambda density, targets: recipes.teal(density, "block_greedy", targets),
     "wina": lambda density, targets: recipes.wina(density, targets=targets),
     "wina threshold": lambda density, targets: recipes.wina(density, "threshold", targets=targets),
     "cats": cats,

@@ -51,11 +51,12 @@ class InputEvidence:
         weight = self.layers[site].weight.detach().float()
         center = self.centers[site]
         moved = rows if center is None else rows - center
-        order, whole = scores.flatten().sort().values, (rows @ weight.t()).norm().clamp_min(1e-30)
+        order, whole = scores.flatten().sort().values, (rows @ weight.t()).norm(dim=1).clamp_min(1e-30)
         found = [torch.zeros((), dtype=torch.float32)]
         for step in range(1, STEPS + 1):
             limit = order[min(step * order.numel() // STEPS, order.numel() - 1)] if step < STEPS else torch.tensor(float("inf"), dtype=torch.float32)
-            found.append((moved.masked_fill(scores >= limit, 0) @ weight.t()).norm() / whole)
+            skipped = (moved.masked_fill(scores >= limit, 0) @ weight.t()).norm(dim=1)
+            found.append((skipped / whole).square().mean().sqrt())  # row by row: a few massive ones, which lose nothing, would outweigh all
         return torch.stack(found)
 
     def selection(self, site: str) -> Callable[[float], Selection]:

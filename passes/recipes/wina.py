@@ -9,7 +9,7 @@ from sparsify_compiler.passes.reparam.rotate_stream import RotateStream
 from sparsify_compiler.pipeline import Pipeline
 
 
-def wina(density: float | None = None, selector: str = "top_k", budget: str = "greedy", targets: tuple[str, ...] = ("linear",),
+def wina(density: float | None = None, selector: str = "top_k", budget: str = "uniform", targets: tuple[str, ...] = ("linear",),
          ignore: tuple[str, ...] = (), share: int | None = None) -> Pipeline:
     """Select the inputs of highest magnitude times length of the weights that read them; needs calibration for the budget only.
 

@@ -26,7 +26,9 @@ class Evidence(Protocol):
         ...
 
     def errors(self, site: str) -> Tensor:
-        """||what the layer computes of skipped inputs|| / ||what it computes of all||, at 0, 1 / STEPS, ..., 1 of them skipped, on sampled rows."""
+        """||what the layer computes of skipped inputs|| / ||what it computes of all||, at 0, 1 / STEPS, ..., 1 of them skipped: root mean square over
+        sampled rows.
+        """
         ...
 
     def block_error(self, densities: Mapping[str, float]) -> float:
