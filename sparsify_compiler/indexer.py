@@ -16,6 +16,7 @@ from .key_sums import same_keys
 from .named import Named
 
 DECODED = 8  # query rows up to which a call is a step of decoding
+PARSED = 1024  # texts of indexers: each layer may have its own
 LAYOUTS = 64  # static layouts that are remembered: all layers of a model share them, and each step of decoding needs one
 
 
@@ -79,7 +80,7 @@ class Indexer:
         return print_value(self)
 
     @staticmethod
-    @lru_cache(LAYOUTS)
+    @lru_cache(PARSED)
     def parse(text: str) -> Indexer:
         """Raises ParseError."""
         from .pipeline_text import build, parse_call
@@ -169,6 +170,6 @@ def _static_layout(patterns: tuple[Pattern, ...], grid: Grid, shifts: tuple[int,
     return _static_table(patterns, grid, shifts).layout()
 
 
-@lru_cache(LAYOUTS)
+@lru_cache(PARSED)
 def _named(kind: str, text: str) -> Named:
     return Named.parse(kind, text)

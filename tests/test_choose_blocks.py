@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import sparsify_compiler as sc
 from sparsify_compiler.attention_taps import with_taps
 from sparsify_compiler.capture import capture
 from sparsify_compiler.compiled import CompiledModel
@@ -136,3 +138,15 @@ def test_what_calibration_needs_and_choices_that_cannot_be() -> None:
                              (f"choices=({NEAR},), share=0.0", "share"), (f"choices=({NEAR}, {NEAR.replace('4)', '8)')})", "no choice")):
         with pytest.raises(SparsifyError, match=message):
             Pipeline.parse(f"choose_blocks({options})")
+
+
+def test_a_choice_is_described_and_generates_as_saved(tmp_path: Path) -> None:
+    model, prompt = llama(), {"input_ids": torch.randint(1, 96, (1, 20))}
+    program = run(f"choose_blocks(choices=({NEAR}, {FAR}), quotas=(0.5, 0.5))", model, prompt, {"input_ids": {0: "batch", 1: "tokens"}})
+    described = {part.partition(" heads: ")[2] or part for row in program.decisions.values() for part in row.structure.split("; ")}
+    assert described == {"SlidingWindow(window=4)", "Windows(size=4) | top_k(share=0.3, blocks=2) of sampled_rows"}
+    compiled = CompiledModel(program)
+    compiled.save(tmp_path / "out")
+    again = sc.load(tmp_path / "out", model=llama())
+    tokens = compiled.generate(prompt["input_ids"], max_new_tokens=4, do_sample=False)
+    assert torch.equal(again.generate(prompt["input_ids"], max_new_tokens=4, do_sample=False), tokens)

@@ -10,6 +10,7 @@ from sparsify_compiler.library_attention import find_library_attentions
 from sparsify_compiler.normal_form_edit import argument, insert
 from sparsify_compiler.ops import attend
 from sparsify_compiler.passes_api import Context
+from sparsify_compiler.pipeline_text import print_value
 from sparsify_compiler.program import Program, Region, Site
 from sparsify_compiler.selectors import select
 from sparsify_compiler.sites import find_sites
@@ -49,7 +50,7 @@ def give_indexer(program: Program, site: Site, indexer: Indexer, by: str) -> Non
 
 def described(indexer: Indexer) -> str:
     """What an indexer reads, for the report."""
-    what = [str(pattern) for pattern in indexer.always] + ([f"{indexer.selector} of {indexer.scorer}"] if indexer.scorer else [])
+    what = [print_value(pattern) for pattern in indexer.always] + ([f"{indexer.selector} of {indexer.scorer}"] if indexer.scorer else [])
     others = (f"{len(heads)} heads: {described(choice)}" for choice, heads in zip(indexer.choices, indexer.heads, strict=True))
     return "; ".join((" | ".join(what), *others))
 
