@@ -192,10 +192,10 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """indices, ascending, and counts, both int32, of a table; at least one place wide."""
     counts = chosen.sum(-1, dtype=torch.int32)
     widest = max(int(counts.max()) if counts.numel() else 0, 1)
-    order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
-    if order.shape[-1] < widest:
-        order = torch.nn.functional.pad(order, (0, widest - order.shape[-1]))
-    return order[..., :widest].to(torch.int32).contiguous(), counts
+    place = torch.where(chosen, chosen.cumsum(-1) - 1, widest)  # what is not chosen goes to one more column
+    number = torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device).expand_as(chosen)
+    listed = number.new_zeros(*chosen.shape[:-1], widest + 1).scatter_(-1, place, number)
+    return listed[..., :widest].contiguous(), counts
 
 
 def merge_branches(branches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

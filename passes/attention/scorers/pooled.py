@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.key_sums import of_blocks
 from sparsify_compiler.passes.attention.scorers._blocks import counted, dots, in_blocks, log_keys, means, query_mask, sizes
 
 
@@ -19,7 +20,9 @@ def pooled(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scal
                  or who reads them, is read always (SpargeAttn, arXiv:2502.18137, section 3.2). -1 guards none, 1 all
     """
     of_query = query_mask(grid, key_mask)
-    scores = dots(means(query, grid.block_q, of_query), means(key, grid.block_k, key_mask)) * scale + log_keys(grid, key_mask).to(query.device)
+    number = sizes(grid.keys, grid.block_k, key_mask).to(query.device)[:, None, None].clamp(min=1)
+    scores = dots(means(query, grid.block_q, of_query) * scale, of_blocks(key, "sum", grid.block_k, key_mask)) / number
+    scores = scores + log_keys(grid, key_mask).to(query.device)
     if similarity > -1:
         rows = _similarity(query, grid.block_q, of_query) < similarity
         columns = (_similarity(key, grid.block_k, key_mask) < similarity).repeat_interleave(query.shape[1] // max(key.shape[1], 1), 1)

@@ -15,6 +15,7 @@ def top_k(scores: Tensor, read: Tensor, *, share: float = 0.5, blocks: int = 0) 
     visible = scores > -torch.inf
     number = (visible.sum(-1, keepdim=True) * share).sub(1e-6).ceil().clamp(min=max(blocks, 1))
     first = scores.masked_fill(read & visible, torch.inf)
-    order = first.argsort(dim=-1, descending=True, stable=True)
-    taken = torch.arange(scores.shape[-1], device=scores.device) < number
+    least = min(max(blocks, 1), scores.shape[-1])
+    order = first.argsort(dim=-1, descending=True, stable=True) if share else first.topk(least).indices
+    taken = torch.arange(order.shape[-1], device=scores.device) < number
     return visible & (torch.zeros_like(visible).scatter_(-1, order, taken) | (first == torch.inf))
