@@ -5,9 +5,10 @@ A number holds in this process only, and only as long as its kernel lives: what 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -36,6 +37,7 @@ class Opaque(Protocol):
 _kernels: dict[int, ref[Opaque]] = {}
 _numbers: WeakKeyDictionary[Opaque, int] = WeakKeyDictionary()
 _next = itertools.count()
+COUNT_BITS = 28
 
 
 def make_opaque(region: Region) -> None:
@@ -45,8 +47,10 @@ def make_opaque(region: Region) -> None:
     for node, (kernel, inputs) in found.items():
         if not isinstance(kernel, Opaque):
             continue
+        given = [made.get(value, value) for value in inputs]
         with region.graph.inserting_before(node):
-            made[node] = called = region.graph.call_function(op, ([made.get(value, value) for value in inputs], _number(kernel), kernel.signature))
+            call = (op, (given[0], _number(kernel))) if len(given) == 1 else (inputs_op, (given, _number(kernel)))
+            made[node] = called = region.graph.call_function(*call)
         called.meta = {key: node.meta[key] for key in ("val", "path", "module") if key in node.meta}
         node.replace_all_uses_with(called)
         region.graph.erase_node(node)
@@ -56,30 +60,34 @@ def make_opaque(region: Region) -> None:
 
 
 def _number(kernel: Opaque) -> int:
+    """A number for the kernel: the beginning of its signature's digest, so that a graph that torch cached is not taken for another, and a count.
+
+    One number is read a microsecond or two faster than a number and a text.
+    """
     if kernel not in _numbers:
-        _numbers[kernel] = number = next(_next)
+        digest = int.from_bytes(hashlib.sha256(kernel.signature.encode()).digest()[:4])
+        _numbers[kernel] = number = digest << COUNT_BITS | next(_next)
         _kernels[number] = ref(kernel, lambda gone: _kernels.pop(number, None))
     return _numbers[kernel]
 
 
-def _kernel(number: int, signature: str) -> Opaque:
+def _kernel(number: int) -> Opaque:
     found = _kernels.get(number)
     kernel = None if found is None else found()
-    if kernel is None or kernel.signature != signature:
-        raise ModelError("a graph of torch.compile calls a kernel that is gone", where=signature,
+    if kernel is None:
+        raise ModelError("a graph of torch.compile calls a kernel that is gone", where=f"kernel {number}",
                          hint="keep the compiled model for as long as what torch.compile made of it")
     return kernel
 
 
-def _call(inputs: Sequence[Tensor], number: int, signature: str) -> Tensor:
-    return _kernel(number, signature)(*inputs)
+def _define(name: str, inputs: str, result: str, call: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    LIBRARY.define(f"{name}({inputs}, int number) -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparsify::{name}", fake, lib=LIBRARY)
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.sparsify, packet), overload or "default")
 
 
-def _fake(inputs: Sequence[Tensor], number: int, signature: str) -> Tensor:
-    return _kernel(number, signature).empty(*inputs)
-
-
-LIBRARY.define("kernel(Tensor[] inputs, int number, str signature) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.impl("kernel", _call, "CompositeExplicitAutograd")
-torch.library.register_fake("sparsify::kernel", _fake, lib=LIBRARY)
-op = torch.ops.sparsify.kernel.default
+op = _define("kernel", "Tensor x", "Tensor", lambda x, number: _kernel(number)(x), lambda x, number: _kernel(number).empty(x))
+inputs_op = _define("kernel.inputs", "Tensor[] inputs", "Tensor", lambda inputs, number: _kernel(number)(*inputs),
+                    lambda inputs, number: _kernel(number).empty(*inputs))

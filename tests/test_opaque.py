@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import sparsify_compiler as sc
 from sparsify_compiler import opaque
 from sparsify_compiler.errors import ModelError
+from sparsify_compiler.executor import traced_function
 from sparsify_compiler.passes.lower import lower
 
 FORCED = "lower(margin=-1000.0)"
@@ -72,7 +73,7 @@ def test_the_same_numbers_without_a_break(name: str, backend: str) -> None:
     called = []
 
     def watch(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        called.extend(node for node in graph.graph.nodes if node.target is opaque.op)
+        called.extend(node for node in graph.graph.nodes if node.target in (opaque.op, opaque.inputs_op))
         return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
     with torch.no_grad():
@@ -100,11 +101,11 @@ def test_a_kernel_that_is_gone_is_an_error() -> None:
     model, x = compiled("sparse linears")
     region = model.program.regions[""].clone()
     opaque.make_opaque(region)
-    torch.testing.assert_close(region.module(x)[0], model(x))
-    (number, signature), *_ = [(n.args[1], n.args[2]) for n in region.graph.nodes if n.target is opaque.op]
+    torch.testing.assert_close(traced_function(region)(region.module, x)[0], model(x))
+    number = next(n.args[1] for n in region.graph.nodes if n.target is opaque.op)
     with pytest.raises(ModelError, match="gone"):
-        opaque.op([x], number, "another")
+        opaque.op(x, number ^ 1 << opaque.COUNT_BITS)  # of another signature
     del region, model
     gc.collect()
     with pytest.raises(ModelError, match="gone"):
-        opaque.op([x], number, signature)
+        opaque.op(x, number)
