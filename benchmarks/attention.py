@@ -63,6 +63,7 @@ def main() -> None:
 
 def prefill(tokens: int, heads: int, width: int, dtype: torch.dtype, flex: bool, build: bool) -> Iterator[str]:
     """What the table says of one size."""
+    torch._dynamo.reset()   # it compiles a function 8 times, then no more
     query, key, value = (torch.randn(1, heads, tokens, width).to(dtype) for _ in range(3))
     layouts = dict(patterns(tokens))
     forms: dict[str, Callable[[], object]] = {"SDPA": lambda: scaled_dot_product_attention(query, key, value, is_causal=True)}

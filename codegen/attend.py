@@ -62,12 +62,12 @@ def run(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tens
     dtype = query.dtype
     if dtype in WIDENED or (dtype is torch.bfloat16 and _missing(dtype)):
         query, key, value = query.float(), key.float(), value.float()
-    out = query.new_empty((batch, queries, heads, value.shape[-1])).transpose(1, 2)
-    lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
+    out = torch.empty((batch, queries, heads, value.shape[-1]), dtype=query.dtype).transpose(1, 2)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32)
     few, factor = queries <= FEW, (width ** -0.5 if scale is None else scale or TINY) * math.log2(math.e)
     if not few and query.dtype is torch.bfloat16 and width % DEPTH:     # a tile's row is 32 of them
         query, key = (pad(tensor, (0, -width % DEPTH)) for tensor in (query, key))
-    tensors = *(_strided(tensor) for tensor in (query, key, value)), *_places(indices, counts, tile_of, tiles, key_mask), out, lse
+    tensors = _strided(query), _strided(key), _strided(value), *_places(indices, counts, tile_of, tiles, key_mask), out, lse
     flags = block_q, block_k, int(tile_of is not None), int(key_mask is not None), int(causal)
     tasks, threads = batch * heads * indices.shape[2], torch.get_num_threads()
     if few:
@@ -91,21 +91,25 @@ def _turned_once(value: Tensor, indices: Tensor, heads: int, block_k: int) -> bo
 
 def _places(indices: Tensor, counts: Tensor, tile_of: Tensor | None, tiles: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, ...]:
     """The index tensors as kernels read them; something of the right dtype and dimensions for what is not given."""
-    indices, counts = (tensor.to(torch.int32).contiguous() for tensor in (indices, counts))
+    indices, counts = _words(indices), _words(counts)
     if tile_of is None or tiles is None:
         kinds, turned = indices, _nothing(3)
     else:
-        kinds, turned = tile_of.to(torch.int32).contiguous(), pad(tiles.mT.contiguous().view(torch.uint8), (0, -tiles.shape[1] % (4 * LANES)))
+        kinds, turned = _words(tile_of), pad(tiles.mT.contiguous().view(torch.uint8), (0, -tiles.shape[1] % (4 * LANES)))
     mask = _nothing(2) if key_mask is None else key_mask.contiguous().view(torch.uint8)
     return indices, counts, kinds, turned, mask
 
 
+def _words(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is torch.int32 and tensor.is_contiguous() else tensor.to(torch.int32).contiguous()
+
+
 def _strided(tensor: Tensor) -> Tensor:
     """Without a gradient, its last dimension contiguous, its strides in 32 bits."""
-    tensor = tensor.detach()
-    if tensor.stride(-1) == 1 and max(tensor.stride()) < FAR and min(tensor.stride()) >= 0:
-        return tensor
-    return tensor.contiguous()
+    strides = tensor.stride()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor if strides[-1] == 1 and max(strides) < FAR else tensor.contiguous()
 
 
 @cache

@@ -37,8 +37,9 @@ class BlockLayout:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, bias: Tensor | None = None,
                scale: float | None = None) -> tuple[Tensor, Tensor]:
         """Attention over the listed blocks: (out [B, H, Q, E], lse [B, H, Q]). Shapes as in attend_blocks."""
-        found: tuple[Tensor, Tensor] = attend_blocks.op(query, key, value, self.indices, self.counts, self.tile_of, self.tiles, key_mask, bias,
-                                                        block_q=self.block_q, block_k=self.block_k, causal=self.causal, scale=scale)
+        run = attend_blocks.computed if attend_blocks.unwatched(query, key, value, bias) else attend_blocks.op
+        found: tuple[Tensor, Tensor] = run(query, key, value, self.indices, self.counts, self.tile_of, self.tiles, key_mask, bias,
+                                           block_q=self.block_q, block_k=self.block_k, causal=self.causal, scale=scale)
         return found
 
     def density(self) -> float:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kernel_help import needs_avx512
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify_compiler.block_layout import ALL, NONE, SOME, BlockLayout, from_blocks, from_places
 from sparsify_compiler.codegen import attend
@@ -191,3 +192,22 @@ def test_compiled_by_torch_in_one_graph() -> None:
     x = torch.randn(1, 32, 96, dtype=torch.float32)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), block(x), rtol=0, atol=0)
+
+
+def test_whoever_watches_sees_the_op() -> None:
+    query, key, value = tensors(1, 1, 1, 16, 16, 16)
+    layout = from_blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool), 16, 16, 16, 16, True)
+    seen: list[Any] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        watched = layout.attend(query, key, value)
+    assert attend_blocks.op in seen
+    assert all(torch.equal(one, other) for one, other in zip(watched, layout.attend(query, key, value), strict=True))
+    out, _ = layout.attend(query.requires_grad_(), key, value)
+    out.sum().backward()
+    assert query.grad is not None
