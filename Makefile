@@ -13,8 +13,8 @@ help:  ## what there is
 demo: $(READY)  ## compile a real trained encoder on real sentences and read the report (about 1 minute)
 	$(BIN)/python examples/compile_minilm.py
 
-test: $(READY)  ## the default test suite
-	$(BIN)/python -m pytest
+test: $(READY)  ## the default test suite, on all cores
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(READY)  ## the tests that need minutes
 	$(BIN)/python -m pytest -m slow
