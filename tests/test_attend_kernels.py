@@ -41,8 +41,8 @@ def exact(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_ma
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest number."""
-    return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    """The largest difference over the largest number, or over a tenth of what values are where they cancel."""
+    return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=0.1))
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_mask: Tensor | None = None, scale: float | None = None) -> None:
@@ -56,7 +56,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_ma
     assert not out[total == -math.inf].any()
 
 
-@settings(max_examples=50, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(st.data())
 def test_any_shape_and_choice_of_blocks(data: st.DataObject) -> None:
     draw = data.draw
@@ -131,6 +131,19 @@ def test_only_places_that_count_can_spoil_a_row(bad: float, rows: int, dtype: to
         assert torch.equal(spoilt[0, 0], seen >= 20)
         assert torch.equal(lse.isnan()[0, 0], seen >= 20)
     assert not lse[0, 1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2, 48])
+def test_a_query_that_is_no_number_spoils_its_row(dtype: torch.dtype, rows: int) -> None:
+    query, key, value = (tensor.to(dtype) for tensor in tensors(1, 2, 1, rows, 40, 32))
+    query[0, 1, 1, 3] = math.nan
+    out, lse = from_blocks(torch.ones(1, 1, -(-rows // 64), 1, dtype=torch.bool), rows, 40, 64, 64, False).attend(query, key, value)
+    spoilt = torch.zeros(1, 2, rows, dtype=torch.bool)
+    spoilt[0, 1, 1] = True
+    assert torch.equal(out.isnan().all(-1), spoilt)
+    assert torch.equal(out.isnan().any(-1), spoilt)
+    assert torch.equal(lse.isnan(), spoilt)
 
 
 def test_large_scores_and_empty_rows() -> None:

@@ -170,8 +170,9 @@ class Places:
         none = tirx.EQ(top, softmax.lanes(-math.inf))
         found = e.let((top * e.broadcast(self.a.scale, LANES) + softmax.log2(total)) * softmax.lanes(math.log(2)))
         to = t.address(self.a.lse, self.batch, self.head, row)
-        e.builder.evaluate(tirx.call_extern("int32", "store_part", to, e.let(tirx.Select(none, top, found)), count))
-        return e.let(tirx.Select(none, softmax.lanes(0.0), softmax.lanes(1.0) / total))
+        lse = softmax.unless_nan(total, tirx.Select(none, top, found))    # where all scores are NaN none is the largest
+        e.builder.evaluate(tirx.call_extern("int32", "store_part", to, lse, count))
+        return softmax.unless_nan(total, tirx.Select(none, softmax.lanes(0.0), softmax.lanes(1.0) / total))
 
 
 def _every(value: int, lanes: int) -> Any:

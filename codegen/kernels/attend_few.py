@@ -250,8 +250,8 @@ def _merge(how: AttendFew, a: Any, kept: Any, head: Any, row: Any) -> None:
     none = tirx.EQ(top.get(), softmax.lanes(-math.inf))
     lse = e.let((top.get() * scale + softmax.log2(e.let(total.get()))) * softmax.lanes(math.log(2)))
     inner = e.opaque(head - batch * a.H)
-    e.store(a.lse, e.lane(e.let(tirx.Select(none, top.get(), lse)), 0), batch, inner, row)
-    inverse = e.let(tirx.Select(none, softmax.lanes(0.0), softmax.lanes(1.0) / total.get()))
+    e.store(a.lse, e.lane(softmax.unless_nan(e.let(total.get()), tirx.Select(none, top.get(), lse)), 0), batch, inner, row)
+    inverse = softmax.unless_nan(e.let(total.get()), tirx.Select(none, softmax.lanes(0.0), softmax.lanes(1.0) / total.get()))
     to = a.out.at(batch, inner, row)
     with e.loop(tirx.truncdiv(a.columns, how.step)) as chunk:
         sums = [e.Register(LANES, softmax.lanes(0.0)) for _ in range(how.step // LANES)]

@@ -49,7 +49,12 @@ def log2(value: Any) -> Any:
     for coefficient in ATANH[1:]:
         total = fma(total, square, lanes(coefficient))
     found = fma(e.let(total * t), lanes(math.log2(math.e)), e.cast_to("float32", exponent, LANES))
-    return e.let(e.external("float32x16", "unless_nan", value, found))
+    return unless_nan(value, found)
+
+
+def unless_nan(value: Any, other: Any) -> Any:
+    """`other`, lane by lane; NaN where `value` is."""
+    return e.let(e.external("float32x16", "unless_nan", value, e.let(other)))
 
 
 def counted(share: Any) -> Any:
