@@ -220,7 +220,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     for axis in (left, right):
         axis.set_xlabel("blocks read / blocks below the diagonal")
         axis.grid(alpha=0.3)
-    right.legend(fontsize=7, loc="lower right")
+    left.legend(fontsize=7, loc="lower left")
     figure.tight_layout()
     figure.savefig(file)
 
