@@ -13,8 +13,9 @@ help:  ## what there is
 demo: $(READY)  ## compile a real trained encoder on real sentences and read the report (about 1 minute)
 	$(BIN)/python examples/compile_minilm.py
 
+# Threads of one worker that spin while they wait would keep the other workers' from running.
 test: $(READY)  ## the default test suite, on all cores
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(READY)  ## the tests that need minutes
 	$(BIN)/python -m pytest -m slow
