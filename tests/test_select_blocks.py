@@ -296,3 +296,23 @@ def test_relative_positions_of_a_library_are_refused() -> None:
     config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     found = find_library_attentions(transformers.T5EncoderModel(config))
     assert all(why is not None and "bias" in why for why in found.values())
+
+
+class Masked(Encoder):
+    """Causal by a mask that is a tensor, as language models captured whole have it."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        place = torch.arange(x.shape[1])
+        keep = (place <= place[:, None]) & mask.bool()[:, None, None]
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("kind", [Masked, Encoder])
+def test_a_causal_mask_that_is_a_tensor_is_measured_as_such(monkeypatch: pytest.MonkeyPatch, kind: type[Encoder]) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(_attention, "_times", lambda of, *rest: seen.append(of) or {name: Timing(1.0, 1.0, 1.0) for name in ("dense", "blocks")})
+    torch.manual_seed(0)
+    x, mask = torch.randn(1, 21, 16), torch.ones(1, 21, dtype=torch.long)
+    Pipeline.parse(f"{SPARSE} | pack() | lower(rounds=1)").run(capture(kind().eval(), (x, mask)), Context(target=host(), kernels=runtime))
+    assert {of.causal for of in seen} == {kind is Masked}

@@ -59,7 +59,7 @@ def _attend(region: Region, site: Site, indexer: str, name: str) -> None:
     node = region.node(site.roles["attention"])
     given = {key: node.kwargs[key] for key in ("query", "key", "value", "attn_mask", "is_causal", "scale") if node.kwargs.get(key) is not None}
     made = insert(node, attend.op, node.meta["val"], **given, indexer=indexer)
-    made.meta.update({"by": name, "site": site.path})
+    made.meta.update({"by": name, "site": site.path, "causal": site.facts["mask"] == "causal"})  # by its mask, where not by is_causal
     node.replace_all_uses_with(made)
     region.graph.erase_node(node)
 

@@ -99,7 +99,7 @@ def _in_graphs(program: Program) -> list[_Place]:
             indexer = Indexer.parse(str(node.kwargs["indexer"]))
             mask: Any = node.kwargs.get("attn_mask")
             biased = mask is not None and mask.meta["val"].is_floating_point()
-            causal = bool(node.kwargs.get("is_causal", False))
+            causal = bool(node.kwargs.get("is_causal", False) or node.meta.get("causal", False))
             kind = _Kind(indexer, int(query.shape[1]), int(key.shape[1]), int(query.shape[3]), query.dtype, causal, biased)
             site = str(node.meta.get("site", node.name))
             tap = Site("attention", f"{region.path}/{node.name}", region.path, {"attention": node.name})
