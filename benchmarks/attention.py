@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsify_compiler.block_layout import BlockLayout, from_blocks, visible
-from sparsify_compiler.block_pattern import Grid, union
+from sparsify_compiler.block_grid import Grid
+from sparsify_compiler.block_layout import BlockLayout, from_blocks
+from sparsify_compiler.block_pattern import union
 from sparsify_compiler.measure import interleave
 from sparsify_compiler.passes.attention.patterns.sinks import Sinks
 from sparsify_compiler.passes.attention.patterns.sliding_window import SlidingWindow
@@ -86,13 +87,13 @@ def prefill(tokens: int, heads: int, width: int, dtype: torch.dtype, flex: bool,
 
 def patterns(tokens: int) -> Iterator[tuple[str, tuple[BlockLayout, Mask]]]:
     """Layouts of blocks, and the same as masks for FlexAttention."""
-    blocks = -(-tokens // BLOCK)
-    below = visible(tokens, tokens, BLOCK, BLOCK)
-    yield "all", (from_blocks(below[None, None], tokens, tokens, BLOCK, BLOCK, True), lambda b, h, q, k: q >= k)
-    window = union((SlidingWindow(window=WINDOW), Sinks(tokens=SINKS)), Grid(tokens, tokens, BLOCK, BLOCK, True)).layout()
+    grid = Grid(tokens, tokens, BLOCK, BLOCK, True)
+    below = grid.visible()
+    yield "all", (from_blocks(below[None, None], grid), lambda b, h, q, k: q >= k)
+    window = union((SlidingWindow(window=WINDOW), Sinks(tokens=SINKS)), grid).layout()
     yield "window", (window, lambda b, h, q, k: (q >= k) & ((q - k < WINDOW) | (k < SINKS)))
-    chosen = (torch.rand(blocks, blocks) < SHARE) & below | torch.eye(blocks, dtype=torch.bool)
-    yield "tenth", (from_blocks(chosen[None, None], tokens, tokens, BLOCK, BLOCK, True), lambda b, h, q, k: (q >= k) & chosen[q // BLOCK, k // BLOCK])
+    chosen = (torch.rand(grid.rows, grid.columns) < SHARE) & below | torch.eye(grid.rows, dtype=torch.bool)
+    yield "tenth", (from_blocks(chosen[None, None], grid), lambda b, h, q, k: (q >= k) & chosen[q // BLOCK, k // BLOCK])
 
 
 def flexible(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Callable[[], object]:
@@ -109,7 +110,7 @@ def decode(tokens: int, heads: int, groups: int, width: int, dtype: torch.dtype,
     key, value = (torch.randn(1, groups, tokens, width).to(dtype) for _ in range(2))
     blocks = -(-tokens // BLOCK)
     chosen = torch.rand(1, groups, 1, blocks).argsort(-1) < blocks // KEPT
-    kept, every = (from_blocks(table, 1, tokens, BLOCK, BLOCK, True) for table in (chosen, torch.ones_like(chosen)))
+    kept, every = (from_blocks(table, Grid(1, tokens, BLOCK, BLOCK, True)) for table in (chosen, torch.ones_like(chosen)))
     forms: dict[str, Callable[[], object]] = {
         "SDPA": lambda: scaled_dot_product_attention(query, key, value, enable_gqa=heads != groups),
         "kept": lambda: kept.attend(query, key, value), "all": lambda: every.attend(query, key, value)}

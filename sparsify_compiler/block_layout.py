@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .block_grid import Grid
 from .ops import attend_blocks
 
 Places = Callable[[Tensor, Tensor], Tensor]
@@ -19,48 +20,32 @@ CHUNK = 1 << 22  # places that are looked at together
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """The index tensors of attend_blocks, see there: indices and tile_of [B', H', NQ, C], counts [B', H', NQ], tiles [T, block_q, block_k].
-
-    queries, keys  the lengths that it was made for
-    """
+    """The index tensors of attend_blocks, see there: indices and tile_of [B', H', NQ, C], counts [B', H', NQ], tiles [T, block_q, block_k]."""
 
     indices: Tensor
     counts: Tensor
     tile_of: Tensor | None
     tiles: Tensor | None
-    queries: int
-    keys: int
-    block_q: int
-    block_k: int
-    causal: bool
+    grid: Grid
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, bias: Tensor | None = None,
                scale: float | None = None) -> tuple[Tensor, Tensor]:
         """Attention over the listed blocks: (out [B, H, Q, E], lse [B, H, Q]). Shapes as in attend_blocks."""
         run = attend_blocks.computed if attend_blocks.unwatched(query, key, value, bias) else attend_blocks.op
         found: tuple[Tensor, Tensor] = run(query, key, value, self.indices, self.counts, self.tile_of, self.tiles, key_mask, bias,
-                                           block_q=self.block_q, block_k=self.block_k, causal=self.causal, scale=scale)
+                                           block_q=self.grid.block_q, block_k=self.grid.block_k, causal=self.grid.causal, scale=scale)
         return found
 
     def density(self) -> float:
         """Listed blocks over the blocks that hold a place that counts for dense attention (below the diagonal where causal)."""
         per_head = self.counts.double().sum() / max(self.counts.shape[0] * self.counts.shape[1], 1)
-        return float(per_head) / max(visible_blocks(self.queries, self.keys, self.block_q, self.block_k, self.causal), 1)
+        return float(per_head) / max(self.grid.visible_blocks(), 1)
 
     def mask(self) -> Tensor:
         """bool [B', H', Q, K]: every place that counts. For tests and small lengths: it grows with the square of the length."""
-        blocks = (0, -(-self.queries // self.block_q))
-        return attend_blocks.allowed_places(blocks, self.keys, self.queries, self.indices, self.counts, self.tile_of, self.tiles, None,
-                                            block_q=self.block_q, block_k=self.block_k, causal=self.causal)
-
-
-def visible_blocks(queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> int:
-    """Pairs of blocks that hold a place that counts for dense attention."""
-    rows, columns = -(-queries // block_q), -(-keys // block_k)
-    if not causal:
-        return rows * columns
-    last = torch.clamp(torch.arange(1, rows + 1) * block_q, max=queries) + (keys - queries)
-    return int(torch.clamp(-(-last // block_k), 0, columns).sum())
+        grid = self.grid
+        return attend_blocks.allowed_places((0, grid.rows), grid.keys, grid.queries, self.indices, self.counts, self.tile_of, self.tiles, None,
+                                            block_q=grid.block_q, block_k=grid.block_k, causal=grid.causal)
 
 
 @dataclass(frozen=True)
@@ -74,11 +59,7 @@ class BlockTable:
     kinds: Tensor
     tile_of: Tensor | None
     tiles: Tensor | None
-    queries: int
-    keys: int
-    block_q: int
-    block_k: int
-    causal: bool
+    grid: Grid
 
     def expand(self, batch: int, heads: int) -> BlockTable:
         """The same for every entry of a batch and every head, where it is the same for all of them now."""
@@ -96,8 +77,7 @@ class BlockTable:
         if self.tile_of is not None:
             places = torch.where(self.kinds == SOME, self.tile_of, -1)
             tile_of = places.gather(-1, torch.clamp(indices, max=self.kinds.shape[-1] - 1).long())
-        return BlockLayout(indices, counts, tile_of, None if tile_of is None else self.tiles, self.queries, self.keys, self.block_q, self.block_k,
-                           self.causal)
+        return BlockLayout(indices, counts, tile_of, None if tile_of is None else self.tiles, self.grid)
 
 
 def stack(tables: list[BlockTable], axis: int = 0) -> BlockTable:
@@ -110,20 +90,17 @@ def stack(tables: list[BlockTable], axis: int = 0) -> BlockTable:
         numbers.append(torch.where(of_table < 0, -1, of_table + known))
         tiles += [] if table.tiles is None else [table.tiles]
         known += 0 if table.tiles is None else len(table.tiles)
-    kinds, one = torch.cat([table.kinds for table in tables], axis), tables[0]
-    return BlockTable(kinds, torch.cat(numbers, axis) if known else None, torch.cat(tiles) if known else None, one.queries, one.keys, one.block_q,
-                      one.block_k, one.causal)
+    kinds = torch.cat([table.kinds for table in tables], axis)
+    return BlockTable(kinds, torch.cat(numbers, axis) if known else None, torch.cat(tiles) if known else None, tables[0].grid)
 
 
-def from_blocks(chosen: Tensor, queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> BlockLayout:
+def from_blocks(chosen: Tensor, grid: Grid) -> BlockLayout:
     """The layout of a table of pairs of blocks: chosen bool [B', H', NQ, NK]. Blocks after the diagonal are dropped where causal."""
-    if causal:
-        chosen = chosen & visible(queries, keys, block_q, block_k, chosen.device)
-    kinds = torch.where(chosen, ALL, NONE).to(torch.int8)
-    return BlockTable(kinds, None, None, queries, keys, block_q, block_k, causal).layout()
+    kinds = torch.where(chosen & grid.visible(chosen.device), ALL, NONE).to(torch.int8)
+    return BlockTable(kinds, None, None, grid).layout()
 
 
-def from_places(kinds: Tensor, allows: Places, queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> BlockTable:
+def from_places(kinds: Tensor, allows: Places, grid: Grid) -> BlockTable:
     """The table of a pattern that may cut blocks.
 
     kinds   int8 [NQ, NK]: NONE, SOME or ALL of the places of a pair of blocks count
@@ -131,20 +108,20 @@ def from_places(kinds: Tensor, allows: Places, queries: int, keys: int, block_q:
 
     Equal tiles are kept once. Query rows and keys beyond the lengths are as the pattern says: nobody reads them.
     """
-    if causal:
-        kinds = torch.where(visible(queries, keys, block_q, block_k, kinds.device), kinds, NONE)
+    kinds = torch.where(grid.visible(kinds.device), kinds, NONE)
     rows, columns = (kinds == SOME).nonzero(as_tuple=True)
     if not len(rows):
-        return BlockTable(kinds[None, None], None, None, queries, keys, block_q, block_k, causal)
+        return BlockTable(kinds[None, None], None, None, grid)
     number = torch.full((len(rows),), NOTHING, dtype=torch.int32, device=kinds.device)
-    shapes = _Tiles(block_q, block_k)
-    step = max(1, CHUNK // (block_q * block_k))
+    shapes = _Tiles(grid.block_q, grid.block_k)
+    step = max(1, CHUNK // (grid.block_q * grid.block_k))
     for start in range(0, len(rows), step):
-        row = rows[start:start + step, None] * block_q + torch.arange(block_q, device=kinds.device)
-        q, k = row + (keys - queries), columns[start:start + step, None] * block_k + torch.arange(block_k, device=kinds.device)
-        inside = allows(q[:, :, None], k[:, None, :]).expand(len(row), block_q, block_k)
-        counted = inside & (k < keys)[:, None] & (row < queries)[:, :, None]
-        if causal:
+        row = rows[start:start + step, None] * grid.block_q + torch.arange(grid.block_q, device=kinds.device)
+        k = columns[start:start + step, None] * grid.block_k + torch.arange(grid.block_k, device=kinds.device)
+        q = row + (grid.keys - grid.queries)
+        inside = allows(q[:, :, None], k[:, None, :]).expand(len(row), grid.block_q, grid.block_k)
+        counted = inside & (k < grid.keys)[:, None] & (row < grid.queries)[:, :, None]
+        if grid.causal:
             counted = counted & (k[:, None, :] <= q[:, :, None])
         some = counted.flatten(1).any(1)
         number[start:start + step][some] = shapes.number(inside[some])
@@ -152,7 +129,7 @@ def from_places(kinds: Tensor, allows: Places, queries: int, keys: int, block_q:
     kinds, tile_of = kinds.clone(), torch.full(kinds.shape, -1, dtype=torch.int32, device=kinds.device)
     kinds[rows, columns] = torch.where(number == NOTHING, NONE, torch.where(number < 0, ALL, SOME)).to(torch.int8)
     tile_of[rows, columns] = torch.clamp(number, min=-1)
-    return BlockTable(kinds[None, None], None if tiles is None else tile_of, tiles, queries, keys, block_q, block_k, causal)
+    return BlockTable(kinds[None, None], None if tiles is None else tile_of, tiles, grid)
 
 
 class _Tiles:
@@ -180,13 +157,6 @@ class _Tiles:
         """bool [T, block_q, block_k] of the tiles that were numbered; None without any."""
         numbered = b"".join(list(self._known)[1:])
         return torch.frombuffer(bytearray(numbered), dtype=torch.bool).view(self._size).to(device) if numbered else None
-
-
-def visible(queries: int, keys: int, block_q: int, block_k: int, device: Any = None) -> Tensor:
-    """bool [NQ, NK]: pairs of blocks with a place at or below the diagonal, aligned at the end."""
-    rows, columns = -(-queries // block_q), -(-keys // block_k)
-    last = torch.clamp(torch.arange(1, rows + 1, device=device) * block_q, max=queries) - 1 + (keys - queries)
-    return torch.arange(columns, device=device) * block_k <= last[:, None]
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .block_grid import Grid
 from .block_layout import ALL, CHUNK, NONE, SOME, BlockTable, from_places
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Blocks of query rows × blocks of keys. Query row i stands at key i + keys - queries; positions are counted from key `shift` on."""
-
-    queries: int
-    keys: int
-    block_q: int
-    block_k: int
-    causal: bool
-    shift: int = 0
-
-    @cached_property
-    def q(self) -> tuple[Tensor, Tensor]:
-        """First and last position of each block of query rows, [NQ, 1]."""
-        first = torch.arange(0, self.queries, self.block_q)[:, None]
-        return first + self.offset, torch.clamp(first + self.block_q, max=self.queries) - 1 + self.offset
-
-    @cached_property
-    def k(self) -> tuple[Tensor, Tensor]:
-        """First and last key of each block, [1, NK]."""
-        first = torch.arange(0, self.keys, self.block_k)[None]
-        return first - self.shift, torch.clamp(first + self.block_k, max=self.keys) - 1 - self.shift
-
-    @property
-    def offset(self) -> int:
-        """Position of the first query row."""
-        return self.keys - self.queries - self.shift
 
 
 class Pattern(Protocol):
@@ -59,20 +29,19 @@ class Places:
 
     def kinds(self, grid: Grid) -> Tensor:
         keys = torch.arange(grid.keys) - grid.shift
-        rows, columns = len(grid.q[0]), grid.k[0].shape[1]
-        found = torch.zeros(rows, columns, dtype=torch.int8)
+        found = torch.zeros(grid.rows, grid.columns, dtype=torch.int8)
         step = max(1, CHUNK // max(grid.block_q * grid.keys, 1))
-        for start in range(0, rows, step):
+        for start in range(0, grid.rows, step):
             taken = torch.arange(start * grid.block_q, min((start + step) * grid.block_q, grid.queries))
             places = self.allows((taken + grid.offset)[:, None], keys, grid).expand(len(taken), grid.keys)
-            found[start:start + step] = _kinds(places, grid, min(step, rows - start), columns)
+            found[start:start + step] = _kinds(places, grid, min(step, grid.rows - start))
         return found
 
 
-def _kinds(places: Tensor, grid: Grid, rows: int, columns: int) -> Tensor:
-    """NONE, SOME or ALL of each pair of blocks of a table of places."""
-    missing = (0, columns * grid.block_k - places.shape[1], 0, rows * grid.block_q - places.shape[0])
-    counted, possible = (torch.nn.functional.pad(t.to(torch.float32), missing).view(rows, grid.block_q, columns, grid.block_k).sum((1, 3))
+def _kinds(places: Tensor, grid: Grid, rows: int) -> Tensor:
+    """NONE, SOME or ALL of each pair of blocks of a table of places: of so many rows of blocks, and all columns."""
+    missing = (0, grid.columns * grid.block_k - places.shape[1], 0, rows * grid.block_q - places.shape[0])
+    counted, possible = (torch.nn.functional.pad(t.to(torch.float32), missing).view(rows, grid.block_q, grid.columns, grid.block_k).sum((1, 3))
                          for t in (places, torch.ones_like(places)))
     return torch.where(counted == 0, NONE, torch.where(counted == possible, ALL, SOME)).to(torch.int8)
 
@@ -84,7 +53,7 @@ def three(some: Tensor, every: Tensor) -> Tensor:
 
 def union(patterns: tuple[Pattern, ...], grid: Grid) -> BlockTable:
     """The table of the union of patterns; of no pattern, nothing counts."""
-    kinds = torch.full((len(grid.q[0]), grid.k[0].shape[1]), NONE, dtype=torch.int8)
+    kinds = torch.full((grid.rows, grid.columns), NONE, dtype=torch.int8)
     for pattern in patterns:
         kinds = torch.maximum(kinds, pattern.kinds(grid))
 
@@ -94,4 +63,4 @@ def union(patterns: tuple[Pattern, ...], grid: Grid) -> BlockTable:
             found = found | pattern.allows(q - grid.shift, k - grid.shift, grid)
         return found
 
-    return from_places(kinds, allows, grid.queries, grid.keys, grid.block_q, grid.block_k, grid.causal)
+    return from_places(kinds, allows, grid)

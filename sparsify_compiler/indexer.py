@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block_layout import ALL, BlockLayout, BlockTable, stack, visible
-from .block_pattern import Grid, Pattern, union
+from .block_grid import Grid
+from .block_layout import ALL, BlockLayout, BlockTable, stack
+from .block_pattern import Pattern, union
 from .errors import ParseError
 from .key_sums import same_keys
 from .named import Named
@@ -143,12 +144,12 @@ def _seen(grid: Grid, key_mask: Tensor | None, device: torch.device) -> Tensor:
     if key_mask is None:
         return seen
     padded = torch.nn.functional.pad(key_mask, (0, -grid.keys % grid.block_k))
-    return seen & padded.view(len(key_mask), grid.k[0].shape[1], grid.block_k).any(-1)[:, None, None]
+    return seen & padded.view(len(key_mask), grid.columns, grid.block_k).any(-1)[:, None, None]
 
 
 @lru_cache(LAYOUTS)
 def _visible(grid: Grid) -> Tensor:
-    return visible(grid.queries, grid.keys, grid.block_q, grid.block_k) if grid.causal else torch.ones(1, 1, dtype=torch.bool)
+    return grid.visible()
 
 
 def _starts(key_mask: Tensor | None) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsify_compiler import catalog
+from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.block_layout import ALL, NONE, SOME, from_blocks, from_places, merge_branches
 from sparsify_compiler.cost_models.symbols import evaluate
 from sparsify_compiler.ops import attend_blocks
@@ -50,7 +51,7 @@ def test_the_op_is_dense_attention_over_the_places_that_count(data: st.DataObjec
     heads, causal = groups * repeat, draw(st.booleans())
     query, key, value = tensors(batch, heads, groups, queries, keys)
     of_batch, of_heads = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, groups, heads]))
-    layout = from_blocks(table(of_batch, of_heads, queries, keys, block_q, block_k), queries, keys, block_q, block_k, causal)
+    layout = from_blocks(table(of_batch, of_heads, queries, keys, block_q, block_k), Grid(queries, keys, block_q, block_k, causal))
     key_mask = torch.rand(batch, keys, dtype=torch.float32) < 0.7 if draw(st.booleans()) else None
     bias = torch.randn(1, heads, queries, keys, dtype=torch.float32) if draw(st.booleans()) else None
     out, lse = layout.attend(query, key, value, key_mask, bias)
@@ -64,7 +65,7 @@ def test_the_op_is_dense_attention_over_the_places_that_count(data: st.DataObjec
 @pytest.mark.parametrize("causal", [False, True])
 def test_all_blocks_are_dense_attention(dtype: torch.dtype, causal: bool) -> None:
     query, key, value = tensors(2, 4, 2, 37, 37, 16, dtype)
-    layout = from_blocks(torch.ones(1, 1, 5, 10, dtype=torch.bool), 37, 37, 8, 4, causal)
+    layout = from_blocks(torch.ones(1, 1, 5, 10, dtype=torch.bool), Grid(37, 37, 8, 4, causal))
     out, lse = layout.attend(query, key, value)
     expected = scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
     rough = {"rtol": 1.6e-2, "atol": 8e-3} if dtype is torch.bfloat16 else {}   # the kernel rounds shares to bfloat16, as torch does where it can
@@ -78,7 +79,7 @@ def test_a_row_without_a_key_gives_nothing() -> None:
     query, key, value = tensors(1, 1, 1, 8, 8)
     chosen = torch.ones(1, 1, 2, 2, dtype=torch.bool)
     chosen[0, 0, 1] = False
-    out, lse = from_blocks(chosen, 8, 8, 4, 4, False).attend(query, key, value)
+    out, lse = from_blocks(chosen, Grid(8, 8, 4, 4, False)).attend(query, key, value)
     assert not out[:, :, 4:].any()
     assert bool((lse[:, :, 4:] == -math.inf).all())
     assert bool(out[:, :, :4].isfinite().all())
@@ -86,7 +87,7 @@ def test_a_row_without_a_key_gives_nothing() -> None:
 
 def test_more_queries_than_keys_leaves_the_first_rows_empty_where_causal() -> None:
     query, key, value = tensors(1, 2, 1, 9, 5)
-    out, lse = from_blocks(torch.ones(1, 1, 3, 2, dtype=torch.bool), 9, 5, 4, 3, True).attend(query, key, value)
+    out, lse = from_blocks(torch.ones(1, 1, 3, 2, dtype=torch.bool), Grid(9, 5, 4, 3, True)).attend(query, key, value)
     assert not out[:, :, :4].any()
     assert bool(lse[:, :, 4:].isfinite().all())
 
@@ -97,7 +98,7 @@ def test_only_places_that_count_can_spoil_a_row(bad: float) -> None:
     key[0, 0, 5], value[0, 1, 6] = bad, bad
     chosen = torch.ones(1, 1, 4, 4, dtype=torch.bool)
     chosen[0, 0, 1] = torch.tensor([True, True, False, False])
-    out, _ = from_blocks(chosen, 8, 8, 2, 2, True).attend(query, key, value)
+    out, _ = from_blocks(chosen, Grid(8, 8, 2, 2, True)).attend(query, key, value)
     spoilt = ~out.isfinite().all(-1)
     assert spoilt[0, 1].tolist() == [False] * 6 + [True] * 2
     assert spoilt[0, 0, :5].tolist() == [False] * 5  # an infinite score may still give a finite row
@@ -108,7 +109,7 @@ def test_only_places_that_count_can_spoil_a_row(bad: float) -> None:
 def test_gradients() -> None:
     query, key, value = (t.double().requires_grad_() for t in tensors(2, 4, 2, 5, 7, 3))
     bias = torch.randn(1, 4, 5, 7, dtype=torch.float64, requires_grad=True)
-    layout = from_blocks(table(2, 2, 5, 7, 2, 3, 0.7) | torch.eye(3, dtype=torch.bool), 5, 7, 2, 3, True)
+    layout = from_blocks(table(2, 2, 5, 7, 2, 3, 0.7) | torch.eye(3, dtype=torch.bool), Grid(5, 7, 2, 3, True))
     places = torch.isfinite(layout.attend(query, key, value, None, bias)[1])
 
     def function(*given: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,12 +122,12 @@ def test_gradients() -> None:
 def test_branches_merge_exactly() -> None:
     query, key, value = tensors(1, 2, 1, 12, 12)
     left = table(1, 1, 12, 12, 4, 4)
-    both = from_blocks(torch.ones_like(left), 12, 12, 4, 4, True).attend(query, key, value)
-    parts = [from_blocks(half, 12, 12, 4, 4, True).attend(query, key, value) for half in (left, ~left)]
+    both = from_blocks(torch.ones_like(left), Grid(12, 12, 4, 4, True)).attend(query, key, value)
+    parts = [from_blocks(half, Grid(12, 12, 4, 4, True)).attend(query, key, value) for half in (left, ~left)]
     merged = merge_branches(parts)
     for one, other in zip(merged, both, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    nothing = from_blocks(torch.zeros_like(left), 12, 12, 4, 4, True).attend(query, key, value)
+    nothing = from_blocks(torch.zeros_like(left), Grid(12, 12, 4, 4, True)).attend(query, key, value)
     assert bool((merge_branches([nothing, nothing])[1] == -math.inf).all())
     assert not merge_branches([nothing, nothing])[0].any()
 
@@ -139,7 +140,7 @@ def window(q: Tensor, k: Tensor) -> Tensor:
 @given(st.integers(0, 25), st.integers(0, 25), st.integers(1, 6), st.integers(1, 6), st.booleans())
 def test_a_pattern_that_cuts_blocks_is_exact(queries: int, keys: int, block_q: int, block_k: int, causal: bool) -> None:
     kinds = torch.full((-(-queries // block_q), -(-keys // block_k)), SOME, dtype=torch.int8)
-    layout = from_places(kinds, window, queries, keys, block_q, block_k, causal).layout()
+    layout = from_places(kinds, window, Grid(queries, keys, block_q, block_k, causal)).layout()
     position = torch.arange(queries)[:, None] + keys - queries
     expected = window(position, torch.arange(keys)) & (torch.arange(keys) <= position if causal else torch.tensor(True))
     assert torch.equal(layout.mask()[0, 0], expected)
@@ -150,20 +151,20 @@ def test_a_pattern_that_cuts_blocks_is_exact(queries: int, keys: int, block_q: i
 
 def test_equal_tiles_are_kept_once_and_known_pairs_are_not_asked() -> None:
     kinds = torch.full((16, 16), SOME, dtype=torch.int8)
-    assert from_places(kinds, window, 64, 64, 4, 4, True).layout().tiles.shape[0] <= 5  # type: ignore[union-attr]
+    assert from_places(kinds, window, Grid(64, 64, 4, 4, True)).layout().tiles.shape[0] <= 5  # type: ignore[union-attr]
     kinds = torch.tensor([[ALL, NONE], [NONE, ALL]], dtype=torch.int8)
 
     def never(q: Tensor, k: Tensor) -> Tensor:
         raise AssertionError
 
-    layout = from_places(kinds, never, 8, 8, 4, 4, False).layout()
+    layout = from_places(kinds, never, Grid(8, 8, 4, 4, False)).layout()
     assert layout.tiles is None
     assert layout.density() == 0.5
 
 
 def test_the_registered_op_is_sound() -> None:
     query, key, value = (t.requires_grad_() for t in tensors(1, 2, 1, 6, 6))
-    layout = from_places(torch.full((3, 2), SOME, dtype=torch.int8), window, 6, 6, 2, 3, True).layout()
+    layout = from_places(torch.full((3, 2), SOME, dtype=torch.int8), window, Grid(6, 6, 2, 3, True)).layout()
     arguments = (query, key, value, layout.indices, layout.counts, layout.tile_of, layout.tiles, None, None)
     torch.library.opcheck(attend_blocks.op, arguments, {"block_q": 2, "block_k": 3, "causal": True, "scale": None},
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
@@ -171,7 +172,7 @@ def test_the_registered_op_is_sound() -> None:
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     query, key, value = tensors(1, 2, 1, 6, 6)
-    layout = from_blocks(table(1, 1, 6, 6, 2, 3), 6, 6, 2, 3, False)
+    layout = from_blocks(table(1, 1, 6, 6, 2, 3), Grid(6, 6, 2, 3, False))
     given: dict[str, Any] = {"query": query, "key": key, "value": value, "indices": layout.indices, "counts": layout.counts}
     for name, wrong in (("query", query[:, :, :2]), ("key", key[:, :, :, :3]), ("value", value[:, :, :2]), ("counts", layout.counts[:, :, :1]),
                         ("indices", layout.indices[0]), ("key_mask", torch.ones(1, 5, dtype=torch.bool)), ("tile_of", layout.indices),
@@ -182,7 +183,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 
 def test_cost_counts_what_the_reference_does() -> None:
     query, key, value = tensors(2, 4, 2, 12, 16)
-    layout = from_blocks(torch.ones(1, 1, 3, 2, dtype=torch.bool), 12, 16, 4, 8, False)
+    layout = from_blocks(torch.ones(1, 1, 3, 2, dtype=torch.bool), Grid(12, 16, 4, 8, False))
     with FlopCounterMode(display=False) as counter:
         out, lse = attend_blocks.reference(query, key, value, layout.indices, layout.counts, block_q=4, block_k=8)
     moved = sum(t.numel() * t.element_size() for t in (query, key, value, layout.indices, layout.counts, out, lse))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.block_layout import ALL, NONE, SOME, BlockLayout, from_blocks, from_places
 from sparsify_compiler.codegen import attend
 from sparsify_compiler.ops import attend_blocks
@@ -35,7 +36,7 @@ def exact(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_ma
           scale: float | None = None) -> tuple[Tensor, Tensor]:
     """The reference in float64."""
     places = (layout.indices, layout.counts, layout.tile_of, layout.tiles, key_mask)
-    options: dict[str, Any] = {"block_q": layout.block_q, "block_k": layout.block_k, "causal": layout.causal, "scale": scale}
+    options: dict[str, Any] = {"block_q": layout.grid.block_q, "block_k": layout.grid.block_k, "causal": layout.grid.causal, "scale": scale}
     found: tuple[Tensor, Tensor] = attend_blocks.reference(query.double(), key.double(), value.double(), *places, **options)
     return found
 
@@ -67,7 +68,7 @@ def test_any_shape_and_choice_of_blocks(data: st.DataObject) -> None:
     query, key, value = tensors(batch, groups * repeat, groups, queries, keys, width, last)
     of_batch, of_heads = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, groups, groups * repeat]))
     table = chosen(of_batch, of_heads, queries, keys, block_q, block_k, draw(st.sampled_from([0.3, 1.0])))
-    layout = from_blocks(table, queries, keys, block_q, block_k, draw(st.booleans()))
+    layout = from_blocks(table, Grid(queries, keys, block_q, block_k, draw(st.booleans())))
     key_mask = torch.rand(batch, keys, dtype=torch.float32) < 0.7 if draw(st.booleans()) else None
     scale = draw(st.sampled_from([None, 0.3, -0.2, 0.0]))
     check(query, key, value, layout, key_mask, scale)
@@ -83,13 +84,13 @@ def window(q: Tensor, k: Tensor) -> Tensor:
 def test_patterns_that_cut_blocks(queries: int, keys: int, block: int) -> None:
     kinds = torch.full((-(-queries // block), -(-keys // block)), SOME, dtype=torch.int8)
     for causal in (False, True):
-        check(*tensors(1, 4, 2, queries, keys, 32), from_places(kinds, window, queries, keys, block, block, causal).layout())
+        check(*tensors(1, 4, 2, queries, keys, 32), from_places(kinds, window, Grid(queries, keys, block, block, causal)).layout())
 
 
 @pytest.mark.parametrize("width", [32, 64, 80, 128, 256])
 def test_all_blocks_are_dense_attention(width: int) -> None:
     query, key, value = tensors(1, 2, 1, 200, 200, width)
-    layout = from_blocks(torch.ones(1, 1, 4, 4, dtype=torch.bool), 200, 200, 64, 64, True)
+    layout = from_blocks(torch.ones(1, 1, 4, 4, dtype=torch.bool), Grid(200, 200, 64, 64, True))
     out, _ = layout.attend(query, key, value)
     expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True)
     assert distance(out, expected) <= 2e-6
@@ -99,7 +100,7 @@ def test_all_blocks_are_dense_attention(width: int) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_bfloat16_is_as_good_as_that_of_torch(width: int, causal: bool) -> None:
     query, key, value = (tensor.bfloat16() for tensor in tensors(1, 4, 4, 700, 700, width))
-    layout = from_blocks(torch.ones(1, 1, 11, 11, dtype=torch.bool), 700, 700, 64, 64, causal)
+    layout = from_blocks(torch.ones(1, 1, 11, 11, dtype=torch.bool), Grid(700, 700, 64, 64, causal))
     expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=causal)
     ours, theirs = ((out.double() - expected).square().mean().sqrt() for out in
                     (layout.attend(query, key, value)[0], scaled_dot_product_attention(query, key, value, is_causal=causal)))
@@ -109,7 +110,7 @@ def test_bfloat16_is_as_good_as_that_of_torch(width: int, causal: bool) -> None:
 def test_strided_tensors_are_read_as_they_lie() -> None:
     held = torch.randn(2, 90, 3, 6, 40, dtype=torch.float32)     # [batch, token, q k v, head, width], as one projection makes them
     query, key, value = (held[:, :, i].transpose(1, 2) for i in range(3))
-    layout = from_blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool), 90, 90, 64, 64, True)
+    layout = from_blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool), Grid(90, 90, 64, 64, True))
     check(query, key[:, :3], value[:, :3], layout)
     check(query.mT.contiguous().mT, key[:, :2, :, :], value[:, :2].expand(2, 2, 90, 40), layout)
 
@@ -122,7 +123,7 @@ def test_only_places_that_count_can_spoil_a_row(bad: float, rows: int, dtype: to
     key[0, 0, 20], value[0, 1, 21], value[0, 0, 47] = bad, bad, bad
     key_mask = torch.ones(1, 48, dtype=torch.bool)
     key_mask[0, 47] = False
-    out, lse = from_blocks(torch.ones(1, 1, -(-rows // 16), 3, dtype=torch.bool), rows, 48, 16, 16, True).attend(query, key, value, key_mask)
+    out, lse = from_blocks(torch.ones(1, 1, -(-rows // 16), 3, dtype=torch.bool), Grid(rows, 48, 16, 16, True)).attend(query, key, value, key_mask)
     spoilt = ~out.isfinite().all(-1)
     seen = torch.arange(48 - rows, 48)
     assert torch.equal(spoilt[0, 1], seen >= 21)
@@ -138,7 +139,7 @@ def test_only_places_that_count_can_spoil_a_row(bad: float, rows: int, dtype: to
 def test_a_query_that_is_no_number_spoils_its_row(dtype: torch.dtype, rows: int) -> None:
     query, key, value = (tensor.to(dtype) for tensor in tensors(1, 2, 1, rows, 40, 32))
     query[0, 1, 1, 3] = math.nan
-    out, lse = from_blocks(torch.ones(1, 1, -(-rows // 64), 1, dtype=torch.bool), rows, 40, 64, 64, False).attend(query, key, value)
+    out, lse = from_blocks(torch.ones(1, 1, -(-rows // 64), 1, dtype=torch.bool), Grid(rows, 40, 64, 64, False)).attend(query, key, value)
     spoilt = torch.zeros(1, 2, rows, dtype=torch.bool)
     spoilt[0, 1, 1] = True
     assert torch.equal(out.isnan().all(-1), spoilt)
@@ -150,7 +151,7 @@ def test_large_scores_and_empty_rows() -> None:
     query, key, value = tensors(1, 1, 1, 96, 96, 64)
     table = torch.ones(1, 1, 3, 3, dtype=torch.bool)
     table[0, 0, 1] = False
-    layout = from_blocks(table, 96, 96, 32, 32, False)
+    layout = from_blocks(table, Grid(96, 96, 32, 32, False))
     out, lse = layout.attend(query * 40, key * 40, value)
     expected, total = exact(query * 40, key * 40, value, layout)
     assert distance(out, expected) <= 1e-3      # float32 knows scores of thousands to a thousandth
@@ -159,7 +160,7 @@ def test_large_scores_and_empty_rows() -> None:
 
 def test_indices_out_of_range_read_nothing() -> None:
     query, key, value = tensors(1, 1, 1, 16, 32, 16)
-    layout = from_blocks(torch.ones(1, 1, 1, 2, dtype=torch.bool), 16, 32, 16, 16, False)
+    layout = from_blocks(torch.ones(1, 1, 1, 2, dtype=torch.bool), Grid(16, 32, 16, 16, False))
     out, _ = layout.attend(query, key, value)
     for wrong in (-3, 1 << 20):
         indices = torch.cat((layout.indices, torch.full((1, 1, 1, 1), wrong, dtype=torch.int32)), -1)
@@ -169,7 +170,7 @@ def test_indices_out_of_range_read_nothing() -> None:
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     query, key, value = tensors(1, 4, 2, 130, 130, 64)
-    layout = from_blocks(chosen(1, 4, 130, 130, 32, 32, 0.6), 130, 130, 32, 32, True)
+    layout = from_blocks(chosen(1, 4, 130, 130, 32, 32, 0.6), Grid(130, 130, 32, 32, True))
     before = torch.get_num_threads()
     found = []
     try:
@@ -183,7 +184,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 def test_calls_without_a_kernel_say_why_and_run_the_reference() -> None:
     query, key, value = tensors(1, 1, 1, 8, 8, 4)
-    layout = from_blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool), 8, 8, 8, 8, False)
+    layout = from_blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool), Grid(8, 8, 8, 8, False))
     given: list[tuple[tuple[Any, ...], str]] = [((query.double(), key.double(), value.double(), None), "float64"),
                                                 ((query, key, value, torch.zeros(1, 1, 8, 8, dtype=torch.float32)), "bias"),
                                                 ((query, key.bfloat16(), value, None), "several dtypes"),
@@ -196,7 +197,7 @@ def test_calls_without_a_kernel_say_why_and_run_the_reference() -> None:
 
 def test_compiled_by_torch_in_one_graph() -> None:
     kinds = torch.tensor([[ALL, NONE], [SOME, ALL]], dtype=torch.int8)
-    layout = from_places(kinds, window, 32, 32, 16, 16, True).layout()
+    layout = from_places(kinds, window, Grid(32, 32, 16, 16, True)).layout()
 
     def block(x: Tensor) -> Tensor:
         q, k, v = x.unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
@@ -209,7 +210,7 @@ def test_compiled_by_torch_in_one_graph() -> None:
 
 def test_whoever_watches_sees_the_op() -> None:
     query, key, value = tensors(1, 1, 1, 16, 16, 16)
-    layout = from_blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool), 16, 16, 16, 16, True)
+    layout = from_blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool), Grid(16, 16, 16, 16, True))
     seen: list[Any] = []
 
     class Watch(TorchDispatchMode):

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sparsify_compiler import catalog
+from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.block_layout import ALL, NONE
-from sparsify_compiler.block_pattern import Grid, union
+from sparsify_compiler.block_pattern import union
 from sparsify_compiler.errors import SparsifyError, StructureError
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.pipeline_text import parse_value, print_value

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsify_compiler import catalog
-from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.named import Named

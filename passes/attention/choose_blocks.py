@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsify_compiler.block_layout import visible_blocks
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.ops import attend
@@ -97,7 +96,7 @@ class ChooseBlocks(Pass):
             given = layout.attend(query.float(), key.float(), value.float(), key_mask, bias, scale)[0]
             counts = layout.counts.double().expand(len(query), -1, -1)
             read = counts.repeat_interleave(query.shape[1] // counts.shape[1], 1).sum((0, 2))
-            whole = len(query) * visible_blocks(layout.queries, layout.keys, layout.block_q, layout.block_k, causal)
+            whole = len(query) * layout.grid.visible_blocks()
             sums = [(given - dense).square().sum((0, 2, 3)).double(), dense.square().sum((0, 2, 3)).double(), read, torch.full_like(read, whole)]
             found.append(torch.stack(sums, -1))
         return torch.stack(found, 1)

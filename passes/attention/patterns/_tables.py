@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify_compiler.block_pattern import Grid, Places, three
+from sparsify_compiler.block_grid import Grid
+from sparsify_compiler.block_pattern import Places, three
 
 
 class Table(Places):
@@ -27,5 +28,5 @@ class Table(Places):
         first, last = (torch.clamp(q, min=0).flatten() // self.block for q in grid.q)
         if grid.block_k != self.block or grid.shift or not grid.queries or bool((last - first > 1).any()):
             return super().kinds(grid)
-        one, other = (self.table(rows, grid.k[0].shape[1], grid.causal) for rows in (first, last))
+        one, other = (self.table(rows, grid.columns, grid.causal) for rows in (first, last))
         return three(one | other, one & other)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsify_compiler.block_pattern import Grid, three
+from sparsify_compiler.block_grid import Grid
+from sparsify_compiler.block_pattern import three
 from sparsify_compiler.errors import StructureError
 
 

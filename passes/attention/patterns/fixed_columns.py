@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsify_compiler.block_pattern import Grid, Places
+from sparsify_compiler.block_grid import Grid
+from sparsify_compiler.block_pattern import Places
 from sparsify_compiler.errors import StructureError
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.key_sums import of_blocks
 
 GRIDS = 16  # lengths that are remembered: all layers of a model share them
@@ -76,7 +76,7 @@ def log_keys(grid: Grid, key_mask: Tensor | None) -> Tensor:
 @lru_cache(GRIDS)
 def log_visible(grid: Grid) -> Tensor:
     """float32 [NQ, NK]: log of the share of a pair's places that lie at or below the diagonal; 0 where all count."""
-    return _visible_share(grid).log() if grid.causal else torch.zeros(len(grid.q[0]), grid.k[0].shape[1], dtype=torch.float32)
+    return _visible_share(grid).log() if grid.causal else torch.zeros(grid.rows, grid.columns, dtype=torch.float32)
 
 
 def _visible_share(grid: Grid) -> Tensor:

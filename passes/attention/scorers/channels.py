@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.errors import StructureError
 from sparsify_compiler.passes.attention.scorers._blocks import counted, in_blocks, log_visible, means, query_mask
 

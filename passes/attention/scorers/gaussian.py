@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.passes.attention.scorers._blocks import dots, log_keys, means, query_mask
 
 

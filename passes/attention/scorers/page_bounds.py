@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.key_sums import of_blocks
 from sparsify_compiler.passes.attention.scorers._blocks import dots, in_blocks, log_visible, means, query_mask, sizes
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.key_sums import of_blocks
 from sparsify_compiler.passes.attention.scorers._blocks import counted, dots, in_blocks, log_keys, means, query_mask, sizes
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify_compiler.block_layout import visible
-from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.errors import StructureError
 from sparsify_compiler.passes.attention.scorers._blocks import counted, in_blocks, row_shares
 from sparsify_compiler.passes.attention.scorers.sampled_rows import sampled_rows
@@ -36,9 +35,7 @@ def proxy_heads(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid,
 
 def _as_uneven(scores: Tensor, curve: Tensor, grid: Grid) -> Tensor:
     """The logs of a falling curve [B, H, NK], stretched over what is visible, in the order of the scores."""
-    seen = torch.isfinite(scores)
-    if grid.causal:
-        seen = seen & visible(grid.queries, grid.keys, grid.block_q, grid.block_k, scores.device)
+    seen = torch.isfinite(scores) & grid.visible(scores.device)
     rank = scores.masked_fill(~seen, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
     place = (rank * curve.shape[-1]).div(seen.sum(-1, keepdim=True).clamp(min=1), rounding_mode="floor").clamp(max=curve.shape[-1] - 1)
     found = curve[:, :, None].expand(*scores.shape[:3], -1).gather(-1, place).clamp(min=1e-12).log() - 1e-4 * rank

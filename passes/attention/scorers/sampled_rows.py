@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.passes.attention.scorers._blocks import CHUNK, counted, in_blocks, log_mean, row_shares
 
 
@@ -14,13 +14,12 @@ def sampled_rows(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid
 
     rows   of each block of queries; 0 is all of them, which is what a perfect scorer would say
     """
-    count, keys = -(-grid.queries // grid.block_q), counted(key, key_mask)
-    blocks = -(-grid.keys // grid.block_k)
+    keys = counted(key, key_mask)
     step = max(grid.block_q // rows, 1) if rows else 1
-    found = query.new_full((*query.shape[:2], count, blocks), -torch.inf, dtype=torch.float32)
+    found = query.new_full((*query.shape[:2], grid.rows, grid.columns), -torch.inf, dtype=torch.float32)
     each = max(1, CHUNK // max(query.shape[0] * query.shape[1] * (grid.block_q // step) * grid.keys, 1))
-    for first in range(0, count, each):
-        last = min(first + each, count)
+    for first in range(0, grid.rows, each):
+        last = min(first + each, grid.rows)
         taken, which = _rows(grid, first, last, step)
         seen = max(min(last * grid.block_q, grid.queries) + grid.keys - grid.queries, 0) if grid.causal else grid.keys
         shares = row_shares(query[:, :, taken], taken, keys[:, :, :seen], key_mask, grid, scale)

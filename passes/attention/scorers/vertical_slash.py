@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsify_compiler.block_pattern import Grid
+from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.passes.attention.scorers._blocks import counted, in_blocks, row_positions, row_shares
 
 
@@ -25,7 +25,7 @@ def vertical_slash(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Gr
     shares = row_shares(query[:, :, rows], rows, counted(key, key_mask), key_mask, grid, scale)
     columns = in_blocks(shares.mean(2)[..., None], grid.block_k).sum((-2, -1))[:, :, None]
     if not slashes:
-        return columns.expand(-1, -1, len(grid.q[0]), -1).log()
+        return columns.expand(-1, -1, grid.rows, -1).log()
     return (columns + _crossing(_by_distance(shares, row_positions(grid, rows), grid), grid)).log()
 
 
