@@ -16,6 +16,7 @@ from sparsify_compiler.codegen.kernels.attend_panel import AttendPanel
 from sparsify_compiler.codegen.kernels.attend_tiles import AttendTiles
 from sparsify_compiler.codegen.kernels.attend_values import DEPTH
 from sparsify_compiler.errors import TargetError
+from sparsify_compiler.ops.attend_blocks import scale_of
 from sparsify_compiler.target import host
 
 LANES = 16
@@ -64,7 +65,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tens
         query, key, value = query.float(), key.float(), value.float()
     out = torch.empty((batch, queries, heads, value.shape[-1]), dtype=query.dtype).transpose(1, 2)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32)
-    few, factor = queries <= FEW, (width ** -0.5 if scale is None else scale or TINY) * math.log2(math.e)
+    few, factor = queries <= FEW, (scale_of(query, scale) or TINY) * math.log2(math.e)
     if not few and query.dtype is torch.bfloat16 and width % DEPTH:     # a tile's row is 32 of them
         query, key = (pad(tensor, (0, -width % DEPTH)) for tensor in (query, key))
     tensors = _strided(query), _strided(key), _strided(value), *_places(indices, counts, tile_of, tiles, key_mask), out, lse

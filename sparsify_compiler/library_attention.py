@@ -51,10 +51,10 @@ def give_indexers(model: nn.Module, indexers: Mapping[str, str]) -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
     from .library_cache import before_forward
 
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
     model.register_forward_pre_hook(before_forward, with_kwargs=True)
     for path, text in indexers.items():
         setattr(model.get_submodule(path), _INDEXER, Indexer.parse(text))

@@ -177,3 +177,18 @@ class Places:
 
 def _every(value: int, lanes: int) -> Any:
     return e.broadcast(tirx.const(value, "int32"), lanes)
+
+
+@contextmanager
+def each_rows(a: Any, counter: Any, rows: int, at: int = 0) -> Iterator[tuple[Places, Any, Any]]:
+    """`with each_rows(...) as (places, first, end):` the query rows first ... end - 1, so many at most, of the blocks that a worker takes."""
+    parts = e.opaque(tirx.truncdiv(a.block_q + (rows - 1), rows))
+    with each_task(a, counter, a.B * a.H * a.NQ, at) as task:
+        head = e.opaque(tirx.truncdiv(task, a.NQ))
+        block = e.opaque(a.NQ - 1 - (task - head * a.NQ))  # where causal, the longest first
+        places = Places(a, head, block)
+        with e.loop(parts) as part:
+            first = e.opaque(block * a.block_q + part * rows)
+            end = e.opaque(e.minimum(e.minimum(first + rows, (block + 1) * a.block_q), a.Q))
+            with e.when(first < end):
+                yield places, first, end

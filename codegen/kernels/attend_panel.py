@@ -20,7 +20,7 @@ from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels import softmax
-from sparsify_compiler.codegen.kernels.attend_arguments import PARTS, Places, arguments, each_task, scalar
+from sparsify_compiler.codegen.kernels.attend_arguments import PARTS, Places, arguments, each_rows, scalar
 from sparsify_compiler.codegen.kernels.finish import load_part, store_part
 from sparsify_compiler.codegen.kernels.softmax import LANES
 
@@ -49,36 +49,33 @@ def _body(how: AttendPanel) -> None:
     a = arguments("float32")
     counter = e.scratch(LANES, "int32")
     e.store(counter, tirx.const(0, "int32"), 0)
-    parts = e.opaque(tirx.truncdiv(a.block_q + (how.rows - 1), how.rows))
     with e.loop(a.workers, parallel=True) as _, e.llvm(PARTS):
         room = SimpleNamespace(queries=e.scratch(a.D * how.rows, "float32"), scores=e.scratch((KEYS + LANES) * how.rows, "float32"),
                                sums=e.scratch((a.E + 2 * LANES) * how.rows, "float32"),
                                **{name: e.scratch(how.rows, "float32") for name in ("top", "total", "fade")})
-        with each_task(a, counter, a.B * a.H * a.NQ) as task:
-            head = e.opaque(tirx.truncdiv(task, a.NQ))
-            block = e.opaque(a.NQ - 1 - (task - head * a.NQ))  # where causal, the longest first
-            places = Places(a, head, block)
-            with e.loop(parts) as part:
-                first = e.opaque(block * a.block_q + part * how.rows)
-                end = e.opaque(e.minimum(e.minimum(first + how.rows, (block + 1) * a.block_q), a.Q))
-                with e.when(first < end):
-                    _rows(how, a, room, places, first, end)
+        with each_rows(a, counter, how.rows) as (places, first, end):
+            _rows(how, a, room, places, first, end)
 
 
 def _rows(how: AttendPanel, a: Any, room: Any, places: Places, first: Any, end: Any) -> None:
     """Everything for the query rows first ... end - 1."""
     _pack(how, a, room, places, first, end)
-    for v in range(how.vectors):
-        e.store(room.top, softmax.lanes(-math.inf), v * LANES, lanes=LANES)
-        e.store(room.total, softmax.lanes(0.0), v * LANES, lanes=LANES)
-    with e.loop(a.E * how.vectors) as i:
-        e.store(room.sums, softmax.lanes(0.0), i * LANES, lanes=LANES)
+    begin(room, how.vectors, a.E)
     with places.each(first, end, KEYS) as keys:
         _scores(how, a, room, places, keys)
         e.choose(keys.whole, lambda: None, lambda: mask(how, a, room, places, keys, first))
         e.choose(keys.whole, lambda: _shares(how, a, room, places, keys, True), lambda: _shares(how, a, room, places, keys, False))
         e.choose(_plain(a, places, keys), lambda: _add(how, a, room, places, keys, True), lambda: _add(how, a, room, places, keys, False))
     _write(how, a, room, places, first, end)
+
+
+def begin(room: Any, vectors: int, columns: Any) -> None:
+    """No key was seen: of so many vectors of rows, nothing is summed in any column."""
+    for v in range(vectors):
+        e.store(room.top, softmax.lanes(-math.inf), v * LANES, lanes=LANES)
+        e.store(room.total, softmax.lanes(0.0), v * LANES, lanes=LANES)
+    with e.loop(columns * vectors) as i:
+        e.store(room.sums, softmax.lanes(0.0), i * LANES, lanes=LANES)
 
 
 def _pack(how: AttendPanel, a: Any, room: Any, places: Places, first: Any, end: Any) -> None:

@@ -21,8 +21,8 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels import softmax
-from sparsify_compiler.codegen.kernels.attend_arguments import PARTS, Places, arguments, each_task
-from sparsify_compiler.codegen.kernels.attend_panel import mask
+from sparsify_compiler.codegen.kernels.attend_arguments import PARTS, Places, arguments, each_rows, each_task
+from sparsify_compiler.codegen.kernels.attend_panel import begin, mask
 from sparsify_compiler.codegen.kernels.attend_values import DEPTH, TILE, bad, pack_step, spoil
 from sparsify_compiler.codegen.kernels.softmax import LANES
 
@@ -61,33 +61,21 @@ def _body(how: AttendTiles) -> None:
         group = e.opaque(tirx.truncdiv(task, a.steps))
         places = Places(a, e.opaque(group * tirx.truncdiv(a.H, a.G)), e.constant(0, "int32"))
         pack_step(a, values, places, e.opaque((task - group * a.steps) * DEPTH), task)
-    parts = e.opaque(tirx.truncdiv(a.block_q + (how.rows - 1), how.rows))
     with e.loop(a.workers, parallel=True) as me, e.llvm(PARTS):
         room = SimpleNamespace(queries=e.scratch(tirx.truncdiv(a.D, 2) * how.rows, "int32"), scores=e.scratch(KEYS * how.rows, "float32"),
                                shares=e.scratch(KEYS // 2 * how.rows, "int32"), sums=e.scratch(a.wide * how.rows, "float32"),
                                tail=e.scratch(a.D * DEPTH, "uint16"), values=values, me=me,
                                **{name: e.scratch(how.rows, "float32") for name in ("top", "total", "fade")})
         t.configure([t.ROWS] * 8)
-        with each_task(a, counters, a.B * a.H * a.NQ, LANES) as task:
-            head = e.opaque(tirx.truncdiv(task, a.NQ))
-            block = e.opaque(a.NQ - 1 - (task - head * a.NQ))  # where causal, the longest first
-            places = Places(a, head, block)
-            with e.loop(parts) as part:
-                first = e.opaque(block * a.block_q + part * how.rows)
-                end = e.opaque(e.minimum(e.minimum(first + how.rows, (block + 1) * a.block_q), a.Q))
-                with e.when(first < end):
-                    _rows(how, a, room, places, first, end)
+        with each_rows(a, counters, how.rows, LANES) as (places, first, end):
+            _rows(how, a, room, places, first, end)
         t.release()
 
 
 def _rows(how: AttendTiles, a: Any, room: Any, places: Places, first: Any, end: Any) -> None:
     """Everything for the query rows first ... end - 1."""
     _pack(how, a, room, places, first, end)
-    for v in range(how.vectors):
-        e.store(room.top, softmax.lanes(-math.inf), v * LANES, lanes=LANES)
-        e.store(room.total, softmax.lanes(0.0), v * LANES, lanes=LANES)
-    with e.loop(a.wide * how.vectors) as i:
-        e.store(room.sums, softmax.lanes(0.0), i * LANES, lanes=LANES)
+    begin(room, how.vectors, a.wide)
     halves = e.opaque(tirx.truncdiv(end - first + (HALF - 1), HALF))
     with places.each(first, end, KEYS, whole_steps=DEPTH) as keys:
         steps = e.opaque(tirx.truncdiv(keys.count + (DEPTH - 1), DEPTH))

@@ -16,6 +16,7 @@ from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.named import Named
 from sparsify_compiler.ops import attend
+from sparsify_compiler.ops.attend_blocks import scale_of
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline_text import print_value
 from sparsify_compiler.program import Program, Site
@@ -35,8 +36,7 @@ def observed(program: Program, sites: list[Site], ctx: Context, observe: Observe
 
     def watch(path: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
         out = attend.dense(query, key, value, mask, is_causal=causal, scale=scale)
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        found = observe(query, key, value, mask, causal, factor, out)
+        found = observe(query, key, value, mask, causal, scale_of(query, scale), out)
         total[path] = total[path] + found if path in total else found
         return out
 

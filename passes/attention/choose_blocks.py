@@ -132,20 +132,9 @@ def by_quota(loss: Tensor, quotas: tuple[float, ...]) -> Tensor:
     return seats[torch.from_numpy(taken)]
 
 
-class Attention(nn.Module):
-    """Causal attention of two heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).view(*x.shape[:-1], 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
-        y: Tensor = self.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return y
-
-
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Two heads over more tokens than a window and the sinks hold."""
+    from sparsify_compiler.passes.attention.select_blocks import Attention
+
     torch.manual_seed(0)
     return Attention().eval(), (torch.randn(1, 640, 16),)

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparsify_compiler.indexer import Indexer
 
 from ._linear import LIBRARY
+from .attend_blocks import below_diagonal, scale_of
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False, scale: float | None = None,
@@ -31,7 +32,7 @@ def by_indexer(indexer: Indexer, query: Tensor, key: Tensor, value: Tensor, attn
     """The same for an Indexer in hand. Patterns begin at the first key that counts, so that padding on the left changes nothing."""
     if indexer.is_dense(query.shape[2], key.shape[2]):
         return dense(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
-    factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
+    factor = scale_of(query, scale)
     key_mask, bias, triangle = split_mask(attn_mask, query, key)
     return indexer.layout(query, key, is_causal or triangle, factor, key_mask).attend(query, key, value, key_mask, bias, factor)[0]
 
@@ -41,7 +42,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = 
     """The same over all blocks, by torch."""
     queries, keys = query.shape[2], key.shape[2]
     if is_causal and (attn_mask is not None or (queries != keys and queries != 1)):
-        below = torch.arange(keys, device=query.device) <= torch.arange(queries, device=query.device)[:, None] + (keys - queries)
+        below = below_diagonal(queries, keys, query.device)
         attn_mask = below if attn_mask is None else attn_mask & below if attn_mask.dtype is torch.bool else attn_mask.masked_fill(~below, -math.inf)
     alone = is_causal and attn_mask is None and queries != 1
     if attn_mask is not None and attn_mask.dtype is not torch.bool:
@@ -76,9 +77,7 @@ def _is_triangle(given: Tensor, mask: Tensor) -> bool:
     version = 0 if given.is_inference() else given._version
     known: tuple[int, bool] | None = _TRIANGLES.get(given)
     if known is None or known[0] != version:
-        queries, keys = mask.shape[1:]
-        below = torch.arange(keys, device=mask.device) <= torch.arange(queries, device=mask.device)[:, None] + (keys - queries)
-        known = (version, torch.equal(mask, mask[:, -1:] & below))
+        known = (version, torch.equal(mask, mask[:, -1:] & below_diagonal(mask.shape[1], mask.shape[2], mask.device)))
         _TRIANGLES[given] = known
     return known[1]
 

@@ -25,6 +25,17 @@ class _Chunk:
     allowed: Tensor  # bool, broadcasts to scores
 
 
+def scale_of(query: Tensor, scale: float | None) -> float:
+    """What scores are multiplied with: 1 / sqrt(D) unless given."""
+    return 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
+
+
+def below_diagonal(queries: int, keys: int, device: torch.device, rows: tuple[int, int] | None = None) -> Tensor:
+    """bool [rows, K]: the keys that each query row, or those from rows[0] to rows[1], sees where both end at the same place."""
+    row = torch.arange(*(rows or (0, queries)), device=device)
+    return torch.arange(keys, device=device) <= row[:, None] + (keys - queries)
+
+
 def allowed_places(rows: tuple[int, int], keys: int, queries: int, indices: Tensor, counts: Tensor, tile_of: Tensor | None, tiles: Tensor | None,
                    key_mask: Tensor | None, *, block_q: int, block_k: int, causal: bool) -> Tensor:
     """bool [B', H', rows, K]: which keys count for the blocks of query rows `rows` (first and last block, exclusive). See reference."""
@@ -41,9 +52,8 @@ def allowed_places(rows: tuple[int, int], keys: int, queries: int, indices: Tens
     seen = table[kinds.long()].transpose(-3, -2).flatten(-2).flatten(-3, -2)  # [B', H', blocks, block_q, NK, block_k] on two axes
     start, stop = first * block_q, min(last * block_q, queries)
     seen = seen[..., :stop - start, :keys]
-    key = torch.arange(keys, device=indices.device)
     if causal:
-        seen = seen & (key <= torch.arange(start, stop, device=indices.device)[:, None] + (keys - queries))
+        seen = seen & below_diagonal(queries, keys, indices.device, (start, stop))
     return seen if key_mask is None else seen & key_mask[:, None, None]
 
 
@@ -85,8 +95,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts
 def _chunks(query: Tensor, key: Tensor, places: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], bias: Tensor | None,
             block_q: int, block_k: int, causal: bool, scale: float | None) -> Iterator[_Chunk]:
     dtype = torch.promote_types(query.dtype, torch.float32)
-    (batch, heads, queries, width), keys = query.shape, key.shape[2]
-    factor = 1 / math.sqrt(max(width, 1)) if scale is None else scale
+    (batch, heads, queries, _), keys, factor = query.shape, key.shape[2], scale_of(query, scale)
     wide = _per_head(key, query).to(dtype).transpose(-1, -2)
     blocks = max(1, CHUNK // max(batch * heads * block_q * keys, 1))
     total = -(-queries // block_q)
@@ -122,6 +131,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Te
         fits = fits and indices.shape[2] == -(-queries // block_q) and (tile_of is None or (tile_of.shape == indices.shape and tiles is not None))
         fits = fits and (tiles is None or tuple(tiles.shape[1:]) == (block_q, block_k)) and (key_mask is None or key_mask.shape == (batch, keys))
         fits = fits and (bias is None or (bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads) and bias.shape[2:] == (queries, keys)))
+
     def message() -> str:
         given = {"query": query, "key": key, "value": value, "indices": indices, "counts": counts, "tile_of": tile_of, "tiles": tiles,
                  "key_mask": key_mask, "bias": bias}
@@ -131,9 +141,10 @@ def check(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Te
     torch._check(fits, message)  # type: ignore[no-untyped-call]
 
 
-def _everywhere(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, tile_of: Tensor | None = None,
-                tiles: Tensor | None = None, key_mask: Tensor | None = None, bias: Tensor | None = None, *, block_q: int, block_k: int,
-                causal: bool = False, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def computed(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, tile_of: Tensor | None = None, tiles: Tensor | None = None,
+             key_mask: Tensor | None = None, bias: Tensor | None = None, *, block_q: int, block_k: int, causal: bool = False,
+             scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """What the op does: by the kernel that can run the call, or as the reference says."""
     from sparsify_compiler.codegen import attend
 
     check(query, key, value, indices, counts, tile_of, tiles, key_mask, bias, block_q=block_q, block_k=block_k)
@@ -148,9 +159,6 @@ def unwatched(*tensors: Tensor | None) -> bool:
         return False
     wrapped, grad = torch._C._functorch.is_functorch_wrapped_tensor, torch.is_grad_enabled()
     return all(tensor is None or (type(tensor) is Tensor and not wrapped(tensor) and not (grad and tensor.requires_grad)) for tensor in tensors)
-
-
-computed = _everywhere
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, tile_of: Tensor | None = None, tiles: Tensor | None = None,
@@ -178,7 +186,7 @@ def _backward(ctx: Any, for_out: Tensor, for_lse: Tensor) -> tuple[Tensor | None
     for_bias = None if bias is None or not ctx.needs_input_grad[8] else bias.new_zeros(bias.shape, dtype=dtype)
     keys, values = _per_head(key, query).to(dtype), _per_head(value, query).to(dtype)
     balance = (for_out * out).to(dtype).sum(-1) - for_lse
-    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if ctx.options["scale"] is None else ctx.options["scale"]
+    scale = scale_of(query, ctx.options["scale"])
     for chunk in _chunks(query, key, tuple(places), bias, **ctx.options):
         rows = slice(chunk.start, chunk.stop)
         top, grad = lse[..., rows, None], for_out[..., rows, :].to(dtype)
@@ -203,7 +211,7 @@ def _per_group(full: Tensor, like: Tensor) -> Tensor:
 LIBRARY.define("attend_blocks(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, Tensor? tile_of=None, Tensor? tiles=None, "
                "Tensor? key_mask=None, Tensor? bias=None, *, int block_q, int block_k, bool causal=False, float? scale=None) -> (Tensor, Tensor)",
                tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.impl("attend_blocks", _everywhere, "CompositeExplicitAutograd")
+LIBRARY.impl("attend_blocks", computed, "CompositeExplicitAutograd")
 torch.library.register_fake("sparsify::attend_blocks", _fake, lib=LIBRARY)
 torch.library.register_autograd("sparsify::attend_blocks", _backward, setup_context=_setup, lib=LIBRARY)
 op = torch.ops.sparsify.attend_blocks.default
