@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -34,3 +38,9 @@ class Decision:
     flops: float | None = None
     moved_before: float | None = None  # bytes read and written
     moved: float | None = None
+
+    @staticmethod
+    def of(site: str, kind: str, weight: Tensor) -> Decision:
+        """A row on a weight as it is: dense, of its own bytes."""
+        size = weight.numel() * weight.element_size()
+        return Decision(site, kind, tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size, bytes=size)

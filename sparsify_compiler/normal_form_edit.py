@@ -107,6 +107,13 @@ def replace(node: fx.Node, new: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
+def take_place(node: fx.Node, new: fx.Node, by: str, **meta: Any) -> None:
+    """The same for a node of a site, which `new` stands for from now on: with what was known of it, and under its name, as sites know it."""
+    new.meta |= {**node.meta, "by": by, **meta}
+    replace(node, new)
+    new.name = node.name
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """The one user of a node, None when there are more or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None

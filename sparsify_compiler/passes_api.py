@@ -110,7 +110,8 @@ class Pass:
 
     def own_density(self) -> float | None:
         """The density that this pass's options fix, whatever the budget says; None where the budget decides, or there is nothing to decide."""
-        return None
+        density: float | None = getattr(self, "density", None)
+        return density
 
     def density_of(self, ctx: Context) -> float:
         """own_density(), or the budget's. Raises BudgetError where neither is given."""

@@ -45,6 +45,11 @@ def find_sites(program: Program, kinds: Iterable[str] | None = None) -> list[Sit
     return result
 
 
+def op_paths(program: Program, kinds: tuple[str, ...] = ("linear",)) -> dict[tuple[str, str], str]:
+    """(region, name of the op's node) -> path of the site, of sites that are one op: linears, convolutions."""
+    return {(site.region, site.roles["op"]): site.path for site in find_sites(program, kinds)}
+
+
 def chosen_sites(program: Program, kinds: tuple[str, ...], targets: tuple[str, ...], ignore: tuple[str, ...]) -> list[Site]:
     """The sites of these kinds that `targets` names and `ignore` does not; none, without an error, in a model that has no such site where `targets`
     asks for all of them. Raises SelectorError for a selector that matches nothing.

@@ -82,9 +82,7 @@ def _what(site: Site) -> str:
 
 def row_of(unit: Unit) -> Decision:
     """A row of the report about the linear that reads them."""
-    weight = evaluate(unit.region, unit.op.kwargs["weight"])  # type: ignore[arg-type]
-    size = weight.numel() * weight.element_size()
-    return Decision(unit.path, "linear", tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size, bytes=size)
+    return Decision.of(unit.path, "linear", evaluate(unit.region, unit.op.kwargs["weight"]))  # type: ignore[arg-type]
 
 
 def in_groups(units: Sequence[Unit], batches: Sequence[Any]) -> Iterator[list[Unit]]:

@@ -23,7 +23,7 @@ from sparsify_compiler.passes.lower._selected_ffn import activation_of
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site, Stage
 from sparsify_compiler.site_ffn import neurons_of
-from sparsify_compiler.sites import find_sites
+from sparsify_compiler.sites import op_paths
 from sparsify_compiler.splice import insert_formula
 
 KIND = ("ffn",)
@@ -65,9 +65,6 @@ class EstimateNeurons(Pass):
         self.take_selectors("targets", "ignore")
         self.check_density(self.density)
 
-    def own_density(self) -> float | None:
-        return self.density
-
     def run(self, program: Program, ctx: Context) -> Program:
         density = self.density_of(ctx)
         found = {unit.path: (unit, projections, activations) for unit, projections, activations in self._units(program, ctx)}
@@ -85,7 +82,7 @@ class EstimateNeurons(Pass):
 
     def _units(self, program: Program, ctx: Context) -> Iterator[tuple[Unit, list[fx.Node], list[Activate]]]:
         """What may be selected, with its projections and what each is activated by."""
-        paths = {(site.region, site.roles["op"]): site.path for site in find_sites(program, ("linear",))}
+        paths = op_paths(program)
         for site in self.ffns(program, ctx):
             region = program.regions[site.region]
             unit, projections = unit_of(region, site, paths), [region.node(site.roles[role]) for role in ROLES if role in site.roles]

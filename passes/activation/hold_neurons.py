@@ -17,7 +17,7 @@ from sparsify_compiler.passes.lower._selected_ffn import RAISED, activation_of
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site, Stage
 from sparsify_compiler.site_ffn import neurons_of
-from sparsify_compiler.sites import find_sites
+from sparsify_compiler.sites import op_paths
 
 KIND = ("ffn",)
 
@@ -56,12 +56,9 @@ class HoldNeurons(Pass):
         self.take_selectors("targets", "ignore")
         self.check_density(self.density)
 
-    def own_density(self) -> float | None:
-        return self.density
-
     def run(self, program: Program, ctx: Context) -> Program:
         density = self.density_of(ctx)
-        paths = {(site.region, site.roles["op"]): site.path for site in find_sites(program, ("linear",))}
+        paths = op_paths(program)
         for site in self.ffns(program, ctx):
             region = program.regions[site.region]
             down = region.node(site.roles["down"])
@@ -70,7 +67,8 @@ class HoldNeurons(Pass):
             if why is not None:
                 ctx.miss(why, site.path)
             elif ctx.spend():
-                row = program.decisions.setdefault(path := paths[site.region, down.name], _row(path, region, down))
+                path, weight = paths[site.region, down.name], evaluate(region, down.kwargs["weight"])  # type: ignore[arg-type]
+                row = program.decisions.setdefault(path, Decision.of(path, "linear", weight))
                 row.structure, row.density, row.budget = "neurons held", density, density
                 self._hold(region, site, down, activation, density, path)
         if program.skeleton is None and program.decisions:
@@ -110,12 +108,6 @@ def _unfit(region: Region, site: Site, activation: str) -> str | None:
     nodes = [region.node(site.roles[role]) for role in ("gate", "up", "down") if role in site.roles]
     stored = all(isinstance(weight := node.kwargs["weight"], fx.Node) and weight.op == "get_attr" for node in nodes)
     return None if stored and len(nodes[-1].meta["val"].shape) == 3 else "its weights are not stored, or its input is not [batch, tokens, width]"
-
-
-def _row(path: str, region: Region, down: fx.Node) -> Decision:
-    weight = evaluate(region, down.kwargs["weight"])  # type: ignore[arg-type]
-    size = weight.numel() * weight.element_size()
-    return Decision(path, "linear", tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size, bytes=size)
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

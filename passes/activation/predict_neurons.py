@@ -19,7 +19,7 @@ from sparsify_compiler.passes.activation._units import Unit, in_groups, row_of, 
 from sparsify_compiler.passes.lower._predicted import BY
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Stage
-from sparsify_compiler.sites import chosen_sites, find_sites
+from sparsify_compiler.sites import chosen_sites, op_paths
 from sparsify_compiler.splice import insert_formula
 
 KINDS = ("ffn", "attention")
@@ -71,9 +71,6 @@ class PredictNeurons(Pass):
         self.take_selectors("targets", "ignore")
         self.check_density(self.density)
 
-    def own_density(self) -> float | None:
-        return self.density
-
     def run(self, program: Program, ctx: Context) -> Program:
         density = self.density_of(ctx)
         units = list(self._units(program, ctx))
@@ -94,7 +91,7 @@ class PredictNeurons(Pass):
         sites = chosen_sites(program, KINDS, self.targets, self.ignore)
         if not sites:
             ctx.miss("the model has no FFN")
-        paths = {(site.region, site.roles["op"]): site.path for site in find_sites(program, ("linear",))}
+        paths = op_paths(program)
         for site in sites:
             made = unit_of(program.regions[site.region], site, paths)
             if isinstance(made, str):

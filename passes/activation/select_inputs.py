@@ -73,9 +73,6 @@ class SelectInputs(Pass):
         names |= {"input_mean"} if self.center == "mean" else set()
         return {use.site.path: frozenset(names) for layer in self._layers(program)[0] for use in layer.uses}
 
-    def own_density(self) -> float | None:
-        return self.density
-
     def run(self, program: Program, ctx: Context) -> Program:
         density = 1.0 if exact(Named.parse("selector", self.selector)) else self.density_of(ctx)
         layers, left = self._layers(program)
@@ -130,7 +127,7 @@ class SelectInputs(Pass):
         for use in layer.uses:
             chosen = selection.insert(use.region, use.op, use.op.kwargs["input"], self.name(), straight_through=self.straight_through)
             use.op.kwargs = {**use.op.kwargs, "input": chosen}
-            row = program.decisions.setdefault(use.site.path, _row(use, layer))
+            row = program.decisions.setdefault(use.site.path, Decision.of(use.site.path, "linear", layer.weight))
             row.structure, row.density, row.budget = f"inputs by {selection.selector.name}", selection.found, density
             if repaired.low_rank is not None:
                 self._add_low_rank(use, chosen, layer, repaired.low_rank)
@@ -158,12 +155,6 @@ def _unfit(use: Use) -> str | None:
 def layer_width(use: Use) -> int:
     """Number of inputs of a linear layer."""
     return int(use.op.kwargs["weight"].meta["val"].shape[1])  # type: ignore[union-attr]
-
-
-def _row(use: Use, layer: Layer) -> Decision:
-    weight = layer.weight
-    size = weight.numel() * weight.element_size()
-    return Decision(use.site.path, "linear", tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size, bytes=size)
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

@@ -18,7 +18,7 @@ from sparsify_compiler.passes.activation._selection import Selection, exact
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site, Stage
 from sparsify_compiler.site_ffn import neurons_of
-from sparsify_compiler.sites import chosen_sites, find_sites
+from sparsify_compiler.sites import chosen_sites, find_sites, op_paths
 
 KIND = ("ffn",)
 
@@ -62,13 +62,10 @@ class SelectNeurons(Pass):
         downs = {(site.region, site.roles["down"]) for site in self._sites(program)}
         return {site.path: names for site in find_sites(program, ("linear",)) if (site.region, site.roles["op"]) in downs}
 
-    def own_density(self) -> float | None:
-        return self.density
-
     def run(self, program: Program, ctx: Context) -> Program:
         density = 1.0 if exact(Named.parse("selector", self.selector)) else self.density_of(ctx)
         sites = self.ffns(program, ctx)
-        paths = {(site.region, site.roles["op"]): site.path for site in find_sites(program, ("linear",))}
+        paths = op_paths(program)
         for done, site in enumerate(sites):
             region = program.regions[site.region]
             why = _unfit(region, site)
@@ -96,7 +93,7 @@ class SelectNeurons(Pass):
         reader = next(iter(value.users))
         chosen = selection.insert(region, reader, value, self.name())
         reader.replace_input_with(value, chosen)
-        row, down.meta["site"] = program.decisions.setdefault(path, _row(path, weight)), path
+        row, down.meta["site"] = program.decisions.setdefault(path, Decision.of(path, "linear", weight)), path
         row.structure, row.density, row.budget = f"neurons by {selection.selector.name}", selection.found, density
 
 
@@ -104,7 +101,7 @@ class SelectNeurons(Pass):
         """Note what an FFN selects that comes with a selection of its own (FATReLU)."""
         down = region.node(site.roles["down"])
         if neurons_of(region, site).target is select.op and path not in program.decisions and ctx.statistics is not None:
-            row = program.decisions[path] = _row(path, evaluate(region, down.kwargs["weight"]))  # type: ignore[arg-type]
+            row = program.decisions[path] = Decision.of(path, "linear", evaluate(region, down.kwargs["weight"]))  # type: ignore[arg-type]
             down.meta["site"] = path
             row.structure, row.density = "neurons by threshold", float((ctx.statistics.get(path, "neuron_rows") != 0).float().mean())
 
@@ -118,11 +115,6 @@ def _unfit(region: Region, site: Site) -> str | None:
         return "its neurons are selected already"
     weight = region.node(site.roles["down"]).kwargs["weight"]
     return None if isinstance(weight, fx.Node) and is_constant(weight) else "its down projection has no stored weight"
-
-
-def _row(path: str, weight: Tensor) -> Decision:
-    size = weight.numel() * weight.element_size()
-    return Decision(path, "linear", tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size, bytes=size)
 
 
 class GatedFfn(nn.Module):

@@ -60,9 +60,6 @@ class SkipFfns(Pass):
         self.take_selectors("targets", "ignore")
         self.check_density(self.density)
 
-    def own_density(self) -> float | None:
-        return self.density
-
     def run(self, program: Program, ctx: Context) -> Program:
         density = self.density_of(ctx)
         stacks: dict[str, list[Site]] = {}

@@ -7,11 +7,11 @@ from torch import fx
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.library_attention import find_library_attentions
-from sparsify_compiler.normal_form_edit import argument, insert
+from sparsify_compiler.normal_form_edit import argument, insert, replace
 from sparsify_compiler.ops import attend
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline_text import print_value
-from sparsify_compiler.program import Program, Region, Site
+from sparsify_compiler.program import Program, Site
 from sparsify_compiler.selectors import select
 from sparsify_compiler.sites import find_sites
 
@@ -43,7 +43,7 @@ def give_indexer(program: Program, site: Site, indexer: Indexer, by: str) -> Non
     if "eager" in site.facts:
         program.attentions[site.path] = str(indexer)
     else:
-        _attend(program.regions[site.region], site, str(indexer), by)
+        _attend(program.regions[site.region].node(site.roles["attention"]), site, str(indexer), by)
     program.decisions[site.path] = Decision(site.path, "attention", structure=described(indexer), format="by block", kernel="attend_blocks",
                                             reason="not measured")
 
@@ -55,13 +55,11 @@ def described(indexer: Indexer) -> str:
     return "; ".join((" | ".join(what), *others))
 
 
-def _attend(region: Region, site: Site, indexer: str, name: str) -> None:
-    node = region.node(site.roles["attention"])
+def _attend(node: fx.Node, site: Site, indexer: str, name: str) -> None:
     given = {key: node.kwargs[key] for key in ("query", "key", "value", "attn_mask", "is_causal", "scale") if node.kwargs.get(key) is not None}
     made = insert(node, attend.op, node.meta["val"], **given, indexer=indexer)
     made.meta.update({"by": name, "site": site.path, "causal": site.facts["mask"] == "causal"})  # by its mask, where not by is_causal
-    node.replace_all_uses_with(made)
-    region.graph.erase_node(node)
+    replace(node, made)
 
 
 def _unfit(node: fx.Node) -> str | None:

@@ -20,9 +20,11 @@ from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.key_sums import KeySums
 from sparsify_compiler.measure import Timing, interleave
 from sparsify_compiler.normal_form_edit import insert
+from sparsify_compiler.normal_form_edit import replace as replace_node
 from sparsify_compiler.ops import attend
+from sparsify_compiler.ops.attend_blocks import scale_of
 from sparsify_compiler.passes_api import Context
-from sparsify_compiler.program import Program, Region, Site
+from sparsify_compiler.program import Program, Site
 
 PROMPTS = (256, 512, 1024, 2048, 4096)  # tokens of a prompt that is read at once
 CACHES = (256, 1024, 4096, 16384)  # tokens before the one that is said
@@ -103,7 +105,7 @@ def _in_graphs(program: Program) -> list[_Place]:
             kind = _Kind(indexer, int(query.shape[1]), int(key.shape[1]), int(query.shape[3]), query.dtype, causal, biased)
             site = str(node.meta.get("site", node.name))
             tap = Site("attention", f"{region.path}/{node.name}", region.path, {"attention": node.name})
-            places.append(_Place(site, tap, kind, partial(_write, node), partial(_make_dense, region, node)))
+            places.append(_Place(site, tap, kind, partial(_write, node), partial(_make_dense, node)))
     return places
 
 
@@ -111,13 +113,12 @@ def _write(node: fx.Node, text: str) -> None:
     node.kwargs = {**node.kwargs, "indexer": text}
 
 
-def _make_dense(region: Region, node: fx.Node) -> None:
+def _make_dense(node: fx.Node) -> None:
     given = {name: value for name, value in node.kwargs.items() if name != "indexer"}
     if node.kwargs["query"].meta["val"].shape[1] != node.kwargs["key"].meta["val"].shape[1]:  # type: ignore[union-attr]
         given["enable_gqa"] = True
     dense = insert(node, torch.ops.aten.scaled_dot_product_attention.default, node.meta["val"], **given)
-    node.replace_all_uses_with(dense)
-    region.graph.erase_node(node)
+    replace_node(node, dense)
 
 
 def _in_python(program: Program) -> list[_Place]:
@@ -168,7 +169,7 @@ def _measured(kind: _Kind, seen: Given | None, rounds: int, margin: float) -> _M
     caches = {tokens: _times(kind, _tensors(kind, seen, 1, tokens), rounds) for tokens in CACHES}
     indexer = replace(kind.indexer, dense_below=_limit(prompts, margin), dense_below_decoding=_limit(caches, margin))
     query, key, _ = _tensors(kind, seen, PROMPTS[-1], PROMPTS[-1])
-    density = kind.indexer.layout(query, key, kind.causal, kind.width**-0.5).density()
+    density = kind.indexer.layout(query, key, kind.causal, scale_of(query, None)).density()
     return _Measured(indexer, PROMPTS[-1], prompts[PROMPTS[-1]], density)
 
 

@@ -11,11 +11,12 @@ from torch import Tensor, fx
 
 from sparsify_compiler import session
 from sparsify_compiler.measure import Timing
-from sparsify_compiler.normal_form_edit import aten, insert
+from sparsify_compiler.normal_form_edit import aten, insert, take_place
 from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import held_ffn, select_ffn
-from sparsify_compiler.passes.lower._layer import EAGER, Form, row_of, rows_of, say
-from sparsify_compiler.passes.lower._linear import Linear, eager
+from sparsify_compiler.passes.lower._dense_ffn import add_dense
+from sparsify_compiler.passes.lower._layer import Form, row_of, rows_of, say
+from sparsify_compiler.passes.lower._linear import Linear
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
 from sparsify_compiler.splice import insert_formula
@@ -36,22 +37,13 @@ def size_of(region: Region, node: fx.Node) -> int:
 
 def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear:
     """The FFN at a node, as it runs on a token of a text that goes on, and dense."""
-    assert ctx.kernels is not None
-    assert ctx.target is not None
     tensors, _, bias = operands(region, node)
     options = {name: node.kwargs[name] for name in ("activation", "density", "share", "prompt", "key")}
     x = rows_of(region, node, ctx)[:1]
     weight = tensors["down"]
     layer = Linear(region, node, row_of(region, node, "linear", weight, program), weight, bias, packed=True, rows=1)
     biases = {"gate": tensors.get("gate_bias"), "up": tensors.get("up_bias"), "down": bias}
-    dense = {name: (tensors[name], biases[name]) for name in biases if name in tensors}
-    activation = str(options["activation"])
-    layer.add(EAGER, partial(_whole, {name: partial(eager, *pair) for name, pair in dense.items()}, activation), x, None, Form())
-    found = {name: ctx.kernels.candidates("linear", {"weight": pair[0]}, {"any_rows": True}, x.dtype, (1,), ctx.target)
-             for name, pair in dense.items()}
-    if all(found.values()):
-        packed: dict[str, Any] = {name: candidates[0].bind(dense[name][1]) for name, candidates in found.items()}
-        layer.add(found["down"][0].name, partial(_whole, packed, activation), x, None, Form())
+    add_dense(layer, {name: (tensors[name], biases[name]) for name in biases if name in tensors}, str(options["activation"]), x, ctx)
     layer.add(HELD, _GoingOn(tensors, bias, options), x[None], None, Form(False))
     return layer
 
@@ -82,25 +74,14 @@ def make_dense(layer: Linear) -> list[fx.Node]:
         linears.append(made)
         return made
 
-    inputs = {"up": linear(given["x"], "up", "up_bias")} | ({"gate": linear(given["x"], "gate", "gate_bias")} if "gate" in given else {})
-    hidden = insert_formula(region, node, partial(_hidden, activation=given["activation"]), inputs, "lower")
+    first, *second = (linear(given["x"], name, f"{name}_bias") for name in ("gate", "up") if name in given)
+    inputs = {"first": first, **({"up": second[0]} if second else {})}
+    hidden = insert_formula(region, node, partial(select_ffn.hidden, given["activation"]), inputs, "lower")
     down = linear(hidden, "down", "bias")
     for made in linears:
         made.meta["by"] = "lower"
-    down.meta = {**node.meta, "by": "lower"}
-    node.replace_all_uses_with(down)
-    region.graph.erase_node(node)
-    down.name = node.name
+    take_place(node, down, "lower")
     return linears
-
-
-def _hidden(up: Tensor, gate: Tensor | None = None, *, activation: str) -> Tensor:
-    return select_ffn.ACTIVATIONS[activation](up) if gate is None else select_ffn.ACTIVATIONS[activation](gate) * select_ffn.raised(activation, up)
-
-
-def _whole(linears: Mapping[str, Any], activation: str, x: Tensor) -> Tensor:
-    y: Tensor = linears["down"](_hidden(linears["up"](x), linears["gate"](x) if "gate" in linears else None, activation=activation))
-    return y
 
 
 class _GoingOn:

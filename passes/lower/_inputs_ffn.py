@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, fx
 
 from sparsify_compiler.measure import Timing
-from sparsify_compiler.normal_form_edit import aten, insert, is_call, only_user
+from sparsify_compiler.normal_form_edit import aten, insert, is_call, only_user, take_place
 from sparsify_compiler.operands import operands
-from sparsify_compiler.ops import select, select_ffn, select_inputs_ffn
+from sparsify_compiler.ops import select, select_inputs_ffn
 from sparsify_compiler.passes.lower import _selected
-from sparsify_compiler.passes.lower._layer import EAGER, Form, row_of, rows_of, say
+from sparsify_compiler.passes.lower._dense_ffn import add_dense, hidden
+from sparsify_compiler.passes.lower._layer import Form, row_of, rows_of, say
 from sparsify_compiler.passes.lower._linear import Linear, eager
 from sparsify_compiler.passes.lower._selected_ffn import RAISED, activation_of
 from sparsify_compiler.passes_api import Context
@@ -81,15 +82,11 @@ def whole(region: Region, node: fx.Node, program: Program, ctx: Context) -> Whol
     weight, x, bias = tensors["down"].t(), rows_of(region, ffn.gate, ctx), biases["down"]
     row = row_of(region, ffn.down, "linear", weight, program)
     layer = Whole(region, ffn.down, row, weight, bias, packed=True, rows=x.shape[0], ffn=ffn)
-    dense = {name: partial(eager, tensors[name].t(), biases[name]) for name in ffn.linears}
-    layer.add(EAGER, partial(_chain, dense, ffn.activation), x, None, Form())
-    found = [ctx.kernels.candidates("linear", {"weight": tensors[name].t()}, {"any_rows": True}, x.dtype, (layer.rows,), ctx.target)
-             for name in ffn.linears]
-    if all(found):
-        packed = {name: candidates[0].bind(biases[name]) for name, candidates in zip(ffn.linears, found, strict=True)}
-        layer.add(found[0][0].name, partial(_chain, packed, ffn.activation), x, None, Form())
+    dense = {name: (tensors[name].t(), biases[name]) for name in ffn.linears}
+    add_dense(layer, dense, ffn.activation, x, ctx)
     densities = {name: row_of(region, linear, "linear", tensors[name].t(), program).density for name, linear in ffn.linears.items()}
-    measured, attributes = _as_dense_as(densities, x, tensors, _hidden(dense, ffn.activation, x)), {"activation": ffn.activation}
+    neurons = hidden({name: partial(eager, *pair) for name, pair in dense.items()}, ffn.activation, x)
+    measured, attributes = _as_dense_as(densities, x, tensors, neurons), {"activation": ffn.activation}
     for candidate, rival in zip(*(ctx.kernels.candidates("select_inputs_ffn", given, attributes, x.dtype, (layer.rows,), ctx.target)
                                   for given in (tensors, measured)), strict=True):
         timed = rival.bind(bias)
@@ -140,26 +137,12 @@ def _replace(layer: Whole) -> None:
         given |= {name: linear.kwargs["weight"], f"{name}_bias": linear.kwargs.get("bias"), **{f"{name}_{by}": linear.kwargs.get(by) for by in BY}}
     given["bias"] = given.pop("down_bias")
     layer.node = insert(node, select_inputs_ffn.op, **{name: value for name, value in given.items() if value is not None}, activation=ffn.activation)
-    layer.node.meta |= {**node.meta, "by": "lower"}
-    node.replace_all_uses_with(layer.node)
-    layer.region.graph.erase_node(node)
-    layer.node.name = node.name  # sites know their nodes by name
+    take_place(node, layer.node, "lower")
 
 
 def _stored(node: Any) -> bool:
     """A packed linear that selects by a stored limit."""
     return isinstance(node, fx.Node) and _selected.is_packed(node) and node.kwargs["limit"].op == "get_attr"  # type: ignore[union-attr]
-
-
-def _hidden(linears: Mapping[str, Any], activation: str, x: Tensor) -> Tensor:
-    """What down reads."""
-    gates = select_ffn.ACTIVATIONS[activation](linears["gate"](x))
-    return gates * select_ffn.raised(activation, linears["up"](x)) if "up" in linears else gates
-
-
-def _chain(linears: Mapping[str, Any], activation: str, x: Tensor) -> Tensor:
-    y: Tensor = linears["down"](_hidden(linears, activation, x))
-    return y
 
 
 def _as_dense_as(densities: Mapping[str, float], x: Tensor, tensors: Mapping[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -114,9 +114,7 @@ def fused(node: fx.Node, sources: Sequence[Source], dtype: torch.dtype, rows: tu
 def row_of(region: Region, node: fx.Node, kind: str, weight: Tensor, program: Program) -> Decision:
     """The decision of the site that a node belongs to; a new one where no pass has said anything yet."""
     site = str(node.meta.get("site") or node.meta.get("path") or region.qualified(node.name))
-    size = weight.numel() * weight.element_size()
-    fresh = Decision(site, kind, tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size)
-    return program.decisions.setdefault(site, fresh)
+    return program.decisions.setdefault(site, replace(Decision.of(site, kind, weight), bytes=None))  # bytes are of what is chosen
 
 
 def say(row: Decision, reason: str) -> None:

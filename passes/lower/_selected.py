@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.measure import Timing
-from sparsify_compiler.normal_form_edit import insert
+from sparsify_compiler.normal_form_edit import insert, take_place
 from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import select, select_linear
 from sparsify_compiler.pages import resident
@@ -45,10 +45,7 @@ def pack(region: Region, node: fx.Node, program: Program, by: str) -> None:
     stored = by_input(region, node, by)
     with region.graph.inserting_before(node):
         packed = region.graph.call_function(select_linear.op, (), {"x": source.kwargs["x"], "weight": stored, **given})
-    packed.meta = {**node.meta, "by": by, "optional": source.meta.get("optional", False)}
-    node.replace_all_uses_with(packed)
-    region.graph.erase_node(node)
-    packed.name = node.name  # sites know their nodes by name
+    take_place(node, packed, by, optional=source.meta.get("optional", False))
     row_of(region, packed, "linear", dense, program).format = "by input"
 
 
@@ -133,10 +130,7 @@ def make_dense(layer: Linear) -> list[fx.Node]:
     bias = {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
     with region.graph.inserting_before(node):
         layer.node = region.graph.call_function(aten.linear.default, (), {"input": x, "weight": weight, **bias})
-    layer.node.meta = {**node.meta, "by": "lower"}
-    node.replace_all_uses_with(layer.node)
-    region.graph.erase_node(node)
-    layer.node.name = node.name
+    take_place(node, layer.node, "lower")
     return [layer.node]
 
 

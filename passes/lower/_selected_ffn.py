@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from sparsify_compiler.normal_form_edit import aten, insert, is_call, only_user
+from sparsify_compiler.normal_form_edit import aten, insert, is_call, only_user, take_place
 from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import select, select_ffn
-from sparsify_compiler.passes.lower._layer import EAGER, Form, row_of, rows_of
+from sparsify_compiler.passes.lower._dense_ffn import add_dense
+from sparsify_compiler.passes.lower._layer import Form, row_of, rows_of
 from sparsify_compiler.passes.lower._linear import Linear, eager
 from sparsify_compiler.passes.lower._selected import as_selected, by_input, choose, dense_weight
 from sparsify_compiler.passes_api import Context
@@ -80,10 +80,7 @@ def pack(region: Region, down: fx.Node, found: _Ffn, program: Program, by: str) 
     kwargs = {name: node for name, node in given.items() if node is not None}
     with region.graph.inserting_before(down):
         packed = region.graph.call_function(select_ffn.op, (), {"x": found.up.kwargs["input"], **kwargs, "activation": found.activation})
-    packed.meta = {**down.meta, "by": by, "optional": found.select.meta.get("optional", False)}
-    down.replace_all_uses_with(packed)
-    region.graph.erase_node(down)
-    packed.name = down.name  # sites know their nodes by name
+    take_place(down, packed, by, optional=found.select.meta.get("optional", False))
     row_of(region, packed, "linear", weight, program).format = "by neuron"
 
 
@@ -101,16 +98,10 @@ def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Line
     x = rows_of(region, node, ctx)
     weight = tensors["down"].t()
     layer = Linear(region, node, row_of(region, node, "linear", weight, program), weight, bias, packed=True, rows=x.shape[0])
-    dense = [(tensors["gate"], tensors.get("gate_bias")), (tensors["up"], tensors.get("up_bias")), (weight, bias)]
+    dense = {"gate": (tensors["gate"], tensors.get("gate_bias")), "up": (tensors["up"], tensors.get("up_bias")), "down": (weight, bias)}
     name = str(attributes["activation"])
-    activate = select_ffn.ACTIVATIONS[name]
-    linears: list[Callable[[Tensor], Tensor]] = [partial(eager, matrix, vector) for matrix, vector in dense]
-    layer.add(EAGER, partial(_gated, linears, name), x, None, Form())
-    found = [ctx.kernels.candidates("linear", {"weight": matrix}, {"any_rows": True}, x.dtype, (layer.rows,), ctx.target) for matrix, _ in dense]
-    if all(found):
-        packed = [candidates[0].bind(vector) for candidates, (_, vector) in zip(found, dense, strict=True)]
-        layer.add(found[0][0].name, partial(_gated, packed, name), x, None, Form())
-    scores = select.score(activate(linears[0](x)), tensors.get("scale")).flatten()
+    add_dense(layer, dense, name, x, ctx)
+    scores = select.score(select_ffn.hidden(name, eager(*dense["gate"], x)), tensors.get("scale")).flatten()
     skipped = round((1 - layer.decision.density) * scores.numel())
     limit = scores.kthvalue(min(skipped + 1, scores.numel())).values.float()
     for candidate, rival in zip(*(ctx.kernels.candidates("select_ffn", tensors | other, attributes, x.dtype, (layer.rows,), ctx.target)
@@ -139,18 +130,10 @@ def make_dense(layer: Linear) -> list[fx.Node]:
     down = linear(product, dense_weight(region, node, given["down"], layer.weight), given.get("bias"))
     for made in (product, *linears):
         made.meta["by"] = "lower"
-    down.meta = {**node.meta, "by": "lower"}
-    node.replace_all_uses_with(down)
-    region.graph.erase_node(node)
-    down.name = node.name
+    take_place(node, down, "lower")
     return linears
 
 
 def _stored(node: Any) -> bool:
     weight = node.kwargs.get("weight") if is_call(node, aten.linear.default) else None
     return isinstance(weight, fx.Node) and weight.op == "get_attr"
-
-
-def _gated(linears: list[Callable[[Tensor], Tensor]], activation: str, x: Tensor) -> Tensor:
-    gate, up, down = linears
-    return down(select_ffn.ACTIVATIONS[activation](gate(x)) * select_ffn.raised(activation, up(x)))

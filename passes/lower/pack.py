@@ -13,6 +13,7 @@ from sparsify_compiler import catalog
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.fakes import fake_like, mode_of
+from sparsify_compiler.normal_form_edit import take_place
 from sparsify_compiler.operands import geometry_of, input_of, operator_of
 from sparsify_compiler.passes.lower import _selected, _selected_ffn
 from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure
@@ -119,10 +120,7 @@ def _replace(region: Region, layer: fx.Node, stored: Mapping[str, fx.Node], form
     geometry = {"kernel_size": list(kernel_size), **geometry_of(layer, len(kernel_size))} if kernel_size else {}
     with region.graph.inserting_before(layer):
         packed = region.graph.call_function(op, (), {"x": layer.kwargs["input"], **stored, **bias, **form.attributes(), **geometry})
-    packed.meta = {**layer.meta, "by": "pack"}
-    layer.replace_all_uses_with(packed)
-    region.graph.erase_node(layer)
-    packed.name = layer.name  # sites know their nodes by name
+    take_place(layer, packed, "pack")
 
 
 def _fold(product: _Masked) -> None:

@@ -143,5 +143,4 @@ def _names(region: Region) -> set[str]:
 def _row(use: Use, weight: Tensor | None) -> Decision:
     if weight is None:
         return Decision(use.site.path, use.site.kind)
-    size = weight.numel() * weight.element_size()
-    return Decision(use.site.path, use.site.kind, tuple(weight.shape), str(weight.dtype).removeprefix("torch."), dense_bytes=size, bytes=size)
+    return Decision.of(use.site.path, use.site.kind, weight)

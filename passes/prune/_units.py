@@ -19,7 +19,7 @@ from sparsify_compiler.normal_form_edit import aten, is_call
 from sparsify_compiler.passes_api import Statistics
 from sparsify_compiler.program import Program, Region
 from sparsify_compiler.site_block import find_blocks
-from sparsify_compiler.sites import find_sites
+from sparsify_compiler.sites import op_paths
 
 Sides = Literal["readers", "writers", "all"]
 
@@ -47,7 +47,7 @@ class Units:
 
     @staticmethod
     def of(program: Program, found: Follow) -> Units:
-        sites = {(site.region, site.roles["op"]): site.path for site in find_sites(program, ("linear", "conv"))}
+        sites = op_paths(program, ("linear", "conv"))
         return Units(found, sites, {(block.region, op): block.path for block in find_blocks(program) for op in block.ops})
 
     def parts(self, group: Group, sides: Sides) -> list[Part]:

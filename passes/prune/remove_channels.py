@@ -75,9 +75,6 @@ class RemoveChannels(Pass):
         self.check_density(self.density)
         self.take_selectors("targets", "ignore")
 
-    def own_density(self) -> float | None:
-        return self.density
-
     def needs(self, program: Program) -> Mapping[str, frozenset[str]]:
         """What scores and budgets ask of the dense model; a repair gathers its own."""
         score, budget = (Named.parse(kind, name).statistics for kind, name in (("score", self.score), ("budget", self.budget)))

@@ -61,6 +61,10 @@ class RotateStream(Pass):
         if self.share < 0:
             raise ParseError(f"share is a number of norms, or 0 for all, not {self.share}", where="rotate_stream")
 
+    def own_density(self) -> float | None:
+        """None: the option says what a pass behind this one will keep, and this one keeps all."""
+        return None
+
     def run(self, program: Program, ctx: Context) -> Program:
         plans: list[Bases] = []
         for region in program.regions.values():

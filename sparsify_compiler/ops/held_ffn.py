@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from sparsify_compiler import session
 
 from ._linear import LIBRARY
-from .select_ffn import ACTIVATIONS, raised
+from .select_ffn import hidden
 
 
 @dataclass
@@ -48,29 +48,29 @@ def reference(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None = None, g
             return linear(_hidden(x, weights, activation), down, bias)
         held.cut = held.cut or _cut(held.votes, weights, density)
         (*first, last), rows = held.cut
-        hidden = _hidden(x, [*first, last], activation)
-        return linear(hidden if rows is None else hidden * rows, last, bias)  # type: ignore[arg-type]
-    hidden = _hidden(x, weights, activation)
-    votes = _votes(hidden.detach(), down, share, call.real)
+        neurons = _hidden(x, [*first, last], activation)
+        return linear(neurons if rows is None else neurons * rows, last, bias)  # type: ignore[arg-type]
+    neurons = _hidden(x, weights, activation)
+    votes = _votes(neurons.detach(), down, share, call.real)
     call.text[key] = Held(votes + held.votes if held is not None and fits and not call.begins else votes)
-    return linear(hidden, down, bias)
+    return linear(neurons, down, bias)
 
 
 def _hidden(x: Tensor, weights: list[Tensor | None], activation: str) -> Tensor:
     gate, gate_bias, up, up_bias, _ = weights
     raw = linear(x, up, up_bias)  # type: ignore[arg-type]
-    return ACTIVATIONS[activation](raw) if gate is None else ACTIVATIONS[activation](linear(x, gate, gate_bias)) * raised(activation, raw)
+    return hidden(activation, raw) if gate is None else hidden(activation, linear(x, gate, gate_bias), raw)
 
 
-def _votes(hidden: Tensor, down: Tensor, share: float, real: Tensor | None) -> Tensor:
-    hidden = hidden.float()
+def _votes(neurons: Tensor, down: Tensor, share: float, real: Tensor | None) -> Tensor:
+    neurons = neurons.float()
     if share == 0:
-        found = hidden.square() * down.float().square().sum(0)
+        found = neurons.square() * down.float().square().sum(0)
     else:
-        ordered = hidden.sort(-1, descending=True).values
-        count = ((hidden > 0).sum(-1, keepdim=True) * share).ceil().long()
+        ordered = neurons.sort(-1, descending=True).values
+        count = ((neurons > 0).sum(-1, keepdim=True) * share).ceil().long()
         limit = ordered.gather(-1, (count - 1).clamp_min(0))
-        found = ((hidden >= limit) & (hidden > 0)).float()
+        found = ((neurons >= limit) & (neurons > 0)).float()
     return found.sum(1) if real is None or real.shape != found.shape[:2] else found.masked_fill(~real[..., None], 0).sum(1)
 
 

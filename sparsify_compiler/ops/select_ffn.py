@@ -26,6 +26,12 @@ def raised(activation: str, up: Tensor) -> Tensor:
     return ACTIVATIONS[UP[activation]](up) if activation in UP else up
 
 
+def hidden(activation: str, first: Tensor, up: Tensor | None = None) -> Tensor:
+    """What down reads, of the products of gate and up, or of the one projection that there is."""
+    found = ACTIVATIONS[activation](first)
+    return found if up is None else found * raised(activation, up)
+
+
 def reference(x: Tensor, limit: Tensor, gate: Tensor, up: Tensor, down: Tensor, scale: Tensor | None = None, gate_bias: Tensor | None = None,
               up_bias: Tensor | None = None, bias: Tensor | None = None, *, activation: str) -> Tensor:
     """y = down^T (select(activation(gate x + gate_bias)) * (up x + up_bias)) + bias; "drelu" is an activation of up, too.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import select_linear
 from ._linear import LIBRARY, compute_dtype
-from .select_ffn import ACTIVATIONS, raised
+from .select_ffn import ACTIVATIONS, hidden
 
 
 def reference(x: Tensor, gate: Tensor, gate_limit: Tensor, down: Tensor, down_limit: Tensor, up: Tensor | None = None, up_limit: Tensor | None = None,
@@ -20,10 +20,10 @@ def reference(x: Tensor, gate: Tensor, gate_limit: Tensor, down: Tensor, down_li
     inputs and outputs, or None; "drelu" is an activation of up, too. Sums and the product in at least float32. A NaN is always selected.
     """
     rows = x.to(compute_dtype(x, gate))
-    hidden = ACTIVATIONS[activation](select_linear.reference(rows, gate_limit, gate, gate_scale, gate_center, gate_bias))
+    gates, ups = select_linear.reference(rows, gate_limit, gate, gate_scale, gate_center, gate_bias), None
     if up is not None and up_limit is not None:
-        hidden = hidden * raised(activation, select_linear.reference(rows, up_limit, up, up_scale, up_center, up_bias))
-    return select_linear.reference(hidden, down_limit, down, down_scale, down_center, bias).to(x.dtype)
+        ups = select_linear.reference(rows, up_limit, up, up_scale, up_center, up_bias)
+    return select_linear.reference(hidden(activation, gates, ups), down_limit, down, down_scale, down_center, bias).to(x.dtype)
 
 
 def _check(x: Tensor, gate: Tensor, down: Tensor, up: Tensor | None, up_limit: Tensor | None, activation: str) -> None:
@@ -40,10 +40,10 @@ def _everywhere(x: Tensor, gate: Tensor, gate_limit: Tensor, down: Tensor, down_
                 up_scale: Tensor | None = None, up_center: Tensor | None = None, up_bias: Tensor | None = None, down_scale: Tensor | None = None,
                 down_center: Tensor | None = None, bias: Tensor | None = None, *, activation: str) -> Tensor:
     _check(x, gate, down, up, up_limit, activation)
-    hidden = ACTIVATIONS[activation](select_linear.op(x, gate_limit, gate, gate_scale, gate_center, gate_bias))
+    gates, ups = select_linear.op(x, gate_limit, gate, gate_scale, gate_center, gate_bias), None
     if up is not None and up_limit is not None:
-        hidden = hidden * raised(activation, select_linear.op(x, up_limit, up, up_scale, up_center, up_bias))
-    y: Tensor = select_linear.op(hidden, down_limit, down, down_scale, down_center, bias)
+        ups = select_linear.op(x, up_limit, up, up_scale, up_center, up_bias)
+    y: Tensor = select_linear.op(hidden(activation, gates, ups), down_limit, down, down_scale, down_center, bias)
     return y
 
 
