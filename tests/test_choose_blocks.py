@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models.language import llama
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
@@ -92,13 +93,6 @@ def test_quotas_are_kept() -> None:
     two = by_quota(loss[:, :2], (0.5, 0.5))
     gain = loss[:, 0] - loss[:, 1]
     assert sorted(gain.topk(5).indices.tolist()) == two.nonzero()[:, 0].tolist()
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                      num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=96)
-    return transformers.LlamaForCausalLM(config).eval()  # type: ignore[no-any-return]
 
 
 def test_a_scorer_learns_its_channels() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from models.language import llama
+from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
@@ -22,17 +23,10 @@ from sparsify_compiler.passes_api import Context  # noqa: E402
 from sparsify_compiler.pipeline import Pipeline  # noqa: E402
 
 
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                      num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=96)
-    return transformers.LlamaForCausalLM(config).eval()  # type: ignore[no-any-return]
-
-
 @cache
 def streamed(window: int, sinks: int) -> CompiledModel:
     text = f"select_blocks(always=(SlidingWindow(window={window}), Sinks(tokens={sinks})), block_q=4, block_k=4)"
-    return CompiledModel(Pipeline.parse(text).run(capture(llama(), {"input_ids": torch.randint(1, 96, (2, 12))},
+    return CompiledModel(Pipeline.parse(text).run(capture(llama(max_position_embeddings=128), {"input_ids": torch.randint(1, 96, (2, 12))},
                                                           {"input_ids": {0: "batch", 1: "tokens"}}), Context()))
 
 
@@ -206,7 +200,7 @@ def test_a_quantized_cache_holds_nearly_the_same(bits: int, most: float, action:
 
 
 def test_generate_with_a_quantized_cache() -> None:
-    model, ids = llama(), torch.randint(1, 96, (2, 40))
+    model, ids = llama(max_position_embeddings=128), torch.randint(1, 96, (2, 40))
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     with torch.no_grad():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models.language import llama
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
@@ -32,13 +33,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 DENSE = "select_blocks(always=(SlidingWindow(window=1000),), block_q=4, block_k=4)"
 SPARSE = "select_blocks(always=(SlidingWindow(window=6), Sinks(tokens=2)), block_q=4, block_k=4)"
-
-
-def llama(**options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                      num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=96, **options)
-    return transformers.LlamaForCausalLM(config).eval()  # type: ignore[no-any-return]
 
 
 def rewritten(model: nn.Module, text: str, inputs: dict[str, Tensor] | tuple[Tensor, ...], dynamic: Any = None) -> CompiledModel:

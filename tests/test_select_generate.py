@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models.language import llama
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
@@ -20,14 +21,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "static cache": {"do_sample": False, "cache_implementation": "static"},
 }
 PASSES = ("select_inputs(density={density}, budget='greedy')", "select_neurons(density={density})")
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                                      num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=96)
-    model: nn.Module = transformers.LlamaForCausalLM(config).eval()
-    return model
 
 
 def compiled(model: nn.Module, step: str, density: float) -> CompiledModel:
@@ -47,7 +40,7 @@ def generated(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
 
 @pytest.fixture(scope="module", params=PASSES, ids=["inputs", "neurons"])
 def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, CompiledModel]:
-    model = llama()
+    model = llama(hidden_size=64, intermediate_size=128)
     return model, compiled(model, request.param, 1.0)
 
 
@@ -63,7 +56,7 @@ def test_all_selected_generates_as_the_dense_model(pair: tuple[nn.Module, Compil
 
 
 def test_streaming() -> None:
-    model = llama()
+    model = llama(hidden_size=64, intermediate_size=128)
     sparse = compiled(model, PASSES[0], 1.0)
     seen: list[list[int]] = []
 
@@ -83,7 +76,7 @@ def test_streaming() -> None:
 @pytest.mark.parametrize("step", PASSES)
 def test_the_kernels_generate_as_the_plain_graphs_do(step: str) -> None:
     """At half density: prompt and tokens alike select, whatever the number of rows."""
-    model = llama()
+    model = llama(hidden_size=64, intermediate_size=128)
     sparse = compiled(model, step, 0.5)
     plain = instantiate(sparse.program)  # the ops without their kernels
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])

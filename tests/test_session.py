@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models.language import llama
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
@@ -29,14 +30,11 @@ DYNAMIC = {"input_ids": {0: "batch", 1: "tokens"}}
 IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
-def llama() -> nn.Module:
+def model_of_five() -> nn.Module:
     """Five layers, with FFNs that turn the stream a little more than random ones do."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=2,
-                                      num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=96)
-    model: nn.Module = transformers.LlamaForCausalLM(config).eval()
+    model = llama(num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=1)
     with torch.no_grad():
-        for layer in model.model.layers:
+        for layer in model.model.layers:  # type: ignore[union-attr]
             layer.mlp.down_proj.weight *= 10
     return model
 
@@ -50,7 +48,7 @@ def rewritten(program: Program, step: str) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def dense() -> nn.Module:
-    return llama()
+    return model_of_five()
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +273,7 @@ def test_compiled_saved_and_loaded(dense: nn.Module, captured: Program, tmp_path
     assert torch.equal(compiled.generate(ids, **options), expected)
     assert sum("while a text goes on" in row.reason for row in compiled.report().sites) == 1
     compiled.save(tmp_path / "saved")
-    assert torch.equal(sc.load(tmp_path / "saved", model=llama()).generate(ids, **options), expected)
+    assert torch.equal(sc.load(tmp_path / "saved", model=model_of_five()).generate(ids, **options), expected)
 
 
 @pytest.mark.parametrize("net", [0, 1], ids=["gated", "plain"])

@@ -16,7 +16,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels.finish import Finish
-from sparsify_compiler.codegen.kernels.gather_rows import LANES, PARTS, Chosen, Sums, weight_argument
+from sparsify_compiler.codegen.kernels.gather_rows import LANES, PARTS, Chosen, Sums, each_span, weight_argument
 from sparsify_compiler.codegen.kernels.products import TOGETHER as NEURONS
 from sparsify_compiler.codegen.kernels.products import copy_inputs, products
 from sparsify_compiler.ops import select_ffn
@@ -74,9 +74,7 @@ def _body(how: FfnRows) -> None:
     chosen = e.let(e.floordiv(count + (NEURONS - 1), NEURONS))
     with e.loop(e.floordiv(chosen + (GROUPS - 1), GROUPS), parallel=how.parallel) as task, e.loop(e.minimum(chosen - task * GROUPS, GROUPS)) as i:
         _raise(a, how, count, e.let((task * GROUPS + i) * NEURONS))
-    with e.loop(e.floordiv(a.W + (how.columns - 1), how.columns), parallel=how.parallel) as task:
-        start = e.let(task * how.columns)
-        width = e.let(e.minimum(a.W - start, how.columns))
+    with each_span(a.W, how.columns, how.parallel) as (start, width):
         a.sums.add(a.chosen, count, start, width)
         a.sums.write(a.y, a.N, start, width)
 

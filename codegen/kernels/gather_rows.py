@@ -10,7 +10,8 @@ Bound by: the bandwidth at which the selected rows of W arrive; the FMA rate fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,11 +58,17 @@ def _body(how: GatherRows) -> None:
     sums = Sums(how.dtype, weight, bias, M, W)
     with e.llvm(PARTS.read_text()):
         count = inputs.select()
-    with e.loop(e.floordiv(W + (how.columns - 1), how.columns), parallel=how.parallel) as task:
-        start = e.let(task * how.columns)
-        width = e.let(e.minimum(W - start, how.columns))
+    with each_span(W, how.columns, how.parallel) as (start, width):
         sums.add(inputs, count, start, width)
         sums.write(y, N, start, width)
+
+
+@contextmanager
+def each_span(columns: Any, step: int, parallel: bool) -> Iterator[tuple[Any, Any]]:
+    """`with each_span(...) as (start, width):` the columns 0 ... columns - 1, `step` of them a task."""
+    with e.loop(e.floordiv(columns + (step - 1), step), parallel=parallel) as task:
+        start = e.let(task * step)
+        yield start, e.let(e.minimum(columns - start, step))
 
 
 def weight_argument(inputs: Any, dtype: str) -> Any:

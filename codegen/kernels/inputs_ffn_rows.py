@@ -14,7 +14,7 @@ from typing import Any
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels.finish import Finish
-from sparsify_compiler.codegen.kernels.gather_rows import PARTS, Inputs, Sums, in_order, read_row, weight_argument
+from sparsify_compiler.codegen.kernels.gather_rows import PARTS, Inputs, Sums, each_span, in_order, read_row, weight_argument
 from sparsify_compiler.ops import select_ffn
 
 
@@ -82,16 +82,12 @@ def _body(how: InputsFfnRows) -> None:
     outputs = down.sums(how.dtype, M)
     with e.llvm(PARTS.read_text()):
         counts = [one.select() for one in inputs]
-        with e.loop(e.floordiv(V + (how.hidden - 1), how.hidden), parallel=how.parallel) as task:
-            start = e.let(task * how.hidden)
-            width = e.let(e.minimum(V - start, how.hidden))
+        with each_span(V, how.hidden, how.parallel) as (start, width):
             for i, one in enumerate(sums):
                 one.add(inputs[i % len(inputs)], counts[i % len(inputs)], start, width)
             _multiply(how, sums, product, start, width)
         count = hidden.select()
-        with e.loop(e.floordiv(W + (how.columns - 1), how.columns), parallel=how.parallel) as task:
-            start = e.let(task * how.columns)
-            width = e.let(e.minimum(W - start, how.columns))
+        with each_span(W, how.columns, how.parallel) as (start, width):
             outputs.add(hidden, count, start, width)
             outputs.write(y, N, start, width)
 
