@@ -92,9 +92,17 @@ def test_more_queries_than_keys_leaves_the_first_rows_empty_where_causal() -> No
     assert bool(lse[:, :, 4:].isfinite().all())
 
 
+def test_tiles_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "randint", lambda low, high, size, generator: torch.zeros(size, dtype=torch.int64))
+    layout = from_places(torch.full((5, 5), SOME, dtype=torch.int8), window, Grid(20, 20, 4, 4, True)).layout()
+    position = torch.arange(20)[:, None]
+    assert torch.equal(layout.mask()[0, 0], window(position, torch.arange(20)) & (torch.arange(20) <= position))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by the kernel, and as the reference says
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_only_places_that_count_can_spoil_a_row(bad: float) -> None:
-    query, key, value = tensors(1, 2, 2, 8, 8)
+def test_only_places_that_count_can_spoil_a_row(bad: float, dtype: torch.dtype) -> None:
+    query, key, value = tensors(1, 2, 2, 8, 8, dtype=dtype)
     key[0, 0, 5], value[0, 1, 6] = bad, bad
     chosen = torch.ones(1, 1, 4, 4, dtype=torch.bool)
     chosen[0, 0, 1] = torch.tensor([True, True, False, False])

@@ -18,6 +18,7 @@ from sparsify_compiler.capture import capture  # noqa: E402
 from sparsify_compiler.compiled import CompiledModel  # noqa: E402
 from sparsify_compiler.errors import InputError, ModelError  # noqa: E402
 from sparsify_compiler.key_sums import of_blocks  # noqa: E402
+from sparsify_compiler.library_attention import _of_held  # noqa: E402
 from sparsify_compiler.library_cache import AppendingLayer, append_in_place  # noqa: E402
 from sparsify_compiler.passes_api import Context  # noqa: E402
 from sparsify_compiler.pipeline import Pipeline  # noqa: E402
@@ -77,6 +78,16 @@ def test_sums_of_keys_follow_what_the_cache_holds(action: str) -> None:
             assert hasattr(key, "_sparsify_sums")
             torch.testing.assert_close(of_blocks(key, kind, block), of_blocks(key.clone(), kind, block))
         ACTIONS[action](cache)
+
+
+def test_keys_that_somebody_put_in_the_place_of_others_are_kept() -> None:
+    layer = AppendingLayer()
+    layer.update(*states(10))
+    other = torch.randn(2, 3, 266, 4)[:, :, :10]  # as long and as wide apart in memory as the layer's own
+    assert other.stride() == layer.keys.stride()
+    layer.keys = other
+    key, _ = layer.update(*states(1))
+    assert torch.equal(key[:, :, :10], other)
 
 
 def test_sums_of_whole_blocks_are_taken_once() -> None:
@@ -197,6 +208,56 @@ def test_a_quantized_cache_holds_nearly_the_same(bits: int, most: float, action:
         assert layer._groups() == 6
         plain = sum(t.numel() * 4 for t in (caches[1].layers[0].keys, caches[1].layers[0].values))
         assert layer.resident_bytes() < plain * (0.75 if bits == 8 else 0.65)  # of 4 channels: scales weigh much
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_cache_takes_back_more_than_its_last_tokens(bits: int) -> None:
+    torch.manual_seed(0)
+    cache, given = sc.quantized_cache(bits, group=8), states(60)
+    before = cache.update(*given, 0)
+    cache.update(*states(1), 0)
+    cache.crop(-31)
+    assert cache.get_seq_length() == 30
+    more = states(4)
+    for side, new, old, found in zip(range(2), more, before, cache.update(*more, 0), strict=True):
+        assert found.shape[2] == 34
+        assert torch.equal(found[:, :, 30:], new)
+        assert (found[:, :, :30] - old[:, :, :30]).abs().max() < (0.05 if bits == 8 else 0.5), side
+
+
+@pytest.mark.parametrize(("side", "place"), [(0, (..., 0)), (1, (slice(None), slice(None), 0))])
+def test_a_channel_of_keys_and_a_token_of_values_spoil_no_other(side: int, place: Any) -> None:
+    torch.manual_seed(0)
+    cache, given = sc.quantized_cache(8, group=8), states(32)
+    given[side][place] *= 1000
+    cache.update(*given, 0)
+    found = cache.update(*states(1), 0)[side][:, :, :32]
+    apart = (found - given[side]).abs()
+    apart[place] = 0
+    assert apart.max() < 0.05
+
+
+def test_a_streaming_cache_sums_what_it_still_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_cache_streaming, "SLACK", 5)
+    cache = sc.streaming_cache(window=8, sinks=3)
+    for _ in range(40):
+        key, _ = cache.update(*states(1), 0)
+        torch.testing.assert_close(of_blocks(key, "sum", 4), of_blocks(key.clone(), "sum", 4))
+
+
+def test_a_mask_of_a_cache_that_forgot_is_that_of_what_it_holds() -> None:
+    mask = torch.tensor([[True, True, False, True, True, False]])
+    assert _of_held(mask, library_cache_streaming.Forgotten(2, 2)).tolist() == [[True, True, True, False]]
+    assert _of_held(mask, 0) is mask
+    with pytest.raises(ModelError, match="padding"):
+        _of_held(mask, library_cache_streaming.Forgotten(1, 3))
+
+
+def test_a_model_that_chooses_blocks_appends_in_place_inside_generate() -> None:
+    cache, ids = transformers.DynamicCache(), torch.randint(1, 96, (1, 12))
+    with torch.no_grad():
+        streamed(window=8, sinks=3).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, past_key_values=cache)
+    assert {type(layer) for layer in cache.layers} == {AppendingLayer}
 
 
 def test_generate_with_a_quantized_cache() -> None:

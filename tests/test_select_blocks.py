@@ -11,11 +11,13 @@ from models.language import llama
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
+from sparsify_compiler import key_sums
+from sparsify_compiler.artefact_skeleton import check_attentions
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.codegen import runtime
 from sparsify_compiler.compiled import CompiledModel
-from sparsify_compiler.errors import ModelError, SelectorError
+from sparsify_compiler.errors import ArtefactError, ModelError, SelectorError
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.library_attention import find_library_attentions
 from sparsify_compiler.measure import Timing
@@ -132,6 +134,23 @@ def test_attentions_that_cannot_choose_say_why() -> None:
     ctx = Context()
     Pipeline.parse(SPARSE).run(capture(nn.Linear(2, 2).eval(), (torch.randn(1, 2),)), ctx)
     assert "no attention" in str(ctx.misses[0])
+
+
+@pytest.mark.parametrize("way", ["greedy", "static cache"])
+def test_layers_with_a_window_of_their_own_keep_it_beside_others(way: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, sliding_window=4, use_sliding_window=True, pad_token_id=0, eos_token_id=96,
+                                      layer_types=["full_attention", "sliding_attention"], max_position_embeddings=64)
+    model, ids = transformers.Qwen2ForCausalLM(config).eval(), torch.randint(1, 96, (1, 9))
+    dense = rewritten(model, DENSE, {"input_ids": ids}, {"input_ids": {0: "batch", 1: "tokens"}})
+    assert list(dense.program.attentions) == ["model.layers.0.self_attn"]
+    assert torch.equal(*(generated(one, ids, torch.ones_like(ids), **WAYS[way]) for one in (model, dense)))
+
+
+def test_an_artefact_for_another_model_is_refused() -> None:
+    with pytest.raises(ArtefactError, match=r"no attention at 'model\.elsewhere'"):
+        check_attentions({"model.elsewhere": "Indexer(always=(Sinks(tokens=1),))"}, llama())
 
 
 def test_what_a_registry_call_cannot_do_is_refused(models: dict[str, nn.Module]) -> None:
@@ -310,3 +329,38 @@ def test_a_causal_mask_that_is_a_tensor_is_measured_as_such(monkeypatch: pytest.
     x, mask = torch.randn(1, 21, 16), torch.ones(1, 21, dtype=torch.long)
     Pipeline.parse(f"{SPARSE} | pack() | lower(rounds=1)").run(capture(kind().eval(), (x, mask)), Context(target=host(), kernels=runtime))
     assert {of.causal for of in seen} == {kind is Masked}
+
+
+def test_what_is_added_to_the_scores_has_a_gradient() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 9, 4).double().requires_grad_()
+    bias = torch.randn(1, 1, 9, 9, dtype=torch.float64, requires_grad=True)
+    indexer = "Indexer(always=(SlidingWindow(window=4), Sinks(tokens=1)), block_q=2, block_k=3)"
+
+    def function(*given: Tensor) -> Tensor:
+        out: Tensor = attend.op(*given, is_causal=True, indexer=indexer)
+        return out
+
+    assert torch.autograd.gradcheck(function, (query.detach().requires_grad_(), key.detach().requires_grad_(), value.detach().requires_grad_(), bias))
+
+
+def test_prompts_and_decoding_have_limits_of_their_own() -> None:
+    indexer = Indexer.parse("Indexer(always=(Sinks(tokens=1),), dense_below=100, dense_below_decoding=1000)")
+    assert [indexer.is_dense(queries, 500) for queries in (500, 9, 8, 1)] == [False, False, True, True]
+    assert [indexer.is_dense(queries, keys) for queries, keys in ((99, 99), (100, 100), (1, 1000))] == [True, False, False]
+
+
+def test_a_step_of_decoding_reads_the_sums_that_its_cache_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = capture(llama(), {"input_ids": torch.randint(1, 96, (1, 12))}, {"input_ids": {0: "batch", 1: "tokens"}})
+    model = CompiledModel(Pipeline.parse(
+        "select_blocks(always=(SlidingWindow(window=4),), scorer=pooled, selector='top_k(share=0.5)', block_q=4, block_k=4)").run(program, Context()))
+    ids, seen, reduced = torch.randint(1, 96, (1, 40)), [], key_sums._reduced
+    monkeypatch.setattr(key_sums, "_reduced", lambda key, *rest: seen.append(key.shape[2]) or reduced(key, *rest))
+    with torch.no_grad():
+        cache = transformers.DynamicCache()
+        model(input_ids=ids, past_key_values=cache)
+        seen.clear()
+        for i in range(6):
+            model(input_ids=ids[:, i:i + 1], past_key_values=cache)
+    assert seen
+    assert max(seen) <= 4
