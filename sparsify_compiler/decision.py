@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from .planned import Option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +40,9 @@ class Decision:
     flops: float | None = None
     moved_before: float | None = None  # bytes read and written
     moved: float | None = None
+    predicted_ms: float | None = None  # what the plan assumed of the choice
+    loss: float | None = None  # likewise what it costs in quality
+    options: list[Option] = field(default_factory=list)  # what the plan could choose from here
 
     @staticmethod
     def of(site: str, kind: str, weight: Tensor) -> Decision:

@@ -7,15 +7,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ArtefactError
+from sparsify_compiler.planned import Planned
 from sparsify_compiler.program import LeftOut
 from sparsify_compiler.storage import write_file
 
 SCHEMA = 1
-T = TypeVar("T")
 
 
 @dataclass
@@ -87,6 +87,8 @@ class Report:
     left_out: list[LeftOut] = field(default_factory=list)
     misses: list[Refusal] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    plan: Planned | None = None  # where the choices were solved for
+    machine: dict[str, Any] | None = None  # what the machine reaches, for the roofline
 
     @property
     def fastest_dense(self) -> Form | None:
@@ -158,21 +160,10 @@ class Report:
         return f'<iframe srcdoc="{escape(self.to_html())}" style="width:100%;height:640px;border:0"></iframe>'
 
 
-_ROWS: Mapping[str, type] = {"dense": Form, "quality": Quality, "sites": Decision, "passes": PassTime, "left_out": LeftOut, "misses": Refusal}
-
-
 def _report(data: Mapping[str, Any]) -> Report:
-    values = {each.name: data[each.name] for each in fields(Report) if each.name in data}
-    for name, kind in _ROWS.items():
-        values[name] = [_row(kind, row) for row in values.get(name, ())]
-    if values.get("compiled") is not None:
-        values["compiled"] = _row(Form, values["compiled"])
-    return Report(**values)
+    from pydantic import TypeAdapter
 
-
-def _row(kind: type[T], data: Mapping[str, Any]) -> T:
-    known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in known})
+    return TypeAdapter(Report).validate_python(data)
 
 
 def _plain(value: Any) -> Any:
