@@ -137,7 +137,7 @@ def _compile_llvm(name: str, text: str, target: Target) -> bytes:
 
 def key(schedule: Schedule, target: Target) -> str:
     """The name in the cache of this schedule's code for this target."""
-    return f"{schedule.name}-{_digest(json.dumps([repr(schedule), target.arch, target.features, version(), _sources()]))}"
+    return f"{schedule.name}-{_digest(json.dumps([repr(schedule), target.arch, target.features, version(), sources()]))}"
 
 
 @cache
@@ -217,7 +217,7 @@ def _written(library: Any, folder: Path, kind: str) -> bytes:
 
 
 @cache
-def _sources() -> str:
+def sources() -> str:
     """Digest of this package's text: any change of a kernel makes new keys."""
     home = Path(__file__).parent
     return _digest("".join(path.read_text() for path in sorted(home.rglob("*.py")) + sorted(home.rglob("*.ll"))))

@@ -91,12 +91,12 @@ def conv_cost(source: Any, weight: Any, out: Any, transposed: bool = False) -> C
     places = size(source) // max(int(weight.shape[0]), 1) if transposed else size(out) // max(outputs, 1)
     values = {"M": places, "N": outputs, "K": taken, "taps": taps, "read": size(source), "written": size(out),
               "x_bytes": out.dtype.itemsize, "value_bytes": out.dtype.itemsize}
-    return _evaluate("conv2d", values)
+    return cost_of("conv2d", values)
 
 
 def elementwise_cost(read: int, written: int, itemsize: int, taps: int = 1) -> Cost:
     """Of one pass over tensors, from element counts."""
-    return _evaluate("elementwise", {"read": read, "written": written, "taps": taps, "x_bytes": itemsize})
+    return cost_of("elementwise", {"read": read, "written": written, "taps": taps, "x_bytes": itemsize})
 
 
 def size(value: Any) -> int:
@@ -117,7 +117,8 @@ def _numbers(value: Any) -> list[int]:
     return [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
 
 
-def _evaluate(name: str, values: Mapping[str, float]) -> Cost:
+def cost_of(name: str, values: Mapping[str, float]) -> Cost:
+    """Of an op by its name in the catalogue, from the numbers that its formulas ask for. Raises KeyError for one that is missing."""
     flops, moved = _compiled(name)
     return Cost(flops(values), moved(values))
 

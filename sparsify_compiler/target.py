@@ -86,6 +86,27 @@ def host() -> Target:
     return Target("native", arch, _mcpu(arch, features), features, _cores())
 
 
+@cache
+def fingerprint() -> str:
+    """What numbers measured on this machine hold for: processor, its caches, its features, how many cores."""
+    machine = host()
+    caches = [os.sysconf(name) for name in ("SC_LEVEL1_DCACHE_SIZE", "SC_LEVEL2_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE") if name in os.sysconf_names]
+    return " ".join(map(str, (_processor(), *caches, *machine.features, machine.cores)))
+
+
+def _processor() -> str:
+    """Its name and stepping as the system tells them."""
+    import platform
+    from pathlib import Path
+
+    wanted = ("model name", "cpu family", "model", "stepping", "CPU part", "CPU implementer")
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()]
+        return " ".join(value.strip() for name, _, value in lines if name.strip() in wanted)
+    except OSError:
+        return platform.processor()
+
+
 def _cores() -> int:
     """Processors that this process may use; macOS and Windows only tell how many there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

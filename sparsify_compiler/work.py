@@ -1,0 +1,151 @@
+"""Work: what one call of an op has to do, by sizes alone; and what its kernels take for it, measured here.
+
+    work = Work.of((3072, 768), rows=128, structure=Structure.parse("16x1"), density=0.2)
+    measure(work)           # {"dense eager": 1.1e-3, "dense packed": 9e-4, "bsr_strips4x4": 3e-4}, seconds
+
+A plan asks this of hundreds of pairs of a layer and a choice, before any weight is pruned: weights are random, of the structure in question.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from . import catalog
+from .cost import Cost, cost_of
+from .errors import InputError, nearest
+from .target import Target, fingerprint, host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+VERSION = "1"           # of what a measured number means; part of every key
+BETWEEN = 1 << 26       # bytes: about what the other layers of a middle-sized model read before a layer's turn comes again
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}    # bytes
+DENSE = "dense"         # what the name of every dense form begins with
+ROUNDS = 15
+SECONDS = 3.0           # of measuring one work, at the most
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call of an op.
+
+    op       a name of `catalog.names("cost")`: "linear", "linear_bsr", "select_linear", "select_ffn", ...
+    sizes    numbers by the names of cost_models/symbols.py (M rows, N outputs, K inputs, density, r, c, n, m, hidden, ...), sorted by name
+    dtype    of x, of the weights and of the result
+    between  bytes that the model reads between two calls: what of the weight is still in a cache follows from it; 0 for a tight loop
+    """
+
+    op: str
+    sizes: tuple[tuple[str, float], ...]
+    dtype: str = "float32"
+    between: int = BETWEEN
+
+    def __post_init__(self) -> None:
+        if self.op not in catalog.names("cost"):
+            raise InputError(f"unknown op {self.op!r}", where="work", hint=nearest(self.op, catalog.names("cost")))
+        if self.dtype not in DTYPES:
+            raise InputError(f"no kernels compute in {self.dtype!r}", where="work", hint=nearest(self.dtype, DTYPES))
+        negative = [name for name, value in self.sizes if not value >= 0]
+        if negative or self.between < 0:
+            raise InputError(f"{', '.join(negative) or 'between'} is below 0 or no number", where=f"work of {self.op}")
+
+    @classmethod
+    def make(cls, op: str, dtype: str = "float32", between: int = BETWEEN, **sizes: float) -> Self:
+        """Of an op by name: Work.make("select_linear", M=1, N=768, K=3072, density=0.4)."""
+        return cls(op, tuple(sorted(sizes.items())), str(dtype).removeprefix("torch."), between)
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], rows: int, structure: Any = None, density: float = 1.0, dtype: Any = "float32",
+           between: int = BETWEEN) -> Self:
+        """Of a linear layer with a weight of `shape` [N, K] on so many rows, with a weight of this structure and density; None: dense.
+
+        structure  a Structure, whose own density counts where it fixes one; the format is what `pack` would take
+        """
+        sizes: dict[str, float] = {"M": rows, "N": shape[0], "K": shape[1]}
+        if structure is None:
+            return cls.make("linear", dtype, between, **sizes)
+        sizes["density"] = density if structure.density is None else structure.density
+        made = [cls.make(f"linear_{name}", dtype, between, **sizes, **attributes) for name, attributes in structure.formats()]
+        return min(made, key=lambda work: work.cost.bytes)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Every number that a formula may ask for: the sizes, and the bytes of an element."""
+        bytes_ = DTYPES[self.dtype]
+        return {"value_bytes": bytes_, "x_bytes": bytes_, **dict(self.sizes)}
+
+    @property
+    def cost(self) -> Cost:
+        """Operations, and bytes read and written, each once, by the op's formulas. Raises InputError where a size is missing."""
+        try:
+            return cost_of(self.op, self.values)
+        except KeyError as error:
+            raise InputError(f"the size {error.args[0]} is missing", where=f"work of {self.op}", hint="see cost_models/symbols.py") from error
+
+    @property
+    def dense(self) -> Work:
+        """The same layer computed in full."""
+        if self.op.startswith("linear_") or self.op == "select_linear":
+            kept = {name: value for name, value in self.sizes if name in ("M", "N", "K")}
+            return replace(self, op="linear", sizes=tuple(sorted(kept.items())))
+        return replace(self, sizes=tuple((name, 1.0 if name == "density" else value) for name, value in self.sizes))
+
+
+def is_dense(form: str) -> bool:
+    """Is this key of measure() and predict() one of the dense forms?"""
+    return form.startswith(DENSE)
+
+
+def measure(work: Work, target: Target | None = None) -> dict[str, float]:
+    """Seconds of one call in each form that can run here, dense ones included, by the names that lowering gives them.
+
+    Forms take turns in one process, with torch's current number of threads; before each call as many other bytes are read as work.between says, and x
+    is written. Kept on disk, by content: the work, the machine, its threads, versions of torch and TVM, the text of the kernels.
+    Raises InputError for an op that cannot be made up from its sizes, and TargetError for a machine that is not this one.
+    """
+    from .codegen import cache
+    from .work_sample import require_here
+
+    target = require_here(target or host())
+    key = _key(work, target)
+    found: dict[str, float] = json.loads(cache.read_or_build(key, lambda: json.dumps(_measured(work, target)).encode()))
+    return found
+
+
+def _key(work: Work, target: Target) -> str:
+    import hashlib
+
+    import torch
+
+    from .codegen import build
+
+    about = [VERSION, repr(work), fingerprint(), target.features, torch.get_num_threads(), torch.__version__, build.version(), build.sources()]
+    return f"timing-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]}"
+
+
+def _measured(work: Work, target: Target) -> dict[str, float]:
+    import torch
+
+    from .measure import interleave
+    from .work_sample import forms_of
+
+    with torch.inference_mode():
+        forms, x = forms_of(work, target)
+        timings = interleave(forms, rounds=ROUNDS, at_most=SECONDS, repeats=2, before=_others(work.between, x))
+    return {name: timing.median / 1e3 for name, timing in timings.items()}
+
+
+def _others(between: int, x: Any) -> Callable[[], object]:
+    """What the rest of a model does to the caches: it reads so many bytes, and writes x."""
+    import torch
+
+    others = torch.zeros(between // 4, dtype=torch.float32)
+
+    def run() -> None:
+        others.sum()
+        x.add_(0)
+
+    return run

@@ -1,0 +1,145 @@
+"""A layer made up for a Work: random weights of its structure in every form that runs on this machine, and an x to call them with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from . import catalog
+from .errors import InputError, TargetError
+from .ops import select_ffn
+from .target import Target, host
+
+if TYPE_CHECKING:
+    from .work import Work
+
+EAGER = "dense eager"
+ACTIVATION = "silu"
+LINEARS = {"gate": ("hidden", "K"), "up": ("hidden", "K"), "down": ("N", "hidden")}     # of a gated FFN: outputs and inputs
+Form = Callable[[], object]
+Tensors = dict[str, Tensor]
+
+
+def require_here(target: Target) -> Target:
+    """The target, if code for it runs here. Raises TargetError."""
+    if not target.runs_on(host()):
+        raise TargetError(f"{target.name} is not this machine, nothing can be measured for it", where="target", hint="predict() estimates")
+    return target
+
+
+def forms_of(work: Work, target: Target) -> tuple[dict[str, Form], Tensor]:
+    """Every form of the layer, the dense ones first, and the x that all of them read. Raises InputError for an op that is not made up here."""
+    maker = {"select_linear": _select_linear, "select_ffn": _select_ffn, "select_inputs_ffn": _select_inputs_ffn}.get(work.op)
+    if maker is None and work.op.partition("_")[0] == "linear":
+        maker = _linear
+    if maker is None:
+        raise InputError(f"{work.op} cannot be made up from its sizes", where="work", hint="linear layers and gated FFNs can")
+    generator = torch.Generator().manual_seed(0)
+    return maker(work, target, lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32))
+
+
+Noise = Callable[..., Tensor]
+
+
+def _linear(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Form], Tensor]:
+    sizes, dtype = dict(work.sizes), getattr(torch, work.dtype)
+    rows, outputs, inputs = (int(sizes[name]) for name in "MNK")
+    weight, bias, x = noise(outputs, inputs).to(dtype), noise(outputs).to(dtype), noise(rows, inputs).to(dtype)
+    forms: dict[str, Form] = {EAGER: partial(linear, x, weight, bias)}
+    sources: list[tuple[str, Tensors, Mapping[str, Any]]] = [("linear", {"weight": weight}, {})]
+    if work.op != "linear":
+        form = catalog.get("format", work.op.removeprefix("linear_"))
+        attributes = {name: int(sizes[name]) for name in ("r", "c", "n", "m") if name in sizes}
+        stored = form.encode(weight, random_mask(work, outputs, inputs), **attributes)
+        sources.append((work.op, stored.tensors(), stored.attributes()))
+    for op, tensors, about in sources:
+        forms |= _bound(op, tensors, about, x, bias, target)
+    return forms, x
+
+
+def random_mask(work: Work, outputs: int, inputs: int) -> Tensor:
+    """bool [N, K]: what a weight of this op's format and density keeps, anywhere."""
+    sizes, generator = dict(work.sizes), torch.Generator().manual_seed(1)
+
+    def top(rows: int, columns: int, count: int) -> Tensor:
+        scores = torch.rand(rows, columns, generator=generator, dtype=torch.float32)
+        return torch.zeros(rows, columns, dtype=torch.bool).scatter_(1, scores.topk(min(count, columns), 1).indices, True)
+
+    if work.op == "linear_nm":
+        n, m = int(sizes["n"]), int(sizes["m"])
+        return top(outputs * inputs // m, m, n).view(outputs, inputs)
+    density = sizes["density"]
+    if work.op == "linear_condensed":
+        return top(outputs, inputs, round(density * inputs))
+    r, c = int(sizes.get("r", 1)), int(sizes.get("c", 1))
+    blocks = torch.rand(-(-outputs // r), inputs // c, generator=generator, dtype=torch.float32) < density
+    return blocks.repeat_interleave(r, 0)[:outputs].repeat_interleave(c, 1)
+
+
+def _select_linear(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Form], Tensor]:
+    sizes, dtype = dict(work.sizes), getattr(torch, work.dtype)
+    rows, outputs, inputs = (int(sizes[name]) for name in "MNK")
+    weight, bias, x = noise(inputs, outputs).to(dtype), noise(outputs).to(dtype), noise(rows, inputs).to(dtype)
+    forms: dict[str, Form] = {EAGER: partial(linear, x, weight.t().contiguous(), bias)}
+    forms |= _bound("linear", {"weight": weight.t().contiguous()}, {"any_rows": True}, x, bias, target)
+    return forms | _bound("select_linear", {"weight": weight, "limit": limit_of(x, sizes["density"])}, {}, x, bias, target), x
+
+
+def _select_ffn(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Form], Tensor]:
+    weights, x, forms = _ffn(work, target, noise)
+    gates = select_ffn.hidden(ACTIVATION, linear(x, weights["gate"]))
+    tensors = {**weights, "down": weights["down"].t().contiguous(), "limit": limit_of(gates, dict(work.sizes)["density"])}
+    return forms | _bound("select_ffn", tensors, {"activation": ACTIVATION}, x, None, target), x
+
+
+def _select_inputs_ffn(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Form], Tensor]:
+    weights, x, forms = _ffn(work, target, noise)
+    density = dict(work.sizes)["density"]
+    hidden = select_ffn.hidden(ACTIVATION, *(linear(x, weights[name]) for name in ("gate", "up")))
+    tensors = {name: weight.t().contiguous() for name, weight in weights.items()}
+    tensors |= {f"{name}_limit": limit_of(hidden if name == "down" else x, density) for name in weights}
+    return forms | _bound("select_inputs_ffn", tensors, {"activation": ACTIVATION}, x, None, target), x
+
+
+def _ffn(work: Work, target: Target, noise: Noise) -> tuple[Tensors, Tensor, dict[str, Form]]:
+    """Weights [out, in], x, and the dense forms of a gated FFN."""
+    sizes, dtype = dict(work.sizes), getattr(torch, work.dtype)
+    weights = {name: (noise(*(int(sizes[size]) for size in shape)) * sizes[shape[1]] ** -0.5).to(dtype) for name, shape in LINEARS.items()}
+    x = noise(int(sizes["M"]), int(sizes["K"])).to(dtype)
+
+    def whole(linears: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+        return linears["down"](select_ffn.hidden(ACTIVATION, linears["gate"](x), linears["up"](x)))
+
+    forms: dict[str, Form] = {EAGER: partial(whole, {name: partial(_times, weight) for name, weight in weights.items()})}
+    candidates = {name: _candidates("linear", {"weight": weight}, {"any_rows": True}, x, target) for name, weight in weights.items()}
+    for number, candidate in enumerate(candidates["gate"]):
+        if all(number < len(found) for found in candidates.values()):
+            forms[candidate.name] = partial(whole, {name: found[number].bind(None) for name, found in candidates.items()})
+    return weights, x, forms
+
+
+def _times(weight: Tensor, x: Tensor) -> Tensor:
+    return linear(x, weight)
+
+
+def limit_of(x: Tensor, density: float) -> Tensor:
+    """The limit, float32 [], that this share of the magnitudes of x reaches."""
+    size = x.abs().float().flatten()
+    skipped = min(round((1 - density) * size.numel()), size.numel() - 1)
+    return size.kthvalue(skipped + 1).values
+
+
+def _candidates(op: str, tensors: Tensors, attributes: Mapping[str, Any], x: Tensor, target: Target) -> list[Any]:
+    from .codegen import runtime
+
+    return runtime.candidates(op, tensors, attributes, x.dtype, (x.shape[0],), target)
+
+
+def _bound(op: str, tensors: Tensors, attributes: Mapping[str, Any], x: Tensor, bias: Tensor | None, target: Target) -> dict[str, Form]:
+    """Every kernel of an op, bound to its weight."""
+    return {candidate.name: partial(candidate.bind(bias), x) for candidate in _candidates(op, tensors, attributes, x, target)}
