@@ -52,6 +52,7 @@ def compile_(
     out: Annotated[Path | None, typer.Option(help="Save the compiled model in this folder.", show_default=False)] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file.", show_default=False)] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.", show_default=False)] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Write the sites of the report as CSV.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Fixes whatever is random.")] = 0,
     threads: Annotated[int | None, typer.Option(help="torch's intra-op threads.", min=1, show_default=False)] = None,
     batch: Batch = 1,
@@ -77,7 +78,7 @@ def compile_(
     budget = make_budget(density=density, speedup=speedup, latency_ms=latency_ms, bytes=size, quality_drop=quality_drop,
                          perplexity_rise=perplexity_rise)
     pipeline, dimensions = as_pipeline(recipe), parse_dynamic(dynamic or [])
-    check_outputs(out, (html, json))
+    check_outputs(out, (html, json, csv))
     _set_threads(threads)
     source = load_model(model, batch=batch, sequence=sequence)
     if source.calibration is None and not quiet:
@@ -87,12 +88,13 @@ def compile_(
                    dynamic=dimensions, against=tuple(against or ("eager",)), seed=seed, progress=not quiet)  # fmt: skip
     if out is not None:
         compiled.save(out)
-    _write_report(compiled.report(), html, json)
+    _write_report(compiled.report(), html, json, csv)
 
 
 @app.command()
 def report(folder: Folder, html: Annotated[Path | None, typer.Option(help="Write it as one HTML file.", show_default=False)] = None,
-           json: Annotated[Path | None, typer.Option("--json", help="Write it as JSON.", show_default=False)] = None) -> None:  # fmt: skip
+           json: Annotated[Path | None, typer.Option("--json", help="Write it as JSON.", show_default=False)] = None,
+           csv: Annotated[Path | None, typer.Option("--csv", help="Write its sites as CSV.", show_default=False)] = None) -> None:  # fmt: skip
     """Print the report of a saved model: what was chosen for each layer and why, times, bytes and quality.
 
     \b
@@ -102,8 +104,25 @@ def report(folder: Folder, html: Annotated[Path | None, typer.Option(help="Write
     from .artefact import read_report
     from .cli_options import check_outputs
 
-    check_outputs(None, (html, json))
-    _write_report(read_report(folder), html, json)
+    check_outputs(None, (html, json, csv))
+    _write_report(read_report(folder), html, json, csv)
+
+
+@app.command()
+def explain(site: Annotated[str, typer.Argument(metavar="SITE", help="A module path of the report, or the end of one.", show_default=False)],
+            folder: Folder) -> None:  # fmt: skip
+    """Tell the story of one layer of a saved model: what it cost, what it could have been, what it became and why.
+
+    \b
+    Example:
+      sparsify explain layer.0.output.dense compiled/
+    """
+    from shutil import get_terminal_size
+
+    from .artefact import read_report
+    from .report.story import explain as run
+
+    _print(run(read_report(folder), site, get_terminal_size((100, 0)).columns))
 
 
 @app.command()
@@ -214,11 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _write_report(found: Any, html: Path | None, json: Path | None) -> None:
+def _write_report(found: Any, html: Path | None, json: Path | None, csv: Path | None) -> None:
     if html is not None:
         found.to_html(html)
     if json is not None:
         found.to_json(json)
+    if csv is not None:
+        found.to_csv(csv)
     _print(found)
 
 

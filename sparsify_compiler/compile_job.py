@@ -31,6 +31,7 @@ from .plan import Attempt, search
 from .program import Program
 from .quality import Distance, measure, output_distance, perplexity
 from .report import Form, PassTime, Quality, Refusal, Report
+from .site_cost import fill_costs
 from .target import Target, host
 from .version import __version__
 from .yardstick import dense_forms
@@ -161,6 +162,7 @@ class Job:
         """The compiled model with its report: times of the whole, bytes, quality."""
         args, kwargs = call_arguments(self.example)
         report = self.report(program)
+        fill_costs(report.sites, captured)
         compiled = CompiledModel(program, self.target, report, leave_in_temporary_file(program))
         give_back()
         timings = self.timed("measure", lambda: interleave({**dense, COMPILED: lambda: compiled(*args, **kwargs)}))

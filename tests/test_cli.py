@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import subprocess
 import sys
@@ -83,7 +85,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_are_the_promised_verbs() -> None:
-    assert sorted(VERBS) == sorted(["compile", "report", "show", "why", "passes", "recipes", "targets", "bench"])
+    assert sorted(VERBS) == sorted(["compile", "report", "show", "why", "passes", "recipes", "targets", "bench", "explain"])
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -108,6 +110,21 @@ def test_compile_saves_and_reports(compiled: Path, capsys: pytest.CaptureFixture
     assert "density 0.2" in capsys.readouterr().out
     assert json.loads(Path("again.json").read_text(encoding="utf-8"))["budget"] == "density 0.2"
     assert main(["report", f"{compiled}/r.json"]) == 0
+
+
+def test_explain_tells_the_story_of_a_site(compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "0", f"{compiled}/out"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("0: linear with a weight of ")
+    assert told[1].split()[0] == "dense"
+    assert "16x1, 20 % kept" in " ".join(told)
+    assert main(["explain", "1.0", f"{compiled}/out"]) == 2
+    assert "did you mean 0" in capsys.readouterr().err
+
+
+def test_reports_are_tables_too(compiled: Path) -> None:
+    assert main(["report", f"{compiled}/out", "--csv", "sites.csv"]) == 0
+    assert [row["site"] for row in csv.DictReader(io.StringIO(Path("sites.csv").read_text(encoding="utf-8")))] == ["0", "2"]
 
 
 def test_bench_compares_with_dense(compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,6 +196,8 @@ WRONG = [
     (["report", "nowhere", "--json", "."], "this is a folder"),
     (["show", "my_model.py:make"], "first the pass, then the model"),
     (["report", "nowhere"], "cannot be read"),
+    (["report", "nowhere", "--csv", "."], "this is a folder"),
+    (["explain", "0", "nowhere"], "cannot be read"),
     (["bench", "nowhere"], "no such folder"),
     (["show", "fold_batchnor"], "did you mean fold_batchnorm"),
     (["why", "nope", "my_model.py:make"], "unknown"),

@@ -73,7 +73,8 @@ def _sites(report: Report, width: int) -> Table:
     from rich.text import Text
 
     longest = max(len(words.split_path(site.site)[1]) for site in report.sites) + 2
-    table = _columns(width, min(longest, width // 4))
+    planned = report.plan is not None and width >= WIDE
+    table = _columns(width, min(longest, width // 4), planned)
     block = None
     for site in report.sites:
         above, name = words.split_path(site.site)
@@ -90,13 +91,15 @@ def _sites(report: Report, width: int) -> Table:
         if width >= MIDDLE:
             times = Text(words.plain_ms(site.dense_ms)), Text(words.plain_ms(site.compiled_ms))
             cells[3:3] = [Text(site.format), Text(site.kernel), *times]
+        if planned:
+            cells[-1:-1] = [Text(words.plain_ms(site.predicted_ms)), Text(words.brief(site.loss))]
         if width >= WIDE:
             cells.append(Text("" if paid else site.reason, style="yellow"))
         table.add_row(*cells)
     return table
 
 
-def _columns(width: int, name: int) -> Table:
+def _columns(width: int, name: int, planned: bool) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -109,6 +112,9 @@ def _columns(width: int, name: int) -> Table:
         table.add_column("kernel", overflow="fold")
         table.add_column("dense ms", justify="right", no_wrap=True)
         table.add_column("now ms", justify="right", no_wrap=True)
+    if planned:
+        table.add_column("planned", justify="right", no_wrap=True)
+        table.add_column("loss", justify="right", no_wrap=True)
     table.add_column("gain", justify="right", no_wrap=True)
     if width >= WIDE:
         table.add_column("why dense", overflow="fold")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import plots, words
+from . import formulas, plan_plots, plots, roofline, words
 from .model import Report
+
+MOST_CHOICES = 20  # rows of one site; a page of a thousand sites has to stay readable
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,18 @@ def render(report: Report) -> str:
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     figures = {
         "Latency of the whole model": plots.latency(report),
+        "Where the time went": plots.waterfall(report),
+        "What the losses could buy": plan_plots.front(report),
+        "Roofline": roofline.roofline(report),
         "Time of each site": plots.times(report),
         "Density of each site": plots.densities(report),
+        "What each choice costs in quality": plan_plots.sensitivity(report),
     }
     drawn = {title: Markup(svg) for title, svg in figures.items() if svg is not None}
-    return environment.get_template("report.html.j2").render(report=report, words=words, dot=Markup(".<wbr>"), cards=cards(report), figures=drawn)
+    typeset = [(row.op, row.about, Markup(row.flops), Markup(row.bytes)) for row in formulas.formulas(report)]
+    meanings = [(Markup(symbol), meaning) for symbol, meaning in formulas.symbols(report)]
+    return environment.get_template("report.html.j2").render(report=report, words=words, dot=Markup(".<wbr>"), cards=cards(report), figures=drawn,
+                                                             options=plan_plots.rows_of, most=MOST_CHOICES, formulas=typeset, symbols=meanings)
 
 
 def cards(report: Report) -> list[Card]:

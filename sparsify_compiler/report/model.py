@@ -144,6 +144,15 @@ class Report:
             write_file(Path(path), text)
         return text
 
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """A row for each site; also written to `path`, whole or not at all. Raises StorageError."""
+        from .table import to_csv
+
+        text = to_csv(self)
+        if path is not None:
+            write_file(Path(path), text)
+        return text
+
     def __str__(self) -> str:
         from .console import to_text
 

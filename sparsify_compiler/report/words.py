@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from sparsify_compiler.decision import Decision
@@ -62,6 +63,11 @@ def percent(value: float | None) -> str:
 def number(value: float | None) -> str:
     """A plain number with five significant digits."""
     return DASH if value is None else f"{value:.5g}"
+
+
+def brief(value: float | None) -> str:
+    """A number of a table, three significant digits."""
+    return DASH if value is None else f"{value:.3g}"
 
 
 def spread(form: Form) -> str:
@@ -147,10 +153,40 @@ def summary(report: Report) -> list[tuple[str, str]]:
         ("memory", _bytes(report.dense_bytes, report.compiled_bytes)), ("on disk", _bytes(report.dense_disk_bytes, report.compiled_disk_bytes)),
         *((row.name, quality(row) + (f" ({row.note})" if row.note else "")) for row in report.quality),
         ("sites", f"{paid} of {len(report.sites)} run sparse, {len(report.sites) - paid} stay dense" if report.sites else ""),
-        ("merged", merged(report.sites)),
+        ("merged", merged(report.sites)), *plan(report),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items() if version)), ("date", report.date),
     ]  # fmt: skip
     return [(what, value) for what, value in rows if value]
+
+
+def plan(report: Report) -> list[tuple[str, str]]:
+    """How good the plan is: predicted against measured, the solver's certificate, and the plan itself."""
+    found = report.plan
+    if found is None:
+        return []
+    limit = "" if found.limit is None else f", limit {_in_unit(found.limit, found.unit)}"
+    rows = [("planned", f"{_in_unit(found.cost, found.unit)} for all sites, loss {number(found.loss)} {found.loss_unit}".rstrip() + limit)]
+    if found.gap is not None:
+        took = "" if found.seconds is None else f"; solved in {ms(1000 * found.seconds)}"
+        again = "" if not found.rounds or found.rounds == 1 else f", {found.rounds} times, with what was measured in between"
+        least = f"no plan of these choices loses less than {number(found.bound)}"
+        rows.append(("certificate", f"{least}: {percent(found.gap)} at most are left{took}{again}"))
+    off = misjudged(report.sites)
+    if off is not None:
+        rows.append(("predicted", f"site times within {percent(off)} of the measured ones (median)"))
+    return rows
+
+
+def misjudged(sites: Sequence[Decision]) -> float | None:
+    """The median of |predicted - measured| / measured over the sites; None where nothing was predicted."""
+    off = [abs(site.predicted_ms - site.compiled_ms) / site.compiled_ms for site in sites if site.predicted_ms is not None and site.compiled_ms]
+    return statistics.median(off) if off else None
+
+
+def _in_unit(value: float | None, unit: str) -> str:
+    if value is None:
+        return DASH
+    return ms(value) if unit == "ms" else size(round(value)) if unit == "bytes" else f"{number(value)} {unit}"
 
 
 def _latency(report: Report) -> str:

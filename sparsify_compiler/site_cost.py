@@ -1,0 +1,50 @@
+"""Operations and bytes of every layer of a report, dense and as it runs now: what a roofline is drawn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from .cost import Cost, conv_cost, node_cost
+from .decision import Decision
+from .program import Program
+from .sites import find_sites
+
+BY_CALL = "by "  # formats that select at each call what they read of a weight that is stored whole: "by input", "by neuron"
+
+
+def fill_costs(rows: Iterable[Decision], captured: Program) -> None:
+    """Fill in FLOPs and bytes of linear layers and convolutions, at the rows that they were timed with; a row that has them already keeps them.
+
+    captured  the Program before any pass, which knows what a convolution reads
+    """
+    convs = {site.path: captured.regions[site.region].node(site.roles["op"]) for site in find_sites(captured, "conv")}
+    for row in rows:
+        dense = _dense(row, convs)
+        if dense is None or row.dense_bytes is None or row.flops_before is not None:
+            continue
+        row.flops_before, row.moved_before = dense.flops, dense.bytes
+        row.flops, row.moved = dense.flops, dense.bytes
+        if row.format != "dense":
+            read = row.density * row.dense_bytes if row.format.startswith(BY_CALL) or row.bytes is None else row.bytes
+            row.flops, row.moved = row.density * dense.flops, dense.bytes - row.dense_bytes + read
+
+
+def _dense(row: Decision, convs: dict[str, fx.Node]) -> Cost | None:
+    if row.rows is None or len(row.shape) < 2:
+        return None
+    if row.site in convs:
+        return node_cost(convs[row.site])
+    if len(row.shape) != 2:
+        return None
+    outputs, inputs = row.shape
+    made = [torch.empty(size, dtype=getattr(torch, row.dtype), device="meta") for size in ((row.rows, inputs), row.shape, (row.rows, outputs))]
+    return conv_cost(made[0], made[1], made[2])
+
+
+def intensity(flops: float | None, moved: float | None) -> float | None:
+    """Operations for each byte that moves; None where either is not known."""
+    return flops / moved if flops is not None and moved and math.isfinite(moved) else None
