@@ -32,6 +32,7 @@ def module() -> CapturedModule:
 
 CALLS = [((torch.randn(n, 4), torch.randn(m, 4).to(dtype)), n == m and dtype is torch.float32)
          for n, m, dtype in ((3, 3, torch.float32), (5, 5, torch.float32), (3, 2, torch.float32), (3, 3, torch.float64))]
+CALLS += [((torch.randn(0, 4), torch.randn(0, 4)), False)]  # a batch of none is below what was captured
 CALLS += [((torch.randn(3, 5), torch.randn(3, 4)), False), ((torch.randn(3, 1, 4), torch.randn(3, 4)), False), ((torch.randn(3, 4), 1.0), False)]
 
 

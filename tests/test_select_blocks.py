@@ -136,6 +136,53 @@ def test_attentions_that_cannot_choose_say_why() -> None:
     assert "no attention" in str(ctx.misses[0])
 
 
+class Attention(nn.Module):
+    """One attention of its inputs, in whatever way."""
+
+    def __init__(self, shape: tuple[int, ...], keys: int, **given: Any) -> None:
+        super().__init__()
+        self.shape, self.keys, self.given = shape, keys, given
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = x.view(self.shape), x.view(self.shape)[..., :self.keys, :]
+        return nn.functional.scaled_dot_product_attention(query, key, key, **self.given)
+
+
+@pytest.mark.parametrize(("shape", "keys", "given", "why"), [
+    ((2, 6, 8), 6, {}, "its queries have 3 dimensions"),
+    ((1, 2, 6, 8), 6, {"dropout_p": 1e-12}, "it drops shares at random"),
+    ((1, 2, 6, 8), 4, {"is_causal": True}, "queries and keys of different lengths"),
+])
+def test_attentions_of_graphs_that_cannot_choose_say_why(shape: tuple[int, ...], keys: int, given: dict[str, Any], why: str) -> None:
+    ctx = Context()
+    program = Pipeline.parse(SPARSE).run(capture(Attention(shape, keys, **given).eval(), (torch.randn(96),)), ctx)
+    assert why in str(ctx.misses[0])
+    assert not any(node.target is attend.op for _, node in program.nodes())
+
+
+def test_shared_keys_stay_shared_where_blocks_never_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Grouped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            query, key = x.view(1, 4, 6, 8), x.view(1, 4, 6, 8)[:, :2]
+            return nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+
+    monkeypatch.setattr(_attention, "_times", lambda *given: {"dense": Timing(1.0, 1.0, 1.0), "blocks": Timing(2.0, 2.0, 2.0)})
+    model, x = Grouped().eval(), torch.randn(192)
+    program = Pipeline.parse(f"{SPARSE} | pack() | lower(rounds=1)").run(capture(model, (x,)), Context(target=host(), kernels=runtime))
+    assert not any(node.target is attend.op for _, node in program.nodes())
+    torch.testing.assert_close(instantiate(program)(x), model(x))
+
+
+def test_limits_that_are_given_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Any] = []
+    monkeypatch.setattr(_attention, "_measured", lambda *given: measured.append(given))
+    model, ctx = llama(), Context(target=host(), kernels=runtime)
+    given = SPARSE.replace("block_q=4", "dense_below=7, block_q=4")
+    program = Pipeline.parse(f"{given} | pack() | lower(rounds=1)").run(capture(model, {"input_ids": torch.randint(1, 96, (1, 20))}), ctx)
+    assert not measured
+    assert {Indexer.parse(text).dense_below for text in program.attentions.values()} == {7}
+
+
 @pytest.mark.parametrize("way", ["greedy", "static cache"])
 def test_layers_with_a_window_of_their_own_keep_it_beside_others(way: str) -> None:
     torch.manual_seed(0)

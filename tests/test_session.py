@@ -285,6 +285,7 @@ def test_what_does_not_pay_is_dense_and_fewer_rows_fit_the_kernels_of_many(net: 
     compiled = sc.compile(model, (x,), recipe=Pipeline.parse("hold_neurons(density=0.5) | pack() | lower(margin=0.99, rounds=1)"))
     torch.testing.assert_close(compiled(x), model(x))
     assert "computes everything" in compiled.report().sites[-1].reason
+    assert compiled.report().sites[-1].density == 1.0
     model, (x,) = skip_ffns.example()
     ctx = Context(batches=[(x,)])
     expected = instantiate(Pipeline.parse("skip_ffns(density=0.7, warm=2)").run(capture(model, (x,)), ctx, ()))(x)
@@ -323,6 +324,17 @@ def test_notes_hold_for_their_call_only(skipping: nn.Module) -> None:
         assert torch.equal(noted.op(torch.zeros(1, 2, 1), session.PLACES)[0, :, 0], torch.tensor([0.0, 1]))
     with pytest.raises(ValueError, match="exactly one"):
         skipping(input_ids=None)  # a call that fails takes its notes with it
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_padding_has_no_place(pairs: bool) -> None:
+    """Of a mask of tokens, and of one of pairs in which padding does not see itself."""
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    before = 1
+    given = torch.ones(6, 6, dtype=torch.bool).tril() & mask.bool()[:, None] if pairs else mask
+    places = session.Call(None, before, (2, 5), given[:, None, before:] if pairs else given).read(session.PLACES)
+    assert places is not None
+    assert places.tolist() == [[-1.0, 0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0, 5.0]]
 
 
 def test_bad_options() -> None:
