@@ -11,7 +11,9 @@ TABLE: Mapping[str, str] = {
     "M": "rows of the input: product of all its dimensions but the last; for a convolution, places of its output",
     "N": "outputs of a linear layer or convolution",
     "K": "inputs of a linear layer, or of one group of a convolution",
-    "hidden": "neurons of an FFN",
+    "hidden": "neurons of an FFN, or of one expert",
+    "experts": "FFNs of which each row chooses some",
+    "chosen": "FFNs that a row chooses",
     "density": "kept / total weights; for blocks kept / total blocks",
     "value_bytes": "bytes of one stored weight",
     "x_bytes": "bytes of one input or output element",
@@ -35,8 +37,8 @@ TABLE: Mapping[str, str] = {
 }
 
 NATURAL = ("M", "N", "K", "r", "c", "n", "m", "hidden", "steps", "block", "taps", "read", "written", "pairs", "block_q", "block_k", "E",
-           "listed")
-M, N, K, r, c, n, m, hidden, steps, block, taps, read, written, pairs, block_q, block_k, E, listed = (
+           "listed", "experts", "chosen")
+M, N, K, r, c, n, m, hidden, steps, block, taps, read, written, pairs, block_q, block_k, E, listed, experts, chosen = (
     Symbol(name, integer=True, nonnegative=True) for name in NATURAL)
 density, value_bytes, x_bytes, peak, bandwidth, launch = (
     Symbol(name, nonnegative=True) for name in ("density", "value_bytes", "x_bytes", "peak", "bandwidth", "launch"))
