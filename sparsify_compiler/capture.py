@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from .call import instantiate
+from .call import clone_structure, instantiate
 from .capture_calls import foreign_result
 from .capture_check import check_model
 from .capture_graph import NotExportableError, export_region
 from .capture_inputs import ExampleCall, read_call
 from .capture_regions import capture_regions
 from .capture_verify import allow_ones, compare, run
+from .library_experts import give_experts
 from .normal_form import normalise
 from .program import Program, prune_unused
 
@@ -32,6 +33,7 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Any = None, progress
     check_model(model)
     call = read_call(model, example_inputs, dynamic)
     expected = run(model, call, "example_inputs")
+    model = give_experts(model, clone_structure)
     progress("capture", 0, 1)
     try:
         if reason := foreign_result(expected):
