@@ -1,14 +1,19 @@
-"""attend_blocks on this machine: the kernel that can run a call, or why none can. Called by the op itself (engine's ops/attend_blocks.py)."""
+"""attend_blocks on this machine: the kernel that can run a call, or why none can. Called by the op itself (engine's ops/attend_blocks.py).
+
+What follows from the sizes of a call is found once and remembered (a plan): a step of decoding is shorter than looking at its arguments again.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify_compiler.codegen import build, permission
 from sparsify_compiler.codegen.kernels.attend_few import AttendFew
@@ -27,16 +32,80 @@ TASKS = 8           # parts of the work that they are cut into, at least
 SHARED = 1 << 30    # elements of values that are turned at once for all query blocks, at most
 TINY = 1e-30        # for a scale of 0: infinity times this is still infinity
 FAR = 1 << 31       # strides of the kernels' arguments are 32 bits wide
+PLANS = 1024        # that are remembered
+NO_BIAS = (0, 0, 0, 0, 0, 0)
 
 
-def refusal(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> str:
+class Call(NamedTuple):
+    """The arguments of attend_blocks."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    indices: Tensor
+    counts: Tensor
+    tile_of: Tensor | None
+    tiles: Tensor | None
+    key_mask: Tensor | None
+    bias: Tensor | None
+    block_q: int
+    block_k: int
+    causal: bool
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How calls of one form run: the kernel, its numbers, and which tensors it takes as they lie."""
+
+    kernel: Any
+    numbers: tuple[int, ...]
+    factor: float
+    dtype: torch.dtype
+    as_they_lie: bool
+    lists_as_they_lie: bool
+    out: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor]:
+        """out and lse."""
+        query, key, value, indices, counts, tile_of, tiles, key_mask, bias, *_ = call
+        if not self.as_they_lie:
+            query, key, value = (_strided(tensor.to(self.dtype)) for tensor in (query, key, value))
+            if self.dtype is torch.bfloat16 and query.shape[2] > FEW and query.shape[3] % DEPTH:    # a tile's row is 32 of them
+                query, key = (pad(tensor, (0, -query.shape[3] % DEPTH)) for tensor in (query, key))
+        if not self.lists_as_they_lie:
+            indices, counts, tile_of = _words(indices), _words(counts), None if tile_of is None else _words(tile_of)
+        kinds, turned = (indices, _nothing(3)) if tile_of is None or tiles is None else (tile_of, _turned(tiles))
+        mask = _nothing(2) if key_mask is None else key_mask.contiguous().view(torch.uint8)
+        size, strides = self.out
+        out = torch.empty_strided(size, strides, dtype=self.dtype)
+        lse = torch.empty(size[:3], dtype=torch.float32)
+        bias = bias if bias is None or bias.dtype in (torch.float32, torch.bfloat16) else bias.float()
+        added = NO_BIAS if bias is None else _addressed(bias)
+        self.kernel(query, key, value, indices, counts, kinds, turned, mask, out, lse, *self.numbers, *added, self.factor)
+        return (out if self.dtype is call.query.dtype else out.to(call.query.dtype)), lse
+
+
+_PLANS: dict[tuple[Any, ...], Plan] = {}
+
+
+def form_of(call: Call) -> tuple[Any, ...]:
+    """What a plan depends on."""
+    given = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in call[:9]]
+    return (*given, *call[9:], torch.get_num_threads())
+
+
+def known(form: tuple[Any, ...]) -> Plan | None:
+    """The plan of an equal call before."""
+    return _PLANS.get(form)
+
+
+def refusal(query: Tensor, key: Tensor, value: Tensor) -> str:
     """Why no kernel runs such a call, and the reference does; "" where one does."""
     if not query.is_cpu or query.dtype not in (*NEEDS, *WIDENED):
         return f"no kernel for {query.dtype} on {query.device}"
     if key.dtype is not query.dtype or value.dtype is not query.dtype:
         return f"query, key and value have several dtypes: {query.dtype}, {key.dtype}, {value.dtype}"
-    if bias is not None:
-        return "no kernel adds a bias to the scores"
     if not min(*query.shape, *key.shape, *value.shape):
         return "nothing to compute"
     return _missing(torch.float32)
@@ -53,34 +122,35 @@ def _missing(dtype: torch.dtype) -> str:
     return "" if dtype is torch.float32 or permission.tiles() else "the operating system does not give AMX tiles"
 
 
-def run(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, tile_of: Tensor | None, tiles: Tensor | None,
-        key_mask: Tensor | None, *, block_q: int, block_k: int, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
-    """As attend_blocks, of a call that is not refused; float16, and bfloat16 without tiles, in float32.
-
-    Raises KernelError where the kernel cannot be built.
-    """
-    batch, heads, queries, width = query.shape
-    dtype = query.dtype
+def plan(call: Call, form: tuple[Any, ...]) -> Plan:
+    """How to run a call that is not refused; float16, and bfloat16 without tiles, in float32. Raises KernelError where the kernel cannot be built."""
+    batch, heads, queries, width = call.query.shape
+    dtype, last = call.query.dtype, call.value.shape[-1]
     if dtype in WIDENED or (dtype is torch.bfloat16 and _missing(dtype)):
-        query, key, value = query.float(), key.float(), value.float()
-    out = torch.empty((batch, queries, heads, value.shape[-1]), dtype=query.dtype).transpose(1, 2)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32)
-    few, factor = queries <= FEW, (scale_of(query, scale) or TINY) * math.log2(math.e)
-    if not few and query.dtype is torch.bfloat16 and width % DEPTH:     # a tile's row is 32 of them
-        query, key = (pad(tensor, (0, -width % DEPTH)) for tensor in (query, key))
-    tensors = _strided(query), _strided(key), _strided(value), *_places(indices, counts, tile_of, tiles, key_mask), out, lse
-    flags = block_q, block_k, int(tile_of is not None), int(key_mask is not None), int(causal)
-    tasks, threads = batch * heads * indices.shape[2], torch.get_num_threads()
+        dtype = torch.float32
+    few, threads, indices = queries <= FEW, torch.get_num_threads(), call.indices
+    flags = call.block_q, call.block_k, int(call.tile_of is not None), int(call.key_mask is not None), int(call.causal)
+    tasks, groups = batch * heads * indices.shape[2], call.key.shape[1]
+    kernel: Any
+    more: tuple[int, ...]
     if few:
-        together = 1 if indices.shape[1] not in (1, key.shape[1]) else heads // key.shape[1]
+        together = 1 if indices.shape[1] not in (1, groups) else heads // groups
         parts = min(-(-TASKS * together // tasks), indices.shape[3])  # for any number of threads, lest results depend on it
-        kernel = _few(query.dtype, together * min(block_q, queries) == 1)
-        kernel(*tensors, *flags, min(threads, tasks // together * parts), together, parts, factor)
-    elif query.dtype is torch.float32:
-        _panel(min(block_q, queries) > 2 * LANES)(*tensors, *flags, min(threads, tasks), factor)
+        kernel = _few(dtype, together * min(call.block_q, queries) == 1)
+        more = min(threads, tasks // together * parts), together, parts
+    elif dtype is torch.float32:
+        kernel, more = _panel(min(call.block_q, queries) > 2 * LANES), (min(threads, tasks),)
     else:
-        _tiles()(*tensors, *flags, min(threads, tasks), int(_turned_once(value, indices, heads, block_k)), factor)
-    return (out if out.dtype is dtype else out.to(dtype)), lse
+        kernel, more = _tiles(), (min(threads, tasks), int(_turned_once(call.value, indices, heads, call.block_k)))
+    lists = [tensor for tensor in (indices, call.counts, call.tile_of) if tensor is not None]
+    factor = (scale_of(call.query, call.scale) or TINY) * math.log2(math.e)
+    lies = all(_lies(tensor, dtype) for tensor in call[:3]) and (few or dtype is torch.float32 or width % DEPTH == 0)
+    made = Plan(kernel, (*flags, *more), factor, dtype, lies, all(_is_words(tensor) for tensor in lists),
+                ((batch, heads, queries, last), (queries * heads * last, last, heads * last, 1)))
+    if len(_PLANS) >= PLANS:
+        _PLANS.clear()
+    _PLANS[form] = made
+    return made
 
 
 def _turned_once(value: Tensor, indices: Tensor, heads: int, block_k: int) -> bool:
@@ -90,27 +160,43 @@ def _turned_once(value: Tensor, indices: Tensor, heads: int, block_k: int) -> bo
     return block_k % DEPTH == 0 and listed > batch * groups * keys and batch * groups * (keys + DEPTH) * (width + DEPTH) < SHARED
 
 
-def _places(indices: Tensor, counts: Tensor, tile_of: Tensor | None, tiles: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, ...]:
-    """The index tensors as kernels read them; something of the right dtype and dimensions for what is not given."""
-    indices, counts = _words(indices), _words(counts)
-    if tile_of is None or tiles is None:
-        kinds, turned = indices, _nothing(3)
-    else:
-        kinds, turned = _words(tile_of), pad(tiles.mT.contiguous().view(torch.uint8), (0, -tiles.shape[1] % (4 * LANES)))
-    mask = _nothing(2) if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    return indices, counts, kinds, turned, mask
+_TURNED: Any = WeakIdKeyDictionary()  # tiles -> (their version, the same as kernels read them): layers and steps share them
+
+
+def _turned(tiles: Tensor) -> Tensor:
+    """uint8 [T, block_k, block_q and as many as make a multiple of 64]."""
+    version = 0 if tiles.is_inference() else tiles._version
+    found: tuple[int, Tensor] | None = _TURNED.get(tiles)
+    if found is None or found[0] != version:
+        found = version, pad(tiles.mT.contiguous().view(torch.uint8), (0, -tiles.shape[1] % (4 * LANES)))
+        _TURNED[tiles] = found
+    return found[1]
+
+
+def _is_words(tensor: Tensor) -> bool:
+    return tensor.dtype is torch.int32 and tensor.is_contiguous()
 
 
 def _words(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype is torch.int32 and tensor.is_contiguous() else tensor.to(torch.int32).contiguous()
+    return tensor if _is_words(tensor) else tensor.to(torch.int32).contiguous()
+
+
+def _lies(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Can a kernel read it: without a gradient, its last dimension contiguous, its strides in 32 bits?"""
+    strides = tensor.stride()
+    return tensor.dtype is dtype and not tensor.requires_grad and strides[-1] == 1 and max(strides) < FAR
 
 
 def _strided(tensor: Tensor) -> Tensor:
-    """Without a gradient, its last dimension contiguous, its strides in 32 bits."""
-    strides = tensor.stride()
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    return tensor if strides[-1] == 1 and max(strides) < FAR else tensor.contiguous()
+    tensor = tensor.detach()
+    return tensor if _lies(tensor, tensor.dtype) else tensor.contiguous()
+
+
+def _addressed(bias: Tensor) -> tuple[int, ...]:
+    """Where it lies; the strides in bytes, 0 of a dimension that is the same everywhere; bytes of a number."""
+    size = bias.element_size()
+    steps = (0 if length == 1 else stride * size for length, stride in zip(bias.shape, bias.stride(), strict=True))
+    return bias.data_ptr(), *steps, size
 
 
 @cache

@@ -39,8 +39,6 @@ def _unfit(module: nn.Module) -> str | None:
         return f"it reads a window of {window} tokens already"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return _REFUSED["softcap"]
-    if "position_bias" in inspect.unwrap(type(module).forward).__code__.co_varnames:
-        return "it adds a bias to its scores, for which there is no kernel"
     return _REFUSED["s_aux"] if hasattr(module, "sinks") else None
 
 

@@ -32,10 +32,10 @@ def chosen(batch: int, heads: int, queries: int, keys: int, block_q: int, block_
     return torch.rand(batch, heads, -(-queries // block_q), -(-keys // block_k), dtype=torch.float32) < share
 
 
-def exact(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_mask: Tensor | None = None,
-          scale: float | None = None) -> tuple[Tensor, Tensor]:
+def exact(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_mask: Tensor | None = None, scale: float | None = None,
+          bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The reference in float64."""
-    places = (layout.indices, layout.counts, layout.tile_of, layout.tiles, key_mask)
+    places = (layout.indices, layout.counts, layout.tile_of, layout.tiles, key_mask, None if bias is None else bias.double())
     options: dict[str, Any] = {"block_q": layout.grid.block_q, "block_k": layout.grid.block_k, "causal": layout.grid.causal, "scale": scale}
     found: tuple[Tensor, Tensor] = attend_blocks.reference(query.double(), key.double(), value.double(), *places, **options)
     return found
@@ -46,10 +46,11 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=0.1))
 
 
-def check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_mask: Tensor | None = None, scale: float | None = None) -> None:
-    assert attend.refusal(query, key, value, None) == ""
-    out, lse = layout.attend(query, key, value, key_mask, scale=scale)
-    expected, total = exact(query, key, value, layout, key_mask, scale)
+def check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_mask: Tensor | None = None, scale: float | None = None,
+          bias: Tensor | None = None) -> None:
+    assert attend.refusal(query, key, value) == ""
+    out, lse = layout.attend(query, key, value, key_mask, bias, scale)
+    expected, total = exact(query, key, value, layout, key_mask, scale, bias)
     assert out.dtype is query.dtype
     assert out.transpose(1, 2).is_contiguous()
     assert distance(out, expected) <= {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[out.dtype]    # shares and results are rounded
@@ -71,9 +72,36 @@ def test_any_shape_and_choice_of_blocks(data: st.DataObject) -> None:
     layout = from_blocks(table, Grid(queries, keys, block_q, block_k, draw(st.booleans())))
     key_mask = torch.rand(batch, keys, dtype=torch.float32) < 0.7 if draw(st.booleans()) else None
     scale = draw(st.sampled_from([None, 0.3, -0.2, 0.0]))
-    check(query, key, value, layout, key_mask, scale)
+    bias = draw(st.sampled_from([None, biases(batch, groups * repeat, queries, keys)[draw(st.sampled_from(BIASES))]]))
+    check(query, key, value, layout, key_mask, scale, bias)
     dtype = draw(st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float16]))
-    check(query.to(dtype), key.to(dtype), value.to(dtype), layout, key_mask, scale)
+    check(query.to(dtype), key.to(dtype), value.to(dtype), layout, key_mask, scale, None if bias is None else bias.to(torch.bfloat16))
+
+
+BIASES = ("each place", "heads last", "by distance", "mask")
+
+
+def biases(batch: int, heads: int, queries: int, keys: int) -> dict[str, Tensor]:
+    """As they lie in models: a tensor; a table of distances (T5); slopes times the place of the key (ALiBi); a mask that no key_mask says."""
+    made = {"each place": torch.randn(batch, heads, queries, keys, dtype=torch.float32),
+            "heads last": torch.randn(queries, keys, heads, dtype=torch.float32).permute(2, 0, 1)[None],
+            "by distance": (torch.rand(heads, 1, 1, dtype=torch.float32) * torch.arange(keys) / 40).expand(heads, queries, keys)[None]}
+    return {**made, "mask": torch.zeros(1, 1, queries, keys, dtype=torch.float32).masked_fill(torch.rand(queries, keys, dtype=torch.float32) < 0.3,
+                                                                                           -math.inf)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 40])
+def test_a_row_whose_keys_all_have_the_least_number_stays_one_of_numbers(queries: int, dtype: torch.dtype) -> None:
+    query, key, value = (tensor.to(dtype) for tensor in tensors(1, 2, 1, queries, 90, 32))
+    least = torch.full((1, 1, queries, 90), torch.finfo(torch.float32).min, dtype=torch.float32)
+    layout = from_blocks(torch.ones(1, 1, -(-queries // 32), 3, dtype=torch.bool), Grid(queries, 90, 32, 32, True))
+    out, lse = layout.attend(query, key, value, None, least)
+    assert bool(out.isfinite().all() and lse.isfinite().all())
+    assert float(out.float().abs().max()) <= float(value.float().abs().max())
+    least[..., 3] = 0     # what is masked with the least number does not count where another key does
+    out, _ = layout.attend(query, key, value, None, least)
+    torch.testing.assert_close(out, value[:, :, 3:4].expand_as(out))
 
 
 def window(q: Tensor, k: Tensor) -> Tensor:
@@ -185,10 +213,9 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 def test_calls_without_a_kernel_say_why_and_run_the_reference() -> None:
     query, key, value = tensors(1, 1, 1, 8, 8, 4)
     layout = from_blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool), Grid(8, 8, 8, 8, False))
-    given: list[tuple[tuple[Any, ...], str]] = [((query.double(), key.double(), value.double(), None), "float64"),
-                                                ((query, key, value, torch.zeros(1, 1, 8, 8, dtype=torch.float32)), "bias"),
-                                                ((query, key.bfloat16(), value, None), "several dtypes"),
-                                                ((query[:, :, :0], key, value, None), "nothing to compute")]
+    given: list[tuple[tuple[Tensor, Tensor, Tensor], str]] = [((query.double(), key.double(), value.double()), "float64"),
+                                                              ((query, key.bfloat16(), value), "several dtypes"),
+                                                              ((query[:, :, :0], key, value), "nothing to compute")]
     for arguments, reason in given:
         assert reason in attend.refusal(*arguments)
     out, _ = layout.attend(query.double(), key.double(), value.double())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sparsify_compiler.codegen import runtime
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.errors import ArtefactError, ModelError, SelectorError
 from sparsify_compiler.indexer import Indexer
-from sparsify_compiler.library_attention import find_library_attentions
+from sparsify_compiler.library_attention import find_library_attentions, give_indexers
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.ops import attend
 from sparsify_compiler.passes.lower import _attention
@@ -352,10 +353,23 @@ def test_what_is_added_to_the_scores_stays_and_is_measured(monkeypatch: pytest.M
     assert {tuple(given.shape) for given in seen} == {(1, 1, 32, 32), (1, 1, 1, 32)}
 
 
-def test_relative_positions_of_a_library_are_refused() -> None:
-    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    found = find_library_attentions(transformers.T5EncoderModel(config))
-    assert all(why is not None and "bias" in why for why in found.values())
+def test_relative_positions_of_a_library_are_added() -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ids, mask = torch.randint(1, 50, (2, 21)), torch.ones(2, 21, dtype=torch.long)
+    mask[1, 17:] = 0
+    everything = "Indexer(always=(Windows(size=99),), block_q=4, block_k=4)"
+    sparse = copy.deepcopy(model)
+    found = find_library_attentions(sparse)
+    assert len(found) == 6
+    assert not any(found.values())
+    give_indexers(sparse, dict.fromkeys(found, everything))
+    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :9]}
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(**given).logits, model(**given).logits)
+    options = {"max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(*(one.generate(ids, attention_mask=mask, **options) for one in (sparse, model)))
 
 
 class Masked(Encoder):
@@ -376,6 +390,18 @@ def test_a_causal_mask_that_is_a_tensor_is_measured_as_such(monkeypatch: pytest.
     x, mask = torch.randn(1, 21, 16), torch.ones(1, 21, dtype=torch.long)
     Pipeline.parse(f"{SPARSE} | pack() | lower(rounds=1)").run(capture(kind().eval(), (x, mask)), Context(target=host(), kernels=runtime))
     assert {of.causal for of in seen} == {kind is Masked}
+
+
+@pytest.mark.parametrize("mask", [(1, 1, 1, 21), (2, 1, 1, 21), (2, 6, 1, 21), (6, 1, 21), (1, 21), None])
+def test_one_row_of_grouped_heads_is_attended_densely_as_rows_of_one_head(mask: tuple[int, ...] | None) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(shape, dtype=torch.float32) for shape in ((2, 6, 1, 8), (2, 3, 21, 8), (2, 3, 21, 5)))
+    expected = None if mask is None else torch.rand(mask, dtype=torch.float32) < 0.7
+    for given in (expected, None if expected is None else expected.float()):
+        out = attend.dense(query, key, value, given, is_causal=True, scale=0.4)
+        again = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=given, scale=0.4, enable_gqa=True)
+        torch.testing.assert_close(out, again)
+    assert attend.dense(query[:0], key[:0], value[:0]).shape == (0, 6, 1, 5)
 
 
 def test_what_is_added_to_the_scores_has_a_gradient() -> None:

@@ -135,3 +135,59 @@ define <16 x i32> @flags(ptr %from) alwaysinline {
   %words = zext <16 x i8> %bytes to <16 x i32>
   ret <16 x i32> %words
 }
+
+; The first n of 16 numbers, `step` bytes apart, float32 (size 4) or bfloat16, times a factor; zeros behind them. Finite ones stay below the limit.
+define <16 x float> @load_bias(i64 %address, i64 %step, i32 %size, float %factor, float %limit, i32 %n) {
+  %from = inttoptr i64 %address to ptr
+  %mask = call <16 x i1> @lanes_below(i32 %n)
+  %width = zext i32 %size to i64
+  %dense = icmp eq i64 %step, %width
+  %single = icmp eq i32 %size, 4
+  %step1 = insertelement <16 x i64> poison, i64 %step, i32 0
+  %steps = shufflevector <16 x i64> %step1, <16 x i64> poison, <16 x i32> zeroinitializer
+  %apart = mul <16 x i64> %steps, <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7, i64 8, i64 9, i64 10, i64 11, i64 12, i64 13, i64 14, i64 15>
+  %places = getelementptr i8, ptr %from, <16 x i64> %apart
+  br i1 %single, label %words, label %halves
+words:
+  br i1 %dense, label %words_dense, label %words_apart
+words_dense:
+  %w0 = call <16 x float> @load_part(ptr %from, i32 %n)
+  br label %found
+words_apart:
+  %w1 = call <16 x float> @llvm.masked.gather.v16f32.v16p0(<16 x ptr> %places, i32 4, <16 x i1> %mask, <16 x float> zeroinitializer)
+  br label %found
+halves:
+  br i1 %dense, label %halves_dense, label %halves_apart
+halves_dense:
+  %h0 = call <16 x i16> @llvm.masked.load.v16i16.p0(ptr %from, i32 2, <16 x i1> %mask, <16 x i16> zeroinitializer)
+  br label %widen
+halves_apart:
+  %h1 = call <16 x i16> @llvm.masked.gather.v16i16.v16p0(<16 x ptr> %places, i32 2, <16 x i1> %mask, <16 x i16> zeroinitializer)
+  br label %widen
+widen:
+  %h = phi <16 x i16> [%h0, %halves_dense], [%h1, %halves_apart]
+  %hw = zext <16 x i16> %h to <16 x i32>
+  %hs = shl <16 x i32> %hw, splat (i32 16)
+  %hf = bitcast <16 x i32> %hs to <16 x float>
+  br label %found
+found:
+  %x = phi <16 x float> [%w0, %words_dense], [%w1, %words_apart], [%hf, %widen]
+  %f1 = insertelement <16 x float> poison, float %factor, i32 0
+  %f = shufflevector <16 x float> %f1, <16 x float> poison, <16 x i32> zeroinitializer
+  %scaled = fmul <16 x float> %x, %f
+  %l1 = insertelement <16 x float> poison, float %limit, i32 0
+  %most = shufflevector <16 x float> %l1, <16 x float> poison, <16 x i32> zeroinitializer
+  %least = fneg <16 x float> %most
+  %high = fcmp ogt <16 x float> %scaled, %most
+  %capped = select <16 x i1> %high, <16 x float> %most, <16 x float> %scaled
+  %low = fcmp olt <16 x float> %capped, %least
+  %held = select <16 x i1> %low, <16 x float> %least, <16 x float> %capped
+  %size_of = call <16 x float> @llvm.fabs.v16f32(<16 x float> %x)
+  %endless = fcmp oeq <16 x float> %size_of, splat (float 0x7FF0000000000000)
+  %value = select <16 x i1> %endless, <16 x float> %x, <16 x float> %held
+  ret <16 x float> %value
+}
+declare <16 x float> @llvm.masked.gather.v16f32.v16p0(<16 x ptr>, i32, <16 x i1>, <16 x float>)
+declare <16 x i16> @llvm.masked.load.v16i16.p0(ptr, i32, <16 x i1>, <16 x i16>)
+declare <16 x i16> @llvm.masked.gather.v16i16.v16p0(<16 x ptr>, i32, <16 x i1>, <16 x i16>)
+declare <16 x float> @llvm.fabs.v16f32(<16 x float>)

@@ -17,6 +17,7 @@ from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels import finish, softmax
 
 LANES = softmax.LANES
+MOST = 2.0**20      # what a finite bias is at most, scaled: a row whose keys all have the least number, as masks do, would lose all digits
 PARTS = Path(__file__).with_name("attend.ll").read_text() + finish.PARTS.read_text()
 
 
@@ -52,12 +53,13 @@ def scalar(index: Any) -> Any:
 
 
 def arguments(dtype: str, *more: str) -> Any:
-    """f(query, key, value, indices, counts, tile_of, tiles, key_mask, out, lse, block_q, block_k, tiled, padded, causal, workers, *more, scale).
+    """f(query, key, value, indices, counts, tile_of, tiles, key_mask, out, lse, block_q, block_k, tiled, padded, causal, workers, *more,
+    bias, bias_batch, bias_head, bias_row, bias_key, bias_size, scale).
 
     query [B, H, Q, D], key [B, G, K, D], value [B, G, K, E], out [B, H, Q, E], strided; the index tensors as attend_blocks has them, contiguous,
     with tiles turned: uint8 [T, block_k, block_q and as many as make a multiple of 64]; tile_of and tiles are read where `tiled` is 1, key_mask,
-    uint8 [B, K], where `padded` is 1.
-    scale is that of scores in base 2; `more` are int32.
+    uint8 [B, K], where `padded` is 1. bias is the address of what is added to the scores in base e, or 0; four strides in bytes, and the bytes of a
+    number: 4 of float32, 2 of bfloat16. scale is that of scores in base 2; `more` are int32.
     """
     a = SimpleNamespace(**{name: e.int32() for name in ("B", "H", "G", "Q", "K", "D", "E", "NQ", "C", "T", "IB", "IH")})
     given = [_parameter(shape, dtype) for shape in ((a.B, a.H, a.Q, a.D), (a.B, a.G, a.K, a.D), (a.B, a.G, a.K, a.E))]
@@ -68,9 +70,15 @@ def arguments(dtype: str, *more: str) -> Any:
     a.lse = e.argument((a.B, a.H, a.Q), "float32")
     for name in ("block_q", "block_k", "tiled", "padded", "causal", "workers", *more):
         setattr(a, name, e.builder.arg(name, e.int32()))
+    for name in ("bias", "bias_batch", "bias_head", "bias_row", "bias_key"):
+        setattr(a, name, e.builder.arg(name, e.builder.int64()))
+    a.bias_size = e.builder.arg("bias_size", e.builder.int32())
     a.scale = e.builder.arg("scale", e.builder.float32())
     a.sign = e.let(tirx.Select(a.scale < e.zero(), e.constant(-1.0, "float32"), e.constant(1.0, "float32")))
     a.scale = e.let(a.scale * a.sign)
+    a.biased = e.let(tirx.NE(a.bias, tirx.const(0, "int64")))
+    a.bias_scale = e.let(e.constant(math.log2(math.e), "float32") / a.scale)    # of scores before they are scaled
+    a.bias_limit = e.let(e.constant(MOST, "float32") / a.scale)
     a.query, a.key, a.value, a.out = (_strided(*one) for one in given)
     return a
 
@@ -114,6 +122,7 @@ class Places:
         first, count   of the keys;  tile: -1, or of the block;  column: of the first key in its tile
         upcoming       where the next run begins;  jumps: not behind this one, where the processor would look ahead by itself
         whole          do all of their places count, and are they a multiple of `whole_steps`, a power of two?
+        plain          and is there no bias, which may be minus infinity?
         """
         a, at = self.a, (self.listed_batch, self.listed_head, self.block)
         seen = e.opaque(e.either(a.causal > 0, e.minimum(a.K, e.maximum(end + (a.K - a.Q), 0)), a.K))  # keys that the last row sees
@@ -137,8 +146,9 @@ class Places:
                     e.store(full, e.load(full, 0) & e.cast("int32", e.load(a.key_mask, self.batch, begin + n)), 0)
                 after = e.opaque(e.load(a.indices, *at, e.minimum(place + 1, listed - 1)) * a.block_k)
                 upcoming = e.opaque(e.either(begin + most < stop, begin + most, e.either(after < 0, begin, after)))
-                yield SimpleNamespace(first=begin, count=count, tile=number, column=e.opaque(begin - start), whole=e.let(e.load(full, 0) > 0),
-                                      upcoming=upcoming, jumps=tirx.NE(upcoming, begin + count))
+                whole = e.let(e.load(full, 0) > 0)
+                yield SimpleNamespace(first=begin, count=count, tile=number, column=e.opaque(begin - start), whole=whole,
+                                      plain=e.let(e.both(whole, tirx.Not(a.biased))), upcoming=upcoming, jumps=tirx.NE(upcoming, begin + count))
 
     def prefetch(self, name: str, number: Any) -> None:
         """Ask for a key or a value, which is needed soon, from memory."""
@@ -164,6 +174,13 @@ class Places:
         with e.when(a.padded > 0):
             flags.set(flags.get() & e.broadcast(e.cast("int32", e.load(a.key_mask, self.batch, number)), lanes))
         return flags.get() > _every(0, lanes)
+
+    def added(self, head: Any, row: Any, number: Any, count: Any) -> Any:
+        """The bias of a query row of a head for 16 keys from `number` on, the first `count` of them, as it is added to scores not scaled yet."""
+        a = self.a
+        steps = ((self.batch, a.bias_batch), (head, a.bias_head), (row, a.bias_row), (number, a.bias_key))
+        address = scalar(sum((e.cast("int64", i) * step for i, step in steps), start=a.bias))
+        return e.let(tirx.call_extern("float32x16", "load_bias", address, a.bias_key, a.bias_size, a.bias_scale, a.bias_limit, count))
 
     def finish(self, top: Any, total: Any, row: Any, count: Any) -> Any:
         """Store the log of the sum of the first `count` of 16 rows, of their largest scores and the totals of their shares; 1 / total, or 0."""

@@ -94,6 +94,8 @@ def _part(how: AttendFew, a: Any, room: Any, kept: Any, task: Any) -> None:
         with e.loop(keys.count) as n:
             places.prefetch("value", keys.first + n)
         _scores(how, a, r, places, keys)
+        with e.when(a.biased):
+            _bias(a, r, places, keys)
         e.choose(keys.whole, lambda: None, lambda: _mask(a, r, places, keys))
         with e.when(keys.jumps), e.loop(KEYS) as n:
             places.prefetch("key", keys.upcoming + n)
@@ -117,12 +119,26 @@ def _pack(how: AttendFew, a: Any, r: Any, places: Places) -> None:
     flip = e.constant(-2**31 + (2**15 if how.halves else 0), "int32")
     sign = e.let(e.broadcast(tirx.Select(a.sign < e.zero(), flip, e.constant(0, "int32")), LANES))
     with e.loop(a.lines) as line, e.loop(tirx.truncdiv(a.words, LANES)) as i:
-        number = e.opaque(e.minimum(line, r.used - 1))
-        head = e.opaque(tirx.truncdiv(number, r.rows))
-        at = e.wide(a.query.at(places.batch, places.head + head, r.first + number - head * r.rows) + e.cast("int64", i * how.step))
+        head, row = _head_and_row(r, places, e.opaque(e.minimum(line, r.used - 1)))
+        at = e.wide(a.query.at(places.batch, head, row) + e.cast("int64", i * how.step))
         words = _read(how, a.query, at, e.opaque(a.D - i * how.step))
         bits = words if how.halves else e.reinterpret("int32", words, LANES)
         e.store(r.queries, bits ^ sign, line * a.words + i * LANES, lanes=LANES)
+
+
+def _head_and_row(r: Any, places: Places, line: Any) -> tuple[Any, Any]:
+    """What is in a line: the rows of the first head, those of the next, ..."""
+    head = e.opaque(tirx.truncdiv(line, r.rows))
+    return e.opaque(places.head + head), e.opaque(r.first + line - head * r.rows)
+
+
+def _bias(a: Any, r: Any, places: Places, keys: Any) -> None:
+    """Add the bias to the scores."""
+    with e.loop(r.used) as line, e.loop(tirx.truncdiv(keys.count + (LANES - 1), LANES)) as i:
+        head, row = _head_and_row(r, places, e.opaque(line))
+        at = e.opaque(line * APART + i * LANES)
+        more = places.added(head, row, e.opaque(keys.first + i * LANES), e.opaque(keys.count - i * LANES))
+        e.store(r.scores, e.load(r.scores, at, lanes=LANES) + more, at, lanes=LANES)
 
 
 def _scores(how: AttendFew, a: Any, r: Any, places: Places, keys: Any) -> None:
@@ -164,7 +180,7 @@ def _added(vectors: list[Any]) -> Any:
 def _mask(a: Any, r: Any, places: Places, keys: Any) -> None:
     """Scores of places that do not count become minus infinity."""
     with e.loop(r.used) as line, e.loop(keys.count) as n:
-        row = e.opaque(r.first + line - tirx.truncdiv(line, r.rows) * r.rows)
+        _, row = _head_and_row(r, places, e.opaque(line))
         at = e.opaque(line * APART + n)
         counts = places.allowed(keys, n, row, 1)
         e.store(r.scores, tirx.Select(counts, e.load(r.scores, at), e.constant(-math.inf, "float32")), at)

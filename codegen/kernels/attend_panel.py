@@ -52,6 +52,7 @@ def _body(how: AttendPanel) -> None:
     with e.loop(a.workers, parallel=True) as _, e.llvm(PARTS):
         room = SimpleNamespace(queries=e.scratch(a.D * how.rows, "float32"), scores=e.scratch((KEYS + LANES) * how.rows, "float32"),
                                sums=e.scratch((a.E + 2 * LANES) * how.rows, "float32"),
+                               bias=e.scratch(LANES * LANES, "float32"),
                                **{name: e.scratch(how.rows, "float32") for name in ("top", "total", "fade")})
         with each_rows(a, counter, how.rows) as (places, first, end):
             _rows(how, a, room, places, first, end)
@@ -63,8 +64,10 @@ def _rows(how: AttendPanel, a: Any, room: Any, places: Places, first: Any, end: 
     begin(room, how.vectors, a.E)
     with places.each(first, end, KEYS) as keys:
         _scores(how, a, room, places, keys)
+        with e.when(a.biased):
+            add_bias(how, a, room, places, keys, first, end)
         e.choose(keys.whole, lambda: None, lambda: mask(how, a, room, places, keys, first))
-        e.choose(keys.whole, lambda: _shares(how, a, room, places, keys, True), lambda: _shares(how, a, room, places, keys, False))
+        e.choose(keys.plain, lambda: _shares(how, a, room, places, keys, True), lambda: _shares(how, a, room, places, keys, False))
         e.choose(_plain(a, places, keys), lambda: _add(how, a, room, places, keys, True), lambda: _add(how, a, room, places, keys, False))
     _write(how, a, room, places, first, end)
 
@@ -136,6 +139,23 @@ def _scores(how: AttendPanel, a: Any, room: Any, places: Places, keys: Any) -> N
             e.store(room.fade, top, v * LANES, lanes=LANES)
 
     _grouped(how, keys.count, group)
+
+
+def add_bias(how: Any, a: Any, room: Any, places: Places, keys: Any, first: Any, end: Any) -> None:
+    """Scores [key][row] with their bias, which lies as [row][key]: 16 by 16 at a time. The maximum is taken anew."""
+    with e.loop(how.vectors) as v:
+        e.store(room.fade, e.load(room.top, v * LANES, lanes=LANES), v * LANES, lanes=LANES)
+        with e.loop(tirx.truncdiv(keys.count + (LANES - 1), LANES)) as chunk:
+            n = e.opaque(chunk * LANES)
+            with e.loop(LANES) as i:
+                row = e.opaque(e.minimum(first + v * LANES + i, end - 1))
+                e.store(room.bias, places.added(places.head, row, e.opaque(keys.first + n), e.opaque(keys.count - n)), i * LANES, lanes=LANES)
+            for i, line in enumerate(e.transpose([e.let(e.load(room.bias, i * LANES, lanes=LANES)) for i in range(LANES)])):
+                at = e.let((n + i) * how.rows + v * LANES)
+                e.store(room.scores, e.load(room.scores, at, lanes=LANES) + line, at, lanes=LANES)
+        with e.loop(keys.count) as n:
+            score = e.let(e.load(room.scores, n * how.rows + v * LANES, lanes=LANES))
+            e.store(room.fade, softmax.larger(e.load(room.fade, v * LANES, lanes=LANES), score), v * LANES, lanes=LANES)
 
 
 def mask(how: Any, a: Any, room: Any, places: Places, keys: Any, first: Any, until: Any = None) -> None:

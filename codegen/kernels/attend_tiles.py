@@ -22,7 +22,7 @@ from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels import softmax
 from sparsify_compiler.codegen.kernels.attend_arguments import PARTS, Places, arguments, each_rows, each_task
-from sparsify_compiler.codegen.kernels.attend_panel import begin, mask
+from sparsify_compiler.codegen.kernels.attend_panel import add_bias, begin, mask
 from sparsify_compiler.codegen.kernels.attend_values import DEPTH, TILE, bad, pack_step, spoil
 from sparsify_compiler.codegen.kernels.softmax import LANES
 
@@ -64,7 +64,7 @@ def _body(how: AttendTiles) -> None:
     with e.loop(a.workers, parallel=True) as me, e.llvm(PARTS):
         room = SimpleNamespace(queries=e.scratch(tirx.truncdiv(a.D, 2) * how.rows, "int32"), scores=e.scratch(KEYS * how.rows, "float32"),
                                shares=e.scratch(KEYS // 2 * how.rows, "int32"), sums=e.scratch(a.wide * how.rows, "float32"),
-                               tail=e.scratch(a.D * DEPTH, "uint16"), values=values, me=me,
+                               tail=e.scratch(a.D * DEPTH, "uint16"), bias=e.scratch(LANES * LANES, "float32"), values=values, me=me,
                                **{name: e.scratch(how.rows, "float32") for name in ("top", "total", "fade")})
         t.configure([t.ROWS] * 8)
         with each_rows(a, counters, how.rows, LANES) as (places, first, end):
@@ -85,6 +85,8 @@ def _rows(how: AttendTiles, a: Any, room: Any, places: Places, first: Any, end: 
             pack_step(a, room.values, places, e.opaque(keys.first + step * DEPTH), e.opaque(base + step))
         with e.loop(halves) as half, e.loop(steps) as step:
             _scores(how, a, room, places, e.opaque(half * HALF), keys, step)
+        with e.when(a.biased):
+            add_bias(how, a, room, places, keys, first, end)
         e.choose(keys.whole, lambda: None, lambda: mask(how, a, room, places, keys, first, steps * DEPTH))
         with e.when(keys.jumps), e.loop(KEYS) as n:
             places.prefetch("key", keys.upcoming + n)
@@ -92,7 +94,7 @@ def _rows(how: AttendTiles, a: Any, room: Any, places: Places, first: Any, end: 
             row = e.opaque(half * HALF)
             _grow(how, a, room, row, steps)
             for whole in (True, False):
-                with e.when(keys.whole if whole else tirx.Not(keys.whole)):
+                with e.when(keys.plain if whole else tirx.Not(keys.plain)):
                     _shares(how, a, room, row, steps, whole)
             _add(how, a, room, row, steps, base)
         with e.when(bad(room.values, base, steps)):

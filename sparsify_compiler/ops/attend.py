@@ -39,15 +39,23 @@ def by_indexer(indexer: Indexer, query: Tensor, key: Tensor, value: Tensor, attn
 
 def dense(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
           scale: float | None = None) -> Tensor:
-    """The same over all blocks, by torch."""
-    queries, keys = query.shape[2], key.shape[2]
+    """The same over all blocks, by torch. One row of each head: those of a group as rows of one head, so that its keys are read once for them."""
+    (_, heads, queries, _), (_, groups, keys, _) = query.shape, key.shape
     if is_causal and (attn_mask is not None or (queries != keys and queries != 1)):
         below = below_diagonal(queries, keys, query.device)
         attn_mask = below if attn_mask is None else attn_mask & below if attn_mask.dtype is torch.bool else attn_mask.masked_fill(~below, -math.inf)
     alone = is_causal and attn_mask is None and queries != 1
     if attn_mask is not None and attn_mask.dtype is not torch.bool:
         attn_mask = attn_mask.to(query.dtype)
-    return scaled_dot_product_attention(query, key, value, attn_mask, is_causal=alone, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    if queries == 1 and 0 < groups < heads:
+        mask = attn_mask if attn_mask is None or attn_mask.dim() < 3 or attn_mask.shape[-3] == 1 else _packed(attn_mask, groups)
+        return scaled_dot_product_attention(_packed(query, groups), key, value, mask, scale=scale).reshape(*query.shape[:3], value.shape[-1])
+    return scaled_dot_product_attention(query, key, value, attn_mask, is_causal=alone, scale=scale, enable_gqa=heads != groups)
+
+
+def _packed(rows: Tensor, groups: int) -> Tensor:
+    """[..., H, 1, D] as [..., G, H // G, D]: the heads of a group as rows of one."""
+    return rows.reshape(*rows.shape[:-3], groups, rows.shape[-3] // groups, rows.shape[-1])
 
 
 def split_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None, bool]:

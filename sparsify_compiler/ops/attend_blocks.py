@@ -147,10 +147,15 @@ def computed(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts:
     """What the op does: by the kernel that can run the call, or as the reference says."""
     from sparsify_compiler.codegen import attend
 
-    check(query, key, value, indices, counts, tile_of, tiles, key_mask, bias, block_q=block_q, block_k=block_k)
-    if not attend.refusal(query, key, value, bias):
-        return attend.run(query, key, value, indices, counts, tile_of, tiles, key_mask, block_q=block_q, block_k=block_k, causal=causal, scale=scale)
-    return reference(query, key, value, indices, counts, tile_of, tiles, key_mask, bias, block_q=block_q, block_k=block_k, causal=causal, scale=scale)
+    call = attend.Call(query, key, value, indices, counts, tile_of, tiles, key_mask, bias, block_q, block_k, causal, scale)
+    form = attend.form_of(call)
+    plan = attend.known(form)
+    if plan is None:
+        check(query, key, value, indices, counts, tile_of, tiles, key_mask, bias, block_q=block_q, block_k=block_k)
+        if attend.refusal(query, key, value):
+            return reference(*call[:9], block_q=block_q, block_k=block_k, causal=causal, scale=scale)
+        plan = attend.plan(call, form)
+    return plan.run(call)
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
