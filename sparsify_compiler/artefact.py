@@ -26,11 +26,12 @@ from .artefact_dense import export_dense
 from .artefact_graph import decode_region, encode_region
 from .artefact_kernels import bind_kernels, check_packed
 from .artefact_manifest import MANIFEST, is_artefact, peek, read_manifest, write_manifest
-from .artefact_skeleton import check_attentions, encode_skeleton, restore_skeleton
+from .artefact_skeleton import attention_tensors, check_attentions, encode_skeleton, restore_skeleton
 from .artefact_tensors import TensorSource, TensorStore
 from .compiled import CompiledModel
 from .decision import Decision
 from .errors import ArtefactError, InputError
+from .library_attention import LEARNED
 from .memory import give_back
 from .packed_storage import leave_in_artefact
 from .program import LeftOut, Program, Region, Stage, TensorSpec
@@ -107,6 +108,8 @@ def _write(compiled: CompiledModel, folder: Path) -> None:
         "left_out": [asdict(part) for part in program.left_out],
         "decisions": [asdict(d) for d in program.decisions.values()],
         "attentions": dict(program.attentions),
+        "learned": {path: {name: store.add(f"{path}.{LEARNED}{name}", tensor) for name, tensor in tensors.items()}
+                    for path, tensors in program.learned.items() if path in program.attentions},
     }
     write_safetensors(folder / WEIGHTS, store.stored)
     (folder / GRAPH).write_text(json.dumps(graph, ensure_ascii=False, separators=(",", ":"), allow_nan=False), encoding="utf-8")
@@ -202,6 +205,7 @@ def _decode(graph: Mapping[str, Any], source: TensorSource, model: nn.Module | N
         graph["aliases"],
         {d.site: d for d in decisions},
         check_attentions(graph.get("attentions", {}), skeleton),
+        attention_tensors(graph, source),
     )
     return program, kernels
 

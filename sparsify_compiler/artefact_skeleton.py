@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .artefact_tensors import TensorSource, TensorStore
+from .branches import parse
 from .call import clone_structure
 from .capture_regions import dig_holes
 from .errors import ArtefactError, InputError
-from .indexer import Indexer
 from .library_attention import find_library_attentions
 from .program import Program, Region, set_tensor
 
@@ -54,8 +54,17 @@ def check_attentions(given: Mapping[str, str], skeleton: nn.Module | None) -> di
         if path not in known:
             raise ArtefactError(f"the given model has no attention at {path!r} that can choose its blocks", where="model",
                                 hint="give load() a model of the same class, built with the same version of its library")
-        Indexer.parse(text)
+        parse(text)
     return dict(given)
+
+
+def attention_tensors(graph: Mapping[str, Any], source: TensorSource) -> dict[str, dict[str, Tensor]]:
+    """What the indexers of the skeleton's attentions learned. Raises ArtefactError where something is missing."""
+    records: Mapping[str, Any] = graph.get("learned", {})
+    for path, text in graph.get("attentions", {}).items():
+        if set(parse(text).learned) != set(records.get(path, ())):
+            raise ArtefactError(f"what the attention at {path!r} learned is not there", where="graph.json", hint="save the model again")
+    return {path: {name: source.get(record) for name, record in tensors.items()} for path, tensors in records.items()}
 
 
 def _put_tensors(fresh: nn.Module, data: Mapping[str, Any], source: TensorSource) -> None:

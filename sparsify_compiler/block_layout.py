@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .block_grid import Grid
 from .ops import attend_blocks
+
+if TYPE_CHECKING:
+    from .block_order import Order
 
 Places = Callable[[Tensor, Tensor], Tensor]
 NONE, SOME, ALL = 0, 1, 2  # of a pair of blocks: the places that count
@@ -20,21 +23,34 @@ CHUNK = 1 << 22  # places that are looked at together
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """The index tensors of attend_blocks, see there: indices and tile_of [B', H', NQ, C], counts [B', H', NQ], tiles [T, block_q, block_k]."""
+    """The index tensors of attend_blocks, see there: indices and tile_of [B', H', NQ, C], counts [B', H', NQ], tiles [T, block_q, block_k].
+
+    order   the blocks are of queries and keys in this order; the tiles say what is after the diagonal, and which keys count
+    left    bool [B', H', NQ, NK]: blocks wholly before the diagonal that are not listed, where something else stands for them
+    """
 
     indices: Tensor
     counts: Tensor
     tile_of: Tensor | None
     tiles: Tensor | None
     grid: Grid
+    order: Order | None = None
+    left: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, bias: Tensor | None = None,
                scale: float | None = None) -> tuple[Tensor, Tensor]:
         """Attention over the listed blocks: (out [B, H, Q, E], lse [B, H, Q]). Shapes as in attend_blocks."""
+        if self.order is not None:
+            query, key, value = self.order.take(query, key, value)
+            key_mask, bias = None, self.order.take_bias(bias, query.shape[1])
         run = attend_blocks.computed if attend_blocks.unwatched(query, key, value, bias) else attend_blocks.op
         found: tuple[Tensor, Tensor] = run(query, key, value, self.indices, self.counts, self.tile_of, self.tiles, key_mask, bias,
-                                           block_q=self.grid.block_q, block_k=self.grid.block_k, causal=self.grid.causal, scale=scale)
-        return found
+                                           block_q=self.grid.block_q, block_k=self.grid.block_k, causal=self._causal, scale=scale)
+        return found if self.order is None else (self.order.give_back(found[0]), self.order.give_back(found[1]))
+
+    @property
+    def _causal(self) -> bool:
+        return self.grid.causal and self.order is None
 
     def density(self) -> float:
         """Listed blocks over the blocks that hold a place that counts for dense attention (below the diagonal where causal)."""
@@ -44,8 +60,9 @@ class BlockLayout:
     def mask(self) -> Tensor:
         """bool [B', H', Q, K]: every place that counts. For tests and small lengths: it grows with the square of the length."""
         grid = self.grid
-        return attend_blocks.allowed_places((0, grid.rows), grid.keys, grid.queries, self.indices, self.counts, self.tile_of, self.tiles, None,
-                                            block_q=grid.block_q, block_k=grid.block_k, causal=grid.causal)
+        places = attend_blocks.allowed_places((0, grid.rows), grid.keys, grid.queries, self.indices, self.counts, self.tile_of, self.tiles, None,
+                                              block_q=grid.block_q, block_k=grid.block_k, causal=self._causal)
+        return places if self.order is None else self.order.give_back_places(places)
 
 
 @dataclass(frozen=True)
@@ -171,8 +188,10 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 def merge_branches(branches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention over disjoint sets of keys as one, exactly: each branch is (out [B, H, Q, E], lse [B, H, Q])."""
-    total = torch.logsumexp(torch.stack([lse for _, lse in branches]), 0)
-    base = torch.where(total == -torch.inf, 0, total)
+    every = torch.stack([lse for _, lse in branches])
+    none = (every == -torch.inf).all(0)
+    base = torch.logsumexp(torch.where(none, 0, every), 0)  # so that rows without a key have a gradient: none
+    total = torch.where(none, -torch.inf, base)
     out = sum((part * torch.exp(lse - base)[..., None] for part, lse in branches), start=torch.zeros((), dtype=total.dtype, device=total.device))
     assert isinstance(out, Tensor)
     return out.to(branches[0][0].dtype), total

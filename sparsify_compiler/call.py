@@ -230,7 +230,7 @@ def instantiate(program: Program) -> nn.Module:
                 if child.path not in filled:
                     filled[child.path] = CapturedPart(program.regions[child.path], child.attributes)
                 module._modules[name] = filled[child.path]
-    give_indexers(model, program.attentions)
+    give_indexers(model, program.attentions, program.learned)
     keys = [str(node.kwargs["key"]) for _, node in program.nodes() if str(node.target) in NOTING]
     if keys:
         Session().watch(model, {path: model.get_submodule(path) for key in keys if (path := key.removeprefix(INPUT)) != key})

@@ -14,6 +14,7 @@ from .capture_inputs import ExampleCall
 from .capture_reuse import build_of, reuse
 from .capture_verify import agree, allow_ones
 from .errors import CaptureError, InputError
+from .library_attention import take_indexers
 from .normal_form import normalise
 from .normal_form_edit import aten
 from .program import LeftOut, Program, Region, prune_unused
@@ -53,7 +54,8 @@ def capture_regions(model: nn.Module, call: ExampleCall, reason: str, progress: 
         raise CaptureError(f"no part of the model could be captured. The whole: {reason}. {inside}".rstrip())
     dig_holes(skeleton, search.regions)
     tied = _tied_names(model, search)
-    return Program(search.regions, skeleton=skeleton, left_out=tuple(search.left_out), aliases=tied)
+    attentions, learned = take_indexers(skeleton)
+    return Program(search.regions, skeleton=skeleton, left_out=tuple(search.left_out), aliases=tied, attentions=attentions, learned=learned)
 
 
 def _visit(search: _Search, path: str, module: nn.Module) -> None:

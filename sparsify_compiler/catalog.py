@@ -50,6 +50,9 @@ KINDS: Mapping[str, Kind] = {
     "attention pattern": Kind("passes/attention/patterns/*.py"),
     "block scorer": Kind("passes/attention/scorers/*.py"),
     "block selector": Kind("passes/attention/selectors/*.py"),
+    "token order": Kind("passes/attention/orders/*.py"),
+    "block rest": Kind("passes/attention/rests/*.py"),
+    "attention branch": Kind("passes/attention/branches/*.py"),
     "format": Kind("formats/*.py"),
     "op": Kind("ops/*.py", holds_object=False),
     "kernel": Kind("codegen/kernels/*.py", holds_object=False, named_like="cost"),  # costs are there for our ops and for dense ones

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .block_grid import Grid
-from .block_layout import ALL, BlockLayout, BlockTable, stack
-from .block_pattern import Pattern, union
-from .errors import ParseError
+from .block_layout import ALL, NONE, SOME, BlockLayout, BlockTable, merge_branches, stack
+from .block_order import Order, heads_alike
+from .block_pattern import Pattern, three, union
+from .errors import ModelError, ParseError
 from .key_sums import same_keys
 from .named import Named
 
 DECODED = 8  # query rows up to which a call is a step of decoding
 PARSED = 1024  # texts of indexers: each layer may have its own
+UNLEARNED: Mapping[str, Tensor] = MappingProxyType({})
 LAYOUTS = 64  # static layouts that are remembered: all layers of a model share them, and each step of decoding needs one
 
 
@@ -36,6 +40,12 @@ class Indexer:
     dense_below_decoding  the same for a few query rows at a time
     choices       other indexers, of the same blocks, for some of the heads
     heads         the heads of each choice; all others do as this indexer says
+    order         a file of passes/attention/orders, or "": (query, key, key_mask, grid, scale) -> Order. All of the above is then said of tokens in
+                  this order; the causal mask and padding stay exact. Scorers take the places of the order for positions
+    rest          a file of passes/attention/rests, or "": (query, key, value, key_mask, left, grid, scale) -> (out, lse) stands for the blocks that
+                  are not read, and is merged with attention to those that are. Blocks that a pattern or the diagonal cuts are then read whole
+
+    Functions of files with LEARNED are given the tensors of these names behind all else: those of `learned`, which whoever runs the indexer has.
     """
 
     always: tuple[Any, ...] = ()
@@ -47,6 +57,8 @@ class Indexer:
     dense_below_decoding: int | None = None
     choices: tuple[Any, ...] = ()
     heads: tuple[tuple[int, ...], ...] = ()
+    order: str = ""
+    rest: str = ""
 
     def __post_init__(self) -> None:
         if self.block_q < 1 or self.block_k < 1 or min(self.dense_below or 0, self.dense_below_decoding or 0) < 0:
@@ -60,10 +72,19 @@ class Indexer:
         for pattern in self.always:
             if not callable(getattr(pattern, "kinds", None)) or not callable(getattr(pattern, "allows", None)):
                 raise ParseError(f"{pattern!r} is no pattern", where="Indexer", hint="a pattern is, for example, SlidingWindow(window=512)")
-        for kind, name in (("block scorer", self.scorer), ("block selector", self.selector)):
-            if name:
-                _named(kind, name)
+        self._functions()
         self._check_choices()
+
+    def _functions(self) -> list[Named]:
+        """The functions of the catalogue that this indexer names itself. Raises UnknownNameError and ParseError."""
+        known = {"token order": self.order, "block scorer": self.scorer, "block selector": self.selector, "block rest": self.rest}
+        return [_named(kind, text) for kind, text in known.items() if text]
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Names of the tensors that it needs, in the order in which ops are given them."""
+        of_choices = (choice.learned for choice in self.choices)
+        return tuple(dict.fromkeys(name for names in (*(each.learned for each in self._functions()), *of_choices) for name in names))
 
     def _check_choices(self) -> None:
         named = [head for heads in self.heads for head in heads]
@@ -71,9 +92,14 @@ class Indexer:
             raise ParseError(f"{len(self.choices)} choices for the heads {self.heads}", where="Indexer",
                              hint="every choice has heads of its own, such as choices=(Indexer(...),), heads=((0, 3),)")
         for choice in self.choices:
-            if not isinstance(choice, Indexer) or choice.choices or (choice.block_q, choice.block_k) != (self.block_q, self.block_k):
+            if not isinstance(choice, Indexer) or choice.choices or choice._shared() != self._shared():
                 raise ParseError(f"{choice} is no choice for some heads", where="Indexer",
-                                 hint=f"a choice is an Indexer with block_q={self.block_q}, block_k={self.block_k} and no choices of its own")
+                                 hint=f"a choice is an Indexer with block_q={self.block_q}, block_k={self.block_k}, the same order and rest, "
+                                      "and no choices of its own")
+
+    def _shared(self) -> tuple[int, int, str, str]:
+        """What is the same for all choices."""
+        return self.block_q, self.block_k, self.order, self.rest
 
     def __str__(self) -> str:
         from .pipeline_text import print_value
@@ -97,31 +123,66 @@ class Indexer:
         limit = self.dense_below_decoding if queries <= DECODED else self.dense_below
         return keys < (limit or 0)
 
-    def layout(self, query: Tensor, key: Tensor, causal: bool, scale: float, key_mask: Tensor | None = None) -> BlockLayout:
-        """The blocks to read for these queries [B, H, Q, D] and keys [B, G, K, D], of which key_mask [B, K] count. Scores have no gradient."""
+    def layout(self, query: Tensor, key: Tensor, causal: bool, scale: float, key_mask: Tensor | None = None,
+               weights: Mapping[str, Tensor] = UNLEARNED) -> BlockLayout:
+        """The blocks to read for these queries [B, H, Q, D] and keys [B, G, K, D], of which key_mask [B, K] count. Scores have no gradient.
+
+        weights   the tensors of `learned`, by name
+        """
         grid = Grid(query.shape[2], key.shape[2], self.block_q, self.block_k, causal)
-        if not self.scorer and not self.choices:
+        if not (self.scorer or self.choices or self.order or self.rest):
             return _static_layout(self.always, grid, _starts(key_mask))
         with torch.no_grad():
-            return self._table(query.detach(), same_keys(key.detach(), key), key_mask, grid, scale).layout()
+            query, key = query.detach(), same_keys(key.detach(), key)
+            order = _call("token order", self.order, weights, query, key, key_mask, grid, scale) if self.order else None
+            if order is not None:
+                query, key = order.take(query, key)
+            table, left = self._table(query, key, key_mask, grid, scale, order, weights), None
+            if self.rest:
+                kinds, places = heads_alike(table.kinds, _whole_places(grid, order))
+                table = replace(table, kinds=torch.where((kinds != NONE) | (places == SOME), ALL, NONE).to(torch.int8), tile_of=None, tiles=None)
+                left = (table.kinds == NONE) & (places == ALL)
+            layout = (table if order is None else order.cut(table, key_mask)).layout()
+            return layout if order is None and left is None else replace(layout, order=order, left=left)
 
-    def _table(self, query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> BlockTable:
-        """What all heads read, or each: [B or 1, H or 1, NQ, NK]."""
+    def branch(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, bias: Tensor | None, causal: bool, scale: float,
+               weights: Mapping[str, Tensor] = UNLEARNED) -> tuple[Tensor, Tensor]:
+        """Attention (out [B, H, Q, E], lse [B, H, Q]) to what is read and what stands for the rest. Raises ModelError for a bias beside a rest."""
+        layout = self.layout(query, key, causal, scale, key_mask, weights)
+        found = layout.attend(query, key, value, key_mask, bias, scale)
+        if layout.left is None:
+            return found
+        if bias is not None:
+            raise ModelError("something is added to the scores of this attention, and what stands for the rest of its blocks cannot know it",
+                             where=f"Indexer(rest={self.rest!r})", hint="name the attention in the pass's ignore")
+        order = layout.order
+        if order is not None:
+            query, key, value = order.take(query, key, value)
+            key_mask = order.take_mask(key_mask)
+        out, lse = _call("block rest", self.rest, weights, query, key, value, key_mask, layout.left, layout.grid, scale)
+        return merge_branches([found, (out, lse) if order is None else (order.give_back(out), order.give_back(lse))])
+
+    def _table(self, query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float, order: Order | None,
+               weights: Mapping[str, Tensor]) -> BlockTable:
+        """What all heads read, or each: [B or 1, H, G or 1, NQ, NK]. Queries and keys are in their order, key_mask is not."""
         total, named = query.shape[1], {head for heads in self.heads for head in heads}
         if max(named, default=-1) >= total:
             raise ParseError(f"a choice for head {max(named)} of {total}", where="Indexer")
         others = tuple(head for head in range(total) if head not in named)
         parts = [(part, heads) for part, heads in ((self, others), *zip(self.choices, self.heads, strict=True)) if heads or not named]
-        seen = _seen(grid, key_mask, query.device)
-        scores = {text: _scores(text, query, key, key_mask, grid, scale, seen) for text in dict.fromkeys(part.scorer for part, _ in parts) if text}
-        shifts = _starts(key_mask) if any(part.always for part, _ in parts) else (0,)
+        seen = _seen(grid, key_mask, query.device) if order is None else _some((order.seen(grid, key_mask) != NONE).to(query.device), None, total)
+        shifts = _starts(key_mask) if order is None and any(part.always for part, _ in parts) else (0,)
+        key_mask = key_mask if order is None else order.take_mask(key_mask)
+        texts = [text for text in dict.fromkeys(part.scorer for part, _ in parts) if text]
+        scores = {text: _clean(_call("block scorer", text, weights, query, key, key_mask, grid, scale), seen) for text in texts}
+        static = grid if order is None else replace(grid, causal=False)
         if len(parts) == 1:
             only: Indexer = parts[0][0]
-            return only._part(scores.get(only.scorer), seen, grid, shifts)
-        tables = [part._part(scores[part.scorer][:, heads] if part.scorer else None, seen, grid, shifts).expand(len(query), len(heads))
-                  for part, heads in parts]
-        order = torch.tensor([head for _, heads in parts for head in heads], device=query.device).argsort()
-        return stack(tables, 1).take_heads(order)
+            return replace(only._part(scores.get(only.scorer), seen, static, shifts), grid=grid)
+        tables = [part._part(_some(scores[part.scorer], heads, total) if part.scorer else None, _some(seen, heads, total), static,
+                             shifts).expand(len(query), len(heads)) for part, heads in parts]
+        where = torch.tensor([head for _, heads in parts for head in heads], device=query.device).argsort()
+        return replace(stack(tables, 1).take_heads(where), grid=grid)
 
     def _part(self, scores: Tensor | None, seen: Tensor, grid: Grid, shifts: tuple[int, ...]) -> BlockTable:
         """What this indexer's own options read: of the scores of some heads, if it has a scorer."""
@@ -132,10 +193,33 @@ class Indexer:
         return replace(table, kinds=torch.where(chosen & (scores > -torch.inf), ALL, table.kinds))
 
 
-def _scores(scorer: str, query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float, seen: Tensor) -> Tensor:
-    """[B, H, NQ, NK]: what a scorer says of all heads; +inf where that is no number, -inf where nothing is seen."""
-    scores: Tensor = _named("block scorer", scorer)(query, key, key_mask, grid, scale)
-    return scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).masked_fill(~seen, -torch.inf)
+def _call(kind: str, text: str, weights: Mapping[str, Tensor], *given: Any) -> Any:
+    function = _named(kind, text)
+    return function(*given, *(weights[name] for name in function.learned))
+
+
+def _some(table: Tensor, heads: tuple[int, ...] | None, total: int) -> Tensor:
+    """What a table that is for all heads, for each group or for each of `total` heads says of these, or of each."""
+    if table.dim() < 4 or table.shape[1] == 1:
+        return table
+    every = table.repeat_interleave(total // table.shape[1], 1)
+    return every if heads is None else every[:, heads]
+
+
+def _whole_places(grid: Grid, order: Order | None) -> Tensor:
+    """int8, broadcast to [B, H, NQ, NK]: whether NONE, SOME or ALL places of a pair of blocks are at or below the diagonal."""
+    if order is not None:
+        return order.seen(grid)
+    whole = grid.k[1] <= grid.q[0] if grid.causal else torch.ones(grid.rows, grid.columns, dtype=torch.bool)
+    return three(grid.visible(), whole)[None, None]
+
+
+def _clean(scores: Tensor, seen: Tensor) -> Tensor:
+    """Scores with +inf where they are no number, -inf where nothing is seen."""
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if seen.dim() == 4:
+        scores, seen = heads_alike(scores, seen)
+    return scores.masked_fill(~seen, -torch.inf)
 
 
 def _seen(grid: Grid, key_mask: Tensor | None, device: torch.device) -> Tensor:

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .branches import Branches, parse
 from .errors import ModelError
 from .indexer import Indexer
 from .ops import attend
+from .program import set_tensor
 
 NAME = "sparsify"
-_REGISTRY, _INDEXER = "ALL_ATTENTION_FUNCTIONS", "_sparsify_indexer"
+_REGISTRY, _INDEXER, LEARNED = "ALL_ATTENTION_FUNCTIONS", "_sparsify_indexer", "sparsify_"  # LEARNED: what a tensor's name begins with
 _REFUSED = {"softcap": "its scores are capped", "s_aux": "it has sinks that are learned"}
 
 
@@ -42,8 +44,18 @@ def _unfit(module: nn.Module) -> str | None:
     return _REFUSED["s_aux"] if hasattr(module, "sinks") else None
 
 
-def give_indexers(model: nn.Module, indexers: Mapping[str, str]) -> None:
-    """Let these attentions of a private copy of a model choose their blocks. The others of the same configuration attend densely."""
+def library_shape(module: nn.Module) -> tuple[int, int, int]:
+    """Heads, groups of them that share keys, and width of such an attention."""
+    config: Any = module.config
+    heads = int(config.num_attention_heads)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads), int(getattr(module, "head_dim", None) or config.hidden_size // heads)
+
+
+def give_indexers(model: nn.Module, indexers: Mapping[str, str], learned: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Let these attentions of a private copy of a model choose their blocks, with the tensors that their indexers learned.
+
+    The others of the same configuration attend densely.
+    """
     if not indexers:
         return
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -55,11 +67,27 @@ def give_indexers(model: nn.Module, indexers: Mapping[str, str]) -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
     model.register_forward_pre_hook(before_forward, with_kwargs=True)
     for path, text in indexers.items():
-        setattr(model.get_submodule(path), _INDEXER, Indexer.parse(text))
+        setattr(model.get_submodule(path), _INDEXER, parse(text))
+        for name, tensor in learned.get(path, {}).items():
+            set_tensor(model.get_submodule(path), LEARNED + name, tensor)
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
             config._attn_implementation = NAME
+
+
+def take_indexers(model: nn.Module) -> tuple[dict[str, str], dict[str, dict[str, Tensor]]]:
+    """What give_indexers gave to a model, which is as if it had been given nothing afterwards: of models that were trained with it."""
+    indexers: dict[str, str] = {}
+    learned: dict[str, dict[str, Tensor]] = {}
+    for path, module in model.named_modules():
+        indexer = module.__dict__.pop(_INDEXER, None)
+        if isinstance(indexer, Indexer | Branches):
+            indexers[path] = str(indexer)
+            learned[path] = {name: getattr(module, LEARNED + name) for name in indexer.learned}
+            for name in indexer.learned:
+                delattr(module, LEARNED + name)
+    return indexers, {path: tensors for path, tensors in learned.items() if tensors}
 
 
 def set_function(model: nn.Module, path: str, function: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None], Tensor]) -> None:
@@ -85,12 +113,14 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     indexer = getattr(module, _INDEXER, None)
     if indexer is None:
         out = attend.dense(query, key, value, attention_mask, is_causal=causal, scale=scaling)
-    elif not isinstance(indexer, Indexer):
+    elif not isinstance(indexer, Indexer | Branches):
         out = indexer(query, key, value, attention_mask, causal, scaling)
-    elif torch.compiler.is_compiling():
-        out = attend.op(query, key, value, attention_mask, is_causal=causal, scale=scaling, indexer=str(indexer))
     else:
-        out = attend.by_indexer(indexer, query, key, value, attention_mask, is_causal=causal, scale=scaling)
+        learned = [getattr(module, LEARNED + name) for name in indexer.learned]
+        if torch.compiler.is_compiling():
+            out = attend.op(query, key, value, attention_mask, learned, is_causal=causal, scale=scaling, indexer=str(indexer))
+        else:
+            out = attend.by_indexer(indexer, query, key, value, attention_mask, learned, is_causal=causal, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

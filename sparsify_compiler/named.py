@@ -17,12 +17,19 @@ class Named:
     """A score or a budget by its name, bound to its options.
 
     statistics   what it needs of calibration: its module's STATISTICS
+    learned      names of the tensors that it is called with behind what it is given: its module's LEARNED
     """
 
     name: str
     function: Callable[..., Any]
     options: dict[str, Any] = field(default_factory=dict)
     statistics: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> Any:
+        """The module of its file."""
+        return sys.modules[self.function.__module__]
 
     def __call__(self, *given: Any) -> Any:
         return self.function(*given, **self.options)
@@ -44,4 +51,5 @@ class Named:
             same = isinstance(value, int | float) if isinstance(default, float) else isinstance(value, type(default))
             if not same or isinstance(value, bool) != isinstance(default, bool):
                 raise ParseError(f"{option} must be a {type(default).__name__} such as {default!r}, got {value!r}", where=where)
-        return Named(name, function, options, tuple(getattr(sys.modules[function.__module__], "STATISTICS", ())))
+        module = sys.modules[function.__module__]
+        return Named(name, function, options, tuple(getattr(module, "STATISTICS", ())), tuple(getattr(module, "LEARNED", ())))

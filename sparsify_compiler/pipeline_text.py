@@ -17,7 +17,8 @@ from .errors import ParseError, SparsifyError, nearest
 from .option_types import fit
 from .passes_api import Pass
 
-VALUES = ("structure", "budget", "score", "format", "attention pattern")  # kinds whose classes may be written as an option's value
+# kinds whose classes may be written as an option's value
+VALUES = ("structure", "budget", "score", "format", "attention pattern", "attention branch")
 _WORDS: Mapping[str, Any] = {"None": None, "True": True, "False": False}
 
 
@@ -158,12 +159,13 @@ class Reader:
 
 
 def named_value(name: str) -> Any:
-    """What an option's value may call by this name: a class of the catalogue, or a function of it, or Indexer. Raises UnknownNameError."""
-    if name != "Indexer":
+    """What an option's value may call by this name: a class of the catalogue, a function of it, Indexer or Branches. Raises UnknownNameError."""
+    if name not in ("Indexer", "Branches"):
         return catalog.find(VALUES, name)
+    from .branches import Branches
     from .indexer import Indexer
 
-    return Indexer
+    return Indexer if name == "Indexer" else Branches
 
 
 def _print_float(value: float) -> str:

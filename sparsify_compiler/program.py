@@ -150,13 +150,14 @@ class Program:
     left_out: tuple[LeftOut, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)  # tied parameters: other name -> the name that the graphs use
     decisions: dict[str, Decision] = field(default_factory=dict)  # site path -> what was decided there
-    attentions: dict[str, str] = field(default_factory=dict)  # of the skeleton: module path of an attention -> text of its Indexer
+    attentions: dict[str, str] = field(default_factory=dict)  # of the skeleton: module path of an attention -> text of its Indexer or Branches
+    learned: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # module path of such an attention -> the tensors that its indexer names
 
     def clone(self) -> Program:
         """A Program whose graphs and decisions can be edited without touching this one; tensors are shared."""
         regions = {path: region.clone() for path, region in self.regions.items()}
         decisions = {k: copy.copy(v) for k, v in self.decisions.items()}
-        return replace(self, regions=regions, decisions=decisions, attentions=dict(self.attentions))
+        return replace(self, regions=regions, decisions=decisions, attentions=dict(self.attentions), learned=dict(self.learned))
 
     def nodes(self) -> Iterator[tuple[Region, fx.Node]]:
         """Every node of every region, in the order of execution within a region."""

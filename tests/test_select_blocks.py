@@ -251,7 +251,7 @@ def test_runs_under_torch_compile_and_export() -> None:
 
 @pytest.mark.parametrize(("wins", "below"), [((), _attention.NEVER), ((512,), 512), ((256, 512), 0), ((256,), _attention.NEVER)])
 def test_lowering_measures_from_which_length_on_blocks_pay(monkeypatch: pytest.MonkeyPatch, wins: tuple[int, ...], below: int) -> None:
-    def times(kind: Any, tensors: tuple[Tensor, ...], rounds: int) -> dict[str, Timing]:
+    def times(kind: Any, tensors: tuple[Tensor, ...], learned: tuple[Tensor, ...], rounds: int) -> dict[str, Timing]:
         return {"dense": Timing(1.0, 1.0, 1.0), "blocks": Timing(*(3 * (0.5 if tensors[1].shape[2] in wins else 2.0,)))}
 
     monkeypatch.setattr(_attention, "PROMPTS", (256, 512))
@@ -278,7 +278,7 @@ def test_lowering_measures_from_which_length_on_blocks_pay(monkeypatch: pytest.M
 def test_what_an_indexer_finds_is_measured_on_the_models_own_keys(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     measured: list[tuple[Tensor, ...]] = []
 
-    def times(kind: Any, tensors: tuple[Tensor, ...], rounds: int) -> dict[str, Timing]:
+    def times(kind: Any, tensors: tuple[Tensor, ...], learned: tuple[Tensor, ...], rounds: int) -> dict[str, Timing]:
         measured.append(tensors)
         return {"dense": Timing(2.0, 2.0, 2.0), "blocks": Timing(1.0, 1.0, 1.0)}
 
@@ -348,7 +348,7 @@ def test_what_is_added_to_the_scores_stays_and_is_measured(monkeypatch: pytest.M
     seen = []
     monkeypatch.setattr(_attention, "PROMPTS", (32,))
     monkeypatch.setattr(_attention, "CACHES", (32,))
-    monkeypatch.setattr(attend, "by_indexer", lambda indexer, q, k, v, given, **rest: seen.append(given) or q)
+    monkeypatch.setattr(attend, "by_indexer", lambda indexer, q, k, v, given, learned, **rest: seen.append(given) or q)
     Pipeline.parse(f"{SPARSE} | pack() | lower(rounds=1)").run(capture(model, (x, mask)), Context(target=host(), kernels=runtime))
     assert {tuple(given.shape) for given in seen} == {(1, 1, 32, 32), (1, 1, 1, 32)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,8 @@ class SelectBlocks(Pass):
     scorer           a file of passes/attention/scorers, or "" for the patterns alone; some learn from the calibration batches
     selector         a file of passes/attention/selectors, which goes with a scorer
     block_q, block_k rows of queries and keys that are chosen together
+    orders           files of passes/attention/orders, which the attentions take in turn; all that is said of blocks is said of tokens in that order
+    rest             a file of passes/attention/rests, which stands for the blocks that are not read, or ""
     dense_below      attention over fewer keys than this stays dense; by default lower() measures where that is faster. 0 for a model that was trained
                      with the pattern: dense attention would be another function
     targets          selectors of attention sites; all by default
@@ -41,6 +43,8 @@ class SelectBlocks(Pass):
     selector: str = ""
     block_q: int = 64
     block_k: int = 64
+    orders: tuple[str, ...] = ()
+    rest: str = ""
     dense_below: int | None = None
     targets: tuple[str, ...] = KIND
     ignore: tuple[str, ...] = ()
@@ -49,18 +53,22 @@ class SelectBlocks(Pass):
     gives_stage: ClassVar[Stage | None] = Stage.SPARSE
 
     def __post_init__(self) -> None:
-        self.take_selectors("targets", "ignore")
-        self._indexer()
+        self.take_selectors("targets", "ignore", "orders")
+        self._indexers()
 
-    def _indexer(self) -> Indexer:
-        return Indexer(self.always, self.scorer, self.selector, self.block_q, self.block_k, self.dense_below, self.dense_below)
+    def _indexers(self) -> list[Indexer]:
+        """The indexers that the attentions take in turn."""
+        one = Indexer(self.always, self.scorer, self.selector, self.block_q, self.block_k, self.dense_below, self.dense_below, rest=self.rest)
+        return [replace(one, order=order) for order in self.orders or ("",)]
 
     def run(self, program: Program, ctx: Context) -> Program:
-        sites = attention_sites(program, ctx, self.targets, self.ignore)
-        indexers = calibrated(self._indexer(), program, sites, ctx)
-        for site in sites:
-            if ctx.spend():
-                give_indexer(program, site, indexers[site.path], self.name())
+        sites, indexers = attention_sites(program, ctx, self.targets, self.ignore), self._indexers()
+        for turn, indexer in enumerate(indexers):
+            taken = sites[turn::len(indexers)]
+            found = calibrated(indexer, program, taken, ctx)
+            for site in taken:
+                if ctx.spend():
+                    give_indexer(program, site, found[site.path][0], self.name(), found[site.path][1])
         return program
 
 

@@ -14,17 +14,20 @@ import torch
 from torch import Tensor, fx
 
 from sparsify_compiler.attention_taps import with_taps
+from sparsify_compiler.branches import Branches, parse
 from sparsify_compiler.calibrate_run import call_on
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.key_sums import KeySums
+from sparsify_compiler.library_attention import library_shape
 from sparsify_compiler.measure import Timing, interleave
 from sparsify_compiler.normal_form_edit import insert
 from sparsify_compiler.normal_form_edit import replace as replace_node
 from sparsify_compiler.ops import attend
 from sparsify_compiler.ops.attend_blocks import scale_of
+from sparsify_compiler.passes.attention._sites import dtype_of
 from sparsify_compiler.passes_api import Context
-from sparsify_compiler.program import Program, Site
+from sparsify_compiler.program import Program, Site, get_tensor
 
 PROMPTS = (256, 512, 1024, 2048, 4096)  # tokens of a prompt that is read at once
 CACHES = (256, 1024, 4096, 16384)  # tokens before the one that is said
@@ -54,6 +57,7 @@ class _Place:
     kind: _Kind
     write: Callable[[str], None]
     make_dense: Callable[[], None]
+    learned: tuple[Tensor, ...]  # what its indexer names
 
 
 def lower(program: Program, ctx: Context, rounds: int, margin: float) -> None:
@@ -66,7 +70,7 @@ def lower(program: Program, ctx: Context, rounds: int, margin: float) -> None:
     for done, (kind, places) in enumerate(found.items()):
         if not ctx.spend():
             break
-        measured = _measured(kind, seen.get(kind), rounds, margin)
+        measured = _measured(kind, seen.get(kind), places[0].learned, rounds, margin)
         for place in places:
             if measured.never:
                 place.make_dense()
@@ -98,14 +102,18 @@ def _in_graphs(program: Program) -> list[_Place]:
     for region, node in program.nodes():
         if node.target is attend.op:
             query, key = (node.kwargs[name].meta["val"] for name in ("query", "key"))  # type: ignore[union-attr]
-            indexer = Indexer.parse(str(node.kwargs["indexer"]))
+            indexer = parse(str(node.kwargs["indexer"]))
+            if isinstance(indexer, Branches):
+                continue
             mask: Any = node.kwargs.get("attn_mask")
             biased = mask is not None and mask.meta["val"].is_floating_point()
             causal = bool(node.kwargs.get("is_causal", False) or node.meta.get("causal", False))
             kind = _Kind(indexer, int(query.shape[1]), int(key.shape[1]), int(query.shape[3]), query.dtype, causal, biased)
             site = str(node.meta.get("site", node.name))
             tap = Site("attention", f"{region.path}/{node.name}", region.path, {"attention": node.name})
-            places.append(_Place(site, tap, kind, partial(_write, node), partial(_make_dense, node)))
+            given: Any = node.kwargs.get("learned", ())
+            learned = tuple(get_tensor(region.module, str(one.target)) for one in given)
+            places.append(_Place(site, tap, kind, partial(_write, node), partial(_make_dense, node), learned))
     return places
 
 
@@ -114,7 +122,7 @@ def _write(node: fx.Node, text: str) -> None:
 
 
 def _make_dense(node: fx.Node) -> None:
-    given = {name: value for name, value in node.kwargs.items() if name != "indexer"}
+    given = {name: value for name, value in node.kwargs.items() if name not in ("indexer", "learned")}
     if node.kwargs["query"].meta["val"].shape[1] != node.kwargs["key"].meta["val"].shape[1]:  # type: ignore[union-attr]
         given["enable_gqa"] = True
     dense = insert(node, torch.ops.aten.scaled_dot_product_attention.default, node.meta["val"], **given)
@@ -126,14 +134,15 @@ def _in_python(program: Program) -> list[_Place]:
     for path, text in list(program.attentions.items()):
         assert program.skeleton is not None
         module: Any = program.skeleton.get_submodule(path)
-        config = module.config
-        heads = int(config.num_attention_heads)
-        groups = int(getattr(config, "num_key_value_heads", None) or heads)
-        width = int(getattr(module, "head_dim", None) or config.hidden_size // heads)
-        dtype = next((t.dtype for region in program.regions.values() for t in region.module.parameters() if t.is_floating_point()), torch.float32)
-        kind = _Kind(Indexer.parse(text), heads, groups, width, dtype, bool(getattr(module, "is_causal", True)), False)
+        heads, groups, width = library_shape(module)
+        dtype = dtype_of(program)
+        indexer = parse(text)
+        if isinstance(indexer, Branches):
+            continue
+        kind = _Kind(indexer, heads, groups, width, dtype, bool(getattr(module, "is_causal", True)), False)
         tap = Site("attention", path, "", {}, {"eager": True})
-        places.append(_Place(path, tap, kind, partial(program.attentions.__setitem__, path), partial(program.attentions.__delitem__, path)))
+        learned = tuple(program.learned.get(path, {})[name] for name in indexer.learned)
+        places.append(_Place(path, tap, kind, partial(program.attentions.__setitem__, path), partial(program.attentions.__delitem__, path), learned))
     return places
 
 
@@ -164,12 +173,13 @@ def _from(limit: int) -> str:
     return "never, slower than dense at every length" if limit == NEVER else f"from {limit} tokens on" if limit else "always"
 
 
-def _measured(kind: _Kind, seen: Given | None, rounds: int, margin: float) -> _Measured:
-    prompts = {tokens: _times(kind, _tensors(kind, seen, tokens, tokens), rounds) for tokens in PROMPTS}
-    caches = {tokens: _times(kind, _tensors(kind, seen, 1, tokens), rounds) for tokens in CACHES}
+def _measured(kind: _Kind, seen: Given | None, learned: tuple[Tensor, ...], rounds: int, margin: float) -> _Measured:
+    prompts = {tokens: _times(kind, _tensors(kind, seen, tokens, tokens), learned, rounds) for tokens in PROMPTS}
+    caches = {tokens: _times(kind, _tensors(kind, seen, 1, tokens), learned, rounds) for tokens in CACHES}
     indexer = replace(kind.indexer, dense_below=_limit(prompts, margin), dense_below_decoding=_limit(caches, margin))
     query, key, _ = _tensors(kind, seen, PROMPTS[-1], PROMPTS[-1])
-    density = kind.indexer.layout(query, key, kind.causal, scale_of(query, None)).density()
+    weights = dict(zip(indexer.learned, learned, strict=True))
+    density = kind.indexer.layout(query, key, kind.causal, scale_of(query, None), None, weights).density()
     return _Measured(indexer, PROMPTS[-1], prompts[PROMPTS[-1]], density)
 
 
@@ -183,14 +193,14 @@ def _limit(times: dict[int, dict[str, Timing]], margin: float) -> int:
     return 0 if limit == next(iter(times)) else limit
 
 
-def _times(kind: _Kind, given: Given, rounds: int) -> dict[str, Timing]:
+def _times(kind: _Kind, given: Given, learned: tuple[Tensor, ...], rounds: int) -> dict[str, Timing]:
     query, key, value = given
     queries, keys = query.shape[2], key.shape[2]
     mask = torch.zeros(1, 1, queries, keys, dtype=kind.dtype) if kind.biased else None
     if queries == 1:
         key = KeySums().give(key)  # a cache keeps them
     forms = {"dense": lambda: attend.dense(query, key, value, mask, is_causal=kind.causal),
-             "blocks": lambda: attend.by_indexer(kind.indexer, query, key, value, mask, is_causal=kind.causal)}
+             "blocks": lambda: attend.by_indexer(kind.indexer, query, key, value, mask, learned, is_causal=kind.causal)}
     return interleave(forms, rounds=rounds, warmup=1, at_most=0.5, repeats=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,31 +11,35 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparsify_compiler.branches import Branches, parse
 from sparsify_compiler.indexer import Indexer
 
 from ._linear import LIBRARY
 from .attend_blocks import below_diagonal, scale_of
 
+Learned = Sequence[Tensor] | None
 
-def reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False, scale: float | None = None,
-              indexer: str) -> Tensor:
+def reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, learned: Learned = None, *, is_causal: bool = False,
+              scale: float | None = None, indexer: str) -> Tensor:
     """Attention over the blocks that the indexer finds, and of those over what the mask lets through.
 
     query [B, H, Q, D], key [B, G, K, D], value [B, G, K, E] of one float dtype, G divides H; attn_mask broadcasts to [B, H, Q, K], bool (True
     counts) or added to the scores; is_causal aligns the ends: query row i stands at key i + K - Q; scale 1 / sqrt(D) unless given; indexer: text
-    of an Indexer. Returns [B, H, Q, E] of query's dtype. Where the indexer says so it is dense attention.
+    of an Indexer or of Branches; learned: the tensors that its `learned` names. Returns [B, H, Q, E] of query's dtype. Where the indexer says so it
+    is dense attention.
     """
-    return by_indexer(Indexer.parse(indexer), query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+    return by_indexer(parse(indexer), query, key, value, attn_mask, learned, is_causal=is_causal, scale=scale)
 
 
-def by_indexer(indexer: Indexer, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
-               scale: float | None = None) -> Tensor:
+def by_indexer(indexer: Indexer | Branches, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, learned: Learned = None,
+               *, is_causal: bool = False, scale: float | None = None) -> Tensor:
     """The same for an Indexer in hand. Patterns begin at the first key that counts, so that padding on the left changes nothing."""
     if indexer.is_dense(query.shape[2], key.shape[2]):
         return dense(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     factor = scale_of(query, scale)
     key_mask, bias, triangle = split_mask(attn_mask, query, key)
-    return indexer.layout(query, key, is_causal or triangle, factor, key_mask).attend(query, key, value, key_mask, bias, factor)[0]
+    weights = dict(zip(indexer.learned, learned or (), strict=True))
+    return indexer.branch(query, key, value, key_mask, bias, is_causal or triangle, factor, weights)[0]
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
@@ -97,55 +102,62 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     torch._check(fits, lambda: f"attend: query, key, value have shapes {shapes}, needs [B, H, Q, D], [B, G, K, D], [B, G, K, E]")  # type: ignore[no-untyped-call]
 
 
-def _everywhere(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False, scale: float | None = None,
-                indexer: str) -> Tensor:
+def _everywhere(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, learned: Learned = None, *,
+                is_causal: bool = False, scale: float | None = None, indexer: str) -> Tensor:
     _check(query, key, value)
-    out = reference(query, key, value, attn_mask, is_causal=is_causal, scale=scale, indexer=indexer)
+    out = reference(query, key, value, attn_mask, learned, is_causal=is_causal, scale=scale, indexer=indexer)
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # as attend_blocks lays it out, whichever form ran
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False, scale: float | None = None,
-          indexer: str) -> Tensor:
+def _fake(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, learned: Learned = None, *, is_causal: bool = False,
+          scale: float | None = None, indexer: str) -> Tensor:
     _check(query, key, value)
     batch, heads, queries, _ = query.shape
     return query.new_empty((batch, queries, heads, value.shape[-1])).transpose(1, 2)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *given, learned = inputs
+    ctx.save_for_backward(*given, *(learned or ()))
     ctx.options = keyword_only_inputs
 
 
-def _gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
-               scale: float | None = None, indexer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and an additive mask (empty where there is none), through the blocks that were read: the choice has none.
+def _gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, learned: Learned = None, *,
+               is_causal: bool = False, scale: float | None = None, indexer: str) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of query, key, value, an additive mask (empty where there is none) and what is learned, through what was read: the choice has none.
 
     All is computed again, so that nothing of the forward is kept.
     """
-    learned = attn_mask is not None and attn_mask.is_floating_point()
-    given = [t.detach().requires_grad_() for t in ((query, key, value, attn_mask) if learned else (query, key, value))]  # type: ignore[union-attr]
+    added = attn_mask is not None and attn_mask.is_floating_point()
+    given = [t.detach().requires_grad_() for t in ((query, key, value, attn_mask) if added else (query, key, value))]  # type: ignore[union-attr]
+    weights = [t.detach().requires_grad_(t.is_floating_point()) for t in learned or ()]
     with torch.enable_grad():
-        out = reference(given[0], given[1], given[2], given[3] if learned else attn_mask, is_causal=is_causal, scale=scale, indexer=indexer)
-    found = torch.autograd.grad(out, given, grad, materialize_grads=True)
-    return found if learned else (*found, query.new_empty(0))  # type: ignore[return-value]
+        out = reference(given[0], given[1], given[2], given[3] if added else attn_mask, weights, is_causal=is_causal, scale=scale, indexer=indexer)
+    found = torch.autograd.grad(out, [*given, *(t for t in weights if t.requires_grad)], grad, allow_unused=True, materialize_grads=True)
+    of_weights = iter(found[len(given):])
+    of_mask = found[3] if added else query.new_empty(0)
+    return found[0], found[1], found[2], of_mask, [next(of_weights) if t.requires_grad else torch.zeros_like(t) for t in weights]
 
 
-def _fake_gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
-                    scale: float | None = None, indexer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    learned = attn_mask is not None and attn_mask.is_floating_point()
-    of_mask = torch.empty_like(attn_mask) if learned else query.new_empty(0)  # type: ignore[arg-type]
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), of_mask
+def _fake_gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, learned: Learned = None, *,
+                    is_causal: bool = False, scale: float | None = None, indexer: str) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    added = attn_mask is not None and attn_mask.is_floating_point()
+    of_mask = torch.empty_like(attn_mask) if added else query.new_empty(0)  # type: ignore[arg-type]
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), of_mask, [torch.empty_like(t) for t in learned or ()]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *found, of_mask = torch.ops.sparsify.attend_gradients(grad, *ctx.saved_tensors, **ctx.options)
-    return (*found, of_mask if of_mask.numel() else None)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    query, key, value, mask, *learned = ctx.saved_tensors
+    *found, of_mask, of_learned = torch.ops.sparsify.attend_gradients(grad, query, key, value, mask, learned, **ctx.options)
+    given = len(ctx.needs_input_grad)  # the dispatcher drops what is None at the end
+    return (*found, of_mask if of_mask.numel() else None, of_learned or None)[:given]
 
 
-LIBRARY.define("attend(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, bool is_causal=False, float? scale=None, str indexer) "
-               "-> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.define("attend_gradients(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, bool is_causal=False, "
-               "float? scale=None, str indexer) -> (Tensor, Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define("attend(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, Tensor[]? learned=None, *, bool is_causal=False, "
+               "float? scale=None, str indexer) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define("attend_gradients(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, Tensor[]? learned=None, *, "
+               "bool is_causal=False, float? scale=None, str indexer) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
+               tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.impl("attend_gradients", _gradients, "CompositeExplicitAutograd")
 torch.library.register_fake("sparsify::attend_gradients", _fake_gradients, lib=LIBRARY)
 LIBRARY.impl("attend", _everywhere, "CompositeExplicitAutograd")

@@ -32,9 +32,9 @@ def in_blocks(rows: Tensor, block: int, fill: float = 0.0) -> Tensor:
     return pad(rows, (0, 0, 0, count * block - rows.shape[-2]), value=fill).reshape(*rows.shape[:-2], count, block, rows.shape[-1])
 
 
-def counted(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """float32 [B, G, N, D] with 0 in the rows that do not count."""
-    return rows.float() if mask is None else rows.float().masked_fill(~mask[:, None, :, None], 0)
+def counted(rows: Tensor, mask: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[B, G, N, D] of a dtype, with 0 in the rows that do not count."""
+    return rows.to(dtype) if mask is None else rows.to(dtype).masked_fill(~mask[:, None, :, None], 0)
 
 
 def sizes(length: int, block: int, mask: Tensor | None) -> Tensor:

@@ -34,13 +34,13 @@ def channels(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, sc
     return total + log_visible(grid).to(query.device)
 
 
-def observe(query: Tensor, key: Tensor, key_mask: Tensor | None) -> Tensor:
+def observe(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> Tensor:
     """[H, D]: the sum over all pairs of a query and a key of |q * k|, channel by channel."""
     of_key = counted(key, key_mask).abs().sum(2).repeat_interleave(query.shape[1] // max(key.shape[1], 1), 1)
     return (query.float().abs().sum(2) * of_key).sum(0)
 
 
-def learn(total: Tensor, *, number: int = 16, kept: tuple[tuple[int, ...], ...] = ()) -> dict[str, Any]:
-    """The options with the channels of the largest sums."""
+def learn(total: Tensor, *, number: int = 16, kept: tuple[tuple[int, ...], ...] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The options with the channels of the largest sums, and no tensors."""
     found = total.topk(min(max(number, 1), total.shape[-1]), -1).indices.sort(-1).values
-    return {"number": number, "kept": tuple(tuple(row) for row in found.tolist())}
+    return {"number": number, "kept": tuple(tuple(row) for row in found.tolist())}, {}
