@@ -24,6 +24,7 @@ from sparsify_compiler.codegen.kernels import (
     gather,
     gather_ffn,
     gather_inputs_ffn,
+    gather_predicted_ffn,
     lanes,
     linear,
     mkl,
@@ -37,7 +38,7 @@ from sparsify_compiler.target import Target
 
 # Most promising first.
 FAMILIES = {family.NAME: family for family in (linear, mkl, conv2d, repeated, planes, pixels, amx, streams, slices, strips, lanes, gather,
-                                               gather_ffn, gather_inputs_ffn)}
+                                               gather_ffn, gather_inputs_ffn, gather_predicted_ffn)}
 
 Layouts = dict[str, list[Any]]  # one weight laid out, by family
 

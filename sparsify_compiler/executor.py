@@ -7,7 +7,7 @@ model that is a tenth of the time.
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,29 @@ def live_function(region: Region) -> Callable[..., Any]:
 def traced_function(region: Region) -> Callable[..., Any]:
     """The same for who traces it: operators by their registered names, and of the module nothing is looked at but the tensors that are read."""
     return _function(_LiveWriter(region, {}))
+
+
+def part_function(region: Region, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Callable[..., Any]:
+    """forward(*values of inputs) -> the values of outputs, which nothing but the inputs and the region's tensors leads to.
+
+    Raises KeyError where something else does.
+    """
+    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in inputs:
+        made[node] = graph.placeholder(node.name)
+    waiting, needed = list(outputs), set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node not in needed and node not in made:
+            needed.add(node)
+            waiting += node.all_input_nodes
+    for node in region.graph.nodes:
+        if node in needed:
+            if node.op == "placeholder":
+                raise KeyError(node.name)
+            made[node] = graph.node_copy(node, made.__getitem__)
+    graph.output(tuple(made[node] for node in outputs))
+    return flat_function(Region(region.path, fx.GraphModule(region.module, graph), region.spec))
 
 
 def defined(name: str, source: str, title: str, scope: dict[str, Any]) -> Callable[..., Any]:

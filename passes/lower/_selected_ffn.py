@@ -37,7 +37,7 @@ class _Ffn:
 
 def find(down: fx.Node) -> _Ffn | None:
     """The FFN that ends at a linear; None where it is another, or computed otherwise."""
-    product = down.kwargs.get("input") if _stored(down) else None
+    product = down.kwargs.get("input") if stored(down) else None
     if not is_call(product, aten.mul.Tensor) or only_user(product) is None:
         return None
     one, other = product.kwargs["self"], product.kwargs["other"]
@@ -47,9 +47,9 @@ def find(down: fx.Node) -> _Ffn | None:
         gate, name = activation_of(chosen.kwargs["x"])
         if is_call(up, aten.relu.default) and name in RAISED and only_user(up) is not None:
             up, name = up.kwargs["self"], RAISED[name]
-        if not _stored(up) or only_user(up) is None:
+        if not stored(up) or only_user(up) is None:
             continue
-        fits = _stored(gate) and only_user(gate) is not None and gate.kwargs["input"] is up.kwargs["input"]
+        fits = stored(gate) and only_user(gate) is not None and gate.kwargs["input"] is up.kwargs["input"]
         plain = chosen.kwargs["limit"].op == "get_attr" and chosen.kwargs.get("center") is None and chosen.kwargs.get("scores") is None
         if fits and plain:
             return _Ffn(gate, up, name, chosen)
@@ -134,6 +134,7 @@ def make_dense(layer: Linear) -> list[fx.Node]:
     return linears
 
 
-def _stored(node: Any) -> bool:
+def stored(node: Any) -> bool:
+    """A linear with a stored weight."""
     weight = node.kwargs.get("weight") if is_call(node, aten.linear.default) else None
     return isinstance(weight, fx.Node) and weight.op == "get_attr"

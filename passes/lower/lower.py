@@ -20,7 +20,7 @@ from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage
 
 Found = tuple[Region, fx.Node]
-SELECTING = (_selected, _selected_ffn, _held)  # what does not compute all of its weights: is_packed, size_of, layer, choose, make_dense
+SELECTING = (_selected, _selected_ffn, _predicted, _held)  # what does not compute all of its weights: is_packed, size_of, layer, choose, make_dense
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Lower(Pass):
     """Choose how every linear layer and every convolution runs, by measuring its kernels against the dense forms of the same layer.
 
     Matches    sparsify.linear_<format>(x, <format tensors>, bias), sparsify.conv2d_<format>(x, <format tensors>, bias, ...);
-               sparsify.select_linear(x, ..., weight, bias), sparsify.select_ffn(x, ..., gate, up, down), sparsify.held_ffn(x, ...);
+               sparsify.select_linear(x, ..., weight, bias), sparsify.select_ffn(x, ..., gate, up, down), sparsify.held_ffn(x, ...),
+               sparsify.predicted_ffn(x, scores, ..., gate, down, up);
                linear(x, weight, bias) and conv(x, weight, bias, ...) with a stored weight; attend(query, key, value, ...)
     Rewrites   the same node bound to the fastest kernel, with the activation or addition that follows where the kernel computes it too; a packed
                node becomes dense where no sparse kernel pays, and a layer that selects its inputs then reads them all. An FFN of such layers
@@ -62,7 +63,7 @@ class Lower(Pass):
     def run(self, program: Program, ctx: Context) -> Program:
         if ctx.target is None or ctx.kernels is None:
             raise TargetError("there is no target to lower for", where=self.name(), hint="compile(..., target='cpu') gives one")
-        _predicted.make_dense(program)
+        _predicted.drop_unpacked(program)
         linears = [(region, node) for region, node in program.nodes() if _linear.is_packed(node) or _linear.is_linear(node)]
         selecting = [(region, node) for region, node in program.nodes() if any(kind.is_packed(node) for kind in SELECTING)]
         convs = [(region, node) for region, node in program.nodes() if _conv.is_conv(node)]
@@ -78,6 +79,7 @@ class Lower(Pass):
                 linears += self._lower_selecting(chunk, program, ctx)
                 give_back()
                 ctx.progress("lower", done, total)
+            linears = [found for found in linears if not found[1]._erased]  # a predictor goes with its selection
             for chunk, done in chunks(linears, _linear.size_of):
                 self._lower(chunk, program, ctx, taken)
                 give_back()

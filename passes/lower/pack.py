@@ -15,7 +15,7 @@ from sparsify_compiler.errors import ParseError
 from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.normal_form_edit import take_place
 from sparsify_compiler.operands import geometry_of, input_of, operator_of
-from sparsify_compiler.passes.lower import _selected, _selected_ffn
+from sparsify_compiler.passes.lower import _predicted, _selected, _selected_ffn
 from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage, get_tensor, set_tensor
@@ -31,10 +31,11 @@ class Pack(Pass):
 
     Matches    linear(x, weight * mask, bias) and conv2d(x, weight * mask, bias, ...), mask a buffer of bool, or of zeros and ones as
                torch.nn.utils.prune makes them; linear(select(x, ...), weight, bias), and
-               linear(select(act(linear(x, gate)), ...) * linear(x, up), down)
+               linear(select(act(linear(x, gate)), ...) * linear(x, up), down), where scores are given also without up
     Rewrites   sparsify.linear_<format>(x, <format tensors>, bias) and sparsify.conv2d_<format>(x, <format tensors>, bias, ...), the convolution's
                weight [O, I / groups, kh, kw] stored as [O, I / groups * kh * kw]; any other use of weight * mask gets the product as a dense weight.
-               sparsify.select_linear(x, ..., weight, bias), its weight stored input by input, and sparsify.select_ffn(x, ..., gate, up, down)
+               sparsify.select_linear(x, ..., weight, bias), its weight stored input by input, sparsify.select_ffn(x, ..., gate, up, down), and
+               sparsify.predicted_ffn(x, scores, ..., gate, down, up)
     Preserves  values and the mask, exactly
     Paper      none: storage; each format names its own source
     """
@@ -55,6 +56,8 @@ class Pack(Pass):
                 _selected.pack(region, node, program, self.name())
             elif (ffn := _selected_ffn.find(node)) is not None and ctx.spend():
                 _selected_ffn.pack(region, node, ffn, program, self.name())
+            elif (predicted := _predicted.find(node)) is not None and ctx.spend():
+                _predicted.pack(region, node, predicted, program, self.name())
         return program
 
     def _pack(self, product: _Masked, program: Program, ctx: Context) -> None:

@@ -1,0 +1,193 @@
+"""FFNs whose neurons are chosen before they are computed: the op against its formula, its kernel, and whole models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from select_help import check_lowered, rewritten
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import sparsify_compiler as sc
+from sparsify_compiler import catalog
+from sparsify_compiler.call import instantiate
+from sparsify_compiler.capture import capture
+from sparsify_compiler.codegen import runtime
+from sparsify_compiler.errors import InputError, KernelError
+from sparsify_compiler.ops import predicted_ffn, select, select_ffn
+from sparsify_compiler.passes.activation._predictor import hidden, scored
+from sparsify_compiler.passes.activation.estimate_neurons import EstimateNeurons
+from sparsify_compiler.passes.activation.predict_neurons import PredictNeurons
+from sparsify_compiler.passes.activation.select_neurons import GatedFfn
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.target import host
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def made(inputs: int, hidden: int, outputs: int, dtype: torch.dtype, gated: bool, biased: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+    torch.manual_seed(0)
+    names = ("gate", "up") if gated else ("gate",)
+    tensors = {name: torch.randn(hidden, inputs) / inputs**0.5 for name in names} | {"down": torch.randn(hidden, outputs)}
+    tensors |= {f"{name}_bias": torch.randn(hidden) for name in names} if biased else {}
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}, torch.randn(outputs).to(dtype) if biased else None
+
+
+@pytest.mark.parametrize("activation", list(select_ffn.ACTIVATIONS))
+@pytest.mark.parametrize(("gated", "biased"), [(True, True), (True, False), (False, True)])
+def test_the_op_is_its_formula(activation: str, gated: bool, biased: bool) -> None:
+    tensors, bias = made(12, 20, 7, torch.float32, gated, biased)
+    x, scores, limit = torch.randn(2, 3, 12), torch.rand(2, 3, 20), torch.tensor(0.4)
+    hidden = select_ffn.ACTIVATIONS[activation](linear(x, tensors["gate"], tensors.get("gate_bias")))
+    if gated:
+        up = linear(x, tensors["up"], tensors.get("up_bias"))
+        hidden = hidden * (up.relu() if activation == "drelu" else up)
+    expected = torch.where(scores >= limit, hidden, 0) @ tensors["down"] + (0 if bias is None else bias)
+    for function in (predicted_ffn.op, predicted_ffn.reference):
+        torch.testing.assert_close(function(x=x, scores=scores, limit=limit, **tensors, bias=bias, activation=activation), expected)
+    torch.library.opcheck(predicted_ffn.op, (x, scores, limit, tensors["gate"], tensors["down"], tensors.get("up"), tensors.get("gate_bias"),
+                                             tensors.get("up_bias"), bias), {"activation": activation})
+    with pytest.raises(RuntimeError, match="predicted_ffn"):
+        predicted_ffn.op(x, scores[..., 1:], limit, tensors["gate"], tensors["down"], activation=activation)
+
+
+def test_its_costs_are_true() -> None:
+    from sparsify_compiler.cost_models.symbols import evaluate
+
+    tensors, _ = made(12, 20, 7, torch.float32, True, False)
+    scores, limit = torch.rand(1, 20), torch.tensor(0.4)
+    kept = (scores >= limit)[0]
+    sizes = {"M": 1, "N": 7, "K": 12, "hidden": 20, "density": float(kept.double().mean()), "value_bytes": 4, "x_bytes": 4}
+    weights = [tensors[name][kept] for name in ("gate", "up", "down")]
+    read = (*weights, scores, limit, torch.empty(12), torch.empty(7))
+    assert evaluate(catalog.get("cost", "predicted_ffn").BYTES, sizes) == pytest.approx(sum(4 * t.numel() for t in read))
+    products = sum(2 * t.numel() for t in weights)
+    assert evaluate(catalog.get("cost", "predicted_ffn").FLOPS, sizes) == pytest.approx(products + 2 * int(kept.sum()))
+
+
+@settings(max_examples=16, derandomize=True, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 150), st.integers(0, 3), st.sampled_from([0.0, 0.3, 0.9, 2.0]), st.booleans(),
+       st.booleans(), st.sampled_from(["silu", "drelu"]), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+def test_a_kernel_is_its_op(k: int, h: int, n: int, rows: int, limit: float, gated: bool, biased: bool, activation: str, dtype: torch.dtype,
+                            stored: bool) -> None:
+    """With none of the neurons chosen up to all; NaN where nobody looks is never met, a NaN score chooses."""
+    tensors, bias = made(32 * k, 16 * h, n, dtype, gated, biased)
+    limits = {"limit": torch.tensor(limit)} if stored else {}
+    found = runtime.candidates("predicted_ffn", tensors | limits, {"activation": activation}, dtype, (1,), host())
+    if not found:
+        pytest.skip("this machine has no kernel that gathers")
+    kernel = found[0].bind(bias)
+    x, scores = torch.randn(rows, 32 * k).to(dtype), torch.rand(rows, 16 * h)
+    given = () if stored else (torch.full((rows, 1), limit),)
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+
+    def exact() -> Tensor:
+        return predicted_ffn.reference(x.double(), scores, torch.tensor(limit), **wide, bias=None if bias is None else bias.double(),
+                                       activation=activation)
+
+    y, expected = kernel(x, scores, *given), exact()
+    assert y.shape == expected.shape
+    assert y.dtype is dtype
+    if rows:
+        assert float((y.double() - expected).abs().max()) <= TOLERANCE[dtype] * max(float(expected.abs().max()), 1.0)
+        x[0, 1] = float("nan")
+        assert bool(kernel(x, scores, *given)[0].isnan().all()) == (limit < 2)
+        scores[0, 3] = float("nan")
+        assert bool(kernel(x, scores, *given)[0].isnan().all())
+    with pytest.raises(InputError):
+        kernel(torch.randn(1, 32 * k + 1).to(dtype), scores[:1], *given)
+
+
+def test_strided_rows_and_what_does_not_fit() -> None:
+    tensors, _ = made(32, 48, 40, torch.float32, True, False)
+    tensors["limit"] = torch.tensor(0.5)
+    found = runtime.candidates("predicted_ffn", tensors, {"activation": "silu"}, torch.float32, (1,), host())
+    if not found:
+        pytest.skip("this machine has no kernel that gathers")
+    kernel, wide, scores = found[0].bind(), torch.randn(1, 64), torch.rand(1, 96)
+    expected = predicted_ffn.op(wide[:, ::2], scores[:, ::2], activation="silu", **tensors)
+    torch.testing.assert_close(kernel(wide[:, ::2], scores[:, ::2]), expected, rtol=1e-5, atol=1e-5)
+    odd, _ = made(24, 20, 7, torch.float32, True, False)
+    assert not runtime.candidates("predicted_ffn", odd, {"activation": "silu"}, torch.float32, (1,), host())
+    with pytest.raises(KernelError):
+        runtime.rebind("predicted_ffn", {"family": "gather_predicted_ffn", "dtype": "float32"}, odd, {"activation": "silu"}, None, {}, host())
+
+
+def ffn(gated: bool) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+    torch.manual_seed(0)
+    net = GatedFfn(64, 128, True) if gated else nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+    return net.eval(), [(torch.randn(40, 64),) for _ in range(3)]
+
+
+@pytest.mark.parametrize("margin", [-1000.0, 1.0])
+@pytest.mark.parametrize(("step", "gated"), [
+    (PredictNeurons(density=0.25, rank=8, epochs=1), True), (PredictNeurons(density=0.25, rank=8, epochs=1, selector="top_k"), True),
+    (PredictNeurons(density=0.25, rank=8, epochs=1, source="model"), False), (EstimateNeurons(density=0.25, rank=8), False),
+])
+def test_packed_and_lowered_models_compute_the_same(step: Any, gated: bool, margin: float, tmp_path: Any) -> None:
+    net, data = ffn(gated)
+    check_lowered(step, net, data, (1, 2, 30), tmp_path, margin)
+
+
+def test_what_does_not_pay_is_gone() -> None:
+    """A dense FFN keeps nothing of its predictor."""
+    net, data = ffn(True)
+    compiled = sc.compile(net, (data[0][0][:1],), recipe=Pipeline.parse("predict_neurons(rank=8, epochs=1) | pack() | lower(margin=1.0)"),
+                          budget=sc.Budget(density=0.25), calibration=data, dynamic={"x": {0: "rows"}})
+    row = next(row for row in compiled.report().sites if row.site == "down")
+    assert "reads everything" in row.reason
+    assert row.density == 1.0
+    assert not any("predictor" in str(node.target) or node.target in (select.op, predicted_ffn.op) for _, node in compiled.program.nodes())
+
+
+def test_the_predictors_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed computes the scores of this very FFN, from as many rows, before the kernel runs."""
+    from sparsify_compiler.passes.lower import _predicted
+
+    asked: list[tuple[Tensor, Any]] = []
+    made = _predicted._predictor
+
+    def watched(region: Any, node: Any, x: Tensor) -> Any:
+        run = made(region, node, x)
+        return lambda x: asked.append((x, run(x)))
+
+    monkeypatch.setattr(_predicted, "_predictor", watched)
+    net, data = ffn(True)
+    program = rewritten(PredictNeurons(density=0.25, rank=8, epochs=1), net, data)[0]
+    Pipeline.parse("pack() | lower(rounds=3)").run(program, Context(target=host(), kernels=runtime, example_inputs=(data[0][0][:1],)))
+    if not asked:
+        pytest.skip("this machine has no kernel that gathers")
+    x, (scores,) = asked[0]
+    state = instantiate(program).state_dict()
+    inner = hidden(x, state["predictor_first_folded"], state["predictor_bias_folded"])
+    torch.testing.assert_close(scores, scored(inner, state["predictor_second_folded"], state["predictor_odds_folded"]))
+
+
+def test_a_models_own_choice_is_kept_where_no_kernel_pays() -> None:
+    net, data = ffn(True)
+    own = rewritten(PredictNeurons(density=0.25, rank=8, epochs=1), net, data)[0]
+    for _, node in own.nodes():
+        node.meta.pop("optional", None)
+    lowered = Pipeline.parse("pack() | lower(margin=1.0, rounds=1)").run(own, Context(target=host(), kernels=runtime, example_inputs=data[0]))
+    assert any(node.target is select.op for _, node in lowered.nodes())
+    torch.testing.assert_close(instantiate(lowered)(*data[0]), instantiate(own)(*data[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_and_odd_ffns_stay_as_they_are() -> None:
+    """A linear that reads scored values which are no neurons of an FFN is not packed."""
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.second(torch.ops.sparsify.select(self.first(x), torch.tensor(0.5), scores=x.abs()))
+            return y
+
+    program = Pipeline.parse("pack()").run(capture(Scored().eval(), (torch.randn(3, 8),)), Context())
+    assert not any(node.target is predicted_ffn.op for _, node in program.nodes())
