@@ -330,6 +330,22 @@ def test_the_roofline_needs_operations_and_times() -> None:
     assert roofline.roofline(report) is None
 
 
+MACHINE = {"cores": 2, "numbers": {"vector": {"value": 1e11}, "matrix": {"value": 1e12}},
+           "memory": [{"bytes": 1e5, "one": 2e11, "all": 4e11}, {"bytes": 1e9, "one": 2e10, "all": 3e10}]}
+
+
+@pytest.mark.parametrize(("dtype", "peak"), [("float32", 2e11), ("bfloat16", 2e12)])
+def test_roofs_are_those_of_all_cores(dtype: str, peak: float) -> None:
+    assert roofline.roofs_of(MACHINE, dtype) == [("memory", peak, 3e10), ("first cache", peak, 4e11)]
+    assert roofline.roofs_of(None, dtype) == []
+    report = sample()
+    report.machine = MACHINE
+    drawn = roofline.roofline(report)
+    assert drawn is not None
+    assert "first cache" in drawn
+    assert Report.from_json(report.to_json()).machine == MACHINE
+
+
 def test_formulas_are_typeset_once_for_each_op() -> None:
     assert [row.op for row in formulas.formulas(sample())] == ["linear", "linear_bsr"]
     assert all(row.flops.startswith("<math>") for row in formulas.formulas(sample()))

@@ -69,10 +69,10 @@ def _roofs(axes: Axes, report: Report) -> None:
     """What memory and the arithmetic units allow at each intensity."""
     low, high = axes.get_xlim()
     for name, peak, bandwidth in roofs_of(report.machine, _dtype(report)):
-        ridge = peak / bandwidth
-        xs = [low, min(max(ridge, low), high), high]
-        axes.plot(xs, [min(x * bandwidth, peak) / 1e9 for x in xs], color=INK, linewidth=1, alpha=0.7)
-        axes.annotate(name, (high, min(high * bandwidth, peak) / 1e9), (-4, 3), textcoords="offset points", ha="right", fontsize=7)
+        xs = [low, min(max(peak / bandwidth, low), high), high]
+        ys = [min(x * bandwidth, peak) / 1e9 for x in xs]
+        axes.plot(xs, ys, color=INK, linewidth=1, alpha=0.7)
+        axes.annotate(name, (xs[0], ys[0]), (3, 3), textcoords="offset points", fontsize=7)
     axes.set_xlim(low, high)
 
 
@@ -83,5 +83,13 @@ def _dtype(report: Report) -> str:
 
 
 def roofs_of(machine: Mapping[str, Any] | None, dtype: str) -> list[tuple[str, float, float]]:
-    """(name, operations a second, bytes a second) of the roofs that a machine's data gives for a dtype."""
-    return []
+    """(name, operations a second, bytes a second) of the roofs that a machine's data (Machine.to_json) gives for a dtype, all cores together.
+
+    What arithmetic allows is one roof, met from two sides: from memory, and from the fastest cache.
+    """
+    if machine is None or not machine.get("memory"):
+        return []
+    numbers, levels = machine["numbers"], machine["memory"]
+    unit = "matrix" if dtype == "bfloat16" and "matrix" in numbers else "vector"
+    peak = machine["cores"] * numbers[unit]["value"]
+    return [("memory", peak, levels[-1]["all"]), ("first cache", peak, max(level["all"] for level in levels))]
