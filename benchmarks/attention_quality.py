@@ -66,6 +66,10 @@ METHODS: dict[str, tuple[str, ...]] = {  # name -> pipelines at about 48, 23 and
     "sparge_attn": tuple(f"sparge_attn(mass={mass})" for mass in MASSES),
     "sample_attention": tuple(f"sample_attention(mass={mass})" for mass in MASSES),
     "proxy_attn": tuple(f"proxy_attn(mass={mass})" for mass in MASSES),
+    "seer_attention": tuple(f"seer_attention(share={share})" for share in (0.004, 0.02, 0.06)),
+    "gate (seer), by number": by_blocks("gate"),
+    "pbs_attn": tuple(f"pbs_attn(mass={mass}, segment={segment})" for mass, segment in ((0.8, 256), (0.5, 128), (0.3, 64))),
+    "scatterbrain": tuple(f"scatterbrain(share={share})" for share in (0.4, 0.15, 0.05)),
 }
 
 
@@ -85,6 +89,7 @@ class Subject:
         self.captured = language.capture(model.to(getattr(torch, arguments.dtype)), self.batches[0])
         self.sites = attention_sites(self.captured, Context(), KIND, ())
         self.now: Mapping[str, Indexer] = {}
+        self.learned: Mapping[str, Mapping[str, Tensor]] = {}
         self.read: list[float] = []
         self.model = with_taps(self.captured, self.sites, self.attention)
 
@@ -94,9 +99,12 @@ class Subject:
         given = query.float(), key.float(), value.float()
         if path not in self.now:
             return attend.dense(*given, is_causal=True, scale=scale).to(query.dtype)
-        layout = self.now[path].layout(given[0], given[1], True, query.shape[-1] ** -0.5 if scale is None else scale)
+        factor, weights = query.shape[-1] ** -0.5 if scale is None else scale, self.learned.get(path, {})
+        layout = self.now[path].layout(given[0], given[1], True, factor, None, weights)
         self.read.append(layout.density())
-        return layout.attend(*given, scale=scale)[0].to(query.dtype)
+        if layout.left is not None:
+            return self.now[path].branch(*given, None, None, True, factor, weights)[0].to(query.dtype)
+        return layout.attend(*given, scale=factor)[0].to(query.dtype)
 
     def tokens(self, text: str) -> Tensor:
         found = torch.tensor(self.tokenizer(text).input_ids[:LENGTH])
@@ -124,6 +132,7 @@ class Subject:
         if text:
             program = Pipeline.parse(text).run(self.captured, Context(batches=self.batches))
             self.now = {path: Indexer.parse(indexer) for path, indexer in program.attentions.items()}
+            self.learned = program.learned
         self.read = []
         found: dict[str, Any] = {}
         quarters = []

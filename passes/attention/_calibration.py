@@ -65,6 +65,8 @@ def calibrated(indexer: Indexer, program: Program, sites: list[Site], ctx: Conte
     learners = {field: named for field, named in given.items() if hasattr(named.module, "observe")}
     found: dict[str, tuple[Indexer, dict[str, Tensor]]] = {site.path: (indexer, {}) for site in sites}
     for field, named in learners.items() if sites else ():
+        if named.learned and all(set(named.learned) <= set(tensors) for _, tensors in found.values()):
+            continue  # the same tensors as of another function
 
         def observe(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, out: Tensor,
                     module: Any = named.module) -> Any:
