@@ -54,6 +54,11 @@ def read_or_build(key: str, build: Callable[[], bytes]) -> bytes:
         return build()
 
 
+def forget(key: str) -> None:
+    """Build it anew when it is asked for next."""
+    (folder() / f"{key}.kernel").unlink(missing_ok=True)
+
+
 def _read(path: Path) -> bytes | None:
     try:
         data = path.read_bytes()

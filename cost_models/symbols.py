@@ -23,6 +23,10 @@ TABLE: Mapping[str, str] = {
     "m": "inputs of a group",
     "steps": "vectors of 16 weights, one for each output of a slice, padding included",
     "block": "steps of which each slice has a multiple",
+    "group": "outputs that share their columns in a kernel's layout",
+    "vectors": "registers of 16 rows of x that a kernel multiplies at a time",
+    "spread": "1 where outputs keep as many inputs as chance has it, 0 where all keep the same number",
+    "span": "columns of a block of a kernel's layout",
     "taps": "places of a kernel, or operations for each element of the result",
     "pairs": "pairs of a block of query rows and a block of keys that attention computes, over batch and heads",
     "block_q": "query rows of a block",
@@ -34,14 +38,28 @@ TABLE: Mapping[str, str] = {
     "peak": "flops a second that the machine reaches in this dtype",
     "bandwidth": "bytes a second that the machine reads",
     "launch": "seconds that a call costs before it does anything",
+    "call": "seconds that Python takes to call a kernel",
+    "threads": "cores that take part in a call",
+    "wake": "seconds until the other threads have begun, and the last has ended; 0 on one thread",
+    "fma": "seconds that a core takes for 16 multiply-adds of float32",
+    "tile": "seconds that a core takes for a product of 16x16x32 in bfloat16",
+    "gather": "seconds that a core takes to fetch 16 numbers from anywhere in its first cache",
+    "cold": "seconds that a call takes longer when other layers have displaced its code and data",
+    "arrive": "seconds for a byte of the weight to arrive from where it lies, all threads together",
+    "near": "seconds for a byte to arrive from the second cache of a core",
 }
 
-NATURAL = ("M", "N", "K", "r", "c", "n", "m", "hidden", "steps", "block", "taps", "read", "written", "pairs", "block_q", "block_k", "E",
-           "listed", "experts", "chosen")
-M, N, K, r, c, n, m, hidden, steps, block, taps, read, written, pairs, block_q, block_k, E, listed, experts, chosen = (
+# What is measured in seconds: any cost is proportional to all of these together.
+TIMES = ("launch", "call", "wake", "fma", "tile", "gather", "cold", "arrive", "near")
+
+NATURAL = ("threads", "group", "vectors", "span", "M", "N", "K", "r", "c", "n", "m", "hidden", "steps", "block", "taps", "read", "written", "pairs",
+           "block_q", "block_k", "E", "listed", "experts", "chosen")
+(threads, group, vectors, span, M, N, K, r, c, n, m, hidden, steps, block, taps, read, written, pairs, block_q, block_k, E, listed, experts,
+ chosen) = (
     Symbol(name, integer=True, nonnegative=True) for name in NATURAL)
-density, value_bytes, x_bytes, peak, bandwidth, launch = (
-    Symbol(name, nonnegative=True) for name in ("density", "value_bytes", "x_bytes", "peak", "bandwidth", "launch"))
+density, spread, value_bytes, x_bytes, peak, bandwidth = (
+    Symbol(name, nonnegative=True) for name in ("density", "spread", "value_bytes", "x_bytes", "peak", "bandwidth"))
+launch, call, wake, fma, tile, gather, cold, arrive, near = (Symbol(name, nonnegative=True) for name in TIMES)
 
 index_bytes: Expr = Piecewise((2, K <= 32767), (4, True))  # column indices are int16 where that is enough (formats/_base.py)
 pointer_bytes = 4

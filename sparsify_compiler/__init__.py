@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .budget import Budget
     from .compiled import CompiledModel
     from .correct import generate_corrected
+    from .estimates import estimate
     from .library_cache_quantized import quantized_cache
     from .library_cache_streaming import streaming_cache
     from .movement import Movement
@@ -39,14 +40,15 @@ _LAZY = {
     "Budget": "budget", "CompiledModel": "compiled", "Match": "rule", "Miss": "passes_api", "Movement": "movement",
     "Pass": "passes_api", "Pipeline": "pipeline",
     "Preserves": "passes_api", "Program": "program", "Report": "report", "Rule": "rule", "RulePass": "rule", "Stage": "program",
-    "Target": "target", "attach": "training_attach", "errors": "", "export_dense": "artefact", "generate_corrected": "correct",
+    "Target": "target", "attach": "training_attach", "errors": "", "estimate": "estimates", "export_dense": "artefact",
+    "generate_corrected": "correct",
     "find_sites": "sites", "load": "artefact", "quantized_cache": "library_cache_quantized", "streaming_cache": "library_cache_streaming",
     "recipes": "", "reparameterize": "reparameterize",
 }
 
 __all__ = ["Budget", "CompiledModel", "Match", "Miss", "Movement", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule", "RulePass", "Stage",
            "Target",
-           "__version__", "attach", "capture", "compile", "errors", "export_dense", "find_sites",
+           "__version__", "attach", "capture", "compile", "errors", "estimate", "export_dense", "find_sites",
            "generate_corrected", "load", "quantized_cache", "recipes", "reparameterize", "streaming_cache"]
 
 

@@ -57,6 +57,7 @@ KINDS: Mapping[str, Kind] = {
     "op": Kind("ops/*.py", holds_object=False),
     "kernel": Kind("codegen/kernels/*.py", holds_object=False, named_like="cost"),  # costs are there for our ops and for dense ones
     "cost": Kind("cost_models/ops/*.py", holds_object=False),
+    "cost model": Kind("cost_models/*.py", holds_object=False),
     "solver": Kind("cost_models/solve.py", holds_object=False),
 }
 

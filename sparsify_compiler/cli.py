@@ -183,17 +183,56 @@ def recipes() -> None:
 
 
 @app.command()
-def targets() -> None:
-    """List the machines to compile for, and say what this one is.
+def targets(measure: Annotated[bool, typer.Option("--measure", help="Measure this machine anew, while nothing else runs: 10 s.")] = False) -> None:
+    """List the machines to compile for and to estimate for, and say what this one is and does in a second.
 
     \b
-    Example:
+    Examples:
       sparsify targets
+      sparsify targets --measure
       sparsify compile my_model.py:make --target x86-avx2
     """
+    from .cli_show import machines, rates
     from .cli_show import targets as run
 
+    if measure:
+        from .machines import measure_host
+
+        _print(rates(measure_host()))
+        return
     _print(run())
+    _print(machines())
+
+
+@app.command()
+def estimate(model: Model, target: Annotated[str, typer.Option(help="A machine of `sparsify targets`.")] = "cpu",
+             json: Annotated[Path | None, typer.Option("--json", help="Also write it as JSON.", show_default=False)] = None,
+             threads: Annotated[int | None, typer.Option(help="torch's intra-op threads, for this machine.", min=1, show_default=False)] = None,
+             batch: Batch = 1, sequence: Sequence_ = 128) -> None:  # fmt: skip
+    """Predict what a model costs on a machine, layer by layer, and what sparsity could give there at best. Nothing is pruned, built or timed.
+
+    \b
+    Examples:
+      sparsify estimate my_model.py:make --target cortex-a76
+      sparsify estimate hf:./all-MiniLM-L6-v2 --batch 8 --json estimate.json
+    """
+    from .cli_model import load_model
+    from .cli_options import check_outputs
+    from .estimates import estimate as run
+    from .machines import machine
+
+    check_outputs(None, (json,))
+    _set_threads(threads)
+    wanted = machine(target)
+    source = load_model(model, batch=batch, sequence=sequence)
+    found = run(source.model, source.example_inputs, wanted)
+    if json is not None:
+        from json import dumps
+
+        from .storage import write_file
+
+        write_file(json, dumps(found.to_json(), indent=1))
+    _print(found if sys.stdout.isatty() else str(found))
 
 
 @app.command()

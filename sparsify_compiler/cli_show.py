@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
+    from .cost_models.machine import Machine
     from .measure import Timing
     from .passes_api import Context
     from .pipeline import Pipeline
@@ -73,6 +75,39 @@ def targets() -> Table:
         each = resolve(name)
         found.add_row(name, f"{each.arch} {each.mcpu}, {each.cores} cores", " ".join(each.features), "yes" if each.runs_on(here) else "no")
     return found
+
+
+def machines() -> Table:
+    """The machines that costs are predicted for without being there."""
+    from .machines import HERE, machine, names
+
+    found = _table("machine", "what it is", "float32", "bfloat16", "memory")
+    for name in names():
+        if name not in HERE:
+            each = machine(name)
+            found.add_row(name, each.title, *_peaks(each), f"{each.memory[-1].all / 1e9:.4g} GB/s")
+    return found
+
+
+def rates(machine: Machine) -> Group:
+    """What a machine does in a second, and where that was found out."""
+    from rich.console import Group
+
+    numbers = _table("", machine.title, "unit", "source")
+    for name, number in machine.numbers.items():
+        numbers.add_row(name, f"{number.value:.3g}", number.unit, number.source)
+    memory = _table("read again after", "one core", "all cores", "a call takes longer by")
+    for level in machine.memory:
+        memory.add_row(f"{level.bytes / 1024:.0f} KB", f"{level.one / 1e9:.1f} GB/s", f"{level.all / 1e9:.1f} GB/s", f"{level.cold * 1e6:.1f} µs")
+    return Group(numbers, memory)
+
+
+def _peaks(machine: Machine) -> tuple[str, str]:
+    from .cost import quantity
+
+    per_core = [machine.numbers[name].value if name in machine.numbers else None for name in ("vector", "matrix")]
+    vector, matrix = ("–" if value is None else f"{quantity(value * machine.cores)}flop/s" for value in per_core)
+    return vector, matrix
 
 
 def timings(times: Mapping[str, Timing]) -> Table:

@@ -21,7 +21,8 @@ CONVS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_trans
 # Ops that only look at their input in another way: nothing is computed, nothing moves.
 VIEWS = frozenset({"view", "reshape", "permute", "transpose", "slice", "narrow", "chunk", "split", "split_with_sizes", "unsqueeze", "squeeze",
                    "flatten", "expand", "getitem", "select", "unbind", "alias", "t", "sym_size"})
-MOVES = frozenset({"cat", "stack", "pad", "constant_pad_nd", "contiguous", "clone", "copy", "slice_scatter", "index", "index_select", "embedding"})
+MOVES = frozenset({"cat", "stack", "pad", "constant_pad_nd", "contiguous", "clone", "copy", "slice_scatter", "index"})
+LOOKUPS = frozenset({"embedding", "index_select"})     # read as much of a table as they write
 PRODUCTS = frozenset({"mm", "bmm", "matmul"})
 BALANCE = 8.0  # operations that a CPU core does while it moves one byte from memory; only to weigh the two against each other
 
@@ -70,8 +71,19 @@ def node_cost(node: fx.Node) -> Cost:
     if name == "linear" or name in CONVS:
         source, weight = _value(node.kwargs["input"]), _value(node.kwargs["weight"])
         return conv_cost(source, weight, out, transposed="transpose" in name)
+    if name == "scaled_dot_product_attention":
+        return _attention_cost(_value(node.kwargs["query"]), _value(node.kwargs["key"]), _value(node.kwargs["value"]), out)
+    if name in LOOKUPS:
+        return elementwise_cost(size(out), size(out), out.element_size(), 0)
     inputs = [_value(one) for one in node.all_input_nodes]
     return elementwise_cost(sum(size(value) for value in inputs), size(out), out.element_size(), _operations(name, node, inputs))
+
+
+def _attention_cost(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> Cost:
+    """Of every query with every key, whatever a mask leaves out."""
+    rows, width = size(query) // max(_hint(query.shape[-1]), 1), _hint(value.shape[-1])
+    return cost_of("attend", {"M": rows, "K": _hint(query.shape[-1]), "E": width, "pairs": rows * _hint(key.shape[-2]), "block_q": 1, "block_k": 1,
+                              "listed": 0, "read": size(query) + size(key) + size(value), "written": size(out), "x_bytes": out.element_size()})
 
 
 def _operations(name: str, node: fx.Node, inputs: list[Any]) -> int:

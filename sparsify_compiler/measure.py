@@ -21,12 +21,12 @@ class Timing:
 
 
 def interleave(forms: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2, at_most: float = 3.0,
-               steady: float = 0.1, repeats: int = 3, before: Callable[[], object] | None = None) -> dict[str, Timing]:
+               steady: float = 0.1, repeats: int = 3, before: Callable[[Callable[[], object]], object] | None = None) -> dict[str, Timing]:
     """Time every form once a round, in turn, so that drift of the machine meets all of them alike.
 
     The first form is the yardstick: when its median over the first half of the rounds and over the second half differ by more than `steady`,
     the rounds are run again, `repeats` times at the most, and the last run counts. `at_most` bounds the seconds of one run (three rounds at least).
-    `before` runs in front of each call and is not timed.
+    `before`, given the form, runs in front of each call and is not timed.
     """
     if not forms:
         return {}
@@ -65,7 +65,7 @@ def round_robin(groups: Mapping[str, Mapping[str, Callable[[], object]]], *, rou
 
 
 def _rounds(forms: Mapping[Key, Callable[[], object]], rounds: int, at_most: float,
-            before: Callable[[], object] | None = None) -> dict[Key, list[float]]:
+            before: Callable[[Callable[[], object]], object] | None = None) -> dict[Key, list[float]]:
     times: dict[Key, list[float]] = {name: [] for name in forms}
     clock, end = time.perf_counter, time.perf_counter() + at_most
     for done in range(rounds):
@@ -73,7 +73,7 @@ def _rounds(forms: Mapping[Key, Callable[[], object]], rounds: int, at_most: flo
             break
         for name, form in forms.items():
             if before is not None:
-                before()
+                before(form)
             start = clock()
             form()
             times[name].append((clock() - start) * 1e3)

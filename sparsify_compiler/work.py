@@ -1,7 +1,8 @@
-"""Work: what one call of an op has to do, by sizes alone; and what its kernels take for it, measured here.
+"""Work: what one call of an op has to do, by sizes alone; and what its kernels take for it, measured here or predicted for any machine.
 
     work = Work.of((3072, 768), rows=128, structure=Structure.parse("16x1"), density=0.2)
     measure(work)           # {"dense eager": 1.1e-3, "dense packed": 9e-4, "bsr_strips4x4": 3e-4}, seconds
+    predict(work, "cortex-a76")     # likewise, within microseconds and without that machine
 
 A plan asks this of hundreds of pairs of a layer and a choice, before any weight is pruned: weights are random, of the structure in question.
 """
@@ -20,7 +21,9 @@ from .target import Target, fingerprint, host
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-VERSION = "1"           # of what a measured number means; part of every key
+    from .cost_models.predict import Seconds
+
+VERSION = "2"           # of what a measured number means; part of every key
 BETWEEN = 1 << 26       # bytes: about what the other layers of a middle-sized model read before a layer's turn comes again
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}    # bytes
 DENSE = "dense"         # what the name of every dense form begins with
@@ -73,9 +76,10 @@ class Work:
 
     @property
     def values(self) -> dict[str, float]:
-        """Every number that a formula may ask for: the sizes, and the bytes of an element."""
-        bytes_ = DTYPES[self.dtype]
-        return {"value_bytes": bytes_, "x_bytes": bytes_, **dict(self.sizes)}
+        """Every number that a formula may ask for: the sizes, the density that n:m fixes, and the bytes of an element."""
+        sizes, size = dict(self.sizes), DTYPES[self.dtype]
+        fixed = {"density": sizes["n"] / sizes["m"]} if sizes.get("m") and "n" in sizes else {}
+        return {"value_bytes": size, "x_bytes": size, **sizes, **fixed}
 
     @property
     def cost(self) -> Cost:
@@ -99,11 +103,35 @@ def is_dense(form: str) -> bool:
     return form.startswith(DENSE)
 
 
+def predict(work: Work, target: Any = None) -> dict[str, float]:
+    """Seconds of one call in each form that the machine has, dense ones included, by the names that lowering gives them: formulas, no kernel runs.
+
+    target  a name of machines.names(), a Target, or a Machine; None: this machine
+    Raises InputError for an op that no formula computes or a size that is missing, TargetError for a machine of which nothing is known.
+    """
+    return {name: parts.total for name, parts in parts_of(work, target).items()}
+
+
+def parts_of(work: Work, target: Any = None) -> dict[str, Seconds]:
+    """The same in parts: what calling, computing and waiting for the weight take."""
+    from . import machines
+
+    model, machine = catalog.get("cost model", "predict"), machines.machine(target)
+    try:
+        found = model.forms(work.op, work.values, work.dtype, machine)
+        made = {form.name: model.seconds(form, work.values, machine, work.between) for form in found}
+    except KeyError as error:
+        raise InputError(f"the size {error.args[0]} is missing", where=f"work of {work.op}", hint="see cost_models/symbols.py") from error
+    if not made:
+        raise InputError(f"no formula says how long {work.op} takes in {work.dtype}", where="work", hint="linear layers and gated FFNs have one")
+    return made
+
+
 def measure(work: Work, target: Target | None = None) -> dict[str, float]:
     """Seconds of one call in each form that can run here, dense ones included, by the names that lowering gives them.
 
-    Forms take turns in one process, with torch's current number of threads; before each call as many other bytes are read as work.between says, and x
-    is written. Kept on disk, by content: the work, the machine, its threads, versions of torch and TVM, the text of the kernels.
+    Forms take turns in one process, with torch's current number of threads. Between two calls of a form as many other bytes are read as work.between
+    says, and x is written. Kept on disk, by content: the work, the machine, its threads, versions of torch and TVM, the text of the kernels.
     Raises InputError for an op that cannot be made up from its sizes, and TargetError for a machine that is not this one.
     """
     from .codegen import cache
@@ -138,13 +166,14 @@ def _measured(work: Work, target: Target) -> dict[str, float]:
     return {name: timing.median / 1e3 for name, timing in timings.items()}
 
 
-def _others(between: int, x: Any) -> Callable[[], object]:
-    """What the rest of a model does to the caches: it reads so many bytes, and writes x."""
+def _others(between: int, x: Any) -> Callable[[Callable[[], object]], object]:
+    """What happens in a model between two calls of a form: others read so many bytes, and the one before it writes x."""
     import torch
 
     others = torch.zeros(between // 4, dtype=torch.float32)
 
-    def run() -> None:
+    def run(form: Callable[[], object]) -> None:
+        form()
         others.sum()
         x.add_(0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,7 +119,7 @@ def _ffn(work: Work, target: Target, noise: Noise) -> tuple[Tensors, Tensor, dic
     candidates = {name: _candidates("linear", {"weight": weight}, {"any_rows": True}, x, target) for name, weight in weights.items()}
     for number, candidate in enumerate(candidates["gate"]):
         if all(number < len(found) for found in candidates.values()):
-            forms[candidate.name] = partial(whole, {name: found[number].bind(None) for name, found in candidates.items()})
+            forms[candidate.name] = _Whole(whole, {name: found[number] for name, found in candidates.items()})
     return weights, x, forms
 
 
@@ -141,5 +141,33 @@ def _candidates(op: str, tensors: Tensors, attributes: Mapping[str, Any], x: Ten
 
 
 def _bound(op: str, tensors: Tensors, attributes: Mapping[str, Any], x: Tensor, bias: Tensor | None, target: Target) -> dict[str, Form]:
-    """Every kernel of an op, bound to its weight."""
-    return {candidate.name: partial(candidate.bind(bias), x) for candidate in _candidates(op, tensors, attributes, x, target)}
+    """Every kernel of an op, which is bound to its weight when it is called first."""
+    return {candidate.name: _Bound(candidate, bias, x) for candidate in _candidates(op, tensors, attributes, x, target)}
+
+
+class _Whole:
+    """An FFN and the kernels of its linears."""
+
+    def __init__(self, function: Callable[..., Tensor], candidates: Mapping[str, Any]) -> None:
+        self._function, self._candidates = function, candidates
+
+    @cached_property
+    def _kernels(self) -> dict[str, Any]:
+        return {name: candidate.bind(None) for name, candidate in self._candidates.items()}
+
+    def __call__(self) -> object:
+        return self._function(self._kernels)
+
+
+class _Bound:
+    """A kernel and what it is called with."""
+
+    def __init__(self, candidate: Any, bias: Tensor | None, x: Tensor) -> None:
+        self._candidate, self._bias, self._x = candidate, bias, x
+
+    @cached_property
+    def _kernel(self) -> Any:
+        return self._candidate.bind(self._bias)
+
+    def __call__(self) -> object:
+        return self._kernel(self._x)

@@ -90,7 +90,7 @@ def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     runs = []
 
     def interleave(forms: dict[str, Any], **how: Any) -> dict[str, timing.Timing]:
-        how["before"]()
+        how["before"](forms["dense eager"])
         runs.append(list(forms))
         return {name: timing.Timing(2.0, 1.0, 3.0) for name in forms}
 

@@ -1,0 +1,68 @@
+"""Seconds of every form of a layer on a machine, from formulas: no kernel is built, and nothing is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sparsify_compiler.cost_models.forms import dense, gather, lanes, slices, streams, strips, tiles
+from sparsify_compiler.cost_models.forms._base import Form, Values, compiled, fitted
+from sparsify_compiler.cost_models.machine import Machine
+
+DTYPES = ("float32", "bfloat16")
+FAMILIES = (dense, tiles, streams, slices, strips, lanes, gather)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """The parts of a time: calling at all, computing, and waiting for the weight."""
+
+    overhead: float
+    compute: float
+    memory: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.overhead + self.compute + self.memory
+
+    @property
+    def bound(self) -> str:
+        """The largest part."""
+        return max(("overhead", "compute", "memory"), key=lambda part: getattr(self, part))
+
+
+EAGER_CALLS = 8.0       # of a call of one of torch's own operators, in calls of a kernel
+
+
+def rough(flops: float, moved: float, machine: Machine) -> Seconds:
+    """Of an op of which no more is known than operations, in float32, and bytes: a roofline, on all cores, over what lies as far away."""
+    times = machine.times(machine.cores)
+    overhead = EAGER_CALLS * times["call"] + times["wake"]
+    compute, memory = flops / (machine.cores * machine.numbers["vector"].value), moved / machine.rate(moved, machine.cores)
+    return Seconds(overhead, compute, 0.0) if compute > memory else Seconds(overhead, 0.0, memory)
+
+
+def forms(op: str, values: Values, dtype: str, machine: Machine) -> list[Form]:
+    """Every form that an op of these sizes has on the machine, the dense ones first; none for an op that no family computes. GPUs have torch's."""
+    if dtype not in DTYPES:
+        return []
+    return [form for family in (FAMILIES if machine.arch != "cuda" else (dense,)) for form in family.offer(op, values, dtype, machine)]
+
+
+def numbers(form: Form, values: Values, machine: Machine, between: float) -> dict[str, float]:
+    """Every number that the form's formula asks for but what is fitted. between: bytes that are read between two calls."""
+    given = {**values, **form.given, "threads": machine.cores}
+    if form.formula.work is not None:
+        count, alone = form.formula.work
+        given["threads"] = 1 if compiled(count)(given) < alone else machine.cores
+    threads = int(given["threads"])
+    distance = between + compiled(form.formula.weight)(given)
+    return {**given, **machine.times(threads), "arrive": 1 / machine.rate(distance, threads), "cold": machine.cold(between)}
+
+
+def seconds(form: Form, values: Values, machine: Machine, between: float, costs: Mapping[str, Mapping[str, float]] | None = None) -> Seconds:
+    """What a call takes. Raises KeyError for a size that is missing."""
+    given = {**numbers(form, values, machine, between), **(fitted() if costs is None else costs)[form.fitted]}
+    parts = (form.formula.overhead, form.formula.compute, form.formula.memory)
+    return Seconds(*(compiled(part)(given) for part in parts))

@@ -1,0 +1,197 @@
+"""What a model costs on a machine, and what sparsity could give there at best: by formulas, before anything is calibrated, pruned, built or timed.
+
+    print(sc.estimate(model, example_inputs, "cortex-a76"))
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import catalog, machines
+from .cost import Cost, node_cost
+from .normal_form_edit import aten
+from .operands import input_of
+from .shapes import example_shape
+from .work import Work, is_dense, parts_of
+
+if TYPE_CHECKING:
+    from torch import fx, nn
+
+    from .cost_models.machine import Machine
+    from .program import Program, Region
+
+# What is tried at each density: structures whose kernels are worth having, and for single rows selecting inputs of a dense weight.
+TRIED: Mapping[float, tuple[str, ...]] = {0.5: ("2:4", "unstructured", "16x1"), 0.3: ("unstructured", "4x1", "16x1"),
+                                          0.1: ("unstructured", "4x1", "16x1", "32x1")}
+SELECTED = "selected inputs"
+IDEAL = "ideal"                             # where there are no sparse kernels: the time of the dense form, but for calling, times the density
+FORMULAS = ("float32", "bfloat16")          # dtypes of x that have formulas of their own
+
+
+@dataclass(frozen=True)
+class Best:
+    """The fastest form of a layer at a density: its structure, its kernel, milliseconds. Where nothing beats dense, the dense form.
+
+    structure  as Structure.parse reads it, "selected inputs", "dense", or "ideal" where the machine has no sparse kernels
+    """
+
+    density: float
+    structure: str
+    kernel: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class SiteEstimate:
+    """One layer: sizes, operations and bytes of a call, milliseconds of its fastest dense form, what bounds it, and the best at each density.
+
+    bound  "compute", "memory" or "overhead": the largest part of the time
+    rough  no formula knows this op by name: the time is a roofline's
+    """
+
+    site: str
+    kind: str
+    shape: tuple[int, ...]
+    rows: int
+    dtype: str
+    flops: float
+    bytes: float
+    kernel: str
+    ms: float
+    bound: str
+    rough: bool = False
+    best: tuple[Best, ...] = ()
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A model on a machine. `others` is all that is not a linear layer or a convolution, each op for itself, by a roofline."""
+
+    machine: str
+    title: str
+    sites: tuple[SiteEstimate, ...]
+    others: SiteEstimate
+    assumed: tuple[str, ...] = field(default=())
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds of a call, dense."""
+        return sum(site.ms for site in (*self.sites, self.others))
+
+    def ms_at(self, density: float) -> float:
+        """Milliseconds when each layer that gains from this density has it."""
+        return self.others.ms + sum(next((best.ms for best in site.best if best.density == density), site.ms) for site in self.sites)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        totals = {"ms": self.ms, "flops": sum(site.flops for site in (*self.sites, self.others)),
+                  "ms_at_density": {str(density): self.ms_at(density) for density in TRIED}}
+        return {**asdict(self), "total": totals}
+
+    def __rich__(self) -> Any:
+        from .report.estimate import table
+
+        return table(self)
+
+    def __str__(self) -> str:
+        from .report.estimate import text
+
+        return text(self)
+
+
+def estimate(model: nn.Module, example_inputs: Any, target: Any = "cpu") -> Estimate:
+    """Capture the model and predict every layer on the machine. The model is not changed.
+
+    example_inputs  a tuple of positional or a dict of named arguments, whose sizes count
+    target          a name of machines.names(), or a Machine
+    Raises TargetError for an unknown machine and CaptureError where nothing of the model can be captured.
+    """
+    from .capture import capture
+
+    machine = machines.machine(target)
+    program = capture(model, example_inputs)
+    paths = _paths(program)
+    layers = [(region, node) for region, node in program.nodes() if (region.path, node.name) in paths]
+    between = int(sum(_weight_bytes(node) for _, node in layers))
+    sites = tuple(_site(region, node, paths[region.path, node.name], example_inputs, between, machine) for region, node in layers)
+    assumed = tuple(sorted(name for name, number in machine.numbers.items() if number.source.startswith("estimate")))
+    return Estimate(machine.name, machine.title, sites, _others(program, paths, machine), assumed)
+
+
+def _paths(program: Program) -> dict[tuple[str, str], str]:
+    from .sites import op_paths
+
+    return op_paths(program, ("linear", "conv"))
+
+
+def _weight_bytes(node: fx.Node) -> int:
+    weight: Any = node.kwargs["weight"]
+    value = weight.meta["val"]
+    return int(value.numel() * value.element_size())
+
+
+def _site(region: Region, node: fx.Node, path: str, example: Any, between: int, machine: Machine) -> SiteEstimate:
+    weight: Any = node.kwargs["weight"]
+    shape = tuple(int(size) for size in weight.meta["val"].shape)
+    dtype, cost = str(node.meta["val"].dtype).removeprefix("torch."), node_cost(node)
+    places = example_shape(region, input_of(node), example)
+    rows = math.prod(places[:-1]) if node.target is aten.linear.default else math.prod(example_shape(region, node, example)) // max(shape[0], 1)
+    if node.target is aten.linear.default and dtype in FORMULAS:
+        return _linear(path, Work.of((shape[0], shape[1]), rows, dtype=dtype, between=between), machine)
+    kind, seconds = "linear" if node.target is aten.linear.default else "conv", _rough(cost, machine)
+    return SiteEstimate(path, kind, shape, rows, dtype, cost.flops, cost.bytes, "dense eager", seconds.total * 1e3, seconds.bound, rough=True)
+
+
+def _linear(path: str, work: Work, machine: Machine) -> SiteEstimate:
+    parts = {name: part for name, part in parts_of(work, machine).items() if is_dense(name)}
+    kernel = min(parts, key=lambda name: parts[name].total)
+    dense, cost, sizes = parts[kernel], work.cost, dict(work.sizes)
+    best = []
+    for density in TRIED:
+        found = min(_choices(work, density, machine), default=None, key=lambda one: one.ms)
+        ideal = Best(density, IDEAL, "", (dense.overhead + density * (dense.compute + dense.memory)) * 1e3)
+        found = ideal if found is None else found
+        best.append(found if found.ms < dense.total * 1e3 else Best(density, "dense", kernel, dense.total * 1e3))
+    return SiteEstimate(path, "linear", (int(sizes["N"]), int(sizes["K"])), int(sizes["M"]), work.dtype, cost.flops, cost.bytes, kernel,
+                        dense.total * 1e3, dense.bound, best=tuple(best))
+
+
+def _choices(work: Work, density: float, machine: Machine) -> Iterator[Best]:
+    """The fastest sparse kernel of every structure that fits the layer."""
+    sizes = dict(work.sizes)
+    shape, rows = (int(sizes["N"]), int(sizes["K"])), int(sizes["M"])
+    parse = catalog.get("structure", "unstructured").parse
+    tried = [(text, Work.of(shape, rows, structure, density, work.dtype, work.between)) for text in TRIED[density]
+             if (structure := parse(text)).misfit(*shape) is None]
+    tried.append((SELECTED, Work.make("select_linear", work.dtype, work.between, M=rows, N=shape[0], K=shape[1], density=density)))
+    for text, one in tried:
+        sparse = {name: part.total * 1e3 for name, part in parts_of(one, machine).items() if not is_dense(name)}
+        if sparse:
+            kernel = min(sparse, key=lambda name: sparse[name])
+            yield Best(density, text, kernel, sparse[kernel])
+
+
+def _others(program: Program, paths: Mapping[tuple[str, str], str], machine: Machine) -> SiteEstimate:
+    """All other ops of the graphs together."""
+    total, ms, bounds, count = Cost(), 0.0, Counter[str](), 0
+    for region, node in program.nodes():
+        cost = node_cost(node)
+        if (region.path, node.name) not in paths and cost.bytes:
+            seconds = _rough(cost, machine)
+            total, ms, count = total + cost, ms + seconds.total * 1e3, count + 1
+            bounds[seconds.bound] += 1
+    bound = bounds.most_common(1)[0][0] if bounds else ""
+    return SiteEstimate(f"{count} other ops", "others", (), 0, "", total.flops, total.bytes, "dense eager", ms, bound, rough=True)
+
+
+def _rough(cost: Cost, machine: Machine) -> Any:
+    return catalog.get("cost model", "predict").rough(cost.flops, cost.bytes, machine)

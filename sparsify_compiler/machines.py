@@ -1,0 +1,95 @@
+"""The machine that costs are predicted for: this one, as measured once and kept, or one that its data sheet describes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from . import catalog
+from .errors import TargetError, nearest
+from .target import NAMES, Target, fingerprint, host, resolve
+
+if TYPE_CHECKING:
+    from .cost_models.machine import Machine
+
+HERE = ("cpu", "native")
+SOURCE = "measured here, codegen/micro.py"
+
+
+def names() -> tuple[str, ...]:
+    """Every name that machine() knows."""
+    sheets: tuple[str, ...] = _model().names()
+    return (*HERE, *sheets)
+
+
+def machine(target: str | Target | Machine | None = None) -> Machine:
+    """A machine by its name, or that of a Target whose code runs here: this machine, with the target's features.
+
+    This machine is measured when it is first asked for (some ten seconds), and then read from the cache. Raises UnknownNameError, TargetError.
+    """
+    model = _model()
+    if target is None or isinstance(target, str | Target):
+        if isinstance(target, str) and target not in NAMES:
+            if target not in model.names():
+                raise TargetError(f"unknown machine {target!r}", where="target", hint=nearest(target, names()))
+            sheet: Machine = model.known(target)
+            return sheet
+        return _here(resolve(target or "cpu"))
+    if type(target) is not model.Machine:
+        raise TargetError(f"a machine is a name, a Target or a Machine, not {type(target).__name__}", where="target")
+    return target
+
+
+def _here(wanted: Target) -> Machine:
+    """This machine, with no other features than the target's."""
+    if not wanted.runs_on(host()):
+        raise TargetError(f"nothing is known of the speed of {wanted.name}", where="target", hint=f"known: {', '.join(names())}")
+    return replace(_host(), features=wanted.features)
+
+
+def measure_host() -> Machine:
+    """Measure this machine anew. Nothing else should run meanwhile."""
+    from .codegen import cache as store
+
+    store.forget(_key())
+    _measured.cache_clear()
+    return _host()
+
+
+def _host() -> Machine:
+    return _measured(_key())
+
+
+@cache
+def _measured(key: str) -> Machine:
+    from .codegen import cache as store
+    from .codegen import micro
+
+    found = json.loads(store.read_or_build(key, lambda: json.dumps(micro.measured(host())).encode()))
+    return _made(found)
+
+
+def _made(found: dict[str, Any]) -> Machine:
+    here, units = host(), _model().UNITS
+    numbers = {name: {"value": value, "unit": units[name], "source": SOURCE} for name, value in found["numbers"].items()}
+    made: Machine = _model().Machine.from_json({
+        "name": "native", "title": f"this machine ({here.mcpu}-class, {found['cores']} threads)", "arch": here.arch, "features": here.features,
+        "cores": found["cores"], "numbers": numbers, "memory": [{**level, "source": SOURCE} for level in found["memory"]]})
+    return made
+
+
+def _key() -> str:
+    """Name in the cache of what was measured: of this machine, with so many threads, by these kernels."""
+    import torch
+
+    from .codegen import build, micro
+
+    about = [fingerprint(), torch.get_num_threads(), build.version(), micro.version()]
+    return f"machine-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]}"
+
+
+def _model() -> Any:
+    return catalog.get("cost model", "machine")

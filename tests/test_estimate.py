@@ -1,0 +1,125 @@
+"""Estimates: FLOPs, bytes and times of a model on a machine that is not here, in the terminal and from the shell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+import sparsify_compiler as sc
+from sparsify_compiler import machines
+from sparsify_compiler.cli import main
+from sparsify_compiler.codegen import cache, micro
+from sparsify_compiler.errors import TargetError
+from sparsify_compiler.estimates import TRIED, Estimate
+from sparsify_compiler.target import host
+
+MODEL = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).eval(), (torch.randn(64, 256),)
+"""
+
+
+class Small(nn.Module):
+    """Two layers that are alike, one that is not, a convolution, attention, and a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv = nn.Embedding(1000, 32), nn.Conv1d(32, 32, 3, padding=1)
+        self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 64)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+
+
+@pytest.fixture(scope="module")
+def small() -> Estimate:
+    return sc.estimate(Small().eval(), (torch.zeros(2, 16, dtype=torch.long),), "cortex-a76")
+
+
+def test_flops_are_those_that_torch_counts(small: Estimate) -> None:
+    with FlopCounterMode(display=False) as counter:
+        Small().eval()(torch.zeros(2, 16, dtype=torch.long))
+    assert small.to_json()["total"]["flops"] == pytest.approx(counter.get_total_flops(), rel=0.01)  # sums and the like are counted here, not there
+
+
+def test_every_layer_has_a_time_and_what_bounds_it(small: Estimate) -> None:
+    assert [site.site for site in small.sites] == ["conv", "q", "k", "v"]
+    assert [site.rough for site in small.sites] == [True, False, False, False]
+    assert {site.rows for site in small.sites} == {32}
+    assert all(site.ms > 0 and site.bound in ("compute", "memory", "overhead") for site in (*small.sites, small.others))
+    assert small.ms == pytest.approx(sum(site.ms for site in small.sites) + small.others.ms)
+    assert small.others.bytes < 100_000, "of a table, what is looked up is read"
+
+
+def test_sparsity_never_makes_it_slower(small: Estimate) -> None:
+    times = [small.ms_at(density) for density in TRIED]
+    assert times == sorted(times, reverse=True)
+    assert times[0] <= small.ms
+
+
+def test_large_layers_gain_more_on_the_machine_that_has_kernels() -> None:
+    model, x = nn.Sequential(nn.Linear(1024, 1024)).eval(), (torch.randn(64, 1024),)
+    board, gpu = sc.estimate(model, x, "cortex-a76"), sc.estimate(model, x, "h200")
+    assert board.ms > gpu.ms
+    assert board.sites[0].best[-1].structure == "16x1"
+    assert {best.structure for best in gpu.sites[0].best} == {"ideal"}
+    assert "ideal: there are no sparse kernels" in str(gpu)
+
+
+def test_the_table_has_layers_that_are_alike_on_one_line() -> None:
+    layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).eval()
+    text = str(sc.estimate(nn.ModuleDict({"a": layers})["a"], (torch.randn(8, 64),), "neoverse-n1"))
+    assert "×4" in text
+    assert "the model" in text
+    assert "Estimated, for no data sheet says it: call, gathers, wake" in text
+    assert max(map(len, text.splitlines())) <= 150
+
+
+def test_from_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my_model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    assert main(["estimate", "my_model.py:make", "--target", "neoverse-v2", "--json", "e.json"]) == 0
+    assert "NVIDIA Grace" in capsys.readouterr().out
+    found = json.loads(Path("e.json").read_text(encoding="utf-8"))
+    assert found["sites"][0]["flops"] == 2 * 64 * 256 * 512
+    assert set(found["total"]["ms_at_density"]) == {"0.5", "0.3", "0.1"}
+    assert main(["estimate", "my_model.py:make", "--target", "cortex-a67"]) == 2
+    assert "did you mean cortex-a76" in capsys.readouterr().err
+    assert main(["targets"]) == 0
+    assert "apple-m1" in capsys.readouterr().out
+
+
+def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
+    monkeypatch.setattr(machines, "_measured", machines._measured.__wrapped__)  # as a new process would
+    monkeypatch.setattr(machines._measured, "cache_clear", lambda: None, raising=False)
+    monkeypatch.setattr(micro, "AWAY", (1 << 15, 1 << 18))
+    monkeypatch.setattr(micro, "SECONDS", 1e-5)
+    runs = []
+    measured = micro.measured
+    monkeypatch.setattr(micro, "measured", lambda target: runs.append(target) or measured(target))
+    machine, again = machines.machine("native"), machines.machine()
+    assert len(runs) == 1
+    assert machine == again
+    assert machine.features == host().features
+    assert all(number.value > 0 for name, number in machine.numbers.items() if name != "wake")
+    assert main(["targets", "--measure"]) == 0
+    assert len(runs) == 2
+    assert "measured here" in capsys.readouterr().out
+    assert cache.warnings() is not None
+
+
+def test_a_machine_of_which_nothing_is_known() -> None:
+    with pytest.raises(TargetError, match="not int"):
+        machines.machine(3)  # type: ignore[arg-type]
