@@ -59,13 +59,13 @@ def measured(target: Target) -> dict[str, Any]:
     cores = torch.get_num_threads()
     data = torch.zeros(cores, 2 * TABLE, dtype=torch.float32)
     probes = {(what, workers): _probe(what, workers, target) for what in ("read", "multiply", "nothing") for workers in {1, cores}}
-    numbers = {"vector": cores * CHAINS * LANES * 2 / _each(probes["multiply", cores], 100_000, data),
-               "gathers": GATHERS / _each(_probe("gather", 1, target), 20_000, data[:1]),
+    numbers = {"vector": cores * CHAINS * LANES * 2 / _each(probes["multiply", cores], 100_000, data, of=min),
+               "gathers": GATHERS / _each(_probe("gather", 1, target), 20_000, data[:1], of=min),
                "call": _each(probes["nothing", 1], 1, data[:1], rounds=1000)}
     numbers["vector"] /= cores
     numbers["wake"] = max(0.0, _each(probes["nothing", cores], 1, data, rounds=1000) - numbers["call"])
     if all(target.has(feature) for feature in TILE_FEATURES) and permission.tiles():
-        numbers["matrix"] = PRODUCTS * 2 * 16 * 16 * 32 / _each(_probe("tiles", 1, target), 20_000, data[:1])
+        numbers["matrix"] = PRODUCTS * 2 * 16 * 16 * 32 / _each(_probe("tiles", 1, target), 20_000, data[:1], of=min)
     rates = {workers: {size: _rate(probes["read", workers], size, workers) for size in AWAY} for workers in {1, cores}}
     memory = [{"bytes": size, "one": rates[1][size], "all": rates[cores][size], "cold": max(0.0, _cold(probes["nothing", 1], size) - numbers["call"])}
               for size in AWAY]
@@ -77,8 +77,8 @@ def _probe(what: str, workers: int, target: Target) -> Callable[..., None]:
     return function
 
 
-def _each(probe: Callable[..., None], times: int, data: Tensor, rounds: int = ROUNDS) -> float:
-    """Seconds of one of `times` repetitions: the median over the rounds."""
+def _each(probe: Callable[..., None], times: int, data: Tensor, rounds: int = ROUNDS, of: Callable[[list[float]], float] = statistics.median) -> float:
+    """Seconds of one of `times` repetitions, of all rounds the median; for what nothing but another program can slow down the `min`."""
     count, y = torch.empty(times, dtype=torch.uint8), torch.zeros(data.shape[0], LANES, dtype=torch.float32)
     probe(count, data, y)
     taken = []
@@ -86,7 +86,7 @@ def _each(probe: Callable[..., None], times: int, data: Tensor, rounds: int = RO
         begin = time.perf_counter()
         probe(count, data, y)
         taken.append(time.perf_counter() - begin)
-    return statistics.median(taken) / times
+    return of(taken) / times
 
 
 def _rate(probe: Callable[..., None], size: int, workers: int) -> float:
