@@ -77,7 +77,8 @@ def _probe(what: str, workers: int, target: Target) -> Callable[..., None]:
     return function
 
 
-def _each(probe: Callable[..., None], times: int, data: Tensor, rounds: int = ROUNDS, of: Callable[[list[float]], float] = statistics.median) -> float:
+def _each(probe: Callable[..., None], times: int, data: Tensor, rounds: int = ROUNDS,
+          of: Callable[[list[float]], float] = statistics.median) -> float:
     """Seconds of one of `times` repetitions, of all rounds the median; for what nothing but another program can slow down the `min`."""
     count, y = torch.empty(times, dtype=torch.uint8), torch.zeros(data.shape[0], LANES, dtype=torch.float32)
     probe(count, data, y)

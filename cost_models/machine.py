@@ -38,7 +38,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Level:
-    """When so many other bytes were read since: bytes a second at which data comes again, of one core and of all; seconds that a call takes longer."""
+    """When so many other bytes were read since: bytes a second at which data comes again, to one core, to all; seconds that a call takes longer."""
 
     bytes: float
     one: float

@@ -192,16 +192,9 @@ def targets(measure: Annotated[bool, typer.Option("--measure", help="Measure thi
       sparsify targets --measure
       sparsify compile my_model.py:make --target x86-avx2
     """
-    from .cli_show import machines, rates
     from .cli_show import targets as run
 
-    if measure:
-        from .machines import measure_host
-
-        _print(rates(measure_host()))
-        return
-    _print(run())
-    _print(machines())
+    _print(run(measure))
 
 
 @app.command()
@@ -227,11 +220,7 @@ def estimate(model: Model, target: Annotated[str, typer.Option(help="A machine o
     source = load_model(model, batch=batch, sequence=sequence)
     found = run(source.model, source.example_inputs, wanted)
     if json is not None:
-        from json import dumps
-
-        from .storage import write_file
-
-        write_file(json, dumps(found.to_json(), indent=1))
+        found.write(json)
     _print(found if sys.stdout.isatty() else str(found))
 
 

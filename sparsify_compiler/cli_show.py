@@ -65,8 +65,16 @@ def table(kind: str) -> Table:
     return found
 
 
-def targets() -> Table:
-    """The targets, and whether their code runs here."""
+def targets(measure: bool) -> Group | Table:
+    """The targets, whether their code runs here, and the machines of data sheets; or this machine's numbers, measured anew."""
+    from rich.console import Group
+
+    from .machines import measure_host
+
+    return rates(measure_host()) if measure else Group(_targets(), _machines())
+
+
+def _targets() -> Table:
     from .target import NAMES, host, resolve
 
     here = host()
@@ -77,8 +85,7 @@ def targets() -> Table:
     return found
 
 
-def machines() -> Table:
-    """The machines that costs are predicted for without being there."""
+def _machines() -> Table:
     from .machines import HERE, machine, names
 
     found = _table("machine", "what it is", "float32", "bfloat16", "memory")

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import catalog, machines
@@ -16,6 +18,7 @@ from .cost import Cost, node_cost
 from .normal_form_edit import aten
 from .operands import input_of
 from .shapes import example_shape
+from .storage import write_file
 from .work import Work, is_dense, parts_of
 
 if TYPE_CHECKING:
@@ -96,6 +99,10 @@ class Estimate:
         totals = {"ms": self.ms, "flops": sum(site.flops for site in (*self.sites, self.others)),
                   "ms_at_density": {str(density): self.ms_at(density) for density in TRIED}}
         return {**asdict(self), "total": totals}
+
+    def write(self, path: Path) -> None:
+        """As JSON. Raises StorageError where it cannot be written."""
+        write_file(path, json.dumps(self.to_json(), indent=1))
 
     def __rich__(self) -> Any:
         from .report.estimate import table
