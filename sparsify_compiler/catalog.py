@@ -53,6 +53,12 @@ KINDS: Mapping[str, Kind] = {
     "token order": Kind("passes/attention/orders/*.py"),
     "block rest": Kind("passes/attention/rests/*.py"),
     "attention branch": Kind("passes/attention/branches/*.py"),
+    "partition": Kind("passes/moe/partitions/*.py"),
+    "importance": Kind("passes/moe/importances/*.py"),
+    "router": Kind("passes/moe/routers/*.py"),
+    "expert selector": Kind("passes/moe/selectors/*.py"),
+    "expert weight": Kind("passes/moe/weights/*.py"),
+    "expert repair": Kind("passes/moe/repairs/*.py"),
     "format": Kind("formats/*.py"),
     "op": Kind("ops/*.py", holds_object=False),
     "kernel": Kind("codegen/kernels/*.py", holds_object=False, named_like="cost"),  # costs are there for our ops and for dense ones

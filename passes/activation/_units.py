@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -85,9 +85,21 @@ def row_of(unit: Unit) -> Decision:
     return Decision.of(unit.path, "linear", evaluate(unit.region, unit.op.kwargs["weight"]))  # type: ignore[arg-type]
 
 
-def in_groups(units: Sequence[Unit], batches: Sequence[Any]) -> Iterator[list[Unit]]:
+class Rows(Protocol):
+    """What keeps rows of calibration."""
+
+    @property
+    def bytes_a_row(self) -> int:
+        """How many bytes each."""
+        ...
+
+
+Kept = TypeVar("Kept", bound=Rows)
+
+
+def in_groups(units: Sequence[Kept], batches: Sequence[Any]) -> Iterator[list[Kept]]:
     """Units whose rows fit into memory together."""
-    group: list[Unit] = []
+    group: list[Kept] = []
     for unit in units:
         if group and (len(group) + 1) * unit.bytes_a_row * _rows_of(batches) > MAX_BYTES:
             yield group

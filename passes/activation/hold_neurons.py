@@ -11,12 +11,10 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.fold import erase_dead, evaluate
-from sparsify_compiler.normal_form_edit import aten, is_call
 from sparsify_compiler.ops import held_ffn, take_rows
-from sparsify_compiler.passes.lower._selected_ffn import RAISED, activation_of
+from sparsify_compiler.passes.lower._selected_ffn import activation_of_ffn
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site, Stage
-from sparsify_compiler.site_ffn import neurons_of
 from sparsify_compiler.sites import op_paths
 
 KIND = ("ffn",)
@@ -62,7 +60,7 @@ class HoldNeurons(Pass):
         for site in self.ffns(program, ctx):
             region = program.regions[site.region]
             down = region.node(site.roles["down"])
-            activation = _activation(region, site)
+            activation = activation_of_ffn(region, site)
             why = _unfit(region, site, activation)
             if why is not None:
                 ctx.miss(why, site.path)
@@ -87,14 +85,6 @@ class HoldNeurons(Pass):
         down.replace_all_uses_with(held)
         erase_dead([down])
         held.name = site.roles["down"]
-
-
-def _activation(region: Region, site: Site) -> str:
-    """The name of the whole in ops.select_ffn.ACTIVATIONS; empty where it has none."""
-    name = activation_of(neurons_of(region, site))[1]
-    if "up_activation" not in site.roles:
-        return name
-    return RAISED.get(name, "") if is_call(region.node(site.roles["up_activation"]), aten.relu.default) else ""
 
 
 def _unfit(region: Region, site: Site, activation: str) -> str | None:

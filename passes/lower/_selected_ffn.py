@@ -16,7 +16,8 @@ from sparsify_compiler.passes.lower._layer import Form, row_of, rows_of
 from sparsify_compiler.passes.lower._linear import Linear, eager
 from sparsify_compiler.passes.lower._selected import as_selected, by_input, choose, dense_weight
 from sparsify_compiler.passes_api import Context
-from sparsify_compiler.program import Program, Region, get_tensor
+from sparsify_compiler.program import Program, Region, Site, get_tensor
+from sparsify_compiler.site_ffn import neurons_of
 from sparsify_compiler.splice import insert_formula
 
 __all__ = ["choose", "find", "is_packed", "layer", "make_dense", "pack", "size_of"]  # it is chosen by what a layer is chosen by
@@ -64,6 +65,14 @@ def activation_of(node: Any) -> tuple[Any, str]:
         return None, ""
     name = ACTIVATIONS[inner.target] + ("_tanh" if inner.kwargs.get("approximate", "none") == "tanh" else "")
     return (inner.kwargs["self"], SQUARED.get(name, "") if squared else name) if not squared or name in SQUARED else (None, "")
+
+
+def activation_of_ffn(region: Region, site: Site) -> str:
+    """The name of an FFN's whole activation in ops.select_ffn.ACTIVATIONS; empty where it has none."""
+    name = activation_of(neurons_of(region, site))[1]
+    if "up_activation" not in site.roles:
+        return name
+    return RAISED.get(name, "") if is_call(region.node(site.roles["up_activation"]), aten.relu.default) else ""
 
 
 def is_packed(node: fx.Node) -> bool:

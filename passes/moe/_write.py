@@ -1,0 +1,102 @@
+"""Experts written into a graph: router, selector, weights and a shared expert as plain nodes around one op."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx
+from torch.nn.functional import linear
+
+from sparsify_compiler.fold import erase_dead, put
+from sparsify_compiler.normal_form_edit import aten, insert
+from sparsify_compiler.ops import experts_ffn
+from sparsify_compiler.ops.select_ffn import hidden
+from sparsify_compiler.passes.moe._evidence import Formula
+from sparsify_compiler.passes.moe._sites import Dense
+from sparsify_compiler.passes.moe._split import Split
+from sparsify_compiler.splice import insert_formula
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What decides which experts a row runs through: formulas of x; of the scores; and of the scores and the choice, None for weights of 1."""
+
+    router: Formula
+    select: Callable[[Tensor], Tensor]
+    weight: Formula | None
+
+
+def write(dense: Dense, split: Split, routing: Routing, by: str) -> fx.Node:
+    """Put the split FFN in the place of the dense one. Returns the op's node."""
+    return _Writer(dense, dense.down, dense.site.path.partition("@")[0], by).run(split, routing)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    dense: Dense
+    before: fx.Node
+    path: str
+    by: str
+
+    def run(self, split: Split, routing: Routing) -> fx.Node:
+        own = {name: self._stored("experts", name, value) for name, value in {**split.own, "down": split.down}.items()}
+        x = self.dense.x
+        scores = self._formula("router", routing.router, {"x": x}, own)
+        chosen = self._formula("router", Formula({}, lambda scores: routing.select(scores)), {"scores": scores}, {})
+        given: dict[str, Any] = {"x": x, "chosen": chosen, "weights": None, "up": None, **own}
+        if routing.weight is not None:
+            given["weights"] = self._formula("router", routing.weight, {"scores": scores, "chosen": chosen}, {})
+        if split.bias is not None:
+            given["bias"] = self._stored("experts", "bias", split.bias)
+        op = insert(self.before, experts_ffn.op, **given, activation=self.dense.activation)
+        op.meta |= {"by": self.by, "path": self._at("experts"), "site": self.dense.site.path}
+        self._replace(self._beside(op, split))
+        return op
+
+    def _beside(self, op: fx.Node, split: Split) -> fx.Node:
+        """What is computed for every row, added to the op."""
+        if split.always.numel():
+            tensors = dict(split.shared) | ({} if split.base is None else {"bias": split.base})
+            other = self._formula("shared", Formula(tensors, partial(_dense, activation=self.dense.activation)), {"x": self.dense.x}, {})
+        elif split.base is not None:
+            other = self._stored("experts", "base", split.base)
+        else:
+            return op
+        total = insert(self.before, aten.add.Tensor, op.meta["val"], self=op, other=other)
+        total.meta |= {"by": self.by, "path": self._at("")}
+        return total
+
+    def _replace(self, new: fx.Node) -> None:
+        self.before.replace_all_uses_with(new)
+        erase_dead([self.before])
+
+    def _at(self, part: str) -> str:
+        return ".".join(name for name in (self.path, part) if name)
+
+    def _stored(self, part: str, name: str, value: Tensor) -> fx.Node:
+        """A parameter, in the model's dtype."""
+        dtype = self.dense.x.meta["val"].dtype
+        return put(self.dense.region, self.before, value.to(dtype), name, self.dense.leaves(), {"path": self._at(part)}, self.by)
+
+    def _formula(self, part: str, formula: Formula, inputs: Mapping[str, fx.Node], experts: Mapping[str, fx.Node]) -> fx.Node:
+        """The formula's nodes, of a module of their own in the model's paths."""
+        known = dict(inputs) | {name: self._stored(part, name, value) for name, value in formula.tensors.items()}
+        wanted = inspect.signature(formula.function).parameters
+        known |= {name: node for name, node in experts.items() if name in wanted and name not in known}
+        last = self.before.prev
+        result = insert_formula(self.dense.region, self.before, formula.function, known, self.by)
+        while last.next is not self.before:
+            last = last.next
+            last.meta["path"] = self._at(part)
+        return result
+
+
+def _dense(x: Tensor, gate: Tensor, down: Tensor, up: Tensor | None = None, gate_bias: Tensor | None = None, up_bias: Tensor | None = None,
+           bias: Tensor | None = None, *, activation: str) -> Tensor:
+    """The shared expert: an ordinary FFN."""
+    neurons = hidden(activation, linear(x, gate, gate_bias), None if up is None else linear(x, up, up_bias))
+    return linear(neurons, down, bias)

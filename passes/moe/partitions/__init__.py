@@ -1,0 +1,1 @@
+"""Which neurons make an expert: one file a partition."""

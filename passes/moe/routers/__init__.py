@@ -1,0 +1,1 @@
+"""What scores the experts of a row: one file a router."""

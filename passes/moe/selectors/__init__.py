@@ -1,0 +1,1 @@
+"""From the scores of a row to the experts that it runs through: one file a selector."""

@@ -1,0 +1,173 @@
+"""Divide each FFN into experts, of which a row runs through some."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsify_compiler.decision import Decision
+from sparsify_compiler.errors import ParseError
+from sparsify_compiler.named import Named
+from sparsify_compiler.passes.moe._criteria import CRITERIA, wanted
+from sparsify_compiler.passes.moe._evidence import Evidence, Formula
+from sparsify_compiler.passes.moe._sites import Dense, dense_of, gather
+from sparsify_compiler.passes.moe._split import Split, divided
+from sparsify_compiler.passes.moe._write import Routing, write
+from sparsify_compiler.passes.moe.routers._base import Task
+from sparsify_compiler.passes_api import Context, Pass, Preserves
+from sparsify_compiler.program import Program, Stage
+
+KIND = ("ffn",)
+SAMPLE = 512  # rows that are routed at one time
+KINDS = {"partition": "partition", "router": "router", "selector": "expert selector", "importance": "importance", "weight": "expert weight",
+         "repair": "expert repair"}  # option -> kind of the catalogue
+
+
+@dataclass(frozen=True)
+class SplitExperts(Pass):
+    """Divide the neurons of each FFN into experts: a router scores them, and a row runs through those that a selector chooses, and the shared one.
+
+    Matches    linear(act(linear(x, gate)) * linear(x, up), down), and without a gate linear(act(linear(x, up)), down), also with one linear for both
+    Rewrites   experts_ffn(x, selector(router(x)), weights, gate[E], up[E], down[E]) + linear(act(linear(x, gate')) * linear(x, up'), down')
+    Preserves  signature; with every expert chosen, weights of 1 and no repair but "mean", also values
+    Paper      MoEfication, Zhang et al., arXiv:2110.01786; shared experts as in CMoE, Pei et al., arXiv:2502.04416
+
+    experts     how many, beside the shared one
+    partition   a file of passes/moe/partitions: which neurons make an expert
+    router      a file of passes/moe/routers, of what the FFN reads
+    selector    a file of passes/moe/selectors; "top_k(k=4)" fixes the number, whatever the density
+    shared      share of the neurons that every row computes
+    importance  a file of passes/moe/importances, which says which neurons those are
+    weight      a file of passes/moe/weights: what an expert's output is multiplied with
+    repair      a file of passes/moe/repairs: what makes up for the experts that are skipped
+    criterion   what makes an expert matter in a row: "output", the length of what it adds; "norm", the same were its neurons' columns at right
+                angles; "positive", the sum of its positive neurons
+    density     computed / all neurons of a row, the shared ones among them; by default the user's budget
+    targets     selectors of FFN sites; all by default
+    ignore      selectors of FFN sites that stay dense
+
+    What is stored is trainable: router, experts and all. Experts whose sizes do not divide are filled up with zeros. Needs calibration, unless
+    partition, router, selector, importance and repair do without.
+    """
+
+    experts: int = 16
+    partition: str = "balanced_kmeans"
+    router: str = "ridge"
+    selector: str = "top_k"
+    shared: float = 0.25
+    importance: str = "contribution"
+    weight: str = "one"
+    repair: str = "mean"
+    criterion: Literal["output", "norm", "positive"] = "output"
+    density: float | None = None
+    targets: tuple[str, ...] = KIND
+    ignore: tuple[str, ...] = ()
+
+    preserves: ClassVar[Preserves] = Preserves.SIGNATURE
+    gives_stage: ClassVar[Stage | None] = Stage.SPARSE
+
+    def __post_init__(self) -> None:
+        for option in KINDS:
+            self._named(option)
+        if self.experts < 1 or not 0 <= self.shared < 1:
+            raise ParseError(f"experts is 1 or more and shared lies between 0 and 1, got {self.experts} and {self.shared}", where="split_experts")
+        if self.criterion not in CRITERIA:
+            raise ParseError(f"criterion is one of {tuple(CRITERIA)}, not {self.criterion!r}", where="split_experts")
+        self.take_selectors("targets", "ignore")
+        self.check_density(self.density)
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        density = None if self._fixed() else self.density_of(ctx)
+        found: list[Dense] = []
+        for site in self.ffns(program, ctx):
+            dense = dense_of(program.regions[site.region], site, self.name())
+            why = _unfit(dense, self.experts, self.shared)
+            if why is not None:
+                ctx.miss(why, site.path)
+            elif isinstance(dense, Dense) and ctx.spend():
+                found.append(dense)
+        for done, (dense, evidence) in enumerate(gather(program, found, self._statistics(), ctx)):
+            self.split(program, dense, evidence, density)
+            ctx.progress("split experts", done + 1, len(found))
+        return program
+
+    def split(self, program: Program, dense: Dense, evidence: Evidence, density: float | None) -> None:
+        """Divide one FFN, by what calibration saw of it. density None: the selector knows how many experts it takes."""
+        part, route, select, repair = (self._named(option) for option in ("partition", "router", "selector", "repair"))
+        key = (self.partition, self.importance, self.shared, self.experts)
+        always, table = evidence.once(key, partial(self._divided, evidence))
+        importance = evidence.once((*key, self.criterion), partial(wanted, self.criterion, evidence, table))
+        split = Split.of(dense.ffn, table, always)
+        share = self._share(split, evidence.ffn.neurons, density)
+        router: Formula = route(Task(evidence, table, share, importance, self.criterion))
+        scores = _scores(router, Split.of(evidence.ffn, table, always), evidence)
+        number = sys.modules[select.function.__module__].calibrate(scores, share, **select.options)
+        chosen = select(scores, number)
+        found = split.activated(chosen, evidence.ffn.neurons)
+        if evidence.rows:
+            split = repair(evidence, split, chosen)
+        write(dense, split, Routing(router, lambda scores: select(scores, number), self._named("weight")(self.experts)), self.name())
+        row = program.decisions[dense.site.path] = Decision.of(dense.site.path, "ffn", dense.ffn.down)
+        row.structure, row.density, row.budget = f"experts by {route.name}", found, found if density is None else density
+        row.reason = f"{self.experts} experts of {table.shape[1]} neurons by {part.name}, {always.numel()} shared; router {route.name}, {select.name}"
+
+    def own_density(self) -> float | None:
+        fixed = self._fixed()
+        return self.density if fixed is None else self.shared + (1 - self.shared) * min(fixed / self.experts, 1.0)
+
+    def _named(self, option: str) -> Named:
+        return Named.parse(KINDS[option], getattr(self, option))
+
+    def _fixed(self) -> int | None:
+        """How many experts the selector takes, where it says so itself."""
+        found: int = self._named("selector").options.get("k", 0)
+        return found or None
+
+    def _statistics(self) -> frozenset[str]:
+        return frozenset(name for option in KINDS for name in self._named(option).statistics)
+
+    def _divided(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
+        """(the neurons that are always computed, the table of the others)."""
+        count = evidence.ffn.neurons
+        importance = self._named("importance")(evidence) if self.shared else torch.zeros(count, dtype=torch.float32)
+        always, routed = divided(evidence, importance, self.shared)
+        return always, self._named("partition")(evidence, routed, self.experts)
+
+    def _share(self, split: Split, neurons: int, density: float | None) -> float:
+        """Of the experts, how many make the density: at least one."""
+        fixed = self._fixed()
+        size = float((split.table >= 0).sum(1).double().mean())
+        wished = (density or 0.0) * neurons - split.always.numel()
+        experts = wished / size if fixed is None else float(fixed)
+        return min(max(experts / self.experts, 1 / self.experts), 1.0)
+
+
+def _unfit(dense: Dense | str, experts: int, shared: float) -> str | None:
+    if isinstance(dense, str):
+        return dense
+    routed = dense.ffn.neurons - round(shared * dense.ffn.neurons)
+    return f"{routed} neurons make no {experts} experts" if routed < experts else None
+
+
+def _scores(router: Formula, split: Split, evidence: Evidence) -> Tensor:
+    """float32 [R, E] on the rows of calibration; random ones where there are none, which say of a selector how many experts it takes."""
+    if not evidence.rows:
+        return torch.randn(SAMPLE, split.experts, generator=evidence.generator(), dtype=torch.float32)
+    known = {**split.own, "down": split.down}
+    wanted = inspect.signature(router.function).parameters
+    given = {name: value for name, value in known.items() if name in wanted} | dict(router.tensors)
+    return torch.cat([router.function(x, **given) for x in torch.split(evidence.x, SAMPLE)])
+
+
+def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A gated FFN of 64 neurons."""
+    from sparsify_compiler.passes.activation.select_neurons import GatedFfn
+
+    torch.manual_seed(0)
+    return GatedFfn(16, 64).eval(), (torch.randn(40, 16),)

@@ -1,0 +1,1 @@
+"""What the output of a chosen expert is multiplied with: one file a weight."""
