@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .passes_api import Miss, Pass, Preserves
     from .pipeline import Pipeline
     from .program import Program, Stage
+    from .recover import recover
     from .reparameterize import reparameterize
     from .report import Report
     from .rule import Match, Rule, RulePass
@@ -43,13 +44,13 @@ _LAZY = {
     "Target": "target", "attach": "training_attach", "errors": "", "estimate": "estimates", "export_dense": "artefact",
     "generate_corrected": "correct",
     "find_sites": "sites", "load": "artefact", "quantized_cache": "library_cache_quantized", "streaming_cache": "library_cache_streaming",
-    "recipes": "", "reparameterize": "reparameterize",
+    "recipes": "", "recover": "recover", "reparameterize": "reparameterize",
 }
 
 __all__ = ["Budget", "CompiledModel", "Match", "Miss", "Movement", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule", "RulePass", "Stage",
            "Target",
            "__version__", "attach", "capture", "compile", "errors", "estimate", "export_dense", "find_sites",
-           "generate_corrected", "load", "quantized_cache", "recipes", "reparameterize", "streaming_cache"]
+           "generate_corrected", "load", "quantized_cache", "recipes", "recover", "reparameterize", "streaming_cache"]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,6 +42,7 @@ KINDS: Mapping[str, Kind] = {
     "repair": Kind("passes/prune/repairs/*.py"),
     "scorer": Kind("passes/activation/scorers/*.py"),
     "activation loss": Kind("passes/train/losses/*.py"),
+    "distillation": Kind("passes/train/distillations/*.py"),
     "schedule": Kind("passes/train/schedules/*.py"),
     "activation": Kind("passes/activation/functions/*.py"),
     "selector": Kind("passes/activation/selectors/*.py"),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from .decision import Decision
 from .errors import InputError
+from .masked import Masked
 from .passes_api import Context, Pass, Preserves
 from .program import Region, Site
 
+KNOWN = "known in training"  # statistics of the calibration that a pass needs while it acts there: name -> tensor
 META = "training"  # in a node's metadata: the passes that act on it in training
 
 
@@ -37,19 +40,23 @@ class Watch(nn.Module):
 class Marked:
     """A value of the graph that a pass acts on in training.
 
-    path    of the site that it belongs to
-    watch   keeps the value of the last forward pass
-    limit   of a selection, the buffer that says from where on is selected; None for other values
+    path      of the site that it belongs to
+    tap       stands in the graph: a Watch keeps the value of the last forward pass, a Masked the dense gradient of a weight * mask
+    tensors   argument of the node -> the parameter or buffer of the trained module that it is: the limit of a selection, weight and mask
+    decision  what the passes decided at the site, if they did
+    known     statistics of the calibration that the pass has kept for it
     """
 
     path: str
-    watch: Watch
-    limit: Tensor | None = None
+    tap: Watch | Masked
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    decision: Decision | None = None
+    known: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def value(self) -> Tensor | None:
         """What went by in the last forward pass; None before the first."""
-        return self.watch.seen[0] if self.watch.seen else None
+        return self.tap.seen[0] if isinstance(self.tap, Watch) and self.tap.seen else None
 
 
 class Part:
@@ -62,6 +69,13 @@ class Part:
     def move(self, step: int) -> None:
         """Set what depends on the number of steps done. Called when attached, after each step, and after a state was loaded."""
 
+    def update(self, step: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """Change what is learnt. Called once after each step of the optimizer, before move(), and never when a state is loaded.
+
+        Gives the weights that start anew, as (parameter, bool of its shape): what an optimizer remembers of them is void.
+        """
+        return ()
+
 
 @dataclass(frozen=True)
 class TrainingPass(Pass):
@@ -72,6 +86,10 @@ class TrainingPass(Pass):
     def part(self, marked: Sequence[Marked]) -> Part:
         """What acts in training on the values that run() has marked."""
         raise NotImplementedError
+
+    def tap(self, region: Region, name: str, node: fx.Node) -> Watch | Masked:
+        """What stands in the graph at a marked node, under a name of the region's module."""
+        return watch(region, name, node)
 
     def mark(self, node: fx.Node, site: Site, ctx: Context) -> None:
         """Note in a node's metadata that this pass acts on it, once."""
@@ -87,13 +105,23 @@ class Hook:
         for batch in batches:
             loss = task_loss(model(**batch)) + hook.loss()
             loss.backward()
-            optimizer.step(), optimizer.zero_grad(), hook.step()
+            optimizer.step(), hook.step(optimizer), optimizer.zero_grad()
     """
 
-    def __init__(self, parts: Sequence[Part], watched: Mapping[str, Marked]) -> None:
+    def __init__(self, parts: Sequence[Part], watched: Mapping[str, Marked], states: Mapping[str, Watch], masks: Mapping[str, Tensor]) -> None:
         self.steps = 0
-        self._parts, self._watched = tuple(parts), dict(watched)
+        self._parts, self._watched, self._states, self._masks = tuple(parts), dict(watched), dict(states), dict(masks)
         self._move()
+
+    @property
+    def states(self) -> dict[str, Tensor]:
+        """Path of each residual block -> the residual stream behind it in the last forward pass, [..., width], with gradients."""
+        return {path: one.seen[0] for path, one in self._states.items() if one.seen}
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Path of each masked layer -> its mask, bool of the weight's shape: the buffer itself, not to be written to."""
+        return dict(self._masks)
 
     @property
     def activations(self) -> dict[str, Tensor]:
@@ -109,9 +137,19 @@ class Hook:
         terms = [term for part in self._parts if (term := part.loss(self.steps)) is not None]
         return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float32)
 
-    def step(self) -> None:
-        """Move what depends on the number of steps: once after each step of the optimizer, however many backward passes that took."""
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Move what depends on the number of steps: once after each step of the optimizer, however many backward passes that took.
+
+        optimizer  where weights are dropped and grown: it forgets what it knew of those (momentum and the like becomes 0)
+
+        Raises InputError where the optimizer is not that of the attached module's parameters.
+        """
         self.steps += 1
+        with torch.no_grad():
+            for part in self._parts:
+                for weight, fresh in part.update(self.steps):
+                    if optimizer is not None:
+                        forget(optimizer, weight, fresh)
         self._move()
 
     def state_dict(self) -> dict[str, int]:
@@ -130,6 +168,16 @@ class Hook:
         with torch.no_grad():
             for part in self._parts:
                 part.move(self.steps)
+
+
+def forget(optimizer: torch.optim.Optimizer, weight: Tensor, fresh: Tensor) -> None:
+    """Set to 0 what an optimizer remembers of some places (bool) of a parameter. Raises InputError for a parameter that it does not train."""
+    if not any(weight is known for group in optimizer.param_groups for known in group["params"]):
+        raise InputError("the optimizer does not train the attached module's weights", where="Hook.step",
+                         hint="make it of module.parameters(), after attach(): the original model's parameters are others")
+    for value in optimizer.state.get(weight, {}).values():
+        if isinstance(value, Tensor) and value.shape == weight.shape:
+            value.masked_fill_(fresh, 0)
 
 
 def watch(region: Region, name: str, node: fx.Node) -> Watch:

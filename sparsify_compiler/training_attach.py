@@ -14,13 +14,14 @@ from .call import instantiate, own_tensors
 from .capture_batch import captured_for_any_batch
 from .compile import as_pipeline, read_batches
 from .errors import InputError
-from .ops import select
+from .masked import Masked, masked_weight
 from .passes_api import Context, Pass
 from .pipeline import Pipeline
 from .program import Program, Region, Stage, get_tensor
+from .site_block import find_blocks
 from .site_ffn import neurons_of
 from .sites import find_sites
-from .training import META, Hook, Marked, Part, TrainingPass, Watch, watch
+from .training import KNOWN, META, Hook, Marked, Part, TrainingPass, Watch, watch
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
@@ -53,33 +54,47 @@ def attach(model: nn.Module, example_inputs: Inputs, recipe: str | Path | Pipeli
     if program.stage not in (Stage.TRACED, Stage.SPARSE):
         raise InputError("this recipe packs or lowers, and what is packed does not train", where="recipe",
                          hint="attach with the rewrites alone; compile() packs and lowers what was trained")
-    return _hooked(program)
+    return hooked(program, own=True)
 
 
-def _hooked(program: Program) -> tuple[nn.Module, Hook]:
+def hooked(program: Program, own: bool) -> tuple[nn.Module, Hook]:
+    """A rewritten Program as a module to train, and its hook. `own`: with tensors of its own, else with those of the Program."""
     watched = program.clone()
-    ffns = [(site, watched.regions[site.region]) for site in find_sites(watched, ("ffn",))]
-    seen: dict[fx.Node, Watch] = {}
+    taps: dict[fx.Node, Watch | Masked] = {}
 
     def watch_of(region: Region, node: fx.Node) -> Watch:
-        if node not in seen:
-            seen[node] = watch(region, f"sparsify_watch_{len(seen)}", node)
-        return seen[node]
+        made = taps.get(node) or watch(region, f"sparsify_watch_{len(taps)}", node)
+        assert isinstance(made, Watch)
+        taps[node] = made
+        return made
 
-    values = {site.path: Marked(site.path, watch_of(region, neurons_of(region, site))) for site, region in ffns}
+    ffns = [(site.path, watched.regions[site.region], neurons_of(watched.regions[site.region], site)) for site in find_sites(watched, ("ffn",))]
+    blocks = [(block.path, region := watched.regions[block.region], region.node(block.output)) for block in find_blocks(watched)]
+    values = {path: Marked(path, watch_of(region, node)) for path, region, node in ffns}
+    states = {path: watch_of(region, node) for path, region, node in blocks}
     marks = [(by, path, region, node) for region, node in watched.nodes() for by, path in node.meta.get(META, ())]
-    watches = [watch_of(region, node) for _, _, region, node in marks]
+    reads = [(_stored(node), node.meta.get(KNOWN, {})) for _, _, _, node in marks]
+    for by, _, region, node in marks:
+        if node not in taps:
+            taps[node] = by.tap(region, f"sparsify_watch_{len(taps)}", node)
     for region in watched.regions.values():
         region.module.recompile()
-    module = own_tensors(instantiate(watched))
+    module = own_tensors(instantiate(watched)) if own else instantiate(watched)
     marked: dict[TrainingPass, list[Marked]] = {}
-    for (by, path, region, node), one in zip(marks, watches, strict=True):
-        marked.setdefault(by, []).append(Marked(path, one, _limit(module, region, node)))
+    for (by, path, region, node), (names, known) in zip(marks, reads, strict=True):
+        tensors = {key: get_tensor(module, region.qualified(name)) for key, name in names.items()}
+        marked.setdefault(by, []).append(Marked(path, taps[node], tensors, watched.decisions.get(path), known))
     parts: list[Part] = [by.part(places) for by, places in marked.items()]
-    return module, Hook(parts, values)
+    return module, Hook(parts, values, states, _masks(module, program))
 
 
-def _limit(module: nn.Module, region: Region, node: fx.Node) -> Tensor | None:
-    """The buffer of the trained module that a selection compares with."""
-    limit = node.kwargs.get("limit") if node.target is select.op else None
-    return get_tensor(module, region.qualified(str(limit.target))) if isinstance(limit, fx.Node) and limit.op == "get_attr" else None
+def _stored(node: fx.Node) -> dict[str, str]:
+    """Argument of a node -> the name of the parameter or buffer that it is."""
+    return {key: str(value.target) for key, value in node.kwargs.items() if isinstance(value, fx.Node) and value.op == "get_attr"}
+
+
+def _masks(module: nn.Module, program: Program) -> dict[str, Tensor]:
+    """Path of each masked layer -> its mask in the trained module."""
+    found = ((region, node, masked_weight(region, node)) for region, node in program.nodes())
+    return {str(node.meta.get("site") or node.meta.get("path") or node.name): get_tensor(module, region.qualified(names.mask))
+            for region, node, names in found if names is not None}

@@ -62,7 +62,7 @@ class ScheduleThreshold(TrainingPass):
 class _Threshold(Part):
     def __init__(self, of: ScheduleThreshold, marked: Sequence[Marked]) -> None:
         self._to, self._schedule = of.to, Named.parse("schedule", of.schedule)
-        self._limits = [one.limit for one in marked if one.limit is not None]
+        self._limits = [one.tensors["limit"] for one in marked]
 
     def move(self, step: int) -> None:
         for limit in self._limits:

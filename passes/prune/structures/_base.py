@@ -31,6 +31,15 @@ class Structure:
         """The density that the structure fixes by itself (n/m), or None when it is free."""
         return None
 
+    @property
+    def loose(self) -> Structure:
+        """What may be dropped from a mask of this structure, where as many others then come in that it is one again; itself by default."""
+        return self
+
+    def at(self, density: float) -> Structure | None:
+        """The structure of its kind that keeps at least this density, for masks that thin out while training; None where that is all weights."""
+        return self if density < 1 else None
+
     def formats(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
         """Storage formats, with their attributes, that suit a mask of this structure."""
         raise NotImplementedError

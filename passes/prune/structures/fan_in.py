@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure, keep_top, kept
+from sparsify_compiler.passes.prune.structures.unstructured import Unstructured
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,10 @@ class FanIn(Structure):
 
     def __str__(self) -> str:
         return "fan_in"
+
+    @property
+    def loose(self) -> Structure:
+        return Unstructured()
 
     def formats(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
         return (("condensed", {}), *ANY_MASK)

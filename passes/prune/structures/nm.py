@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsify_compiler.errors import StructureError
-from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure, keep_top
+from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure, keep_top, kept
+from sparsify_compiler.passes.prune.structures.unstructured import Unstructured
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class NM(Structure):
     @property
     def density(self) -> float | None:
         return self.n / self.m
+
+    @property
+    def loose(self) -> Structure:
+        return Unstructured()
+
+    def at(self, density: float) -> Structure | None:
+        n = max(self.n, kept(self.m, density))
+        return replace(self, n=n) if n < self.m else None
 
     @property
     def hint(self) -> str:  # type: ignore[override]

@@ -1,0 +1,104 @@
+"""weight * mask: where a graph holds it, and, in training, its gradient, which is that of the dense weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .program import Region, get_tensor
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class MaskedWeight:
+    """The weight of an op that is weight * mask: the node of the product, and the names of its two tensors in the region."""
+
+    product: fx.Node
+    weight: str
+    mask: str
+
+
+def masked_weight(region: Region, node: fx.Node) -> MaskedWeight | None:
+    """What an op (linear, convolution) reads as its weight, where that is a parameter times a bool buffer of its shape; else None."""
+    product = node.kwargs.get("weight") if node.op == "call_function" else None
+    if not isinstance(product, fx.Node) or product.target is not aten.mul.Tensor:
+        return None
+    sources = [product.kwargs.get("self"), product.kwargs.get("other")]
+    names = [str(source.target) for source in sources if isinstance(source, fx.Node) and source.op == "get_attr"]
+    masks = [name for name in names if get_tensor(region.module, name).dtype == torch.bool]
+    if len(names) != 2 or len(masks) != 1:
+        return None
+    weight = next(name for name in names if name not in masks)
+    same = get_tensor(region.module, weight).shape == get_tensor(region.module, masks[0]).shape
+    return MaskedWeight(product, weight, masks[0]) if same else None
+
+
+class Masked(nn.Module):
+    """Stands in a graph for weight * mask. The gradient of the product is dense; the weight gets that of its kept places.
+
+    wanted            keep the dense gradient, the sum over the backward passes since take()
+    straight_through  the weight gets all of it (STE, arXiv:1308.3432)
+    smoothed          a buffer of the weight's shape for who averages gradients over steps, or None
+    """
+
+    smoothed: Tensor | None
+
+    def __init__(self, straight_through: bool = False, smoothed: Tensor | None = None) -> None:
+        super().__init__()
+        self.wanted, self.straight_through = False, straight_through
+        self.register_buffer("smoothed", smoothed)
+        self._sum: Tensor | None = None
+
+    def forward(self, weight: Tensor, mask: Tensor) -> Tensor:
+        plain = type(weight) in (Tensor, nn.Parameter)  # an export runs on stand-ins: it sees the product alone
+        if not plain or not weight.requires_grad or not (self.wanted or self.straight_through):
+            return weight * mask
+        product: Tensor = _Product.apply(weight, mask, self)  # type: ignore[no-untyped-call]
+        return product
+
+    def add(self, gradient: Tensor) -> None:
+        """Take in the dense gradient of one backward pass."""
+        if self.wanted:
+            self._sum = gradient.clone() if self._sum is None else self._sum + gradient
+
+    def take(self) -> Tensor | None:
+        """The sum of the dense gradients, of the weight's shape and dtype; None where none has come. It starts again at none."""
+        found, self._sum = self._sum, None
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sum": None}
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, owner: Masked) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.owner = owner
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradient, (mask,) = gradients[0], ctx.saved_tensors
+        ctx.owner.add(gradient)
+        return gradient if ctx.owner.straight_through else gradient * mask, None, None
+
+
+def tap_product(region: Region, name: str, product: fx.Node, straight_through: bool, smoothed: bool) -> Masked:
+    """Let a Masked take the place of a product of a region's graph, under a name of the region's module."""
+    sources = [source for source in product.all_input_nodes if source.op == "get_attr"]
+    mask = next(source for source in sources if get_tensor(region.module, str(source.target)).dtype == torch.bool)
+    weight = next(source for source in sources if source is not mask)
+    shape = get_tensor(region.module, str(weight.target))
+    made = Masked(straight_through, torch.zeros_like(shape, requires_grad=False) if smoothed else None)
+    region.module.add_module(name, made)
+    with region.graph.inserting_before(product):
+        call = region.graph.call_module(name, (weight, mask))
+    call.meta = dict(product.meta)
+    product.replace_all_uses_with(call)
+    region.graph.erase_node(product)
+    return made

@@ -1,0 +1,44 @@
+"""What a recovery did, as plain data for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+KEPT_POINTS = 500
+
+
+@dataclass
+class Point:
+    """One step of the loss curve. quality: of the user's metric, where it was measured behind this step."""
+
+    step: int
+    seconds: float
+    loss: float
+    rate: float
+    quality: float | None = None
+
+
+@dataclass
+class Recovery:
+    """How a model was brought towards its teacher.
+
+    points   the loss curve, thinned out evenly where it has many steps; every measurement of quality is in it
+    seconds  of all, over every run that it took
+    stopped  why it ended: "all steps are done", "the time is up", "the data ran out", ...
+    before   the user's metric before the first step; best: the one of what was handed back. None where there is no metric
+    """
+
+    losses: list[str] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    stopped: str = ""
+    before: float | None = None
+    best: float | None = None
+    best_step: int | None = None
+
+    def add(self, point: Point) -> None:
+        """Take a point into the curve."""
+        self.points.append(point)
+        if len(self.points) > 2 * KEPT_POINTS:
+            self.points = [one for i, one in enumerate(self.points) if i % 2 or one.quality is not None]

@@ -1,0 +1,324 @@
+"""Masks that move in training: zeros hold between updates, structures at each, the paper's choices in small, resuming, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sparsify_compiler as sc
+from sparsify_compiler import catalog
+from sparsify_compiler.errors import InputError, ParseError
+from sparsify_compiler.masked import Masked
+from sparsify_compiler.passes.prune.structures._base import Structure
+from sparsify_compiler.passes.train._moving import regrown, thinned
+from sparsify_compiler.passes.train.move_masks import MoveMasks
+from sparsify_compiler.training import Hook
+
+X = torch.randn(48, 16, generator=torch.Generator().manual_seed(1))
+Y = torch.randn(48, 8, generator=torch.Generator().manual_seed(2))
+RIGL = "mask_weights(score='random', density=0.25) | move_masks(grow='gradient', decay='cosine(end=12)', every=3, until=12)"
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-2, momentum=0.5),
+}
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).to(dtype).eval()
+
+
+def attached(recipe: Any) -> tuple[nn.Module, Hook]:
+    return sc.attach(net(), (X,), recipe, calibration=[(X,)])
+
+
+def step(module: nn.Module, hook: Hook, optimizer: torch.optim.Optimizer, accumulate: int = 1) -> float:
+    total = 0.0
+    for x, y in zip(X.chunk(accumulate), Y.chunk(accumulate), strict=True):
+        loss = ((module(x) - y).square().mean() + hook.loss()) / accumulate
+        loss.backward()
+        total += float(loss.detach())
+    optimizer.step()
+    hook.step(optimizer)
+    optimizer.zero_grad()
+    return total
+
+
+def masks(hook: Hook) -> list[Tensor]:
+    return [mask.clone() for mask in hook.masks.values()]
+
+
+@settings(max_examples=10, deadline=None)
+@given(structure=st.sampled_from(["unstructured", "row", "fan_in", "2:4", "8x1", "Rows()"]), grow=st.sampled_from([None, "random", "gradient"]),
+       sparsity=st.sampled_from(["constant", "cubic(end=6)", "cubic(start=2, end=5, initial=0.5)"]), optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+       smooth=st.sampled_from([0.0, 0.9]), told=st.booleans())
+def test_zeros_hold_and_structures_too(structure: str, grow: str | None, sparsity: str, optimizer: str, smooth: float, told: bool) -> None:
+    """Between updates masks stay; at an update they are of the structure, of the schedule's density, and only an updater that grows adds to them."""
+    moved = MoveMasks(sparsity, grow=grow, every=2, until=7, smooth=smooth, fraction=0.5)
+    start = sc.Pipeline.parse(f"mask_weights(structure={structure!r}, density={0.5 if structure == '2:4' else 0.25})")
+    module, hook = attached(start | moved)
+    made, level = Structure.parse(structure), catalog.get("schedule", sparsity.partition("(")[0])
+    options = {} if sparsity == "constant" else {"end": 6} if "start" not in sparsity else {"start": 2, "end": 5, "initial": 0.5}
+    trained = OPTIMIZERS[optimizer](module.parameters())
+    for number in range(1, 9):
+        before = masks(hook)
+        (step if told else step_untold)(module, hook, trained)
+        for old, new in zip(before, masks(hook), strict=True):
+            if number not in (2, 4, 6, 7):
+                assert torch.equal(old, new)
+                continue
+            if grow is None:
+                assert not bool((new & ~old).any())
+            density = 1 - (0.5 if structure == "2:4" else 0.75) * level(number, **options)
+            fitted = made.at(density)
+            assert torch.equal(new, torch.ones_like(new) if fitted is None else fitted.mask(new.float(), fitted.density or density))
+    expected = module(X)
+    for name, mask in hook.masks.items():
+        weight = module.get_parameter(f"{name}.weight")
+        weight.data[~mask] = 7.0
+    assert torch.equal(module(X), expected), "what lies under a zero of the mask is nothing"
+
+
+def step_untold(module: nn.Module, hook: Hook, optimizer: torch.optim.Optimizer) -> float:
+    """A loop that does not give its optimizer to the hook."""
+    (functional.mse_loss(module(X), Y) + hook.loss()).backward()
+    optimizer.step()
+    hook.step()
+    optimizer.zero_grad()
+    return 0.0
+
+
+def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest() -> None:
+    module, hook = attached("mask_weights(score='random', density=0.25) | move_masks(grow='gradient', fraction=0.5, every=1, until=1)")
+    weight, before = module.get_parameter("0.weight"), hook.masks["0"].clone()
+    dense = (weight * before).detach().requires_grad_()
+    hidden = functional.linear(X, dense, module.get_parameter("0.bias")).relu()
+    last = module.get_parameter("2.weight") * hook.masks["2"]
+    functional.mse_loss(functional.linear(hidden, last, module.get_parameter("2.bias")), Y).backward()
+    assert dense.grad is not None
+    optimizer = torch.optim.SGD(module.parameters(), 0.0)
+    step_untold(module, hook, optimizer)
+    kept = (weight.abs() * before).flatten().topk(64).indices.tolist()
+    rest = dense.grad.abs().flatten()
+    rest[kept] = -1
+    expected = set(kept) | set(rest.topk(64).indices.tolist())
+    assert set(hook.masks["0"].flatten().nonzero().flatten().tolist()) == expected
+    grown = hook.masks["0"] & ~before
+    assert bool(grown.any())
+    assert not bool(weight[grown].any())
+    assert not bool(weight[~hook.masks["0"]].any())
+
+
+def test_only_the_steps_that_update_read_the_dense_gradient() -> None:
+    module, hook = attached(RIGL)
+    taps = [part for part in module.modules() if isinstance(part, Masked)]
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    wanted = []
+    for _ in range(14):
+        wanted.append([tap.wanted for tap in taps])
+        step(module, hook, optimizer)
+    assert [any(one) for one in wanted] == [number % 3 == 0 and number <= 12 for number in range(1, 15)]
+    assert all(any(one) == all(one) for one in wanted)
+
+
+SMOOTHED = "mask_weights(structure='fan_in', density=0.25) | move_masks(grow='gradient', smooth=0.9, every=3, until=12)"
+
+
+@pytest.mark.parametrize("recipe", [RIGL, SMOOTHED, "sr_ste(structure='2:4')", "gmp(density=0.25, steps=8, every=2)"])
+def test_resuming_is_bit_equal(recipe: str) -> None:
+    def fresh() -> tuple[nn.Module, Hook, torch.optim.Optimizer]:
+        module, hook = attached(recipe)
+        return module, hook, torch.optim.AdamW(module.parameters(), 1e-2)
+
+    one = fresh()
+    for _ in range(6):  # also an update: a state is not updated again when it is loaded
+        step(*one)
+    saved = copy.deepcopy([part.state_dict() for part in (one[0], one[1], one[2])])
+    expected = [step(*one) for _ in range(7)]
+    other = fresh()
+    for part, state in zip(other, saved, strict=True):
+        part.load_state_dict(state)  # type: ignore[arg-type]
+    assert [step(*other) for _ in range(7)] == expected
+    assert all(torch.equal(value, other[0].state_dict()[name]) for name, value in one[0].state_dict().items())
+
+
+def test_accumulated_gradients_choose_alike() -> None:
+    found = []
+    for accumulate in (1, 4):
+        module, hook = attached(RIGL)
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        for _ in range(6):
+            step(module, hook, optimizer, accumulate)
+        found.append(masks(hook))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_gradients_that_overflow_move_nothing_and_frozen_weights_stay() -> None:
+    module, hook = attached("mask_weights(score='random', density=0.25) | move_masks(grow='gradient', every=1, until=9)")
+    module.get_parameter("2.weight").requires_grad_(False)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    before = masks(hook)
+    (functional.mse_loss(module(X), Y) * float("inf")).backward()
+    optimizer.zero_grad()  # as a scaler of the loss does: the step is left out
+    hook.step(optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, masks(hook), strict=True))
+    step(module, hook, optimizer)
+    moved = [not torch.equal(a, b) for a, b in zip(before, masks(hook), strict=True)]
+    assert moved == [True, False]
+    with pytest.raises(InputError, match="no gradient has reached"):
+        hook.step(optimizer)
+
+
+def test_the_optimizer_forgets_what_went_and_what_came() -> None:
+    module, hook = attached("mask_weights(score='random', density=0.25) | move_masks(grow='random', every=4, until=4)")
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    for _ in range(3):
+        step(module, hook, optimizer)
+    before = hook.masks["0"].clone()
+    step(module, hook, optimizer)
+    state = optimizer.state[module.get_parameter("0.weight")]
+    stayed = before & hook.masks["0"]
+    assert float(state["exp_avg"][~stayed].abs().max()) == 0
+    assert bool((state["exp_avg_sq"][stayed] > 0).any())
+    module, hook = attached("mask_weights(score='random', density=0.25) | move_masks(grow='random', every=1, until=4)")
+    with pytest.raises(InputError, match="does not train the attached module's weights"):
+        hook.step(torch.optim.SGD(net().parameters(), 0.1))
+
+
+def test_straight_through_gradients_and_the_penalty() -> None:
+    module, hook = attached("sr_ste(structure='2:4', penalty=0.5)")
+    weight, mask = module.get_parameter("2.weight"), hook.masks["2"].clone()
+    hidden = functional.linear(X, module.get_parameter("0.weight") * hook.masks["0"], module.get_parameter("0.bias")).relu().detach()
+    loss = functional.mse_loss(module(X), Y) + hook.loss()
+    loss.backward()
+    dense = (weight * mask).detach().requires_grad_()
+    functional.mse_loss(functional.linear(hidden, dense, module.get_parameter("2.bias")), Y).backward()
+    assert dense.grad is not None
+    torch.testing.assert_close(weight.grad, dense.grad + 0.5 * weight.detach() * ~mask)
+    optimizer = torch.optim.SGD(module.parameters(), 0.5)
+    for _ in range(10):
+        step(module, hook, optimizer)
+    assert not torch.equal(mask, hook.masks["2"]), "weights that are not kept learn, and come back"
+
+
+def test_schedules() -> None:
+    cubic, cosine = catalog.get("schedule", "cubic"), catalog.get("schedule", "cosine")
+    assert [cubic(s, start=10, end=20, initial=0.5) for s in (0, 10, 15, 20, 30)] == [0.5, 0.5, 1 - 0.5 * 0.125, 1, 1]
+    assert [cosine(s, end=10) for s in (0, 5, 10, 20)] == pytest.approx([1, 0.5, 0, 0])
+    for text in ("cubic(start=5, end=5)", "cosine(end=0)"):
+        with pytest.raises(ParseError):
+            MoveMasks(sparsity=text)
+
+
+def test_rows_of_which_little_matters_go_as_a_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    score, growth = torch.rand(16, 32, generator=generator) + 1, torch.rand(16, 32, generator=generator)
+    score[:6], growth[:6] = score[:6] * 1e-3, growth[:6] * 1e-3
+    fan_in = Structure.parse("fan_in")
+    mask = fan_in.mask(score, 0.25)
+    found = regrown(mask, score, growth, fan_in, 0.25, 0.5, least=0.5)
+    counts = found.sum(1)
+    assert counts[:6].tolist() == [0] * 6
+    assert len(set(counts[6:].tolist())) == 1
+    assert abs(int(found.sum()) - int(mask.sum())) < 10
+    everything = regrown(mask, score, growth, fan_in, 0.25, 0.5, least=1.0)
+    assert everything.any(1).sum() >= math.ceil(0.25 * 16), "enough rows stay to hold what is kept"
+
+
+def test_edges_of_one_update() -> None:
+    free = Structure.parse("unstructured")
+    one = torch.tensor([[True, False]])
+    assert int(regrown(one, torch.ones(1, 2), torch.zeros(1, 2), free, 0.5, 1.0).sum()) == 1
+    empty = torch.zeros(0, 4, dtype=torch.bool)
+    assert thinned(empty, torch.zeros(0, 4), free, 0.5).shape == (0, 4)
+    full = torch.ones(3, 5, dtype=torch.bool)
+    assert bool(thinned(full, torch.rand(3, 5), free, 1.0).all())
+    assert int(thinned(full, torch.zeros(3, 5), free, 0.4).sum()) == 6
+
+
+def test_a_convolution_and_bfloat16() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    x = torch.randn(6, 4, 8, 8)
+    recipe = "mask_weights(targets=('linear', 'conv'), score='random', density=0.25) | move_masks(grow='gradient', every=2, until=8)"
+    module, hook = sc.attach(model, (x,), recipe)
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    for _ in range(8):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = module(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        hook.step(optimizer)
+        optimizer.zero_grad()
+    assert [round(float(mask.float().mean()), 2) for mask in masks(hook)] == [0.25, 0.25]
+    compiled = sc.compile(module.eval(), (x,), recipe=sc.Pipeline.parse("pack()"))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_a_shared_weight_moves_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x).relu())
+
+    torch.manual_seed(0)
+    module, hook = sc.attach(Twice().eval(), (X,), "mask_weights(density=0.25) | move_masks(grow='gradient', every=1, until=5)")
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    for _ in range(3):
+        module(X).square().mean().backward()
+        optimizer.step()
+        hook.step(optimizer)
+        optimizer.zero_grad()
+    assert {float(mask.float().mean()) for mask in masks(hook)} == {0.25}
+
+
+def test_bad_options() -> None:
+    for wrong in ({"every": 0}, {"fraction": 1.5}, {"drop": "movement"}, {"least": 0.3}, {"penalty": -1.0}):
+        with pytest.raises(ParseError):
+            MoveMasks(**wrong)  # type: ignore[arg-type]
+
+
+def _rank(rank: int, place: str, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    module, hook = attached(RIGL)
+    parallel = nn.parallel.DistributedDataParallel(module)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    for _ in range(7):
+        functional.mse_loss(parallel(X.chunk(2)[rank]), Y.chunk(2)[rank]).backward()
+        optimizer.step()
+        hook.step(optimizer)
+        optimizer.zero_grad()
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, f"{out}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_choose_alike(tmp_path: Any) -> None:
+    """As one process on both halves of the batch does."""
+    from safetensors.torch import load_file
+
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "meet"), str(tmp_path / "out")), nprocs=2)  # type: ignore[no-untyped-call]
+    one, other = load_file(tmp_path / "out0"), load_file(tmp_path / "out1")
+    module, hook = attached(RIGL)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    for _ in range(7):
+        step(module, hook, optimizer)
+    for name, value in module.state_dict().items():
+        assert torch.equal(one[name], other[name])
+        torch.testing.assert_close(one[name], value)

@@ -1,0 +1,249 @@
+"""recover(): the zeros stay, the loss falls, runs resume exactly, stop for a reason, and refuse what cannot be."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sparsify_compiler as sc
+from sparsify_compiler import catalog, recover_loop
+from sparsify_compiler.distillation import Seen
+from sparsify_compiler.errors import ArtefactError, InputError, ParseError, UnknownNameError
+from sparsify_compiler.recover_loop import Course, endless
+from sparsify_compiler.recovery import KEPT_POINTS, Point, Recovery
+
+DATA = [(torch.randn(16, 16, generator=torch.Generator().manual_seed(seed)),) for seed in range(4)]
+
+
+class Residual(nn.Module):
+    """Two residual FFNs and a head."""
+
+    def __init__(self, width: int = 16, blocks: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width)) for _ in range(blocks))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        y: Tensor = self.head(x)
+        return y
+
+
+def dense(**options: int) -> nn.Module:
+    torch.manual_seed(0)
+    return Residual(**options).eval()
+
+
+def sparse(recipe: str = "mask_weights(structure='2:4', ignore=('head',))") -> tuple[nn.Module, Any, nn.Module]:
+    model = dense()
+    module, hook = sc.attach(model, DATA[0], recipe)
+    return module, hook, model
+
+
+def distance(module: nn.Module, model: nn.Module) -> float:
+    with torch.no_grad():
+        return sum(float((module(*x) - model(*x)).square().mean()) for x in DATA)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def test_it_comes_back_and_keeps_its_zeros() -> None:
+    module, hook, model = sparse()
+    before, start, masks = copy.deepcopy(model), distance(module, model), {name: mask.clone() for name, mask in hook.masks.items()}
+    told: list[int] = []
+    trained, recovery = sc.recover(module, model, DATA, hook=hook, steps=60, rate=1e-2, progress=lambda what, done, total: told.append(done))
+    assert trained is module
+    assert distance(module, model) < 0.3 * start
+    assert same(model, before)
+    assert all(torch.equal(mask, hook.masks[name]) for name, mask in masks.items())
+    assert recovery.losses == ["squarehead", "outputs"]
+    assert (recovery.steps, recovery.stopped, len(recovery.points)) == (60, "all steps are done", 60)
+    assert recovery.points[-1].loss < recovery.points[0].loss
+    assert told == sorted(told)
+    assert told[-1] == 1000
+    packed = sc.Pipeline.parse("pack()").run(sc.capture(trained, DATA[0]))
+    assert [row.format for row in packed.decisions.values() if row.format != "dense"] == ["nm"] * 4
+
+
+def test_without_a_hook_a_copy_is_trained() -> None:
+    module, _, model = sparse()
+    before = copy.deepcopy(module.state_dict())
+    trained, _ = sc.recover(module.eval(), model, DATA, steps=20, rate=1e-2, losses="outputs")
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert distance(trained, model) < distance(module, model)
+    weight = trained.state_dict()["blocks.0.0.weight"] * trained.state_dict()["blocks.0.0.weight_mask"]
+    assert float((weight == 0).double().mean()) == 0.5
+
+
+@pytest.mark.parametrize("name", catalog.names("distillation"))
+def test_losses_are_zero_at_the_teacher_and_ignore_padding(name: str) -> None:
+    loss = catalog.get("distillation", name)
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(2, 5, 8, generator=generator) for _ in range(2))
+    tokens = torch.tensor([[True] * 5, [True, True, False, False, False]])
+
+    def seen(x: Tensor, real: Tensor | None = tokens) -> Seen:
+        return Seen((x,), (x, 2 * x), real)
+
+    assert float(loss(seen(one), seen(one))) == pytest.approx(0, abs=1e-6)
+    assert float(loss(seen(other), seen(one))) > 0
+    assert float(loss(seen(other), seen(one), weight=3.0)) == pytest.approx(3 * float(loss(seen(other), seen(one))))
+    padded = other.clone()
+    padded[1, 2:] = 100
+    assert float(loss(seen(padded), seen(one))) == pytest.approx(float(loss(seen(other), seen(one))))
+    assert float(loss(seen(padded, None), seen(one, None))) != pytest.approx(float(loss(seen(other), seen(one))))
+    student = other.double().requires_grad_()
+    loss(seen(student), seen(one.double())).backward()
+    assert student.grad is not None
+    assert not bool(student.grad[1, 2:].any())
+
+
+def test_the_formulas_of_the_losses() -> None:
+    generator = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
+    ours, theirs = Seen((s,), (s, 3 * s), None), Seen((t,), (t, 2 * t), None)
+    ratio = [functional.mse_loss(a, b) / b.square().mean() for a, b in ((s, t), (3 * s, 2 * t))]
+    assert float(catalog.get("distillation", "squarehead")(ours, theirs)) == pytest.approx(float(sum(ratio)) / 2)
+    assert float(catalog.get("distillation", "outputs")(ours, theirs)) == pytest.approx(float(ratio[0]))
+    mean = (functional.mse_loss(s, t) + functional.mse_loss(3 * s, 2 * t)) / 2
+    assert float(catalog.get("distillation", "hidden_states")(ours, theirs)) == pytest.approx(float(mean))
+    soft = functional.kl_div((s / 2).log_softmax(-1).flatten(0, 1), (t / 2).softmax(-1).flatten(0, 1), reduction="batchmean")
+    assert float(catalog.get("distillation", "logits")(ours, theirs, temperature=2.0)) == pytest.approx(4 * float(soft), rel=1e-5)
+
+
+def test_the_rate_warms_up_and_falls() -> None:
+    course = Course(10.0, 100, 1.0, 0.1, 1.0, 0.0, 1, 10, 3)
+    rates = [course.rate_at(course.done(step, 0.0)) for step in range(101)]
+    assert rates[:11] == pytest.approx([0.01, *(step / 10 for step in range(1, 11))])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0)
+    timed = Course(10.0, None, 1.0, 0.0, 1.0, 0.0, 1, 10, 3)
+    assert timed.rate_at(timed.done(7, 300.0)) == pytest.approx(0.5)
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover_loop, "SAVE_EVERY", -1.0)
+    recipe = "mask_weights(score='random', density=0.25) | move_masks(grow='gradient', every=3, until=9)"
+
+    def batches(until: int) -> Iterator[Any]:
+        for number in range(until):
+            yield DATA[number % 4]
+        raise KeyboardInterrupt
+
+    def quality(module: nn.Module) -> float:
+        return -distance(module, dense())
+
+    common: dict[str, Any] = {"steps": 12, "rate": 1e-2, "accumulate": 2, "quality": quality, "checks": 6, "patience": 99, "losses": "outputs"}
+    whole, hook, model = sparse(recipe)
+    _, expected = sc.recover(whole, model, DATA, hook=hook, **common)
+    module, hook, _ = sparse(recipe)
+    with pytest.raises(KeyboardInterrupt):  # within a step
+        sc.recover(module, model, batches(11), hook=hook, checkpoint=tmp_path / "run", **common)
+    module, hook, _ = sparse(recipe)
+    _, found = sc.recover(module, model, DATA, hook=hook, checkpoint=tmp_path / "run", **common)
+    assert same(whole, module)
+    assert [(p.step, p.loss, p.rate, p.quality) for p in found.points] == [(p.step, p.loss, p.rate, p.quality) for p in expected.points]
+    assert (found.before, found.best, found.best_step) == (expected.before, expected.best, expected.best_step)
+    module, hook, _ = sparse(recipe)
+    again, record = sc.recover(module, model, DATA, hook=hook, checkpoint=tmp_path / "run", **common)
+    assert (record.steps, record.stopped) == (12, "all steps are done")
+    assert same(again, whole)
+    with pytest.raises(InputError, match="another model or of other settings"):
+        sc.recover(module, model, DATA, hook=hook, checkpoint=tmp_path / "run", **{**common, "steps": 13})
+    (tmp_path / "run").write_bytes((tmp_path / "run").read_bytes()[:200])
+    with pytest.raises(ArtefactError, match="not a readable"):
+        sc.recover(module, model, DATA, hook=hook, checkpoint=tmp_path / "run", **common)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_it_with_the_last_good_weights(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover_loop, "SAVE_EVERY", -1.0)
+    expected, hook, model = sparse()
+    sc.recover(expected, model, iter(DATA[:3]), hook=hook, minutes=5, warmup=0.0)
+    module, hook, _ = sparse()
+    _, recovery = sc.recover(module, model, iter([*DATA[:3], (torch.full((16, 16), bad),), DATA[3]]), hook=hook, minutes=5, warmup=0.0)
+    assert "step 4: the last good weights, of step 3, are kept" in recovery.stopped
+    assert recovery.steps == 3
+    assert all(bool(value.isfinite().all()) for value in module.state_dict().values())
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-3, atol=1e-5)  # rates depend on the clock
+
+
+def test_it_stops_early_and_the_best_is_kept() -> None:
+    module, hook, model = sparse()
+    seen: list[dict[str, Tensor]] = []
+
+    def quality(trained: nn.Module) -> float:
+        seen.append(copy.deepcopy(trained.state_dict()))
+        return [0.1, 0.5, 0.9, 0.2, 0.3, 0.4][len(seen) - 1]
+
+    _, recovery = sc.recover(module, model, DATA, hook=hook, steps=100, checks=10, patience=2, quality=quality)
+    assert recovery.stopped == "no better for 2 measurements"
+    assert (recovery.before, recovery.best, recovery.best_step, recovery.steps) == (0.1, 0.9, 20, 40)
+    assert all(torch.equal(value, seen[2][name]) for name, value in module.state_dict().items())
+    assert [p.quality for p in recovery.points if p.quality is not None] == [0.5, 0.9, 0.2, 0.3]
+
+
+def test_time_and_data_run_out() -> None:
+    module, hook, model = sparse()
+    _, recovery = sc.recover(module, model, iter(DATA), hook=hook, minutes=5)
+    assert (recovery.steps, recovery.stopped) == (4, "the data ran out")
+    _, recovery = sc.recover(module, model, DATA, hook=hook, minutes=1e-9, dtype=torch.bfloat16)
+    assert (recovery.steps, recovery.stopped) == (0, "the time is up")
+    assert [x for x, _ in zip(endless([(1,), (2,)], skip=3), range(3), strict=False)] == [(2,), (1,), (2,)]
+
+
+def test_under_bfloat16_and_with_named_batches() -> None:
+    module, hook, model = sparse()
+    start = distance(module, model)
+    sc.recover(module, model, [{"x": x} for x, in DATA], hook=hook, steps=40, rate=1e-2, dtype=torch.bfloat16, losses=("hidden_states", "logits"))
+    assert module.get_parameter("head.weight").dtype is torch.float32
+    assert distance(module, model) < 0.5 * start
+
+
+def test_a_long_curve_is_thinned_out() -> None:
+    record = Recovery()
+    for step in range(10 * KEPT_POINTS):
+        record.add(Point(step, 0.0, 1.0, 1.0, 0.5 if step % 1000 == 0 else None))
+    assert len(record.points) <= 2 * KEPT_POINTS
+    assert sum(point.quality is not None for point in record.points) == 5
+    assert [p.step for p in record.points] == sorted(p.step for p in record.points)
+
+
+def test_bad_input_is_refused() -> None:
+    module, hook, model = sparse()
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"teacher": dense(width=16, blocks=3)}, InputError, "states have shapes"),
+        ({"teacher": nn.Sequential(nn.Linear(16, 5)).eval(), "losses": "squarehead"}, InputError, "teacher has no states"),
+        ({"teacher": nn.Sequential(nn.Linear(16, 4)).eval()}, InputError, "outputs have shapes"),
+        ({"batches": []}, InputError, "no batch"),
+        ({"batches": DATA[0][0]}, InputError, "iterable of tuples"),
+        ({"batches": [DATA[0][0]]}, InputError, "a batch is a tuple or a dict"),
+        ({"minutes": 0}, InputError, "minutes is a number above 0"),
+        ({"rate": math.nan}, InputError, "rate is a number above 0"),
+        ({"steps": 0}, InputError, "steps is a number of 1 or more"),
+        ({"warmup": 1.0}, InputError, "warmup lies in"),
+        ({"losses": ()}, InputError, "no loss"),
+        ({"losses": "squarehed"}, UnknownNameError, "squarehead"),
+        ({"losses": "logits(heat=2.0)"}, ParseError, "no option"),
+        ({"quality": lambda trained: float("nan")}, InputError, "returned nan"),
+    ]
+    for options, error, message in wrong:
+        given = {"teacher": model, "batches": DATA, "hook": hook, "steps": 3, **options}
+        with pytest.raises(error, match=message):
+            sc.recover(module, given.pop("teacher"), given.pop("batches"), **given)
+    module.requires_grad_(False)
+    with pytest.raises(InputError, match="no parameter of this model is trained"):
+        sc.recover(module, model, DATA, hook=hook, steps=3)
