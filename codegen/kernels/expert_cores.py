@@ -1,0 +1,174 @@
+"""How a unit of 16 rows is packed and multiplied with an expert's weights as they lie: by vectors, or by AMX tiles."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from tvm import tirx
+
+from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen import emit_tiles as t
+from sparsify_compiler.codegen.kernels.experts_layout import ExpertsArguments, ExpertsLayout
+from sparsify_compiler.codegen.kernels.finish import Finish
+from sparsify_compiler.codegen.kernels.products import LANES
+from sparsify_compiler.ops import select_ffn
+
+
+class Core(ABC):
+    """group and strip: neurons and outputs at a time; across: units at a time; depth: inputs packed at a time; dtype: of what is packed."""
+
+    dtype: str
+    group: int
+    strip: int
+    across: int
+    depth: int
+
+    def __init__(self, a: ExpertsArguments, how: ExpertsLayout) -> None:
+        self.a, self.how = a, how
+        self.finished: Any = None   # [unit][output or neuron][row] float32; where there is an up, its sums behind those of the gate
+        self.turned: Any = None
+
+    def open(self) -> None:
+        """What a worker has to itself."""
+        self.finished = e.scratch(2 * self.across * self.strip * LANES, "float32")
+        self.turned = e.scratch(LANES * LANES, "float32")
+
+    def close(self) -> None:
+        """A worker is done."""
+
+    @abstractmethod
+    def size(self, width: Any) -> Any:
+        """Elements of a unit of so many inputs."""
+
+    @abstractmethod
+    def pack(self, packed: Any, start: Any, rows: list[Any], first: Any) -> None:
+        """x[rows, first : first + depth] into the unit that starts there."""
+
+    @abstractmethod
+    def neurons(self, packed: Any, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
+        """What down reads: `group` neurons of an expert from `first` on, for `many` units."""
+
+    @abstractmethod
+    def outputs(self, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
+        """`strip` outputs from `first` on into `finished`, for `many` units."""
+
+    def activated(self, place: Any, apart: int) -> Any:
+        """activation(gate) * up of one line of `finished`; up lies `apart` elements behind the gate."""
+        value = e.let(Finish(activation=self.how.activation, rough=self.how.dtype == "bfloat16")(e.load(self.finished, place, lanes=LANES)))
+        if not self.how.gated:
+            return value
+        raised = Finish(activation=select_ffn.UP.get(self.how.activation, ""))
+        return e.let(value * raised(e.load(self.finished, place + apart, lanes=LANES)))
+
+    def biased(self, name: str, expert: Any, first: Any, count: int, many: int, at: int) -> None:
+        """Add a projection's bias to its sums, which lie from element `at` of `finished` on."""
+        if f"{name}_bias" in self.a.biases:
+            with e.loop(many) as v, e.loop(count) as n:
+                place = e.let(at + (v * count + n) * LANES)
+                bias = e.load(self.a.biases[f"{name}_bias"], e.wide(expert) * self.a.H + first + n)
+                e.store(self.finished, e.load(self.finished, place, lanes=LANES) + e.broadcast(bias, LANES), place, lanes=LANES)
+
+    @property
+    def projections(self) -> list[str]:
+        return ["gate", "up"] if self.how.gated else ["gate"]
+
+
+class Fma(Core):
+    """float32: the weights of eight outputs are broadcast one input after the other, and multiplied with up to three units. [input][row]."""
+
+    dtype, group, strip, across, depth = "float32", 8, 16, 3, LANES
+
+    def size(self, width: Any) -> Any:
+        return width * LANES
+
+    def pack(self, packed: Any, start: Any, rows: list[Any], first: Any) -> None:
+        for k, column in enumerate(e.transpose([e.let(e.load(self.a.x, row, first, lanes=LANES)) for row in rows])):
+            e.store(packed, column, start + (first + k) * LANES, lanes=LANES)
+
+    def neurons(self, packed: Any, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
+        apart = many * self.group * LANES
+        for which, name in enumerate(self.projections):
+            rows = self.a.rows(name, expert, first, self.group, self.a.H - 1)
+            self._multiply(self.a.projections[name][0], rows, packed, self.a.K, unit, many, which * apart)
+            self.biased(name, expert, first, self.group, many, which * apart)
+        with e.loop(many) as v, e.loop(self.group) as n:
+            value = self.activated(e.let((v * self.group + n) * LANES), apart)
+            e.store(hidden, value, (unit + v) * self.size(self.a.H) + (first + n) * LANES, lanes=LANES)
+
+    def outputs(self, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
+        for half in range(self.strip // self.group):
+            rows = self.a.rows("down", expert, first + half * self.group, self.group, self.a.N - 1)
+            self._multiply(self.a.projections["down"][0], rows, hidden, self.a.H, unit, many, half * self.group * LANES, self.strip)
+
+    def _multiply(self, weight: Any, rows: list[Any], inputs: Any, width: Any, unit: Any, many: int, at: int, lines: int = group) -> None:
+        """finished[v][n] = sums over the inputs of these rows of W, for `many` units of `lines` lines each."""
+        sums = [[e.Register(LANES, e.broadcast(e.zero(), LANES)) for _ in range(many)] for _ in rows]
+        starts = [e.wide((unit + v) * self.size(width)) for v in range(many)]
+        rows = [e.wide(row) for row in rows]
+        with e.loop(width) as k:
+            column = e.wide(k)
+            values = [e.let(e.load(inputs, start + column * LANES, lanes=LANES)) for start in starts]
+            for row, totals in zip(rows, sums, strict=True):
+                factor = e.let(e.broadcast(e.load(weight, row, column), LANES))
+                for value, total in zip(values, totals, strict=True):
+                    total.multiply_add(factor, value)
+        for n, totals in enumerate(sums):
+            for v, total in enumerate(totals):
+                e.store(self.finished, total.get(), at + (v * lines + n) * LANES, lanes=LANES)
+
+
+class Tile(Core):
+    """bfloat16 on AMX: a tile of W, 16 outputs × 32 inputs, times tiles of up to two units. [pair of inputs][row] words of two."""
+
+    dtype, group, strip, across, depth = "int32", 16, 32, 2, 32
+
+    def open(self) -> None:
+        super().open()
+        t.configure([t.ROWS] * 8)
+
+    def close(self) -> None:
+        t.release()
+
+    def size(self, width: Any) -> Any:
+        return e.floordiv(width, 2) * LANES
+
+    def pack(self, packed: Any, start: Any, rows: list[Any], first: Any) -> None:
+        lines = [e.let(e.reinterpret("int32", e.load(self.a.x, row, first, lanes=self.depth), LANES)) for row in rows]
+        for pair, words in enumerate(e.transpose(lines)):
+            e.store(packed, words, start + (e.floordiv(first, 2) + pair) * LANES, lanes=LANES)
+
+    def neurons(self, packed: Any, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
+        names, apart = self.projections, many * self.group * LANES
+        weights = [(self.a.projections[name][0], self.a.rows(name, expert, first, 1, self.a.H - 1)[0]) for name in names]
+        self._multiply(weights, packed, self.a.K, unit, many, [[which * apart + v * self.group * LANES for v in range(many)]
+                                                                  for which in range(len(names))])
+        for which, name in enumerate(names):
+            self.biased(name, expert, first, self.group, many, which * apart)
+        with e.loop(many) as v, e.loop(self.group // 2) as pair:
+            low, high = (self.activated(e.let((v * self.group + 2 * pair + i) * LANES), apart) for i in range(2))
+            to = (unit + v) * self.size(self.a.H) + (e.floordiv(first, 2) + pair) * LANES
+            e.store(hidden, t.bfloat16_pairs(low, high), to, lanes=LANES)
+
+    def outputs(self, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
+        down, halves = self.a.projections["down"][0], self.strip // t.ROWS
+        weights = [(down, self.a.rows("down", expert, first + half * t.ROWS, 1, self.a.N - 1)[0]) for half in range(halves)]
+        self._multiply(weights, hidden, self.a.H, unit, many, [[(v * self.strip + half * t.ROWS) * LANES for v in range(many)]
+                                                                for half in range(halves)])
+
+    def _multiply(self, weights: list[tuple[Any, Any]], inputs: Any, width: Any, unit: Any, many: int, to: list[list[int]]) -> None:
+        """Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 inputs. Sums of weight w and unit v go to `finished` from to[w][v] on."""
+        starts, words = [e.wide((unit + v) * self.size(width)) for v in range(many)], e.let(e.floordiv(width, 2))
+        rows = [e.wide(row) for _, row in weights]
+        for i in range(len(weights) * many):
+            t.zero(i)
+        with e.loop(e.floordiv(width, self.depth)) as j:
+            for v, start in enumerate(starts):
+                t.load(6 + v, inputs, start + e.wide(j) * (t.ROWS * LANES))
+            for w, ((weight, _), row) in enumerate(zip(weights, rows, strict=True)):
+                t.load(4 + w, weight, row, e.wide(j * LANES), stride=words * 4)
+                for v in range(many):
+                    t.multiply_add(w * many + v, 4 + w, 6 + v)
+        for w in range(len(weights)):
+            for v in range(many):
+                t.store(w * many + v, self.finished, to[w][v])
