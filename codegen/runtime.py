@@ -21,6 +21,8 @@ from sparsify_compiler.codegen.half import HalfKernel, widened
 from sparsify_compiler.codegen.kernels import (
     amx,
     conv2d,
+    experts_ffn,
+    experts_torch,
     gather,
     gather_ffn,
     gather_inputs_ffn,
@@ -38,7 +40,7 @@ from sparsify_compiler.target import Target
 
 # Most promising first.
 FAMILIES = {family.NAME: family for family in (linear, mkl, conv2d, repeated, planes, pixels, amx, streams, slices, strips, lanes, gather,
-                                               gather_ffn, gather_inputs_ffn, gather_predicted_ffn)}
+                                               gather_ffn, gather_inputs_ffn, gather_predicted_ffn, experts_ffn, experts_torch)}
 
 Layouts = dict[str, list[Any]]  # one weight laid out, by family
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from .direct import DIRECT
 from .epilogue import META, epilogue_of
-from .operands import inputs_of
+from .operands import inputs_of, is_stored
 from .program import Region, get_tensor
 
 _LITERALS = (int, bool, str, type(None))
@@ -200,6 +200,9 @@ def kernel_calls(graph: fx.Graph) -> tuple[dict[fx.Node, tuple[Any, tuple[fx.Nod
             inputs += () if epilogue.other is None else (epilogue.other,)
         calls[later[-1]] = node.meta["kernel"], inputs
         skipped.update(later[:-1])
+    for node in reversed(graph.nodes):  # views of stored tensors that only kernels read
+        if is_stored(node) and node.op != "get_attr" and all(user in skipped or user.meta.get("kernel") is not None for user in node.users):
+            skipped.add(node)
     return calls, skipped
 
 

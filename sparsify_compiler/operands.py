@@ -11,11 +11,12 @@ from torch import Tensor, fx
 from . import catalog
 from .epilogue import epilogue_of
 from .errors import ArtefactError
-from .normal_form_edit import argument, aten
+from .normal_form_edit import argument, aten, is_call
 from .program import Region, get_tensor
 
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 GEOMETRY = ("stride", "padding", "dilation", "groups")
+VIEWS = (aten.slice.Tensor, aten.transpose.int)
 PACKED = re.compile(r"sparsify\.(linear|conv2d)_(\w+)\.default")  # ops over a weight in a storage format
 DENSE: Mapping[str, Any] = {"linear": aten.linear.default, "conv2d": aten.conv2d.default}  # what each is with a dense weight
 
@@ -29,8 +30,8 @@ def operands(region: Region, node: fx.Node) -> tuple[dict[str, Tensor], dict[str
     tensors: dict[str, Tensor] = {}
     attributes: dict[str, Any] = {}
     for name, value in node.kwargs.items():
-        if isinstance(value, fx.Node) and value.op == "get_attr":
-            tensors[name] = get_tensor(region.module, str(value.target))
+        if is_stored(value):
+            tensors[name] = stored(region, value)
         elif isinstance(value, int | str) and not isinstance(value, bool):
             attributes[name] = value
         elif isinstance(value, list | tuple) and packed_operator(node):
@@ -38,6 +39,19 @@ def operands(region: Region, node: fx.Node) -> tuple[dict[str, Tensor], dict[str
     if node.target in CONVOLUTIONS:
         attributes |= geometry_of(node, tensors["weight"].dim() - 2)
     return tensors, attributes | epilogue_of(node).attributes(), tensors.pop("bias", None)
+
+
+def is_stored(value: Any) -> bool:
+    """A tensor of the region, or a view of one: half of the gate and up that a model keeps in one parameter."""
+    return isinstance(value, fx.Node) and (value.op == "get_attr" or (is_call(value, *VIEWS) and is_stored(value.kwargs["self"])))
+
+
+def stored(region: Region, value: Any) -> Tensor:
+    """The tensor of a node that is_stored."""
+    if value.op == "get_attr":
+        return get_tensor(region.module, str(value.target))
+    view: Tensor = value.target(**{**value.kwargs, "self": stored(region, value.kwargs["self"])})
+    return view
 
 
 def geometry_of(node: fx.Node, dimensions: int) -> dict[str, Any]:
@@ -87,7 +101,7 @@ def input_of(node: fx.Node) -> fx.Node:
 def inputs_of(node: fx.Node) -> tuple[fx.Node, ...]:
     """All that a kernel of this node is called with: the activation that it reads, and what the graph computes for it besides (a limit)."""
     first = input_of(node)
-    return (first, *[value for value in node.kwargs.values() if isinstance(value, fx.Node) and value is not first and value.op != "get_attr"])
+    return (first, *[value for value in node.kwargs.values() if isinstance(value, fx.Node) and value is not first and not is_stored(value)])
 
 
 def _numbers(given: Any, dimensions: int) -> list[int]:

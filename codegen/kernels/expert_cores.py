@@ -5,8 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from tvm import tirx
-
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels.experts_layout import ExpertsArguments, ExpertsLayout
@@ -36,6 +34,7 @@ class Core(ABC):
 
     def close(self) -> None:
         """A worker is done."""
+        return
 
     @abstractmethod
     def size(self, width: Any) -> Any:

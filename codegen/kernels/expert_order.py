@@ -63,7 +63,8 @@ class Order:
     def filled(self, unit: Any) -> Any:
         """How many places a unit has."""
         expert = e.load(self._owner, unit)
-        return e.opaque(e.minimum(e.load(self._begin, expert + 1) - e.load(self._begin, expert) - (unit - e.load(self._units, expert)) * LANES, LANES))
+        first = e.load(self._begin, expert) + (unit - e.load(self._units, expert)) * LANES
+        return e.opaque(e.minimum(e.load(self._begin, expert + 1) - first, LANES))
 
     def units_of(self, expert: Any) -> tuple[Any, Any]:
         """The first unit of an expert, and how many it has."""
@@ -78,7 +79,8 @@ class Order:
         with e.loop(self._a.experts) as expert:
             first, units = self.units_of(expert)
             with e.when(units > 0):
-                begin, end = (e.opaque(e.minimum(e.floordiv(e.maximum(bound - first * groups, 0) + units - 1, units), groups)) for bound in (low, high))
+                ahead = [e.maximum(bound - first * groups, 0) + units - 1 for bound in (low, high)]
+                begin, end = (e.opaque(e.minimum(e.floordiv(one, units), groups)) for one in ahead)
                 with e.loop(end - begin) as i:
                     yield expert, e.opaque(begin + i), first, units
 

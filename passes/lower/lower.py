@@ -14,13 +14,25 @@ from sparsify_compiler.errors import ParseError, TargetError
 from sparsify_compiler.measure import round_robin
 from sparsify_compiler.memory import give_back
 from sparsify_compiler.operands import packed_operator
-from sparsify_compiler.passes.lower import _attention, _conv, _held, _inputs_ffn, _layout, _linear, _predicted, _selected, _selected_ffn
+from sparsify_compiler.passes.lower import (
+    _attention,
+    _conv,
+    _experts,
+    _held,
+    _inputs_ffn,
+    _layout,
+    _linear,
+    _predicted,
+    _selected,
+    _selected_ffn,
+)
 from sparsify_compiler.passes.lower._layer import chunks
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage
 
 Found = tuple[Region, fx.Node]
-SELECTING = (_selected, _selected_ffn, _predicted, _held)  # what does not compute all of its weights: is_packed, size_of, layer, choose, make_dense
+# What does not compute all of its weights: is_packed, size_of, layer, choose, make_dense.
+SELECTING = (_selected, _selected_ffn, _predicted, _held, _experts)
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Lower(Pass):
 
     Matches    sparsify.linear_<format>(x, <format tensors>, bias), sparsify.conv2d_<format>(x, <format tensors>, bias, ...);
                sparsify.select_linear(x, ..., weight, bias), sparsify.select_ffn(x, ..., gate, up, down), sparsify.held_ffn(x, ...),
-               sparsify.predicted_ffn(x, scores, ..., gate, down, up);
+               sparsify.predicted_ffn(x, scores, ..., gate, down, up), sparsify.experts_ffn(x, chosen, weights, gate, up, down, ...);
                linear(x, weight, bias) and conv(x, weight, bias, ...) with a stored weight; attend(query, key, value, ...)
     Rewrites   the same node bound to the fastest kernel, with the activation or addition that follows where the kernel computes it too; a packed
                node becomes dense where no sparse kernel pays, and a layer that selects its inputs then reads them all. An FFN of such layers

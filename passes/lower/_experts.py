@@ -1,0 +1,120 @@
+"""Mixtures of experts: the kernel that reads the chosen experts only, or torch's grouped product, whichever is measured to be faster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify_compiler.measure import Timing
+from sparsify_compiler.operands import input_of, is_stored, operands
+from sparsify_compiler.ops import experts_ffn
+from sparsify_compiler.passes.lower._layer import DECODE, Form, noise, row_of, say
+from sparsify_compiler.passes.lower._linear import Linear
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.program import Program, Region
+
+EAGER = "one by one"  # an expert after the other, each by torch's own linears
+
+
+@dataclass(eq=False)
+class Mixture(Linear):
+    """One mixture; `many` is the number of rows that it is measured with besides, 0 where it is always called with the same."""
+
+    many: int = 0
+
+
+def is_packed(node: fx.Node) -> bool:
+    """A mixture that has no kernel yet, and whose experts are stored."""
+    return node.target is experts_ffn.op and "kernel" not in node.meta and all(is_stored(node.kwargs[name]) for name in ("gate", "down"))
+
+
+def size_of(region: Region, node: fx.Node) -> int:
+    """Bytes of its experts."""
+    values = [node.kwargs[name].meta["val"] for name in ("gate", "up", "down") if isinstance(node.kwargs.get(name), fx.Node)]  # type: ignore[union-attr]
+    return sum(int(value.numel() * value.element_size()) for value in values)
+
+
+def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Mixture:
+    """The mixture at a node, its kernels built and ready to run: at one row and at the example's where their number varies."""
+    assert ctx.kernels is not None
+    assert ctx.target is not None
+    tensors, attributes, bias = operands(region, node)
+    x = noise(region, input_of(node), ctx)
+    x = x.reshape(-1, x.shape[-1])
+    varies = any(not isinstance(size, int) for size in node.meta["val"].shape)
+    row = row_of(region, node, "experts", tensors["gate"], program)
+    given = _routed(node, tensors["gate"].shape[0], x.shape[0], ctx)
+    chosen, experts = given[0].shape[-1], tensors["gate"].shape[0]
+    made = Mixture(region, node, row, tensors["gate"], bias, packed=True, rows=DECODE if varies else x.shape[0], many=x.shape[0] if varies else 0)
+    row.dense_bytes = row.bytes = size_of(region, node)
+    if row.structure == "dense":  # the model's own
+        row.structure, row.density = f"{chosen} of {experts} experts", chosen / max(experts, 1)
+    row.format = "experts"
+    plain = partial(_plain, {**tensors, **attributes, **({} if bias is None else {"bias": bias})})
+    for name, kernel in {EAGER: None, **_kernels(made, tensors, attributes, bias, x, ctx)}.items():
+        _add(made, name, kernel, plain, x, given)
+    return made
+
+
+def _kernels(made: Mixture, tensors: dict[str, Tensor], attributes: dict[str, Any], bias: Tensor | None, x: Tensor, ctx: Context) -> dict[str, Any]:
+    found = ctx.kernels.candidates("experts_ffn", tensors, attributes, x.dtype, (made.rows,), ctx.target)  # type: ignore[union-attr, arg-type]
+    return {candidate.name: candidate.bind(bias) for candidate in found}
+
+
+def _add(made: Mixture, name: str, kernel: Any, plain: Any, x: Tensor, given: list[Tensor]) -> None:
+    """A form at both numbers of rows: what is timed with many of them has a name of its own."""
+    function = plain if kernel is None else kernel
+    form = Form(kernel is None or not hasattr(kernel, "target"), kernel)
+    made.forms[name], made.runs[name] = form, partial(function, x[: made.rows], *[tensor[: made.rows] for tensor in given])
+    if made.many:
+        made.runs[_many(name)] = partial(function, x, *given)
+
+
+def _many(name: str) -> str:
+    return f"{name}, many rows"
+
+
+def _plain(fixed: dict[str, Any], x: Tensor, chosen: Tensor, weights: Tensor | None = None) -> Tensor:
+    y: Tensor = experts_ffn.op(x, chosen, weights, fixed["gate"], fixed.get("up"), fixed["down"], fixed.get("gate_bias"), fixed.get("up_bias"),
+                               fixed.get("bias"), activation=fixed["activation"])
+    return y
+
+
+def _routed(node: fx.Node, experts: int, rows: int, ctx: Context) -> list[Tensor]:
+    """Different experts for every row, as chance has it, and weights where the node has some."""
+    like = node.kwargs["chosen"].meta["val"]  # type: ignore[union-attr]
+    generator = torch.Generator().manual_seed(ctx.seed)
+    scores = torch.rand(rows, experts, generator=generator, dtype=torch.float32)
+    chosen = scores.topk(min(int(like.shape[-1]), experts), -1).indices.to(like.dtype)
+    weights = node.kwargs.get("weights")
+    return [chosen] if weights is None else [chosen, torch.rand(chosen.shape, generator=generator, dtype=torch.float32).to(weights.meta["val"].dtype)]  # type: ignore[union-attr]
+
+
+def choose(made: Mixture, timings: Mapping[str, Timing], margin: float) -> bool:
+    """Bind the form whose worse time, at one row or at many, is the nearest to the fastest there; what was measured is written down."""
+    times = {name: timing.median for name, timing in timings.items()}
+    kinds = [lambda name: name, _many] if made.many else [lambda name: name]
+
+    def loss(name: str) -> float:
+        return max(times[kind(name)] / min(times[kind(one)] for one in made.forms) for kind in kinds)
+
+    dense = [name for name, form in made.forms.items() if form.dense]
+    ours = next((name for name, form in made.forms.items() if not form.dense), None)
+    best = ours if ours is not None and margin < 0 else min(made.forms, key=loss)
+    row, rival = made.decision, min(dense, key=times.__getitem__)
+    row.rows, row.dense_form, row.dense_ms, row.compiled_ms, row.kernel = made.rows, rival, times[rival], times[best], best
+    row.sparse_ms = None if ours is None else times[ours]
+    more = f", {min(times[_many(name)] for name in dense) / times[_many(best)]:.2f} times at {made.many} rows" if made.many else ""
+    say(row, f"{times[rival] / times[best]:.2f} times the speed of {rival} at {made.rows} row{'s' if made.rows != 1 else ''}{more}")
+    made.bind(best)
+    return True
+
+
+def make_dense(made: Mixture) -> list[fx.Node]:
+    """Never asked for: a mixture always has a form."""
+    return []
