@@ -54,6 +54,11 @@ def read_or_build(key: str, build: Callable[[], bytes]) -> bytes:
         return build()
 
 
+def read(key: str) -> bytes | None:
+    """The payload of `key`, if it was built before."""
+    return _read(folder() / f"{key}.kernel")
+
+
 def forget(key: str) -> None:
     """Build it anew when it is asked for next."""
     (folder() / f"{key}.kernel").unlink(missing_ok=True)

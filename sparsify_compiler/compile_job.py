@@ -22,6 +22,7 @@ from .capture import capture
 from .compiled import CompiledModel
 from .errors import TargetError
 from .instruments import Instrument
+from .machines import measured_host
 from .measure import interleave
 from .memory import give_back
 from .packed_storage import leave_in_temporary_file
@@ -190,6 +191,7 @@ class Job:
             example=_describe(self.example),
             sites=list(program.decisions.values()),
             left_out=list(program.left_out),
+            machine=here.to_json() if (here := measured_host()) is not None else None,
             misses=[Refusal(miss.why, miss.at) for miss in dict.fromkeys(self.misses)],
         )
 

@@ -50,6 +50,13 @@ def _here(wanted: Target) -> Machine:
     return replace(_host(), features=wanted.features)
 
 
+def measured_host() -> Machine | None:
+    """This machine, if it was ever measured; nothing is measured now."""
+    from .codegen import cache as store
+
+    return _host() if store.read(_key()) is not None else None
+
+
 def measure_host() -> Machine:
     """Measure this machine anew. Nothing else should run meanwhile."""
     from .codegen import cache as store

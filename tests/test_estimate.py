@@ -109,8 +109,10 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     runs = []
     measured = micro.measured
     monkeypatch.setattr(micro, "measured", lambda target: runs.append(target) or measured(target))
+    assert machines.measured_host() is None
     machine, again = machines.machine("native"), machines.machine()
     assert len(runs) == 1
+    assert machines.measured_host() == machine
     assert machine == again
     assert machine.features == host().features
     assert all(number.value > 0 for name, number in machine.numbers.items() if name != "wake")
