@@ -151,13 +151,14 @@ def _mixed_integer(units: Sequence[_Unit], most: Sequence[float]) -> tuple[list[
     starts = np.cumsum([0, *sizes])
     one_each = csr_array((np.ones(len(table)), np.arange(len(table)), starts), shape=(len(units), len(table)))
     scale = max(float(np.abs(table[:, 0]).max()), 1e-300)
+    objective = table[:, 0] / scale
     best, relaxed = None, math.nan
     for tightened in (0.0, 1e-6, 1e-5):  # HiGHS takes 1e-6 of a row for nothing; we do not
         limits = [LinearConstraint(one_each, 1, 1)]
         for number, limit in enumerate(most):
             unit_of_cost = max(abs(limit), 1e-300)
             limits.append(LinearConstraint(table[:, 1 + number][None] / unit_of_cost, -np.inf, (limit / unit_of_cost) - tightened))
-        given = {"c": table[:, 0] / scale, "constraints": limits, "bounds": Bounds(0, 1)}
+        given = {"c": objective, "constraints": limits, "bounds": Bounds(0, 1)}
         if not tightened:
             linear = milp(**given)
             relaxed = float(linear.fun) * scale if linear.fun is not None else math.nan

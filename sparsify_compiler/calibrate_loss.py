@@ -42,11 +42,11 @@ def next_token_loss(output: Any, batch: tuple[Any, ...] | Mapping[str, Any]) -> 
 
 
 def _of_tokens(logits: Tensor, batch: tuple[Any, ...] | Mapping[str, Any]) -> tuple[Tensor, int] | None:
-    tokens = _tokens(logits, batch)
+    tokens = tokens_of(logits, batch)
     if tokens is None:
         return None
     target = tokens[:, 1:].clone()
-    mask = _mask(tokens, batch)
+    mask = mask_of(tokens, batch)
     if mask is not None:
         target[mask[:, 1:] == 0] = -100
     total, count = cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), reduction="sum"), int((target != -100).sum())
@@ -68,7 +68,7 @@ def differentiate(loss: Loss, output: Any, batch: Any, weights: list[Tensor]) ->
     return list(torch.autograd.grad(value.reshape(()), weights, allow_unused=True))
 
 
-def _tokens(logits: Tensor, batch: tuple[Any, ...] | Mapping[str, Any]) -> Tensor | None:
+def tokens_of(logits: Tensor, batch: tuple[Any, ...] | Mapping[str, Any]) -> Tensor | None:
     """The token numbers that logits [batch, tokens, words] are of: the integers of shape [batch, tokens] that are all words."""
     for value in _tensors(batch):
         alike = logits.dim() == 3 and value.dtype == torch.long and value.shape == logits.shape[:2] and value.shape[1] > 1
@@ -77,9 +77,10 @@ def _tokens(logits: Tensor, batch: tuple[Any, ...] | Mapping[str, Any]) -> Tenso
     return None
 
 
-def _mask(tokens: Tensor, batch: tuple[Any, ...] | Mapping[str, Any]) -> Tensor | None:
+def mask_of(tokens: Tensor, batch: tuple[Any, ...] | Mapping[str, Any]) -> Tensor | None:
+    """The tensor of zeros and ones in the batch that has the shape of `tokens`: what is padding (0) and what is not. None where there is none."""
     for value in _tensors(batch):
-        if value is not tokens and value.shape == tokens.shape and bool(((value == 0) | (value == 1)).all()):
+        if value is not tokens and value.shape == tokens.shape and bool(((value == 0) | (value == 1)).all()) and bool(value.any()):
             return value
     return None
 

@@ -34,6 +34,7 @@ class Source:
     other         of a block, the node of the residual stream after it
     shape         of a gradient, the weight's shape
     through       the gradient by what `op` reads, as far as it comes through this op
+    after         the gradient by what `op` gives
     """
 
     site: str
@@ -45,11 +46,12 @@ class Source:
     other: str = ""
     shape: tuple[int, ...] | None = None
     through: bool = False
+    after: bool = False
 
     @property
     def key(self) -> tuple[str, str, int]:
-        if self.through:
-            return self.region, f"{self.op}<", self.channel
+        if self.through or self.after:
+            return self.region, f"{self.op}{'<' if self.through else '>'}", self.channel
         return self.region, f"{self.node}>{self.other}" if self.other else f"{self.node}'" if self.shape is not None else self.node, self.channel
 
 
@@ -80,7 +82,9 @@ def find_sources(program: Program, needs: Mapping[str, frozenset[str]]) -> dict[
                 found[site.path, name] = elsewhere[of].get((site.region, op.name))
             else:
                 read = _input(site, op, channel)
-                found[site.path, name] = {"input": read, "input gradient": replace(read, through=True)}.get(of) or _gradient(site, op)
+                given = replace(read, after=True, width=int(op.meta["val"].shape[channel]))
+                watched = {"input": read, "input gradient": replace(read, through=True), "output gradient": given}
+                found[site.path, name] = watched.get(of) or _gradient(site, op)
     for path, names in needs.items():
         if names and path not in seen:
             raise CalibrationError("there is no linear or convolution site of this path to gather statistics at", where=path)
@@ -202,6 +206,13 @@ def _backward(model: nn.Module, loss: Loss, batch: Inputs, number: int, taps: Se
 def _insert(program: Program, source: Source, names: Sequence[str], name: str) -> Tap:
     region = program.regions[source.region]
     op = region.node(source.op)
+    if source.after:
+        after = InputGradientTap(source.site, names, source.channel)
+        region.module.add_module(name, after)
+        with region.graph.inserting_after(op):
+            seen = region.graph.call_module(name, (op,))
+        op.replace_all_uses_with(seen, delete_user_cb=lambda user: user is not seen)
+        return after
     if source.through or source.shape is not None:
         argument = "input" if source.through else "weight"
         made = InputGradientTap(source.site, names, source.channel) if source.through else GradientTap(source.site, names, source.shape or ())

@@ -81,7 +81,7 @@ class GradientTap(Tap):
 
 
 class InputGradientTap(GradientTap):
-    """Stands between an op and what it reads, and adds up the gradient of the loss by that."""
+    """Stands between an op and what it reads, or what it gives and its readers, and adds up the gradient of the loss by that."""
 
     def __init__(self, site: str, names: Sequence[str], channel: int) -> None:
         super().__init__(site, names, ())
@@ -98,7 +98,7 @@ class InputGradientTap(GradientTap):
         self.seen = []
         for gradient in gradients:
             if gradient is not None:
-                self.add(self._rows(gradient, "gradient by the input"))
+                self.add(self._rows(gradient, "gradient by the input or output"))
 
     def results(self) -> dict[str, Tensor]:
         """The statistics; none when no gradient came by."""

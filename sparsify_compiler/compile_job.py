@@ -24,22 +24,23 @@ from .errors import TargetError
 from .instruments import Instrument
 from .machines import measured_host
 from .measure import interleave
+from .meet_budget import meet_budget
 from .memory import give_back
 from .packed_storage import leave_in_temporary_file
 from .passes_api import Context, Miss, Pass
 from .pipeline import Pipeline
-from .plan import Attempt, search
+from .planned import Planned
 from .program import Program
-from .quality import Distance, measure, output_distance, perplexity
+from .quality import Distance, measure, output_distance
 from .report import Form, PassTime, Quality, Refusal, Report
 from .site_cost import fill_costs
 from .target import Target, host
+from .trials import COMPILED
 from .version import __version__
 from .yardstick import dense_forms
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 LOWERING = ("pack", "lower")  # what is added to a recipe that does not say it itself
-COMPILED = "compiled"
 QUALITY_BATCHES = 8  # of the calibration batches, how many the distance of the outputs is measured on
 
 
@@ -64,6 +65,7 @@ class Job:
     warnings: list[str] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    plan: Planned | None = None
 
     def run(self) -> CompiledModel:
         if not self.target.runs_on(host()):
@@ -72,7 +74,7 @@ class Job:
                               hint=f"it lacks {', '.join(missing) or 'that architecture'}; compile on such a machine, or take target='cpu'")
         captured = self.timed("capture", lambda: capture(self.model, self.example, self.dynamic))
         forms = self.timed("dense forms", self.dense_forms)
-        program = self.timed("compile", lambda: self.meet_budget(captured, forms))
+        program = self.timed("compile", lambda: meet_budget(self, captured, forms))
         return self.finish(captured, program, forms)
 
     def timed(self, what: str, step: Callable[[], Any]) -> Any:
@@ -90,48 +92,14 @@ class Job:
         self.warnings += warnings
         return forms
 
-    # --- from the budget to a lowered Program -----------------------------------------------------------------------------------------
-
-    def meet_budget(self, captured: Program, dense: Mapping[str, Callable[[], object]]) -> Program:
-        """The Program, lowered, that meets the budget. Raises BudgetError with the best that was reached when none does."""
-        budget = self.budget
-        if budget is None or budget.density is not None:
-            return self.build(captured, budget.density if budget else None)
-        fixed = _fixed_density(self.pipeline)
-        if budget.of_quality:
-            lost = self.perplexity_rise(captured) if budget.perplexity_rise is not None else self.quality_drop(captured)
-            most = next(iter(budget.given().values()))
-            return self.lower(search(budget, most, lambda density: self.try_quality(captured, density, lost), fixed=fixed).taken.result)
-        if budget.bytes is not None:
-            return search(budget, float(budget.bytes), lambda density: self.try_bytes(captured, density), fixed=fixed).taken.result
-        limit = budget.latency_ms
-        if limit is None:
-            assert budget.speedup is not None
-            limit = min(timing.median for timing in interleave(dense).values()) / budget.speedup
-        return search(budget, limit, lambda density: self.try_latency(captured, density), fixed=fixed).taken.result
-
-    def try_quality(self, captured: Program, density: float, lost: Callable[[nn.Module], float]) -> Attempt[Program]:
-        rewritten = self.rewrite(captured, density)
-        return Attempt(density, lost(instantiate(rewritten)), rewritten)
-
-    def try_bytes(self, captured: Program, density: float) -> Attempt[Program]:
-        lowered = self.build(captured, density)
-        compiled = CompiledModel(lowered, self.target, mapped=leave_in_temporary_file(lowered))
-        return Attempt(density, float(compiled.resident_bytes()), lowered)
-
-    def try_latency(self, captured: Program, density: float) -> Attempt[Program]:
-        """Sites that do not pay keep their own weights: quality is only given up where it buys time."""
-        lowered = self.build(captured, density)
-        idle = tuple(d.site for d in lowered.decisions.values() if d.format == "dense" and d.structure != "dense")
-        if idle:
-            lowered = self.build(captured, density, ignore=idle)
-        args, kwargs = call_arguments(self.example)
-        compiled = CompiledModel(lowered, self.target)
-        return Attempt(density, interleave({COMPILED: lambda: compiled(*args, **kwargs)})[COMPILED].median, lowered)
+    # --- the recipe's passes, run to a density --------------------------------------------------------------------------------------------
 
     def build(self, captured: Program, density: float | None, ignore: tuple[str, ...] = ()) -> Program:
         """All passes in one run, so that masks are gone before lowering lays out kernels."""
-        return (self.rewriting(ignore) | self.lowering()).run(captured, self.context(density), self.instruments)
+        ctx = self.context(density)
+        program = (self.rewriting(ignore) | self.lowering()).run(captured, ctx, self.instruments)
+        self.plan = ctx.planned
+        return program
 
     def rewrite(self, captured: Program, density: float) -> Program:
         return self.rewriting().run(captured, self.context(density), self.instruments)
@@ -190,6 +158,7 @@ class Job:
             seed=self.seed,
             example=_describe(self.example),
             sites=list(program.decisions.values()),
+            plan=self.plan,
             left_out=list(program.left_out),
             machine=here.to_json() if (here := measured_host()) is not None else None,
             misses=[Refusal(miss.why, miss.at) for miss in dict.fromkeys(self.misses)],
@@ -207,16 +176,6 @@ class Job:
         assert self.batches is not None
         return calibrate(program, self.batches, needs, progress=self.progress, warn=self.warnings.append, loss=self.loss,
                          known=self.known)
-
-    def quality_drop(self, captured: Program) -> Callable[[nn.Module], float]:
-        """How much of the dense model's quality a model has lost."""
-        baseline = self.measure_quality(instantiate(captured), captured)
-        return lambda model: baseline - self.measure_quality(model, captured)
-
-    def perplexity_rise(self, captured: Program) -> Callable[[nn.Module], float]:
-        """By which share a model's perplexity on the calibration batches lies above the dense model's."""
-        baseline = perplexity(instantiate(captured), self.batches or (), self.loss)
-        return lambda model: perplexity(model, self.batches or (), self.loss) / baseline - 1
 
     def measure_quality(self, model: nn.Module, captured: Program) -> float:
         """The user's metric; without one, how close the outputs are to the dense model's: the lowest cosine of them, at most 1."""
@@ -240,12 +199,6 @@ def _without(item: Pass, sites: tuple[str, ...]) -> Pass:
         return item
     changed: Any = {"ignore": (*ignored, *sites)}
     return replace(item, **changed)
-
-
-def _fixed_density(pipeline: Pipeline) -> float | None:
-    """The density that the recipe has by itself, whatever the budget says: 0.5 of a 2:4 recipe. None when the budget may choose."""
-    own = [density for item in pipeline.passes if (density := item.own_density()) is not None]
-    return min(own) if own else None
 
 
 def tensor_bytes(model: nn.Module) -> int:

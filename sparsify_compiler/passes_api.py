@@ -17,6 +17,7 @@ from .program import Program, Site, Stage
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
+    from .planned import Planned
     from .target import Target
 
 
@@ -64,6 +65,7 @@ class Context:
     calibrate: Callable[[Program, Mapping[str, frozenset[str]]], Statistics] | None = None  # asked for what a pass needs(), just before it runs
     batches: Sequence[Any] | None = None  # the calibration batches, for passes that walk through them themselves
     given: Program | None = None  # what the pipeline was given, untouched, for passes that compare with it
+    planned: Planned | None = None  # what a planner says of its plan, for the report
     kernels: KernelProvider | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None  # a pass reports its own steps
     misses: list[Miss] = field(default_factory=list)

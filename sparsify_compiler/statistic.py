@@ -37,13 +37,14 @@ class Statistic:
             "neurons": the rows are what the FFN's activation gives, for the site of its down projection; other sites get the empty sum of width 0.
             "partner": the rows are what the neurons of a gated FFN are multiplied with, likewise
             "input gradient": the rows are the gradient of the loss by what the site reads, through this site alone
+            "output gradient": the rows are the gradient of the loss by what the site gives, before anything follows it
     """
 
     start: Callable[[int], Tensor]
     add: Callable[..., object]
     finish: Callable[[Tensor, int], Tensor]
     size: Callable[[int], int]
-    of: Literal["input", "hidden", "block", "gradient", "input gradient", "neurons", "partner"] = "input"
+    of: Literal["input", "hidden", "block", "gradient", "input gradient", "output gradient", "neurons", "partner"] = "input"
 
 
 def _doubles(width: int) -> Tensor:
@@ -143,6 +144,8 @@ STATISTICS: Mapping[str, Statistic] = {
                               lambda w: 8 * w, "partner"),
     # float32 [width]: root of the summed squares of the gradient of the loss by each input channel, through this site alone
     "input_gradient": Statistic(_doubles, _add_squares, lambda s, n: s.sqrt().float(), lambda w: 8 * w, "input gradient"),
+    # float32 [outputs]: mean over all rows of the squared gradient of the loss by each output channel
+    "output_gradient": Statistic(_doubles, _add_squares, lambda s, n: (s / max(n, 1)).float(), lambda w: 8 * w, "output gradient"),
     # int64 []: number of rows seen
     "samples": Statistic(lambda w: torch.zeros((), dtype=torch.int64), lambda s, x: s.add_(x.shape[0]), lambda s, n: s, lambda w: 8),
     # float32 [hidden]: L2 norm of each hidden channel of the FFN that up and gate make; [0] for other sites

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from .call import Flattener, call_arguments
 from .errors import CalibrationError, InputError
@@ -96,6 +98,24 @@ class Sweep:
                 self._run(going, self.order(node) + 1, self._weights, reads)
                 found.append(going.values[node])
         return found
+
+    def outcome(self, weights: Mapping[fx.Node, Tensor]) -> list[list[Tensor]]:
+        """What the whole model would give in each batch, flat, if these get_attr nodes gave other tensors. The batches stay where they are."""
+        (result,) = [node for node in self._nodes if node.op == "output"]
+        found = []
+        with torch.no_grad():
+            for stream in self._streams:
+                going = stream.copy()
+                self._run(going, self.order(result), {**self._weights, **weights})
+                given = pytree.tree_leaves(fx.node.map_aggregate(result.args, partial(_value, values=going.values, weights=self._weights)))
+                found.append([leaf for leaf in given if isinstance(leaf, Tensor)])
+        return found
+
+    def advance(self, op: fx.Node) -> None:
+        """Bring all batches to just before an op."""
+        with torch.no_grad():
+            for stream in self._streams:
+                self._run(stream, self.order(op), self._weights)
 
     def substitute(self, node: fx.Node, values: Sequence[Tensor]) -> None:
         """From here on the readers of the node that was reached last see these values, one a batch."""

@@ -20,6 +20,7 @@ from sparsify_compiler.passes.activation._trials import BlockTrials
 from sparsify_compiler.passes.activation.repairs._base import Repaired, Skipping
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, Use, find_layers
 from sparsify_compiler.passes.prune._low_rank import add_low_rank
+from sparsify_compiler.passes.prune.budgets._base import told
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Stage
 
@@ -72,6 +73,9 @@ class SelectInputs(Pass):
         names = {"input_rows", *Named.parse("scorer", self.scorer).statistics, *Named.parse("input budget", self.budget).statistics}
         names |= {"input_mean"} if self.center == "mean" else set()
         return {use.site.path: frozenset(names) for layer in self._layers(program)[0] for use in layer.uses}
+
+    def own_density(self) -> float | None:
+        return self.density if self.density is not None else told(Named.parse("input budget", self.budget).options)
 
     def run(self, program: Program, ctx: Context) -> Program:
         density = 1.0 if exact(Named.parse("selector", self.selector)) else self.density_of(ctx)

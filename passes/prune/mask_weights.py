@@ -18,6 +18,7 @@ from sparsify_compiler.passes.prune._apply import Result, apply, leave_dense, so
 from sparsify_compiler.passes.prune._evidence import evidence_of
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, LeftDense, find_layers
 from sparsify_compiler.passes.prune._visits import OF_LINEAR, DenseStatistics, DenseVisits, SweptVisits, Visits, gathered_on_the_way, summed
+from sparsify_compiler.passes.prune.budgets._base import told
 from sparsify_compiler.passes.prune.repairs._base import Cut, Repaired
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.prune.structures.unstructured import Unstructured
@@ -42,7 +43,7 @@ class MaskWeights(Pass):
     score      a file of passes/prune/scores, with options of its own in parentheses: "relative_importance(power=0.5)"
     structure  which weights may be kept together: Unstructured(), NM(n=2, m=4), Block(rows=16, columns=1), FanIn(), or "2:4" and the like
     budget     a file of passes/prune/budgets: how the density is shared out over the layers; "owl(spread=0.1)" with options
-    density    kept / total over all selected layers; by default the structure's own (n/m), or else the user's budget
+    density    kept / total over all selected layers; by default the structure's own (n/m), or else the user's budget; budget="given(...)" tells all
     targets    selectors of sites. All linear layers by default, output heads too: name a head in `ignore` to keep it dense.
                "ffn" and "attention" stand for the linear layers in them
     ignore     selectors of sites that stay dense
@@ -99,7 +100,8 @@ class MaskWeights(Pass):
         return {use.site.path: statistics for layer in layers for use in layer.uses}
 
     def own_density(self) -> float | None:
-        return self.density if self.density is not None else self._structure.density
+        own = self.density if self.density is not None else self._structure.density
+        return own if own is not None else told(self._shared.options)
 
     def run(self, program: Program, ctx: Context) -> Program:
         density = self._density(ctx)
@@ -194,7 +196,7 @@ class MaskWeights(Pass):
         return self.structure
 
     def _density(self, ctx: Context) -> float:
-        for density in (self.density, ctx.density, self._structure.density):
+        for density in (self.density, told(self._shared.options), ctx.density, self._structure.density):
             if density is not None:
                 return density
         raise BudgetError("no density was given", where="mask_weights",

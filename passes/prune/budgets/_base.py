@@ -1,7 +1,8 @@
 """What an allocator of a budget is given, and how a total is kept while densities are clamped.
 
 An allocator is a function `name(shapes, density, evidence, *, options...) -> {site: density}` in a file of its own, and a module constant
-STATISTICS: the calibration statistics that it asks its evidence for. The densities, weighted with the sizes, sum up to `density` exactly.
+STATISTICS: the calibration statistics that it asks its evidence for. The densities, weighted with the sizes, sum up to `density` exactly, unless they
+are options of the budget's own (see `told`).
 """
 
 from __future__ import annotations
@@ -85,3 +86,9 @@ def scaled(wanted: Mapping[str, float], sizes: Mapping[str, int], density: float
 
 def _spent(densities: Mapping[str, float], sizes: Mapping[str, int]) -> float:
     return math.fsum(sizes[site] * density for site, density in densities.items())
+
+
+def told(options: Mapping[str, object]) -> float | None:
+    """The mean of the densities that a budget's options tell layer by layer (budget "given"); None for one that shares out a total."""
+    densities = options.get("densities")
+    return math.fsum(densities.values()) / len(densities) if isinstance(densities, Mapping) and densities else None

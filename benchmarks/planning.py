@@ -1,0 +1,229 @@
+"""Planned against uniform, ERK and OWL: measured quality at measured latency, and a speed-up that is asked for.
+
+    python benchmarks/planning.py build --brown FOLDER --model minilm --out FOLDER     # minutes: prunes, plans, lowers, measures quality
+    python benchmarks/planning.py time --out FOLDER                                    # needs the machine for itself: all models take turns
+    python benchmarks/planning.py show --out FOLDER
+    python benchmarks/planning.py speedup --brown FOLDER --model mpnet --speedup 1.5   # one budget, end to end
+
+subjects.py tells where models and data come from; quality is that of prune_quality.py, on texts that no method has seen. Every method has the same
+repair (OBS, layer by layer in the pruned model), the same calibration and the same two structures, one for all layers where the method does not
+choose: uniform, ERK and OWL. A plan chooses among both for each layer, by the losses that it measures and by the seconds of the kernels. Lowering is
+the same for all: what does not pay stays dense, and keeps its own weights. Latency is that of 8 × 128 tokens against eager torch. A killed run goes
+on where --out has got to; where SPARSIFY_CHECKPOINT names a folder, the survey does as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from subjects import MiniLM, MPNet, Subject, options
+
+import sparsify_compiler as sc
+from sparsify_compiler.calibrate import calibrate
+from sparsify_compiler.codegen import runtime
+from sparsify_compiler.compiled import CompiledModel
+from sparsify_compiler.measure import interleave
+from sparsify_compiler.passes.lower.lower import Lower
+from sparsify_compiler.passes.lower.pack import Pack
+from sparsify_compiler.passes.plan.choose_layers import ChooseLayers
+from sparsify_compiler.passes.prune.mask_weights import MaskWeights
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.program import Program
+from sparsify_compiler.survey import SECONDS, Survey
+from sparsify_compiler.target import host
+
+SUBJECTS: dict[str, Callable[[argparse.Namespace], Subject]] = {"minilm": MiniLM, "mpnet": MPNet}
+STRUCTURES = ("16x1", "unstructured")
+BUDGETS = ("uniform", "erk", "owl")
+DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.15)
+SHARES = (0.85, 0.7, 0.58, 0.48, 0.4)  # of the layers' dense seconds, that a plan may take
+ROUNDS, WARM = 11, 2
+LOWERING = Pipeline((Pack(), Lower(rounds=7)))
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("what", choices=["build", "time", "show", "speedup"])
+    for action in parser._actions:
+        action.required = action.required and action.dest != "brown"
+    parser.add_argument("--model", choices=list(SUBJECTS), default="minilm")
+    parser.add_argument("--out", type=Path, default=Path("planning_out"))
+    parser.add_argument("--methods", nargs="+", default=["planned", *BUDGETS])
+    parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
+    parser.add_argument("--points", type=int, default=len(DENSITIES))
+    parser.add_argument("--probes", type=int, default=2)
+    parser.add_argument("--speedup", type=float, default=1.5)
+    parser.add_argument("--group", type=int, default=8, help="models that take turns at a time")
+    arguments = parser.parse_args()
+    torch.set_grad_enabled(False)
+    {"build": build, "time": clock, "show": show, "speedup": speedup}[arguments.what](arguments)
+
+
+def build(arguments: argparse.Namespace) -> None:
+    """Every point of every method: its quality, and the lowered model on disk."""
+    subject = SUBJECTS[arguments.model](arguments)
+    out = arguments.out / arguments.model
+    out.mkdir(parents=True, exist_ok=True)
+    ctx = Context(target=host(), example_inputs=subject.timed, batches=subject.batches, kernels=runtime)  # type: ignore[attr-defined]
+    ctx.calibrate = lambda program, needs: calibrate(program, subject.batches, needs)
+    if not (out / "dense.json").exists():
+        (out / "dense.json").write_text(json.dumps({"method": "dense", **subject.measure(subject.model)}))
+    if "planned" in arguments.methods:
+        planned(arguments, subject, ctx, out)
+    for place in range(arguments.points):
+        for method in [method for method in arguments.methods if method in BUDGETS]:
+            for structure in arguments.structures:
+                name = f"{method} {structure} {DENSITIES[place]}"
+                if not (out / f"{name}.json").exists():
+                    item = MaskWeights("repair", structure, method, DENSITIES[place], repair="obs", inputs="pruned")
+                    about = {"method": f"{method} {structure}", "asked": DENSITIES[place]}
+                    keep(subject, ctx, out, name, Pipeline((item,)), about, lambda idle, item=item: Pipeline((replace(item, ignore=idle),)))
+
+
+def planned(arguments: argparse.Namespace, subject: Subject, ctx: Context, out: Path) -> None:
+    """Plans for several shares of the layers' time, all from one survey."""
+    names = [f"planned {share}" for share in SHARES[: arguments.points]]
+    if all((out / f"{name}.json").exists() for name in names):
+        return
+    start = time.process_time()
+    planner = planner_of(arguments)
+    survey = planner.survey(subject.captured, ctx)
+    dense = survey.as_it_is(SECONDS).cost
+    correct(survey, subject.captured, ctx)
+    told({"survey": time.process_time() - start, "sites": len(survey.offers)})
+    for name, share in zip(names, SHARES, strict=False):
+        if not (out / f"{name}.json").exists():
+            plan = survey.plan(SECONDS, share * survey.as_it_is(SECONDS).cost)
+            about = {"method": "planned", "asked": share, "loss": plan.loss, "bound": plan.bound, "predicted": plan.cost / dense}
+            keep(subject, ctx, out, name, plan.pipeline, about, lambda idle, plan=plan: survey.without(plan, idle).pipeline)
+
+
+def planner_of(arguments: argparse.Namespace) -> ChooseLayers:
+    chosen = tuple(f"mask_weights(score=repair, structure={structure!r}, repair=obs, inputs=pruned)" for structure in arguments.structures)
+    return ChooseLayers(choices=chosen, probes=arguments.probes)
+
+
+def correct(survey: Survey, captured: Program, ctx: Context) -> None:
+    """Dense layers as lowering measures them, as compile() does first."""
+    rows = LOWERING.run(captured, ctx, ()).decisions
+    dense = {site: (rows[site].dense_ms or 0) / 1e3 for site in survey.offers if site in rows and rows[site].dense_ms}
+    survey.correct(SECONDS, dense, survey.as_it_is(SECONDS).taken, dense)
+
+
+def keep(subject: Subject, ctx: Context, out: Path, name: str, pipeline: Pipeline, about: dict[str, Any],
+         without: Callable[[tuple[str, ...]], Pipeline]) -> None:
+    """Prune and lower; layers that do not pay keep their own weights, so that it is done once more without them."""
+    start = time.process_time()
+    lowered = (pipeline | LOWERING).run(subject.captured, ctx, ())
+    idle = tuple(row.site for row in lowered.decisions.values() if row.format == "dense" and row.structure != "dense")
+    if idle:
+        lowered = (without(idle) | LOWERING).run(subject.captured, ctx, ())
+    compiled = CompiledModel(lowered, host())
+    compiled.save(out / f"{name}.model")
+    kept = [(row.density, row.shape[0] * row.shape[1]) for row in lowered.decisions.values() if row.kind == "linear"]
+    density = sum(share * size for share, size in kept) / sum(size for _, size in kept)
+    row = {**about, "density": density, "idle": len(idle), "processor": time.process_time() - start, **subject.measure(compiled)}
+    (out / f"{name}.json").write_text(json.dumps(row))
+    told(row)
+
+
+def clock(arguments: argparse.Namespace) -> None:
+    """Latency of each saved model beside the dense one, in turn, a few models at a time; what has been timed is left alone."""
+    out = arguments.out / arguments.model
+    waiting = [file for file in sorted(out.glob("*.json")) if file.stem != "dense" and "ms" not in json.loads(file.read_text())]
+    if not waiting:
+        return
+    subject_dense, example = dense_of(arguments)
+    group = waiting[: arguments.group]
+    models = {"dense": subject_dense} | {file.stem: sc.load(out / f"{file.stem}.model") for file in group}
+    forms = {name: (lambda model=model: model(**example)) for name, model in models.items()}
+    with torch.inference_mode():
+        timings = interleave(forms, rounds=ROUNDS, warmup=WARM, at_most=45.0, repeats=1)
+    for file in group:
+        timing = timings[file.stem]
+        row = {**json.loads(file.read_text()), "ms": timing.median, "low": timing.low, "high": timing.high, "dense ms": timings["dense"].median,
+               "speedup": timings["dense"].median / timing.median, "threads": torch.get_num_threads()}
+        file.write_text(json.dumps(row))
+        told({"name": file.stem, "speedup": row["speedup"]})
+    told({"left": len(waiting) - len(group)})
+
+
+def dense_of(arguments: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The dense model, and 8 × 128 token numbers."""
+    from transformers import AutoModel
+
+    place = object.__new__(SUBJECTS[arguments.model]).place(arguments.cache)  # type: ignore[call-overload, type-var, attr-defined]
+    model = AutoModel.from_pretrained(place, dtype=torch.float32).eval()
+    tokens = torch.randint(1000, 20000, (8, 128), generator=torch.Generator().manual_seed(0))
+    return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """The curves as a table, and for each planned point the best that a rival reaches at its latency."""
+    out = arguments.out / arguments.model
+    rows = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
+    timed = sorted((row for row in rows if "speedup" in row), key=lambda row: (row["method"], row["speedup"]))
+    measures = [key for key in rows[0] if key.startswith(("Pearson", "cosine"))] or ["cosine Brown"]
+    table = Table(title=f"{arguments.model}, 8 × 128 tokens, {timed[0]['threads'] if timed else '?'} threads")
+    for column in ("method", "asked", "density", "speed-up", *measures):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    dense = next(row for row in rows if row["method"] == "dense")
+    table.add_row("dense", "", "1.000", "1.00", *[f"{dense[key]:.4f}" for key in measures])
+    for row in timed:
+        table.add_row(row["method"], f"{row['asked']:g}", f"{row['density']:.3f}", f"{row['speedup']:.2f}", *[f"{row[key]:.4f}" for key in measures])
+    Console(width=110).print(table)
+    curves = {row["method"] for row in timed} - {"planned"}
+    for row in [row for row in timed if row["method"] == "planned"]:
+        for key in measures:
+            curve_of = {name: [{**dense, "speedup": 1.0}, *[one for one in timed if one["method"] == name]] for name in sorted(curves)}
+            at = {name: quality_at(curve, row["speedup"], key) for name, curve in curve_of.items()}
+            rivals = ", ".join(f"{name} {value:.4f}" if value is not None else f"{name} not so fast" for name, value in at.items())
+            Console(width=150).print(f"{row['speedup']:.2f} times, {key}: planned {row[key]:.4f}; {rivals}")
+
+
+def quality_at(curve: list[dict[str, Any]], at: float, key: str) -> float | None:
+    """A method's quality at a speed-up, on the line between the points around it; None beyond its fastest point."""
+    points = sorted((row["speedup"], row[key]) for row in curve)
+    above = [value for speed, value in points if speed >= at]
+    for (slow, before), (fast, after) in pairwise(points):
+        if slow <= at <= fast:
+            between = before + (after - before) * (at - slow) / (fast - slow) if fast > slow else max(before, after)
+            return max([between, *above])  # a faster and better point counts for a slower one as well
+    return max(above) if above else None
+
+
+def speedup(arguments: argparse.Namespace) -> None:
+    """One compile() to a speed-up, and what came of it."""
+    subject = SUBJECTS[arguments.model](arguments)
+    both = {0: "batch", 1: "length"}
+    example = subject.timed  # type: ignore[attr-defined]
+    start = time.perf_counter()
+    compiled = sc.compile(subject.model, example, recipe=Pipeline((planner_of(arguments),)), budget=sc.Budget(speedup=arguments.speedup),
+                          calibration=subject.batches, dynamic=dict.fromkeys(example, both), progress=True)
+    report = compiled.report()
+    assert report.plan is not None
+    asked = {"asked": arguments.speedup, "measured": report.speedup, "rounds": report.plan.rounds, "solver": report.plan.seconds,
+             "gap": report.plan.gap, "wall": time.perf_counter() - start, **{each.name: each.seconds for each in report.passes}}
+    told({**asked, **subject.measure(compiled)})
+    errors = [abs(row.predicted_ms / row.compiled_ms - 1) for row in report.sites if row.predicted_ms and row.compiled_ms]
+    told({"predicted against measured, median error": statistics.median(errors) if errors else None})
+
+
+def told(row: dict[str, Any]) -> None:
+    Console(stderr=True).print(" ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()

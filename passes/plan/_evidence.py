@@ -1,0 +1,108 @@
+"""What a choice would do to the layers of a Program: the error of their outputs, weighted with the curvature of what the model's outputs move by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify_compiler.calibrate import calibrate
+from sparsify_compiler.divergence import Curvature
+from sparsify_compiler.passes.prune._layers import Layer, Use
+from sparsify_compiler.passes_api import Context, Pass, Statistics
+from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.program import Program, Region, get_tensor
+from sparsify_compiler.survey import with_targets
+
+OF_INPUT = frozenset({"gram", "input_rows", "samples"})
+
+
+class Evidence:
+    """Statistics of the dense model, gathered once for all choices and densities."""
+
+    def __init__(self, program: Program, layers: Sequence[Layer], choices: Sequence[Pass], ctx: Context) -> None:
+        assert ctx.calibrate is not None
+        assert ctx.batches is not None
+        self.program, self.layers, self.ctx = program, list(layers), ctx
+        paths = [use.site.path for layer in layers for use in layer.uses]
+        needs: dict[str, frozenset[str]] = dict.fromkeys(paths, OF_INPUT)
+        for choice in choices:
+            for path, names in _alone(choice).needs(program).items():
+                needs[path] = needs.get(path, frozenset()) | names
+        self.found: Statistics = ctx.calibrate(program, needs)
+        curvature = Curvature(ctx.seed)
+        self.slopes = calibrate(program, ctx.batches, dict.fromkeys(paths, frozenset({"output_gradient"})), cache=False, progress=ctx.progress,
+                                loss=curvature)
+        self.unit = curvature.unit
+        self.batches = len(ctx.batches)
+
+    def rewritten(self, choice: Pass, density: float) -> Program:
+        """The Program after a choice at one density in every layer, each layer by itself: its input is the dense model's."""
+        alone = replace(self.ctx, statistics=self.found, calibrate=lambda program, needs: self.found, misses=[], rewrites=0, fuel=None,
+                        progress=lambda what, done, total: None)
+        told = dict.fromkeys((layer.path for layer in self.layers), density)
+        return Pipeline((with_targets(_alone(choice), told),)).run(self.program, alone, ())
+
+    def losses(self, rewritten: Program) -> dict[str, float]:
+        """Layer -> what the model's outputs would move by, to second order, if this layer alone were as it is in `rewritten`.
+
+        Infinite where nothing became of it. ||dy||^2 over the rows is dW G dW^T where the weights alone changed, G the Gram matrix of the layer's
+        input, else a sum over sampled rows; each output weighs as much as the mean square of the gradient there (see divergence).
+        """
+        return {layer.path: math.fsum(self._loss(use, rewritten) for use in layer.uses) for layer in self.layers}
+
+    def _loss(self, use: Use, rewritten: Program) -> float:
+        op = rewritten.regions[use.region.path].node(use.op.name)
+        weighs = self.slopes.get(use.site.path, "output_gradient").double()
+        old, new = (weight_of(region, node) for region, node in ((use.region, use.op), (rewritten.regions[use.region.path], op)))
+        source = use.op.kwargs["input"]
+        assert isinstance(source, fx.Node)
+        alike = isinstance(op.kwargs["input"], fx.Node) and op.kwargs["input"].name == source.name
+        if alike and torch.equal(old, new):
+            return math.inf
+        if alike and op.target is use.op.target:
+            change = (new - old).float()
+            errors = ((change @ self.found.get(use.site.path, "gram").float()) * change).sum(1).double()
+        else:
+            rows = self.found.get(use.site.path, "input_rows").to(old.dtype)
+            moved = _at(rewritten.regions[use.region.path], op, source.name, rows) - _at(use.region, use.op, source.name, rows)
+            errors = moved.double().square().mean(0) * float(self.found.get(use.site.path, "samples"))
+        return float((weighs * errors).sum()) / (2 * self.batches)
+
+
+def weight_of(region: Region, op: fx.Node) -> Tensor:
+    """The weight that a linear computes with in effect, its mask included."""
+    return _at(region, op.kwargs["weight"], "", None)
+
+
+def _at(region: Region, node: Any, source: str, rows: Tensor | None) -> Tensor:
+    """The value of a node that depends on stored tensors and, where it is called `source`, on these rows."""
+    known: dict[fx.Node, Any] = {}
+
+    def value(node: Any) -> Any:
+        if not isinstance(node, fx.Node):
+            return node
+        if node not in known:
+            known[node] = _of(node)
+        return known[node]
+
+    def _of(node: fx.Node) -> Any:
+        if node.name == source:
+            return rows
+        if node.op == "get_attr":
+            return get_tensor(region.module, str(node.target)).detach()
+        target: Callable[..., Any] = node.target  # type: ignore[assignment]
+        return target(*fx.node.map_aggregate(node.args, value), **fx.node.map_aggregate(node.kwargs, value))
+
+    found: Tensor = value(node)
+    return found
+
+
+def _alone(choice: Pass) -> Pass:
+    """The choice where layers do not wait for each other, and leaves what does not fit."""
+    options: Mapping[str, Any] = {"inputs": "dense", "on_misfit": "skip"}
+    return replace(choice, **{name: value for name, value in options.items() if hasattr(choice, name)})

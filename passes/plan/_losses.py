@@ -1,0 +1,72 @@
+"""Losses of layers under choices, kept on disk as they are found where SPARSIFY_CHECKPOINT names a folder: a killed run goes on behind them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+
+from sparsify_compiler.passes.plan._curves import LEAST
+from sparsify_compiler.passes.plan._evidence import Evidence
+from sparsify_compiler.passes.plan._probes import Probes
+from sparsify_compiler.passes.prune._layers import Layer
+from sparsify_compiler.passes_api import Context, Pass
+from sparsify_compiler.program import Program
+from sparsify_compiler.sweep_checkpoint import Checkpoint, chosen_folder
+
+BOUNDS = (0.05, 20.0)  # by how much a probe may correct an estimate: beyond, it is noise of a loss next to nothing
+
+
+class Losses:
+    """What each layer loses, alone, under each of the choices. `work` names all that the numbers depend on beside the Program and the batches."""
+
+    def __init__(self, choices: Sequence[Pass], program: Program, layers: Sequence[Layer], ctx: Context, probes: int, work: str) -> None:
+        self._choices, self._program, self._layers, self._ctx, self._probes = choices, program, layers, ctx, probes
+        folder = chosen_folder()
+        self._kept = Checkpoint(folder, program, ctx.batches or (), f"losses of {work}, seed {ctx.seed}") if folder is not None else None
+
+    @cached_property
+    def _evidence(self) -> Evidence:
+        return Evidence(self._program, self._layers, self._choices, self._ctx)
+
+    @property
+    def unit(self) -> str:
+        """What a loss is counted in."""
+        return bytes(int(c) for c in self._once("unit", lambda: list(self._evidence.unit.encode()))).decode()
+
+    def at(self, number: int, density: float) -> dict[str, float]:
+        """Layer -> its loss under a choice at a density, by the estimate; infinite where the choice does not act on it."""
+        def found() -> list[float]:
+            losses = self._evidence.losses(self._evidence.rewritten(self._choices[number], density))
+            return [losses[layer.path] for layer in self._layers]
+
+        return dict(zip((layer.path for layer in self._layers), self._once(f"{number} {density}", found), strict=True))
+
+    def scale(self, where: tuple[int, float]) -> dict[str, float]:
+        """Layer -> what the whole model said there, over the estimate; 1 without probes."""
+        def found() -> list[float]:
+            estimates, rewritten = self.at(*where), self._evidence.rewritten(self._choices[where[0]], where[1])
+            known = [site for site, loss in estimates.items() if math.isfinite(loss)]
+            assert self._ctx.batches is not None
+            moved = Probes(self._program, self._layers, self._ctx.batches[: self._probes], self._ctx).apart(rewritten, known)
+            return [ratio(moved[layer.path], estimates[layer.path]) if layer.path in moved else 1.0 for layer in self._layers]
+
+        return dict(zip((layer.path for layer in self._layers), self._once(f"scale {where}", found), strict=True)) if self._probes else {}
+
+    def _once(self, name: str, compute: Callable[[], Sequence[float]]) -> list[float]:
+        """Numbers that are kept."""
+        stored = self._kept.read(name) if self._kept is not None else None
+        if stored is not None:
+            return [float(value) for value in stored["numbers"]]
+        numbers = list(compute())
+        if self._kept is not None:
+            self._kept.write(name, {"numbers": torch.tensor(numbers, dtype=torch.float64)})
+        return numbers
+
+
+def ratio(measured: float, estimated: float) -> float:
+    """What to multiply an estimate with."""
+    low, high = BOUNDS
+    return min(max(measured / max(estimated, LEAST), low), high)

@@ -1,0 +1,68 @@
+"""Probes of the whole model: what its outputs move by when one layer is replaced, against what was estimated of that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, fx
+
+from sparsify_compiler.divergence import divergence
+from sparsify_compiler.passes.plan._evidence import weight_of
+from sparsify_compiler.passes.prune._apply import sources_of
+from sparsify_compiler.passes.prune._layers import Layer
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.program import Program
+from sparsify_compiler.sweep import Sweep
+
+
+class Probes:
+    """The model on a few batches, with the layers in the order of execution.
+
+    Raises CalibrationError for a model that was captured in parts.
+    """
+
+    def __init__(self, program: Program, layers: Sequence[Layer], batches: Sequence[object], ctx: Context) -> None:
+        self._program, self._batches, self._ctx = program, list(batches), ctx
+        self._dense = self._sweep().outcome({})
+        sweep = self._sweep()
+        self._layers = sorted(layers, key=lambda layer: min(sweep.order(use.op) for use in layer.uses))
+
+    def apart(self, rewritten: Program, chosen: Iterable[str]) -> dict[str, float]:
+        """Layer -> what the outputs move by when it alone is as it is in `rewritten`."""
+        sweep = self._sweep()
+        return {layer.path: self._moved(sweep.outcome(_weights(layer, rewritten))) for layer in self._visited(sweep, set(chosen))}
+
+    def together(self, rewritten: Program, chosen: Iterable[str]) -> tuple[float, dict[str, float]]:
+        """(what the outputs move by when all of these layers are as in `rewritten`, layer -> how much less when it alone stays dense)."""
+        sweep, chosen = self._sweep(), set(chosen)
+        for layer in self._layers:
+            if layer.path in chosen:
+                for source, weight in _weights(layer, rewritten).items():
+                    sweep.replace(source, weight)
+        whole = self._moved(sweep.outcome({}))
+        saved = {}
+        for layer in self._visited(sweep, chosen):
+            saved[layer.path] = whole - self._moved(sweep.outcome(dict.fromkeys(sources_of(layer), layer.weight.detach())))
+        return whole, saved
+
+    def _visited(self, sweep: Sweep, chosen: set[str]) -> Iterable[Layer]:
+        """The chosen layers, the sweep just before each."""
+        wanted = [layer for layer in self._layers if layer.path in chosen]
+        for done, layer in enumerate(wanted):
+            sweep.advance(min((use.op for use in layer.uses), key=sweep.order))
+            yield layer
+            self._ctx.progress("probe layers", done + 1, len(wanted))
+
+    def _sweep(self) -> Sweep:
+        return Sweep(self._program, self._batches)  # type: ignore[arg-type]
+
+    def _moved(self, outputs: Sequence[Sequence[Tensor]]) -> float:
+        each = [divergence(old, new, batch) for old, new, batch in zip(self._dense, outputs, self._batches, strict=True)]  # type: ignore[arg-type]
+        return math.fsum(each) / len(each)
+
+
+def _weights(layer: Layer, rewritten: Program) -> Mapping[fx.Node, Tensor]:
+    use = layer.uses[0]
+    region = rewritten.regions[use.region.path]
+    return dict.fromkeys(sources_of(layer), weight_of(region, region.node(use.op.name)))

@@ -1,0 +1,194 @@
+"""Closing the loop around a planner: solve, lower, measure, correct what was predicted, and solve again, until the budget holds as measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from .call import instantiate
+from .decision import Decision
+from .errors import BudgetError
+from .measure import interleave
+from .pipeline import Pipeline
+from .program import Program
+from .survey import BYTES, SECONDS, Plan, Planner, Survey
+from .trials import COMPILED, latency, loss_of_quality, resident_bytes
+
+if TYPE_CHECKING:
+    from .compile_job import Job
+
+ROUNDS = 5  # plans that are lowered and measured, at the most
+QUALITY_ROUNDS = 7  # plans whose quality is measured: each halves the interval that the limit of the loss lies in
+CLOSE = 0.05  # part of the limit: a plan this near below it is near enough
+AIM = 0.985  # of a limit: what the plan is made for, since a second measurement differs from the first
+SAFETY = 0.97  # of a limit of quality, which another set of data sees a little differently
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan as it was lowered, and its value in the unit of the limit: seconds, bytes, or quality lost."""
+
+    plan: Plan
+    value: float
+    lowered: Program
+
+
+@dataclass
+class PlanLoop:
+    """One budget, met by a planner."""
+
+    job: Job
+    planner: Planner
+    captured: Program
+    dense: Mapping[str, Callable[[], object]]
+    rounds: int = 0
+    trials: list[Trial] = field(default_factory=list)
+
+    def run(self) -> Program:
+        """The lowered Program whose plan meets the budget with the least loss. Raises BudgetError with the best that was reached."""
+        job, budget = self.job, self.job.budget
+        assert budget is not None
+        passes = job.rewriting().passes
+        place = passes.index(self.planner)
+        self.before, self.after = Pipeline(passes[:place]), Pipeline(passes[place + 1 :])
+        self.base = self.before.run(self.captured, job.context(None), job.instruments)
+        self.survey: Survey = self.planner.survey(self.base, job.context(None))
+        if budget.of_quality:
+            return self.of_quality(next(iter(budget.given().values())))
+        if budget.bytes is not None:
+            size = partial(resident_bytes, job)
+            return self.of_cost(BYTES, float(budget.bytes), size, lambda row: row.bytes, lambda row: row.dense_bytes)
+        best, fastest = min(((timing.median, name) for name, timing in interleave(self.dense).items()))
+        limit = budget.latency_ms if budget.latency_ms is not None else best / (budget.speedup or 1.0)
+        seconds = partial(self._seconds, fastest=fastest, reference=best)
+        return self.of_cost(SECONDS, limit / 1e3, seconds, lambda row: _in_seconds(row.compiled_ms), lambda row: _in_seconds(row.dense_ms))
+
+    # --- a limit on what the model costs ------------------------------------------------------------------------------------------------
+
+    def of_cost(self, kind: str, limit: float, measured: Callable[[Program], float], now: Callable[[Decision], float | None],
+                was: Callable[[Decision], float | None]) -> Program:
+        """Plans for what the sites may cost: the limit, less what was measured of everything else."""
+        trial = self._try(self.survey.as_it_is(kind), kind, measured, now, was)
+        if trial.value > limit:
+            for _ in range(ROUNDS):
+                rest = trial.value - self._of_sites(trial, kind)
+                plan = self._next(kind, limit * AIM - rest)
+                if any(plan.taken == old.plan.taken for old in self.trials):
+                    break
+                trial = self._try(plan, kind, measured, now, was)
+                if limit * (1 - CLOSE) <= trial.value <= limit:
+                    break
+        kept = [one for one in self.trials if one.value <= limit]
+        if not kept:
+            lowest = min(self.trials, key=lambda one: one.value)
+            raise BudgetError(f"the budget cannot be met: {self.job.budget}", where="plan", hint=_hint(kind, lowest.value, limit))
+        best = min(kept, key=lambda one: (one.plan.loss, one.value))
+        idle = [site for site, row in best.lowered.decisions.items() if row.format == "dense" and row.structure != "dense"]
+        if idle:  # quality is given up only where it buys something
+            again = self._try(self.survey.without(best.plan, idle), kind, measured, now, was)
+            best = again if again.value <= limit else best
+        return self._finish(best, kind, limit)
+
+    def _next(self, kind: str, room: float) -> Plan:
+        """The plan for what the sites may cost together; where none is so cheap, the cheapest there is."""
+        try:
+            return self.survey.plan(kind, room)
+        except BudgetError:
+            return self.survey.front(kind, 1)[0]
+
+    def _try(self, plan: Plan, kind: str, measured: Callable[[Program], float], now: Callable[[Decision], float | None],
+             was: Callable[[Decision], float | None]) -> Trial:
+        """Lower a plan, measure it, and correct the survey by that."""
+        lowered = self.build(plan)
+        value = measured(lowered)
+        self.rounds += 1
+        rows = {site: lowered.decisions[site] for site in plan.taken if site in lowered.decisions}
+        of_sites, dense = _known(rows, now), _known(rows, was)
+        predicted = {site: self.survey.cost(kind, site, plan.taken[site]) for site in rows}
+        if kind == SECONDS:
+            for site, row in rows.items():
+                row.predicted_ms = predicted[site] * 1e3
+        self.survey.correct(kind, of_sites, plan.taken, dense)
+        self.trials.append(Trial(plan, value, lowered))
+        return self.trials[-1]
+
+    def _of_sites(self, trial: Trial, kind: str) -> float:
+        """What the sites of a trial cost together, by what is known now."""
+        return math.fsum(self.survey.cost(kind, site, offer) for site, offer in trial.plan.taken.items())
+
+    def _seconds(self, lowered: Program, fastest: str, reference: float) -> float:
+        """Of the whole model, beside the fastest dense form: where that takes longer than it did, the machine is slower, for both."""
+        assert self.job.budget is not None
+        found = latency(self.job, lowered, {fastest: self.dense[fastest]})
+        drift = 1.0 if self.job.budget.latency_ms is not None else reference / found[fastest]
+        return found[COMPILED] * drift / 1e3
+
+    # --- a limit on what quality may be lost ----------------------------------------------------------------------------------------------
+
+    def of_quality(self, most: float) -> Program:
+        """The cheapest plan whose measured loss of quality stays within the limit: a search for how much it may be thought to lose."""
+        lost = loss_of_quality(self.job, self.captured)
+        front = [plan for plan in self.survey.front(SECONDS, 200) if plan.loss > 0]
+        taken, low, high = self.survey.as_it_is(SECONDS), 0.0, math.inf
+        limit = most if not front else min(max(most, front[-1].loss), front[0].loss)
+        for _ in range(QUALITY_ROUNDS if front else 0):
+            plan = self.survey.within_loss(SECONDS, limit)
+            value = lost(instantiate(self.rewrite(plan)))
+            self.rounds += 1
+            if value <= most * SAFETY or (value <= most and most == 0):
+                taken, low = plan, max(low, limit)
+                if value >= most * (SAFETY - 2 * CLOSE) or limit >= front[0].loss:
+                    break
+            else:
+                high = min(high, limit)
+            limit = _middle(low, high, limit, value, most)
+            limit = min(limit, front[0].loss)
+        return self._finish(Trial(taken, taken.cost, self.build(taken)), SECONDS, None)
+
+    # --- building ---------------------------------------------------------------------------------------------------------------------------
+
+    def build(self, plan: Plan) -> Program:
+        """The Program after a plan, lowered."""
+        return (plan.pipeline | self.after | self.job.lowering()).run(self.base, self.job.context(None), self.job.instruments)
+
+    def rewrite(self, plan: Plan) -> Program:
+        """The Program after a plan, not lowered."""
+        return (plan.pipeline | self.after).run(self.base, self.job.context(None), self.job.instruments)
+
+    def _finish(self, trial: Trial, kind: str, limit: float | None) -> Program:
+        """Write the plan down for the report."""
+        survey, plan = self.survey, trial.plan
+        for site, offer in plan.taken.items():
+            row = trial.lowered.decisions.get(site)
+            if row is not None:
+                row.loss, row.options = survey.loss(site, offer), survey.options(site, offer)
+        whole = self.before | plan.pipeline | self.after
+        self.job.plan = survey.planned(kind, plan, limit, self.rounds, whole)
+        return trial.lowered
+
+
+def _middle(low: float, high: float, tried: float, value: float, most: float) -> float:
+    """The next limit to try: between what holds and what does not; while one of them is not known, in proportion to what was measured."""
+    if low > 0 and high < math.inf:
+        return math.sqrt(low * high)
+    step = min(max(most / value if value > 0 else 4.0, 0.25), 4.0)
+    return tried * (step if abs(step - 1) > 0.1 else (1.25 if step >= 1 else 0.8))
+
+
+def _known(rows: Mapping[str, Decision], read: Callable[[Decision], float | None]) -> dict[str, float]:
+    """Site -> what a row says, where it says something."""
+    found = {site: read(row) for site, row in rows.items()}
+    return {site: value for site, value in found.items() if value is not None}
+
+
+def _in_seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
+
+
+def _hint(kind: str, lowest: float, limit: float) -> str:
+    unit, times = ("ms", 1e3) if kind == SECONDS else ("bytes", 1.0)
+    return (f"the best that a plan reaches is {lowest * times:.4g} {unit}, the limit is {limit * times:.4g}; loosen the budget, or give the "
+            "planner lower densities or other choices")

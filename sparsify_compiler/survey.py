@@ -1,0 +1,228 @@
+"""What a planner knows before it plans: what each site could be, what that would cost, and what the model would lose; and choosing from it."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from . import catalog
+from .passes_api import Context, Pass
+from .pipeline import Pipeline
+from .planned import Option, Planned, Point
+from .program import Program
+
+DENSE = "dense"
+SECONDS, BYTES, WEIGHTS = "seconds", "bytes", "weights"
+SHOWN = {SECONDS: ("ms", 1e3), BYTES: ("bytes", 1.0), WEIGHTS: ("weights", 1.0)}  # unit in a report, and how many of it one of ours is
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One way a site could be. `choice` is the planner's own number of the method, None for the layer as it is; a density is kept / total."""
+
+    name: str
+    choice: int | None = None
+    density: float = 1.0
+    loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An offer for every site, the pipeline that makes it so, and the solver's certificate."""
+
+    taken: Mapping[str, Offer]
+    pipeline: Pipeline
+    loss: float
+    cost: float
+    bound: float
+
+
+@dataclass
+class Survey:
+    """The offers of every site, the first of them the layer as it is.
+
+    price    (kind of cost) -> site -> the costs of its offers; computed when it is first asked for
+    pipeline (site -> offer) -> the passes that make it so
+    alike    groups of sites that take offers of the same number
+    scale    site -> what its losses are multiplied with: what probes of the whole model said of the estimates
+    """
+
+    offers: dict[str, list[Offer]]
+    price: Callable[[str], dict[str, list[float]]]
+    pipeline: Callable[[Mapping[str, Offer]], Pipeline]
+    loss_unit: str = ""
+    alike: list[list[str]] = field(default_factory=list)
+    scale: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0  # that the solver took, over all plans
+    _costs: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def costs(self, kind: str) -> dict[str, list[float]]:
+        """Site -> what each of its offers costs."""
+        if kind not in self._costs:
+            self._costs[kind] = self.price(kind)
+        return self._costs[kind]
+
+    def cost(self, kind: str, site: str, offer: Offer) -> float:
+        """What an offer costs."""
+        return self.costs(kind)[site][self.offers[site].index(offer)]
+
+    def loss(self, site: str, offer: Offer) -> float:
+        """What an offer is thought to lose."""
+        return offer.loss * self.scale.get(site, 1.0)
+
+    def plan(self, kind: str, limit: float) -> Plan:
+        """The offers that together lose least within a limit of one kind of cost. Raises BudgetError where nothing stays within it."""
+        losses, costs = self._rows(kind)
+        return self._solved(kind, losses, [(costs, limit)], swapped=False)
+
+    def within_loss(self, kind: str, most: float) -> Plan:
+        """The offers that together cost least while no more is lost than that."""
+        losses, costs = self._rows(kind)
+        return self._solved(kind, costs, [(losses, most)], swapped=True)
+
+    def as_it_is(self, kind: str) -> Plan:
+        """Nothing changes."""
+        taken = {site: offers[0] for site, offers in self.offers.items()}
+        return Plan(taken, Pipeline(), 0.0, math.fsum(rows[0] for rows in self.costs(kind).values()), 0.0)
+
+    def without(self, plan: Plan, sites: Iterable[str]) -> Plan:
+        """The same plan with some sites as they were."""
+        taken = {**plan.taken, **{site: self.offers[site][0] for site in sites if site in self.offers}}
+        loss = math.fsum(self.loss(site, offer) for site, offer in taken.items())
+        return replace(plan, taken=taken, pipeline=self.pipeline(taken), loss=loss, bound=min(plan.bound, loss))
+
+    def front(self, kind: str, most: int = 60) -> list[Plan]:
+        """Plans along the trade-off, the cheapest first; without a bound of their own, for they lie on it."""
+        losses, costs = self._rows(kind)
+        points = catalog.get("solver", "solve").front(losses, costs, alike=self._groups(), most=most)
+        return [self._plan(point.choice, point.loss, point.cost, point.loss) for point in points]
+
+    def correct(self, kind: str, measured: Mapping[str, float], taken: Mapping[str, Offer], dense: Mapping[str, float]) -> None:
+        """Take over what was measured of a plan: of its offers, of the sites as they were, and by their ratios of like offers of like sites.
+
+        Offers are alike when they are of one choice and their sites' dense forms were thought to cost the same.
+        """
+        costs = {site: list(rows) for site, rows in self.costs(kind).items()}
+        ratios: dict[tuple[float, int | None], list[float]] = {}
+        for site, value in measured.items():
+            thought = costs[site][self.offers[site].index(taken[site])]
+            if value > 0 and thought > 0:
+                ratios.setdefault((costs[site][0], taken[site].choice), []).append(math.log(value / thought))
+        by_kind = {key: math.exp(math.fsum(logs) / len(logs)) for key, logs in ratios.items()}
+        for site, offers in self.offers.items():
+            first = costs[site][0]
+            costs[site] = [value * by_kind.get((first, offer.choice), 1.0) for value, offer in zip(costs[site], offers, strict=True)]
+            if site in measured:
+                costs[site][offers.index(taken[site])] = measured[site]
+            costs[site][0] = dense.get(site, costs[site][0])
+        self._costs[kind] = costs
+
+    def planned(self, kind: str, plan: Plan, limit: float | None, rounds: int, whole: Pipeline) -> Planned:
+        """The plan as the report's data; `whole` is it with the passes around it."""
+        unit, times = SHOWN[kind]
+        front = [Point(one.cost * times, one.loss) for one in self.front(kind)] + [Point(plan.cost * times, plan.loss, taken=True)]
+        return Planned(str(whole), unit, self.loss_unit, None if limit is None else limit * times, plan.cost * times, plan.loss, plan.bound,
+                       sorted(front, key=lambda point: point.cost), self.seconds, rounds)
+
+    def options(self, site: str, taken: Offer) -> list[Option]:
+        """What a site could be, as the report's data."""
+        seconds, size = self._costs.get(SECONDS, {}).get(site), self._costs.get(BYTES, {}).get(site)
+        mine = self.offers[site].index(taken)
+        shown = []
+        for number, offer in enumerate(self.offers[site]):
+            time_ms = None if seconds is None else seconds[number] * 1e3
+            why = "" if number == mine else self._why_not(site, number, mine, seconds or size)
+            shown.append(Option(offer.name, time_ms, self.loss(site, offer), None if size is None else size[number], why))
+        return shown
+
+    def _why_not(self, site: str, number: int, mine: int, costs: Sequence[float] | None) -> str:
+        offer, taken = self.offers[site][number], self.offers[site][mine]
+        lost = self.loss(site, offer) - self.loss(site, taken)
+        if costs is None:
+            return f"loses {lost:+.2g}"
+        if number and costs[number] >= costs[0]:
+            return "no cheaper than dense"
+        better = next((o.name for o, c in zip(self.offers[site], costs, strict=True) if o is not offer and c <= costs[number]
+                       and self.loss(site, o) <= self.loss(site, offer)), None)
+        if better is not None:
+            return f"{better} loses less and costs no more"
+        cheaper = (costs[mine] - costs[number]) / costs[mine] if costs[mine] else 0.0
+        return f"{abs(cheaper):.0%} {'cheaper' if cheaper > 0 else 'dearer'}, for {abs(lost):.2g} {'more' if lost > 0 else 'less'} loss"
+
+    def _rows(self, kind: str) -> tuple[list[list[float]], list[list[float]]]:
+        costs = self.costs(kind)
+        losses = [[self.loss(site, offer) for offer in offers] for site, offers in self.offers.items()]
+        return losses, [costs[site] for site in self.offers]
+
+    def _groups(self) -> list[list[int]]:
+        places = {site: number for number, site in enumerate(self.offers)}
+        return [[places[site] for site in group] for group in self.alike]
+
+    def _solved(self, kind: str, objective: list[list[float]], limits: list[tuple[list[list[float]], float]], *, swapped: bool) -> Plan:
+        start = time.perf_counter()
+        found = catalog.get("solver", "solve").solve(objective, limits, alike=self._groups())
+        self.seconds += time.perf_counter() - start
+        loss, cost = (found.spent[0], found.loss) if swapped else (found.loss, found.spent[0])
+        return self._plan(found.choice, loss, cost, found.relaxed)
+
+    def _plan(self, choice: Sequence[int], loss: float, cost: float, bound: float) -> Plan:
+        taken = {site: offers[number] for (site, offers), number in zip(self.offers.items(), choice, strict=True)}
+        return Plan(taken, self.pipeline(taken), loss, cost, bound)
+
+
+@dataclass(frozen=True)
+class Planner(Pass):
+    """A pass that chooses from what other passes could do to each site, and lets those that it chose do it.
+
+    By itself it keeps to a density. compile() makes the survey itself, and plans again until the budget holds as measured.
+    """
+
+    idempotent: ClassVar[bool] = False
+
+    @abstractmethod
+    def survey(self, program: Program, ctx: Context) -> Survey:
+        """What each site could be. Raises CalibrationError where that cannot be known without batches."""
+
+    @abstractmethod
+    def refine(self, survey: Survey, plan: Plan, program: Program, ctx: Context) -> None:
+        """Look at the losses again around a plan: what each site loses where the others are what the plan makes of them."""
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        """The Program after the plan that keeps to a density, the pass's own or the budget's; as it was where there is none."""
+        density = self.own_density() if self.own_density() is not None else ctx.density
+        if density is None:
+            ctx.miss("there is no budget, so nothing is traded for quality")
+            return program
+        survey = self.survey(program, ctx)
+        if not survey.offers:
+            return program
+        plan = self.settle(survey, WEIGHTS, density * survey.as_it_is(WEIGHTS).cost, program, ctx)
+        given = ctx.given
+        found = plan.pipeline.run(program, ctx, ())
+        ctx.given = given
+        for site, offer in plan.taken.items():
+            if site in found.decisions:
+                found.decisions[site].loss, found.decisions[site].options = survey.loss(site, offer), survey.options(site, offer)
+        ctx.planned = survey.planned(WEIGHTS, plan, density * survey.as_it_is(WEIGHTS).cost, 1, plan.pipeline)
+        return found
+
+    def settle(self, survey: Survey, kind: str, limit: float, program: Program, ctx: Context) -> Plan:
+        """The plan within a limit, after a second look around the first one."""
+        plan = survey.plan(kind, limit)
+        if len(plan.pipeline):
+            self.refine(survey, plan, program, ctx)
+            plan = survey.plan(kind, limit)
+        return plan
+
+
+def with_targets(item: Pass, targets: Mapping[str, float], **options: Any) -> Pass:
+    """The same pass on these sites only, to the density that each is told."""
+    changed: dict[str, Any] = {"targets": tuple(targets), "ignore": (), **options}
+    if item.own_density() is None:
+        values = sorted(set(targets.values()))
+        changed |= {"density": values[0]} if len(values) == 1 else {"budget": f"given(densities={dict(targets)!r})"}
+    return replace(item, **changed)

@@ -1,0 +1,43 @@
+"""What is measured of a Program that was made to meet a budget: latency, bytes, and the quality that it lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .call import call_arguments, instantiate
+from .compiled import CompiledModel
+from .measure import interleave
+from .packed_storage import leave_in_temporary_file
+from .program import Program
+from .quality import perplexity
+
+if TYPE_CHECKING:
+    from .compile_job import Job
+
+COMPILED = "compiled"
+
+
+def loss_of_quality(job: Job, captured: Program) -> Callable[[nn.Module], float]:
+    """How much of the dense model's quality a model has lost, in the unit of the budget."""
+    assert job.budget is not None
+    if job.budget.perplexity_rise is not None:
+        lowest = perplexity(instantiate(captured), job.batches or (), job.loss)
+        return lambda model: perplexity(model, job.batches or (), job.loss) / lowest - 1
+    baseline = job.measure_quality(instantiate(captured), captured)
+    return lambda model: baseline - job.measure_quality(model, captured)
+
+
+def resident_bytes(job: Job, lowered: Program) -> float:
+    """Bytes of all weights in memory."""
+    return float(CompiledModel(lowered, job.target, mapped=leave_in_temporary_file(lowered)).resident_bytes())
+
+
+def latency(job: Job, lowered: Program, beside: dict[str, Callable[[], object]] | None = None) -> dict[str, float]:
+    """Milliseconds of the whole model on the example, as "compiled", and of other forms that take turns with it."""
+    args, kwargs = call_arguments(job.example)
+    compiled = CompiledModel(lowered, job.target)
+    timings = interleave({**(beside or {}), COMPILED: lambda: compiled(*args, **kwargs)})
+    return {name: timing.median for name, timing in timings.items()}

@@ -1,0 +1,269 @@
+"""The planner: what it thinks that a layer loses, the plan as a pipeline, and budgets that hold as measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsify_compiler as sc
+from sparsify_compiler.calibrate import calibrate
+from sparsify_compiler.call import instantiate
+from sparsify_compiler.capture import capture
+from sparsify_compiler.divergence import NATS, Curvature, divergence
+from sparsify_compiler.errors import BudgetError, CalibrationError, ParseError
+from sparsify_compiler.passes.plan import _costs
+from sparsify_compiler.passes.plan._evidence import Evidence
+from sparsify_compiler.passes.plan.choose_layers import ChooseLayers
+from sparsify_compiler.passes.prune._layers import find_layers
+from sparsify_compiler.passes.prune.mask_weights import MaskWeights
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.survey import SECONDS, WEIGHTS, Offer, Survey
+from sparsify_compiler.target import host
+from sparsify_compiler.work import Work
+
+CHOICES = ("mask_weights(score=weight_times_input_norm)", "mask_weights(score=weight_times_input_norm, structure='2:4')")
+PLANNER = ChooseLayers(choices=CHOICES, densities=(0.2, 0.4, 0.6, 0.8))
+
+
+class Net(nn.Module):
+    """Two blocks in a residual stream, the second of which adds next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = (nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        x = x + 0.02 * self.second(x)
+        return torch.as_tensor(self.head(x))
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.rand(32, generator=generator, dtype=torch.float32) * 2
+    return [(torch.randn(48, 32, generator=generator, dtype=torch.float32) * scale,) for _ in range(3)]
+
+
+def context(batches: list[Any], density: float | None = None) -> Context:
+    ctx = Context(target=host(), density=density, example_inputs=batches[0], batches=batches)
+    ctx.calibrate = lambda program, needs: calibrate(program, batches, needs, cache=False)
+    return ctx
+
+
+def moved(dense: nn.Module, other: nn.Module, batches: list[Any]) -> float:
+    """The divergence of a model's outputs from the dense ones, over all batches."""
+    with torch.no_grad():
+        return math.fsum(divergence([dense(*batch)], [other(*batch)], batch) for batch in batches) / len(batches)
+
+
+# --- how far outputs moved ------------------------------------------------------------------------------------------------------------------
+
+
+def test_divergence_of_logits_is_in_nats_and_of_vectors_the_cosine() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 11, (2, 5), generator=generator)
+    one, other = (torch.randn(2, 5, 11, generator=generator, dtype=torch.float32) for _ in range(2))
+    expected = nn.functional.kl_div(other.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="sum") / 10
+    assert divergence([one], [other], (tokens,)) == pytest.approx(float(expected), rel=1e-5)
+    cosine = nn.functional.cosine_similarity(one, other, dim=-1)
+    assert divergence([one], [other], (tokens.float(),)) == pytest.approx(float(1 - cosine.mean()), rel=1e-5)
+    assert divergence([one], [one], (tokens,)) == divergence([one], [one], ()) == 0
+
+
+def test_padding_does_not_count() -> None:
+    x = torch.eye(4, dtype=torch.float32)[None].clone()
+    mask = torch.tensor([[1, 1, 0, 0]])
+    other = x.clone()
+    other[0, 2:] = -9
+    assert divergence([x], [other], {"types": torch.zeros(1, 4, dtype=torch.long), "mask": mask}) == 0
+    assert divergence([x], [other], (x,)) > 0
+
+
+def test_curvature_needs_an_output_with_a_gradient_and_knows_its_unit() -> None:
+    loss = Curvature(0)
+    with pytest.raises(CalibrationError, match="gradient"):
+        loss(torch.ones(3, 2, dtype=torch.float32), ())
+    logits = torch.randn(1, 4, 9, dtype=torch.float32).requires_grad_()
+    assert bool(loss(logits, (torch.tensor([[1, 2, 3, 8]]),)).isfinite())
+    assert loss.unit == NATS
+
+
+# --- what a layer is thought to lose ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", [MaskWeights("magnitude"), *Pipeline.parse("select_inputs()").passes], ids=["weights", "inputs"])
+def test_losses_are_what_small_changes_bring(net: Net, batches: list[Any], choice: Any) -> None:
+    many = [(torch.cat([batch[0]] * 4),) for batch in batches]  # the curvature is a sample: more rows, less noise
+    program = capture(net, many[0])
+    layers = find_layers(program, ("linear",), ())[0]
+    evidence = Evidence(program, layers, (choice,), context(many))
+    rewritten = evidence.rewritten(choice, 0.9)
+    losses = evidence.losses(rewritten)
+    for layer in layers:
+        alone = evidence.ctx, Pipeline((replace(choice, targets=(layer.path,), density=0.9),))
+        really = moved(net, instantiate(alone[1].run(program, context(many), ())), many)
+        assert losses[layer.path] == pytest.approx(really, rel=0.6), layer.path
+    assert losses["second.0"] < 0.01 * losses["first.0"]
+
+
+def test_what_a_choice_does_not_touch_is_infinitely_dear(net: Net, batches: list[Any]) -> None:
+    program = capture(net, batches[0])
+    layers = find_layers(program, ("linear",), ())[0]
+    misfit = MaskWeights(structure="3:5")  # type: ignore[arg-type]
+    evidence = Evidence(program, layers, (misfit,), context(batches))
+    assert set(evidence.losses(evidence.rewritten(misfit, 0.6)).values()) == {math.inf}
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_density_is_kept_to_and_what_matters_less_keeps_less(net: Net, batches: list[Any]) -> None:
+    program = capture(net, batches[0])
+    ctx = context(batches, 0.5)
+    planned = Pipeline((PLANNER,)).run(program, ctx, ())
+    kept = {site: row.density * math.prod(row.shape) for site, row in planned.decisions.items()}
+    assert sum(kept.values()) <= 0.51 * 6 * 32 * 64
+    assert planned.decisions["second.0"].density < planned.decisions["head.0"].density
+    uniform = Pipeline.parse("mask_weights(score=weight_times_input_norm, density=0.5)").run(program, context(batches), ())
+    assert moved(net, instantiate(planned), batches) < moved(net, instantiate(uniform), batches)
+    assert ctx.planned is not None
+    assert ctx.planned.bound <= ctx.planned.loss * (1 + 1e-9)  # type: ignore[operator]
+    taken = [option.name for option in planned.decisions["first.0"].options if option.taken]
+    assert len(taken) == 1
+    again = Pipeline.parse(ctx.planned.pipeline)  # the plan is a pipeline, which anybody can run
+    assert Pipeline.parse(str(again)) == again == Pipeline.from_yaml(again.to_yaml())
+    same = again.run(program, context(batches), ())
+    assert {site: row.density for site, row in same.decisions.items()} == {site: row.density for site, row in planned.decisions.items()}
+
+
+def test_groups_choose_alike(net: Net, batches: list[Any]) -> None:
+    program = capture(net, batches[0])
+    survey = replace(PLANNER, alike=("second.0 second.2",), probes=0).survey(program, context(batches))
+    assert survey.alike == [["second.0", "second.2"]]
+    taken = survey.plan(WEIGHTS, 0.6 * survey.as_it_is(WEIGHTS).cost).taken
+    assert (taken["second.0"].choice, taken["second.0"].density) == (taken["second.2"].choice, taken["second.2"].density)
+
+
+def test_without_a_budget_nothing_is_traded(net: Net, batches: list[Any]) -> None:
+    program = capture(net, batches[0])
+    ctx = context(batches)
+    assert Pipeline((PLANNER,)).run(program, ctx, ()).decisions == {}
+    assert "no budget" in str(ctx.misses[0])
+
+
+def test_a_killed_survey_goes_on_where_it_was(net: Net, batches: list[Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSIFY_CHECKPOINT", str(tmp_path))
+    program = capture(net, batches[0])
+    first = PLANNER.survey(program, context(batches))
+    monkeypatch.setattr(Evidence, "losses", None)  # nothing may be computed again
+    second = PLANNER.survey(program, context(batches))
+    assert (first.offers, first.scale) == (second.offers, second.scale)
+
+
+@pytest.mark.parametrize(("wrong", "why"), [({"choices": ("pack()",)}, "cannot be a choice"), ({"densities": ()}, "needs choices"),
+                                            ({"choices": ("mask_weights(density=0.5)",)}, "name no density"), ({"probes": -1}, "probes")])
+def test_bad_options_are_refused(wrong: Mapping[str, Any], why: str) -> None:
+    with pytest.raises(ParseError, match=why):
+        ChooseLayers(**wrong)
+
+
+def test_planning_needs_calibration(net: Net) -> None:
+    with pytest.raises(CalibrationError, match="calibration"):
+        Pipeline((replace(PLANNER, density=0.5),)).run(capture(net, (torch.randn(4, 32),)), Context(), ())
+
+
+def test_densities_that_are_told_are_kept_to(net: Net) -> None:
+    text = "mask_weights(budget='given(densities={\"first.0\": 0.25, \"head.2\": 0.5})')"
+    pipeline = Pipeline.parse(text)
+    assert Pipeline.parse(str(pipeline)) == pipeline
+    found = pipeline.run(capture(net, (torch.randn(4, 32),)), Context(), ()).decisions
+    assert {site: row.density for site, row in found.items() if row.density < 1} == {"first.0": 0.25, "head.2": 0.5}
+    with pytest.raises(BudgetError, match="above 0"):
+        Pipeline.parse("mask_weights(budget='given(densities={\"head.2\": 1.5})')").run(capture(net, (torch.randn(4, 32),)), Context(), ())
+
+
+# --- what was measured corrects what was thought ------------------------------------------------------------------------------------------------
+
+
+def test_measured_costs_correct_like_offers() -> None:
+    offers = {site: [Offer("dense"), Offer("cut", 0, 0.5, 1.0), Offer("more", 0, 0.2, 3.0)] for site in "abc"}
+    costs = {"a": [4.0, 2.0, 1.0], "b": [4.0, 2.0, 1.0], "c": [8.0, 4.0, 2.0]}
+    survey = Survey(offers, lambda kind: costs, lambda taken: Pipeline())
+    survey.correct(SECONDS, {"a": 3.0}, {"a": offers["a"][1]}, {"a": 5.0, "b": 5.0})
+    assert survey.costs(SECONDS) == {"a": [5.0, 3.0, 1.5], "b": [5.0, 3.0, 1.5], "c": [8.0, 4.0, 2.0]}
+    assert costs["a"] == [4.0, 2.0, 1.0]
+
+
+# --- budgets ------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds by the share of weights that are read, without building any kernel."""
+    monkeypatch.setattr(_costs, "measure", lambda work, target: _forms(work))
+
+
+def _forms(work: Work) -> dict[str, float]:
+    sizes = dict(work.sizes)
+    dense = sizes["N"] * sizes["K"] * 1e-9
+    return {"dense": dense} | ({"sparse": dense * sizes.get("density", 0.5)} if work.op != "linear" else {})
+
+
+def test_bytes_hold_as_measured(net: Net, batches: list[Any]) -> None:
+    most = int(0.7 * sum(p.numel() * 4 for p in net.parameters()))
+    compiled = sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(bytes=most), calibration=batches)
+    report = compiled.report()
+    assert report.compiled_bytes is not None
+    assert report.compiled_bytes <= most
+    assert report.plan is not None
+    assert (report.plan.unit, report.plan.limit) == ("bytes", most)
+    with pytest.raises(BudgetError, match="best that a plan reaches"):
+        sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(bytes=1000), calibration=batches)
+
+
+@pytest.mark.usefixtures("priced")
+def test_quality_holds_as_measured_and_is_used(net: Net, batches: list[Any]) -> None:
+    compiled = sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(quality_drop=0.02), calibration=batches)
+    report = compiled.report()
+    drop = 1 - report.quality[0].compiled  # type: ignore[operator]
+    assert 0.005 < drop <= 0.02
+    assert any(site.density < 1 for site in report.sites)
+    strict = sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(quality_drop=0.0), calibration=batches).report()
+    assert all(site.density == 1 for site in strict.sites)
+
+
+@pytest.mark.usefixtures("priced")
+def test_a_limit_of_latency_is_solved_for_and_solved_again(net: Net, batches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsify_compiler import plan_loop
+
+    tried: list[float] = []
+
+    def slower_than_thought(job: Any, lowered: Any, beside: Any) -> dict[str, float]:
+        for row in lowered.decisions.values():
+            row.dense_ms = math.prod(row.shape) * 1e-6
+            row.compiled_ms = row.dense_ms * (0.1 + 0.9 * row.density)
+            row.format = "csr" if row.density < 1 else "dense"
+        tried.append(0.002 + 1.1 * math.fsum(row.compiled_ms or 0 for row in lowered.decisions.values()))
+        return {**dict.fromkeys(beside, 0.01), "compiled": tried[-1]}
+
+    monkeypatch.setattr(plan_loop, "latency", slower_than_thought)
+    compiled = sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(latency_ms=0.009), calibration=batches)
+    assert tried[0] == pytest.approx(0.002 + 1.1 * 0.012288)
+    assert 0.009 * 0.93 < tried[-1] <= 0.009
+    assert compiled.report().plan.rounds == len(tried)  # type: ignore[union-attr]
+    with pytest.raises(BudgetError, match="best that a plan reaches"):
+        sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(latency_ms=0.003), calibration=batches)
