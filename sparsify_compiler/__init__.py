@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .sites import find_sites
     from .target import Target
     from .training_attach import attach
+    from .training_callbacks import lightning_callback, trainer_callback
 
 # name -> module that holds it; imported when it is first asked for.
 _LAZY = {
@@ -44,13 +45,15 @@ _LAZY = {
     "Target": "target", "attach": "training_attach", "errors": "", "estimate": "estimates", "export_dense": "artefact",
     "generate_corrected": "correct",
     "find_sites": "sites", "load": "artefact", "quantized_cache": "library_cache_quantized", "streaming_cache": "library_cache_streaming",
+    "lightning_callback": "training_callbacks", "trainer_callback": "training_callbacks",
     "recipes": "", "recover": "recover", "reparameterize": "reparameterize",
 }
 
 __all__ = ["Budget", "CompiledModel", "Match", "Miss", "Movement", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule", "RulePass", "Stage",
            "Target",
            "__version__", "attach", "capture", "compile", "errors", "estimate", "export_dense", "find_sites",
-           "generate_corrected", "load", "quantized_cache", "recipes", "recover", "reparameterize", "streaming_cache"]
+           "generate_corrected", "lightning_callback", "load", "quantized_cache", "recipes", "recover", "reparameterize", "streaming_cache",
+           "trainer_callback"]
 
 
 def __getattr__(name: str) -> Any:
