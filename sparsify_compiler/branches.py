@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -60,7 +60,7 @@ class Branches:
 
         return print_value(self)
 
-    @property
+    @cached_property
     def learned(self) -> tuple[str, ...]:
         """Names of the tensors that it needs, in the order in which ops are given them."""
         names = [name for part in self.parts for name in part.learned]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -80,7 +80,7 @@ class Indexer:
         known = {"token order": self.order, "block scorer": self.scorer, "block selector": self.selector, "block rest": self.rest}
         return [_named(kind, text) for kind, text in known.items() if text]
 
-    @property
+    @cached_property
     def learned(self) -> tuple[str, ...]:
         """Names of the tensors that it needs, in the order in which ops are given them."""
         of_choices = (choice.learned for choice in self.choices)

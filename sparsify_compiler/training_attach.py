@@ -89,8 +89,11 @@ def hooked(program: Program, own: bool) -> tuple[nn.Module, Hook]:
 
 
 def _stored(node: fx.Node) -> dict[str, str]:
-    """Argument of a node -> the name of the parameter or buffer that it is."""
-    return {key: str(value.target) for key, value in node.kwargs.items() if isinstance(value, fx.Node) and value.op == "get_attr"}
+    """Argument of a node, or one of a list of them as "name[0]" -> the name of the parameter or buffer that it is."""
+    given = dict(node.kwargs)
+    for key, value in node.kwargs.items():
+        given |= {f"{key}[{i}]": item for i, item in enumerate(value)} if isinstance(value, list | tuple) else {}
+    return {key: str(value.target) for key, value in given.items() if isinstance(value, fx.Node) and value.op == "get_attr"}
 
 
 def _masks(module: nn.Module, program: Program) -> dict[str, Tensor]:

@@ -18,11 +18,12 @@ from sparsify_compiler import catalog, recipes
 from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.branches import Branches, parse
 from sparsify_compiler.capture import capture
-from sparsify_compiler.errors import ModelError, ParseError, StructureError
+from sparsify_compiler.errors import InputError, ModelError, ParseError, StructureError
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.named import Named
 from sparsify_compiler.ops import attend
 from sparsify_compiler.passes.attention.branches.compressed import Compressed
+from sparsify_compiler.passes.attention.choose_blocks import ChooseBlocks
 from sparsify_compiler.passes.attention.select_blocks import Attention
 from sparsify_compiler.passes_api import Context
 
@@ -129,22 +130,23 @@ def test_every_tensor_of_the_branches_has_its_gradient() -> None:
 
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
-def test_mean_windows_score_blocks_for_a_group(largest: bool, masked: bool) -> None:
+@pytest.mark.parametrize("stride", [2, 3])
+def test_mean_windows_score_blocks_for_a_group(largest: bool, masked: bool, stride: int) -> None:
     query, key, _ = drawn(10, 17)
     mask = torch.arange(17).expand(2, 17) >= torch.tensor([[0], [3]]) if masked else None
-    text = f"mean_windows(length=4, stride=2, largest={largest})"
+    text = f"mean_windows(length=4, stride={stride}, largest={largest})"
     found = Named.parse("block scorer", text)(query, key, mask, Grid(10, 17, 3, 4, True), SCALE)
     assert found.shape == (2, 2, 4, 5)
     for b, g, i, j in product(range(2), range(2), range(4), range(5)):
         total = 0.0 if not largest else None
         of_windows: dict[int, float] = {}
         for r in range(3 * i, min(3 * i + 3, 10)):
-            starts = [s for s in range(0, 14, 2) if s + 3 <= r + 7 and (mask is None or bool(mask[b, s:s + 4].all()))]
+            starts = [s for s in range(0, 14, stride) if s + 3 <= r + 7 and (mask is None or bool(mask[b, s:s + 4].all()))]
             for h in (2 * g, 2 * g + 1):
                 shares = torch.softmax(torch.tensor([float(SCALE * query[b, h, r] @ key[b, g, s:s + 4].mean(0)) for s in starts]), 0)
                 for s, share in zip(starts, shares.tolist(), strict=True):
                     of_windows[s] = of_windows.get(s, 0.0) + share
-        shared = {s: max(0, min(s + 4, 4 * j + 4) - max(s, 4 * j)) / 2 for s in of_windows}
+        shared = {s: max(0, min(s + 4, 4 * j + 4) - max(s, 4 * j)) / stride for s in of_windows}
         total = max((of_windows[s] for s in of_windows if shared[s]), default=0.0) if largest else sum(of_windows[s] * shared[s] for s in of_windows)
         assert float(found[b, g, i, j].exp()) == pytest.approx(total, abs=1e-5)
 
@@ -283,6 +285,10 @@ def test_what_cannot_be() -> None:
                  "Branches(parts=(Indexer(always=(Sinks(tokens=1),), dense_below=9),))", "Branches(parts=(3,))"):
         with pytest.raises(ParseError, match="branch"):
             parse(text)
+    with pytest.raises(InputError, match="needs gate_query, gate_key"):
+        attend.by_indexer(Indexer(scorer="gate", selector="top_k"), query, key, value)
+    with pytest.raises(ParseError, match="learns tensors"):
+        ChooseBlocks((Indexer(scorer="gate", selector="top_k"),))
     with pytest.raises(StructureError, match="window is at least"):
         Compressed(4, 5)
     with pytest.raises(StructureError, match="by queries"):
@@ -301,10 +307,11 @@ def test_an_attached_model_learns_its_branches_and_is_compiled_after(kind: str, 
     make = (lambda: Attention().eval()) if kind == "graph" else llama
     given = make()
     before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
-    model, _ = sc.attach(given, x, recipes.nsa(**NSA))
+    model, _ = sc.attach(given, x, recipes.nsa(**NSA), dynamic=None if kind == "graph" else {"input_ids": {0: "batch", 1: "tokens"}})
     assert all(torch.equal(given.state_dict()[name], tensor) for name, tensor in before.items())
     gates = {name: p for name, p in model.named_parameters() if any(part in name for part in ("gate_weight", "gate_bias", "compress_"))}
     assert len(gates) == (4 if kind == "graph" else 8)
+    assert all("sparsify_" in name for name in gates) == (kind == "python")
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
 
     def run(of: Any) -> Tensor:
@@ -322,6 +329,11 @@ def test_an_attached_model_learns_its_branches_and_is_compiled_after(kind: str, 
     assert losses[-1] < losses[0]
     with torch.no_grad():
         expected = run(model)
+        if kind == "python":  # in decoding, as in the prompt: a query chooses alone
+            cache = model(input_ids=x["input_ids"][:, :-3], use_cache=True).past_key_values
+            for i in (-3, -2, -1):
+                said = model(input_ids=x["input_ids"][:, i:][:, :1], past_key_values=cache, use_cache=True)
+                torch.testing.assert_close(said.logits[:, 0], expected[:, i], rtol=1e-3, atol=1e-3)
         compiled = sc.compile(model.eval(), x, recipe="pack() | lower(rounds=1)", target="cpu")
         torch.testing.assert_close(run(compiled), expected, rtol=1e-3, atol=1e-3)
         compiled.save(tmp_path / "out")

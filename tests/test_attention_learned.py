@@ -24,6 +24,7 @@ from sparsify_compiler.ops import attend
 from sparsify_compiler.passes.attention.scorers import gate
 from sparsify_compiler.passes.attention.scorers._distil import Sample, distilled
 from sparsify_compiler.passes.attention.select_blocks import Attention
+from sparsify_compiler.passes.train import move_centroids
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
@@ -124,3 +125,25 @@ def test_a_gate_is_saved_with_attention_that_stays_python(tmp_path: Path) -> Non
     assert not any("sparsify" in name for name in model.state_dict())
     with pytest.raises(ArtefactError, match="learned is not there"):
         attention_tensors({"attentions": program.attentions, "learned": {}}, TensorSource({}))
+
+
+def test_centroids_follow_what_is_nearest_while_a_model_trains() -> None:
+    model, x = move_centroids.example()
+    module, hook = sc.attach(model, x, "move_centroids(decay=0.75)")
+    centroids = dict(module.named_buffers())["centroids"]
+    before = centroids.clone()
+    assert torch.equal(before, model.centroids)
+    hook.step()
+    assert torch.equal(centroids, before)  # nothing went by yet
+    module(*x)
+    assert torch.equal(centroids, before)
+    hook.step()
+    q, k, _ = model.qkv(x[0]).view(1, 24, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+    for head in range(2):
+        rows = nn.functional.normalize(torch.cat((q[0, head], k[0, head])), dim=-1)
+        which = (rows @ before[head].T).argmax(-1)
+        for c in range(3):
+            own = rows[which == c]
+            mean = nn.functional.normalize(own.sum(0), dim=0)
+            expected = nn.functional.normalize(0.75 * before[head, c] + 0.25 * mean, dim=0) if len(own) else before[head, c]
+            torch.testing.assert_close(centroids[head, c], expected, rtol=1e-4, atol=1e-5)

@@ -24,9 +24,7 @@ def nearest(rows: Tensor, centroids: Tensor) -> Tensor:
 def observe(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> tuple[Tensor, ...]:
     """Some queries and keys of each group, as directions: float32 [G, n, D]."""
     groups = max(key.shape[1], 1)
-    some = [part[:, :, ::SAMPLED].float() for part in (query, counted(key, key_mask))]
-    rows = [part.reshape(len(part), groups, -1, part.shape[-1]).transpose(0, 1).reshape(groups, -1, part.shape[-1]) for part in some]
-    return (normalize(torch.cat(rows, 1), dim=-1),)
+    return (torch.cat([directions(part[:, :, ::SAMPLED], groups) for part in (query, counted(key, key_mask))], 1),)
 
 
 def learned(samples: tuple[Tensor, ...], number: int) -> dict[str, Tensor]:
@@ -34,10 +32,20 @@ def learned(samples: tuple[Tensor, ...], number: int) -> dict[str, Tensor]:
     rows = torch.cat(samples, 1)
     centroids = _spread(rows, number)
     for _ in range(ROUNDS):
-        which = nearest(rows[None], centroids)[0]
-        sums = torch.zeros_like(centroids).scatter_add_(1, which[..., None].expand_as(rows), rows)
-        centroids = torch.where(sums.norm(dim=-1, keepdim=True) > 0, normalize(sums, dim=-1), centroids)  # an empty one stays
+        centroids = moved(rows, centroids, 0.0)
     return dict(zip(LEARNED, (centroids,), strict=True))
+
+
+def moved(rows: Tensor, centroids: Tensor, decay: float) -> Tensor:
+    """Centroids [G, C, D] a step nearer to the mean directions of the rows [G, n, D], of length 1, that are nearest to each; an empty one stays."""
+    which = nearest(rows[None], centroids)[0]
+    means = normalize(torch.zeros_like(rows[:, :1]).repeat(1, centroids.shape[1], 1).scatter_add_(1, which[..., None].expand_as(rows), rows), dim=-1)
+    return torch.where(means.any(-1, keepdim=True), normalize(decay * centroids.float() + (1 - decay) * means, dim=-1), centroids.float())
+
+
+def directions(rows: Tensor, groups: int) -> Tensor:
+    """float32 [G, n, D], of length 1, of rows [B, G or H, N, D]."""
+    return normalize(rows.float().reshape(len(rows), groups, -1, rows.shape[-1]).transpose(0, 1).reshape(groups, -1, rows.shape[-1]), dim=-1)
 
 
 def _spread(rows: Tensor, number: int) -> Tensor:

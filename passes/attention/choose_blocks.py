@@ -55,6 +55,10 @@ class ChooseBlocks(Pass):
         self.take_selectors("targets", "ignore")
         if not self.choices or not all(isinstance(choice, Indexer) for choice in self.choices):
             raise ParseError(f"choices are indexers, got {self.choices}", where=self.name(), hint=f"for example choices=({WINDOW}, {COLUMNS})")
+        learning = next((choice for choice in self.choices if choice.learned), None)
+        if learning is not None:
+            raise ParseError(f"{learning} learns tensors, and choices are compared before anything is learned", where=self.name(),
+                             hint="give all heads that indexer, by select_blocks")
         if self.quotas and (len(self.quotas) != len(self.choices) or abs(sum(self.quotas) - 1) > 1e-6 or min(self.quotas) < 0):
             raise ParseError(f"quotas of {self.quotas} for {len(self.choices)} choices", where=self.name(), hint="one share each, which sum to 1")
         if self.share is not None and (self.quotas or not 0 < self.share <= 1):

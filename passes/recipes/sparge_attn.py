@@ -13,6 +13,9 @@ def sparge_attn(mass: float = 0.9, similarity: float = 0.4, block: int = 64, tar
                 ignore: tuple[str, ...] = ()) -> Pipeline:
     """Attend to the blocks that hold `mass` by their means, and to all blocks whose means say little; needs no calibration.
 
+    The paper's second stage skips, in the kernel, values of blocks whose scores lie far below the largest so far. It is left out: a kernel takes many
+    blocks at once, and among those that the first stage leaves there are hardly any.
+
     Paper      SpargeAttn: Accurate Sparse Attention Accelerating Any Model Inference, Zhang et al., arXiv:2502.18137
     """
     always = (Windows(block), Sinks(block))

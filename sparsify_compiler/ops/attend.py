@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify_compiler.branches import Branches, parse
+from sparsify_compiler.errors import InputError
 from sparsify_compiler.indexer import Indexer
 
 from ._linear import LIBRARY
@@ -38,6 +39,9 @@ def by_indexer(indexer: Indexer | Branches, query: Tensor, key: Tensor, value: T
         return dense(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     factor = scale_of(query, scale)
     key_mask, bias, triangle = split_mask(attn_mask, query, key)
+    if len(learned or ()) != len(indexer.learned):
+        raise InputError(f"{len(learned or ())} learned tensors for {indexer}", where="attend",
+                         hint=f"it needs {', '.join(indexer.learned) or 'none'}")
     weights = dict(zip(indexer.learned, learned or (), strict=True))
     return indexer.branch(query, key, value, key_mask, bias, is_causal or triangle, factor, weights)[0]
 
