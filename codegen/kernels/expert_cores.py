@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
+from sparsify_compiler.codegen.kernels.expert_order import Order
 from sparsify_compiler.codegen.kernels.experts_layout import ExpertsArguments, ExpertsLayout
 from sparsify_compiler.codegen.kernels.finish import Finish
-from sparsify_compiler.codegen.kernels.products import LANES
+from sparsify_compiler.codegen.kernels.products import LANES, products
 from sparsify_compiler.ops import select_ffn
 
 
 class Core(ABC):
-    """group and strip: neurons and outputs at a time; across: units at a time; depth: inputs packed at a time; dtype: of what is packed."""
+    """group and strip: neurons and outputs at a time; across: units at a time; depth: inputs packed at a time; dtype: of what is packed.
 
+    few  rows up to which an expert's are multiplied one after the other, as they lie; 0 for a core that does not
+    """
+
+    few = 0
     dtype: str
     group: int
     strip: int
@@ -52,6 +58,18 @@ class Core(ABC):
     def outputs(self, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
         """`strip` outputs from `first` on into `finished`, for `many` units."""
 
+    def copy_rows(self, order: Order, packed: Any, unit: Any) -> None:
+        """The rows of a unit of few, one after the other."""
+        raise NotImplementedError
+
+    def row_neurons(self, order: Order, packed: Any, hidden: Any, expert: Any, first: Any, unit: Any) -> None:
+        """As neurons, of such a unit."""
+        raise NotImplementedError
+
+    def row_outputs(self, order: Order, hidden: Any, expert: Any, first: Any, unit: Any, put: Callable[[Any, Any], None]) -> None:
+        """put(row of the unit, 16 outputs from `first` on), of such a unit."""
+        raise NotImplementedError
+
     def activated(self, place: Any, apart: int) -> Any:
         """activation(gate) * up of one line of `finished`; up lies `apart` elements behind the gate."""
         value = e.let(Finish(activation=self.how.activation, rough=self.how.dtype == "bfloat16")(e.load(self.finished, place, lanes=LANES)))
@@ -74,9 +92,12 @@ class Core(ABC):
 
 
 class Fma(Core):
-    """float32: the weights of eight outputs are broadcast one input after the other, and multiplied with up to three units. [input][row]."""
+    """float32: the weights of eight outputs are broadcast one input after the other, and multiplied with up to three units. [input][row].
 
-    dtype, group, strip, across, depth = "float32", 8, 16, 3, LANES
+    Of an expert with few rows the lanes would be mostly empty: there they run along the inputs (products.py).
+    """
+
+    dtype, group, strip, across, depth, few = "float32", LANES, LANES, 3, LANES, 4
 
     def size(self, width: Any) -> Any:
         return width * LANES
@@ -88,20 +109,47 @@ class Fma(Core):
     def neurons(self, packed: Any, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
         apart = many * self.group * LANES
         for which, name in enumerate(self.projections):
-            rows = self.a.rows(name, expert, first, self.group, self.a.H - 1)
-            self._multiply(self.a.projections[name][0], rows, packed, self.a.K, unit, many, which * apart)
+            self._halves(name, expert, first, self.a.H, packed, self.a.K, unit, many, which * apart)
             self.biased(name, expert, first, self.group, many, which * apart)
         with e.loop(many) as v, e.loop(self.group) as n:
             value = self.activated(e.let((v * self.group + n) * LANES), apart)
             e.store(hidden, value, (unit + v) * self.size(self.a.H) + (first + n) * LANES, lanes=LANES)
 
     def outputs(self, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
-        for half in range(self.strip // self.group):
-            rows = self.a.rows("down", expert, first + half * self.group, self.group, self.a.N - 1)
-            self._multiply(self.a.projections["down"][0], rows, hidden, self.a.H, unit, many, half * self.group * LANES, self.strip)
+        self._halves("down", expert, first, self.a.N, hidden, self.a.H, unit, many, 0)
 
-    def _multiply(self, weight: Any, rows: list[Any], inputs: Any, width: Any, unit: Any, many: int, at: int, lines: int = group) -> None:
-        """finished[v][n] = sums over the inputs of these rows of W, for `many` units of `lines` lines each."""
+    def copy_rows(self, order: Order, packed: Any, unit: Any) -> None:
+        with e.loop(order.filled(unit)) as i, e.loop(e.floordiv(self.a.K, LANES)) as j:
+            value = e.load(self.a.x, e.floordiv(order.place(unit, i), self.a.k), j * LANES, lanes=LANES)
+            e.store(packed, value, unit * self.size(self.a.K) + i * self.a.K + j * LANES, lanes=LANES)
+
+    def row_neurons(self, order: Order, packed: Any, hidden: Any, expert: Any, first: Any, unit: Any) -> None:
+        a = self.a
+        with e.loop(order.filled(unit)) as i:
+            for which, name in enumerate(self.projections):
+                rows, at = a.rows(name, expert, first, LANES, a.H - 1), e.opaque(unit * self.size(a.K) + i * a.K)
+                total = products(a.projections[name][0], rows, packed, at, a.K, self.dtype)
+                if f"{name}_bias" in a.biases:
+                    total = total + e.load(a.biases[f"{name}_bias"], e.wide(expert) * a.H + first, lanes=LANES)
+                e.store(self.finished, total, which * LANES, lanes=LANES)
+            value = self.activated(e.constant(0, "int32"), LANES)
+            e.store(hidden, value, unit * self.size(a.H) + i * a.H + first, lanes=LANES)
+
+    def row_outputs(self, order: Order, hidden: Any, expert: Any, first: Any, unit: Any, put: Callable[[Any, Any], None]) -> None:
+        a = self.a
+        with e.loop(order.filled(unit)) as i:
+            rows, at = a.rows("down", expert, first, LANES, a.N - 1), e.opaque(unit * self.size(a.H) + i * a.H)
+            total = e.Register(LANES, products(a.projections["down"][0], rows, hidden, at, a.H, self.dtype))
+            put(i, total.get())
+
+    def _halves(self, name: str, expert: Any, first: Any, end: Any, inputs: Any, width: Any, unit: Any, many: int, at: int) -> None:
+        """16 rows of a weight, of the `end` of an expert, eight at a time."""
+        for half in (0, LANES // 2):
+            rows = self.a.rows(name, expert, first + half, LANES // 2, end - 1)
+            self._multiply(self.a.projections[name][0], rows, inputs, width, unit, many, at + half * LANES)
+
+    def _multiply(self, weight: Any, rows: list[Any], inputs: Any, width: Any, unit: Any, many: int, at: int) -> None:
+        """finished[v][n] = sums over the inputs of these rows of W, for `many` units of 16 lines each."""
         sums = [[e.Register(LANES, e.broadcast(e.zero(), LANES)) for _ in range(many)] for _ in rows]
         starts = [e.wide((unit + v) * self.size(width)) for v in range(many)]
         rows = [e.wide(row) for row in rows]
@@ -114,7 +162,7 @@ class Fma(Core):
                     total.multiply_add(factor, value)
         for n, totals in enumerate(sums):
             for v, total in enumerate(totals):
-                e.store(self.finished, total.get(), at + (v * lines + n) * LANES, lanes=LANES)
+                e.store(self.finished, total.get(), at + (v * LANES + n) * LANES, lanes=LANES)
 
 
 class Tile(Core):

@@ -10,6 +10,7 @@ Bound by: the FMA rate or the tile unit where experts have many rows, the bandwi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,18 +41,35 @@ def _body(how: ExpertPanels) -> None:
     packed, hidden = e.scratch(room * core.size(a.K), core.dtype), e.scratch(room * core.size(a.H), core.dtype)
     width = e.opaque(e.floordiv(a.N + (core.strip - 1), core.strip) * core.strip)
     sums = e.scratch(a.M * width, "float32")
-    with e.loop(order.units, parallel=how.workers > 1) as unit, e.loop(e.floordiv(a.K, core.depth)) as block:
-        rows = [e.let(e.floordiv(order.place(unit, i), a.k)) for i in range(LANES)]
-        core.pack(packed, e.let(unit * core.size(a.K)), rows, e.opaque(block * core.depth))
+    with e.loop(order.units, parallel=how.workers > 1) as unit:
+        _by_rows(core, order, unit, e.constant(1, "int32"), lambda: core.copy_rows(order, packed, unit), lambda: _pack(a, core, order, packed, unit))
     with e.loop(how.workers, parallel=how.workers > 1) as me:
         core.open()
         with order.share(e.floordiv(a.H, core.group), how.workers, me) as (expert, group, first, units):
-            each_panel(first, units, core.across, lambda unit, many: core.neurons(packed, hidden, expert, e.let(group * core.group), unit, many))
+            at = e.let(group * core.group)
+            _by_rows(core, order, first, units, lambda: core.row_neurons(order, packed, hidden, expert, at, first), lambda: each_panel(
+                first, units, core.across, lambda unit, many: core.neurons(packed, hidden, expert, at, unit, many)))
         core.close()
     with e.loop(how.workers, parallel=how.workers > 1) as me:
         core.open()
         _outputs(a, how, core, order, me, hidden, sums, width)
         core.close()
+
+
+def _by_rows(core: Core, order: Order, first: Any, units: Any, few: Callable[[], None], many: Callable[[], None]) -> None:
+    """What to do where an expert has few rows, of which the core takes one after the other; and elsewhere."""
+    if core.few:
+        expert = order.owner(first)
+        alone = e.both(units == 1, order.units_of(expert)[1] == 1)
+        e.choose(e.both(alone, order.filled(first) <= core.few), few, many)
+    else:
+        many()
+
+
+def _pack(a: ExpertsArguments, core: Core, order: Order, packed: Any, unit: Any) -> None:
+    with e.loop(e.floordiv(a.K, core.depth)) as block:
+        rows = [e.let(e.floordiv(order.place(unit, i), a.k)) for i in range(LANES)]
+        core.pack(packed, e.let(unit * core.size(a.K)), rows, e.opaque(block * core.depth))
 
 
 def _outputs(a: ExpertsArguments, how: ExpertPanels, core: Core, order: Order, me: Any, hidden: Any, sums: Any, width: Any) -> None:
@@ -72,7 +90,11 @@ def _outputs(a: ExpertsArguments, how: ExpertPanels, core: Core, order: Order, m
                     _scatter(a, core, order, sums, width, e.opaque(unit + v), expert, e.opaque(v * core.strip + part * LANES),
                              e.opaque(column + part * LANES))
 
-            each_panel(first, units, core.across, run)
+            def add(i: Any, value: Any, first: Any = first, expert: Any = expert, column: Any = column) -> None:
+                _add(a, order, sums, width, first, i, expert, column, value)
+
+            _by_rows(core, order, first, units, lambda: core.row_outputs(order, hidden, expert, column, first, add),
+                     lambda: each_panel(first, units, core.across, run))
     with e.loop(a.M) as m, e.loop(columns) as j:
         column = e.opaque(begin * core.strip + j * LANES)
         with e.when(column < a.N):
@@ -83,12 +105,16 @@ def _scatter(a: ExpertsArguments, core: Core, order: Order, sums: Any, width: An
     """Turn 16 outputs of a unit, which lie from `line` on in what the core finished, and add each row's to its sums, times the row's factor."""
     for i, row in enumerate(e.transpose([e.let(e.load(core.finished, (line + n) * LANES, lanes=LANES)) for n in range(LANES)])):
         e.store(core.turned, row, i * LANES, lanes=LANES)
-    bias = e.let(e.load(a.biases["bias"], e.wide(expert) * a.N + column, lanes=LANES)) if "bias" in a.biases else None
     with e.loop(order.filled(unit)) as i:
-        place = e.opaque(order.place(unit, i))
-        m = e.opaque(e.floordiv(place, a.k))
-        value = e.load(core.turned, i * LANES, lanes=LANES)
-        total = e.Register(LANES, e.load(sums, m * width + column, lanes=LANES))
-        factor = e.let(e.broadcast(e.load(a.weights, m, place - m * a.k), LANES))
-        total.multiply_add(e.let(value if bias is None else value + bias), factor)
-        e.store(sums, total.get(), m * width + column, lanes=LANES)
+        _add(a, order, sums, width, unit, i, expert, column, e.load(core.turned, i * LANES, lanes=LANES))
+
+
+def _add(a: ExpertsArguments, order: Order, sums: Any, width: Any, unit: Any, i: Any, expert: Any, column: Any, value: Any) -> None:
+    """16 outputs of one row of a unit, times its factor."""
+    place = e.opaque(order.place(unit, i))
+    m = e.opaque(e.floordiv(place, a.k))
+    total = e.Register(LANES, e.load(sums, m * width + column, lanes=LANES))
+    if "bias" in a.biases:
+        value = value + e.load(a.biases["bias"], e.wide(expert) * a.N + column, lanes=LANES)
+    total.multiply_add(e.let(value), e.let(e.broadcast(e.load(a.weights, m, place - m * a.k), LANES)))
+    e.store(sums, total.get(), m * width + column, lanes=LANES)
