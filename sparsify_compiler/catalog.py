@@ -43,6 +43,7 @@ KINDS: Mapping[str, Kind] = {
     "scorer": Kind("passes/activation/scorers/*.py"),
     "activation loss": Kind("passes/train/losses/*.py"),
     "distillation": Kind("passes/train/distillations/*.py"),
+    "router loss": Kind("passes/train/router_losses/*.py"),
     "schedule": Kind("passes/train/schedules/*.py"),
     "activation": Kind("passes/activation/functions/*.py"),
     "selector": Kind("passes/activation/selectors/*.py"),

@@ -21,6 +21,7 @@ from sparsify_compiler.ops import experts_ffn
 from sparsify_compiler.passes.moe._balance import balanced, table_of
 from sparsify_compiler.passes.moe._evidence import Evidence, Ffn
 from sparsify_compiler.passes.moe.split_experts import SplitExperts
+from sparsify_compiler.passes.train.penalise_routing import PenaliseRouting
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
@@ -283,3 +284,58 @@ def test_masked_weights_are_left_alone() -> None:
     ctx = Context(batches=[(x,)])
     assert not ops(Pipeline((SplitExperts(density=0.5),)).run(masked, ctx))
     assert "masked" in ctx.misses[0].why
+
+
+# --- in training -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", catalog.names("router loss"))
+def test_a_loss_of_the_router_falls_when_it_is_followed(loss: str) -> None:
+    torch.manual_seed(0)
+    model, x = Net("gated", 8, 32, True).eval(), torch.randn(2, 21, 8)
+    pipeline = SplitExperts(4, router="random", density=0.5, weight="scaled") | PenaliseRouting(loss, 1.0)
+    module, hook = sc.attach(model, (x,), pipeline, calibration=[(x,)])
+    optimizer = torch.optim.Adam([value for name, value in module.named_parameters() if "router" in name], 0.05)
+    found = []
+    for _ in range(12):
+        module(x)
+        found.append(hook.loss())
+        optimizer.zero_grad()
+        found[-1].backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        hook.step()
+    assert all(bool(term.isfinite()) for term in found)
+    assert float(found[-1]) < float(found[0])
+
+
+def test_losses_of_the_router_are_their_formulas() -> None:
+    load, chunk = (catalog.get("router loss", name) for name in ("load_balance", "chunk_sparsity"))
+    even = torch.zeros(8, 4)
+    assert float(load(even, torch.arange(8)[:, None] % 4)) == pytest.approx(1)
+    assert float(load(torch.tensor([[50.0, 0, 0, 0]]).expand(8, 4), torch.zeros(8, 1, dtype=torch.int64))) == pytest.approx(4)
+    one = torch.eye(4)[torch.zeros(8, dtype=torch.int64)]
+    each = torch.eye(4)[torch.arange(8) % 4]
+    assert float(chunk(one, one, chunk=4)) == pytest.approx(0.25, abs=1e-4)
+    assert float(chunk(each, each, chunk=4)) == pytest.approx(1, abs=1e-4)
+    assert float(chunk(each, each, chunk=1)) == pytest.approx(0.25, abs=1e-4)
+
+
+def test_the_number_of_experts_grows_to_the_dense_ffn() -> None:
+    torch.manual_seed(0)
+    model, x = Net("plain", 8, 32, True).eval(), torch.randn(6, 8)
+    module, hook = sc.attach(model, (x,), sc.recipes.smoe_dropout(4, 1, 3))
+    with torch.no_grad():
+        errors = []
+        for _ in range(4):
+            errors.append(float((module(x) - model(x)).norm()))
+            hook.step()
+    assert errors[0] > errors[1] > errors[3]
+    assert errors[3] < 1e-5
+
+
+def test_training_passes_say_why_they_do_nothing() -> None:
+    model, x = Net("plain", 8, 32, True).eval(), torch.randn(6, 8)
+    for text, why in (("penalise_routing()", "no experts"), ("split_experts(density=0.5) | schedule_experts()", "growing_k")):
+        ctx = Context(batches=[(x,)])
+        Pipeline.parse(text).run(capture(model, (x,)), ctx)
+        assert any(why in miss.why for miss in ctx.misses)

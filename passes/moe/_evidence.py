@@ -109,10 +109,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Formula:
-    """A part of the graph to be: `function(**inputs, **tensors)`, in plain torch. The tensors are stored as parameters, which train.
+    """A part of the graph to be: `function(**inputs, **tensors, **buffers)`, in plain torch. Tensors become parameters, which train; buffers do not.
 
-    An argument of the function that is neither an input nor one of the tensors names one of the experts' own: gate, up, down, gate_bias, up_bias.
+    An argument of the function that is none of these names one of the experts' own tensors: gate, up, down, gate_bias, up_bias.
     """
 
     tensors: Mapping[str, Tensor]
     function: Callable[..., Any]
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,13 +20,15 @@ from sparsify_compiler.passes.moe._sites import Dense
 from sparsify_compiler.passes.moe._split import Split
 from sparsify_compiler.splice import insert_formula
 
+SCORES = "scores of experts"  # in the metadata of a router's last node
+
 
 @dataclass(frozen=True)
 class Routing:
     """What decides which experts a row runs through: formulas of x; of the scores; and of the scores and the choice, None for weights of 1."""
 
     router: Formula
-    select: Callable[[Tensor], Tensor]
+    select: Formula
     weight: Formula | None
 
 
@@ -46,7 +48,8 @@ class _Writer:
         own = {name: self._stored("experts", name, value) for name, value in {**split.own, "down": split.down}.items()}
         x = self.dense.x
         scores = self._formula("router", routing.router, {"x": x}, own)
-        chosen = self._formula("router", Formula({}, lambda scores: routing.select(scores)), {"scores": scores}, {})
+        chosen = self._formula("router", routing.select, {"scores": scores}, {})
+        scores.meta[SCORES] = True
         given: dict[str, Any] = {"x": x, "chosen": chosen, "weights": None, "up": None, **own}
         if routing.weight is not None:
             given["weights"] = self._formula("router", routing.weight, {"scores": scores, "chosen": chosen}, {})
@@ -86,6 +89,8 @@ class _Writer:
         """The formula's nodes, of a module of their own in the model's paths."""
         known = dict(inputs) | {name: self._stored(part, name, value) for name, value in formula.tensors.items()}
         wanted = inspect.signature(formula.function).parameters
+        known |= {name: put(self.dense.region, self.before, value, name, (), {"path": self._at(part)}, self.by)
+                  for name, value in formula.buffers.items()}
         known |= {name: node for name, node in experts.items() if name in wanted and name not in known}
         last = self.before.prev
         result = insert_formula(self.dense.region, self.before, formula.function, known, self.by)

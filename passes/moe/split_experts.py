@@ -112,7 +112,7 @@ class SplitExperts(Pass):
         found = split.activated(chosen, evidence.ffn.neurons)
         if evidence.rows:
             split = repair(evidence, split, chosen)
-        write(dense, split, Routing(router, lambda scores: select(scores, number), self._named("weight")(self.experts)), self.name())
+        write(dense, split, Routing(router, _selection(select, number), self._named("weight")(self.experts)), self.name())
         row = program.decisions[dense.site.path] = Decision.of(dense.site.path, "ffn", dense.ffn.down)
         row.structure, row.density, row.budget = f"experts by {route.name}", found, found if density is None else density
         row.reason = f"{self.experts} experts of {table.shape[1]} neurons by {part.name}, {always.numel()} shared; router {route.name}, {select.name}"
@@ -153,6 +153,13 @@ def _unfit(dense: Dense | str, experts: int, shared: float) -> str | None:
         return dense
     routed = dense.ffn.neurons - round(shared * dense.ffn.neurons)
     return f"{routed} neurons make no {experts} experts" if routed < experts else None
+
+
+def _selection(select: Named, number: float) -> Formula:
+    """The selector in the graph: its number is a literal, or where it may move a buffer."""
+    if getattr(sys.modules[select.function.__module__], "MOVES", False):
+        return Formula({}, lambda scores, limit: select(scores, limit), {"limit": torch.tensor(number, dtype=torch.float32)})
+    return Formula({}, lambda scores: select(scores, number))
 
 
 def _scores(router: Formula, split: Split, evidence: Evidence) -> Tensor:

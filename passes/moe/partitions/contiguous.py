@@ -1,4 +1,4 @@
-"""Contiguous: neurons as they stand in the weights, expert by expert (FactorLLM, arXiv:2408.11855; slices of VersatileFFN, arXiv:2512.14531)."""
+"""Contiguous: neurons as they stand in the weights, expert by expert (FactorLLM, arXiv:2408.11855)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slices: experts are windows on the FFN's neurons, which may overlap (VersatileFFN, arXiv:2512.14531)."""
+"""Slices: experts are windows on the FFN's neurons, which may overlap (the width path of VersatileFFN, but each a copy)."""
 
 from __future__ import annotations
 

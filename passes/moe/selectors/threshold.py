@@ -8,9 +8,10 @@ from torch import Tensor
 from sparsify_compiler.passes.moe.selectors._base import places
 
 STATISTICS = ("rows",)
+MOVES = True
 
 
-def threshold(scores: Tensor, number: float) -> Tensor:
+def threshold(scores: Tensor, number: float | Tensor) -> Tensor:
     """Maybe none."""
     return places(scores >= number)
 

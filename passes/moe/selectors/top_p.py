@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 STATISTICS = ("rows",)
+MOVES = True
 STEPS = 40
 
 
-def top_p(scores: Tensor, number: float, *, temperature: float = 1.0) -> Tensor:
+def top_p(scores: Tensor, number: float | Tensor, *, temperature: float = 1.0) -> Tensor:
     """softmax(scores / temperature), from the largest on while the sum before lies below p: at least one."""
     odds = (scores / temperature).softmax(-1)
     ordered, order = odds.sort(-1, descending=True)

@@ -1,0 +1,1 @@
+"""Terms of the loss that act on the routers of experts: one file a loss."""

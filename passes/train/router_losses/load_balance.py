@@ -1,0 +1,15 @@
+"""Load balance: all experts alike, over the rows of a call (Switch Transformer, arXiv:2101.03961, equation 4)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparsify_compiler.passes.train.router_losses._base import counts
+
+
+def load_balance(scores: Tensor, chosen: Tensor) -> Tensor:
+    """E * sum over the experts of (their share of all choices) * (their mean probability): 1 where all are alike."""
+    experts = scores.shape[-1]
+    chosen_share = counts(chosen, experts)
+    odds = scores.softmax(-1).flatten(0, -2).mean(0)
+    return experts * (chosen_share / chosen_share.sum().clamp_min(1) * odds).sum()
