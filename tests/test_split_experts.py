@@ -305,7 +305,7 @@ def test_a_loss_of_the_router_falls_when_it_is_followed(loss: str) -> None:
         optimizer.step()
         hook.step()
     assert all(bool(term.isfinite()) for term in found)
-    assert float(found[-1]) < float(found[0])
+    assert found[-1].item() < found[0].item()
 
 
 def test_losses_of_the_router_are_their_formulas() -> None:

@@ -16,7 +16,7 @@ from sparsify_compiler.program import Program, Site
 
 @dataclass(frozen=True)
 class Routed:
-    """One experts_ffn: its site, the choice, the scores [..., E] that it is made from, and what compares with a stored number, where something does."""
+    """One experts_ffn: its site, the choice, the scores [..., E] that it is made from, and what compares with a stored number, if anything."""
 
     site: Site
     chosen: fx.Node
