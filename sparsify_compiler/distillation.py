@@ -22,24 +22,26 @@ Inputs = tuple[Any, ...] | Mapping[str, Any]
 class Seen:
     """What one model made of one batch.
 
-    outputs  its floating outputs, in order
-    states   the residual stream behind each block, [batch, tokens, width], in order; empty where no loss asks for it
-    tokens   bool [batch, tokens], the real ones: the batch's "attention_mask"; None where it has none
+    outputs    its floating outputs, in order
+    states     the residual stream behind each block, [batch, tokens, width], in order
+    tokens     bool [batch, tokens], the real ones: the batch's "attention_mask"; None where it has none
+    attention  the logarithms of the weights of each attention, [batch, heads, queries, keys]; empty where no loss asks for them
     """
 
     outputs: tuple[Tensor, ...]
     states: tuple[Tensor, ...]
     tokens: Tensor | None
+    attention: tuple[Tensor, ...] = ()
 
 
-def see(model: nn.Module, hook: Hook | None, batch: Inputs) -> Seen:
-    """Run a model on a batch. `hook` is that of an attached one."""
+def see(model: nn.Module, hook: Hook, batch: Inputs, attention: bool) -> Seen:
+    """Run an attached model on a batch."""
     args, kwargs = call_arguments(batch)
     leaves = pytree.tree_leaves(model(*args, **kwargs))
     outputs = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
     mask = kwargs.get("attention_mask")
     tokens = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    return Seen(outputs, tuple(hook.states.values()) if hook is not None else (), tokens)
+    return Seen(outputs, tuple(hook.states.values()), tokens, tuple(hook.attentions().values()) if attention else ())
 
 
 def parse_losses(losses: str | Sequence[str]) -> list[Named]:

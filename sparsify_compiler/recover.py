@@ -94,9 +94,9 @@ class _Teacher:
         with torch.no_grad():
             self._module, self._hook = hooked(captured_for_any_batch(model, example, dynamic), own=False)
 
-    def __call__(self, batch: Inputs) -> Seen:
+    def __call__(self, batch: Inputs, attention: bool) -> Seen:
         with torch.no_grad():
-            return see(self._module, self._hook, batch)
+            return see(self._module, self._hook, batch, attention)
 
 
 class _Student:
@@ -109,15 +109,22 @@ class _Student:
 
     def losses(self, batch: Inputs, wanted: str | Sequence[str] | None) -> list[Named]:
         """Those that the user named, or the default of such a model; checked on one batch."""
+        named = parse_losses(wanted) if wanted is not None else []
+        attention = _reads_attention(named)
         with torch.no_grad(), self._cast:
-            ours, theirs = see(self._model, self._hook, batch), self._teacher(batch)
-        chosen = parse_losses(wanted if wanted is not None else DEFAULT if ours.states and theirs.states else "outputs")
+            ours, theirs = see(self._model, self._hook, batch, attention), self._teacher(batch, attention)
+        chosen = named or parse_losses(DEFAULT if ours.states and theirs.states else "outputs")
         check_alike(chosen, ours, theirs)
         return chosen
 
     def loss(self, batch: Inputs, losses: Sequence[Named]) -> Tensor:
         """float32 []."""
+        attention = _reads_attention(losses)
         with self._cast:
-            theirs = self._teacher(batch)
-            ours = see(self._model, self._hook, batch)
+            theirs = self._teacher(batch, attention)
+            ours = see(self._model, self._hook, batch, attention)
         return distance(losses, ours, theirs)
+
+
+def _reads_attention(losses: Sequence[Named]) -> bool:
+    return any("attention" in loss.statistics for loss in losses)

@@ -16,6 +16,7 @@ from .passes_api import Context, Pass, Preserves
 from .program import Region, Site
 
 KNOWN = "known in training"  # statistics of the calibration that a pass needs while it acts there: name -> tensor
+LOWEST = -1e9  # a score that stands for minus infinity, and has gradients
 META = "training"  # in a node's metadata: the passes that act on it in training
 
 
@@ -98,6 +99,31 @@ class TrainingPass(Pass):
             node.meta[META] = (*before, (self, site.path))
 
 
+@dataclass(frozen=True)
+class WatchedAttention:
+    """The operands of one scaled_dot_product_attention: query [batch, heads, queries, width], key [batch, groups, keys, width], and its mask."""
+
+    query: Watch
+    key: Watch
+    mask: Watch | None = None
+    causal: bool = False
+    scale: float | None = None
+
+    def logs(self) -> Tensor:
+        """The logarithms of the attention weights of the last forward pass, float32 [batch, heads, queries, keys]; of what is masked, very low."""
+        query, key = self.query.seen[0].float(), self.key.seen[0].float()
+        if query.dim() == 4 and key.shape[1] != query.shape[1]:
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        if self.causal:
+            rows = torch.arange(scores.shape[-2], device=scores.device)[:, None]
+            scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) > rows, LOWEST)
+        mask = self.mask.seen[0] if self.mask is not None else None
+        if mask is not None:
+            scores = scores.masked_fill(~mask, LOWEST) if mask.dtype == torch.bool else scores + mask.float()
+        return scores.clamp_min(LOWEST).log_softmax(-1)
+
+
 class Hook:
     """What the user's loop calls beside its own: `loss()` once a forward pass, `step()` after each step of the optimizer.
 
@@ -108,15 +134,21 @@ class Hook:
             optimizer.step(), hook.step(optimizer), optimizer.zero_grad()
     """
 
-    def __init__(self, parts: Sequence[Part], watched: Mapping[str, Marked], states: Mapping[str, Watch], masks: Mapping[str, Tensor]) -> None:
+    def __init__(self, parts: Sequence[Part], watched: Mapping[str, Marked], states: Mapping[str, Watch],
+                 attentions: Mapping[str, WatchedAttention], masks: Mapping[str, Tensor]) -> None:
         self.steps = 0
         self._parts, self._watched, self._states, self._masks = tuple(parts), dict(watched), dict(states), dict(masks)
+        self._attentions = dict(attentions)
         self._move()
 
     @property
     def states(self) -> dict[str, Tensor]:
         """Path of each residual block -> the residual stream behind it in the last forward pass, [..., width], with gradients."""
         return {path: one.seen[0] for path, one in self._states.items() if one.seen}
+
+    def attentions(self) -> dict[str, Tensor]:
+        """Path of each attention of the graphs -> the logarithms of its weights in the last forward pass, [batch, heads, queries, keys]."""
+        return {path: one.logs() for path, one in self._attentions.items() if one.query.seen and one.key.seen}
 
     @property
     def masks(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from .capture_batch import captured_for_any_batch
 from .compile import as_pipeline, read_batches
 from .errors import InputError
 from .masked import Masked, masked_weight
+from .normal_form_edit import argument
 from .passes_api import Context, Pass
 from .pipeline import Pipeline
 from .program import Program, Region, Stage, get_tensor
 from .site_block import find_blocks
 from .site_ffn import neurons_of
 from .sites import find_sites
-from .training import KNOWN, META, Hook, Marked, Part, TrainingPass, Watch, watch
+from .training import KNOWN, META, Hook, Marked, Part, TrainingPass, Watch, WatchedAttention, watch
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
@@ -70,8 +71,11 @@ def hooked(program: Program, own: bool) -> tuple[nn.Module, Hook]:
 
     ffns = [(site.path, watched.regions[site.region], neurons_of(watched.regions[site.region], site)) for site in find_sites(watched, ("ffn",))]
     blocks = [(block.path, region := watched.regions[block.region], region.node(block.output)) for block in find_blocks(watched)]
+    scored = [(site.path, watched.regions[site.region], watched.regions[site.region].node(site.roles["attention"]))
+              for site in find_sites(watched, ("attention",)) if "eager" not in site.facts]
     values = {path: Marked(path, watch_of(region, node)) for path, region, node in ffns}
     states = {path: watch_of(region, node) for path, region, node in blocks}
+    attentions = {path: _watched_attention(region, node, watch_of) for path, region, node in scored}
     marks = [(by, path, region, node) for region, node in watched.nodes() for by, path in node.meta.get(META, ())]
     reads = [(_stored(node), node.meta.get(KNOWN, {})) for _, _, _, node in marks]
     for by, _, region, node in marks:
@@ -85,7 +89,13 @@ def hooked(program: Program, own: bool) -> tuple[nn.Module, Hook]:
         tensors = {key: get_tensor(module, region.qualified(name)) for key, name in names.items()}
         marked.setdefault(by, []).append(Marked(path, taps[node], tensors, watched.decisions.get(path), known))
     parts: list[Part] = [by.part(places) for by, places in marked.items()]
-    return module, Hook(parts, values, states, _masks(module, program))
+    return module, Hook(parts, values, states, attentions, _masks(module, program))
+
+
+def _watched_attention(region: Region, node: fx.Node, watch_of: Callable[[Region, fx.Node], Watch]) -> WatchedAttention:
+    query, key, mask, causal, scale = (argument(node, name) for name in ("query", "key", "attn_mask", "is_causal", "scale"))
+    seen = watch_of(region, mask) if isinstance(mask, fx.Node) else None
+    return WatchedAttention(watch_of(region, query), watch_of(region, key), seen, bool(causal), scale)
 
 
 def _stored(node: fx.Node) -> dict[str, str]:

@@ -94,7 +94,7 @@ def test_losses_are_zero_at_the_teacher_and_ignore_padding(name: str) -> None:
     tokens = torch.tensor([[True] * 5, [True, True, False, False, False]])
 
     def seen(x: Tensor, real: Tensor | None = tokens) -> Seen:
-        return Seen((x,), (x, 2 * x), real)
+        return Seen((x,), (x, 2 * x), real, (torch.stack([x, 2 * x], 1).log_softmax(-1),))
 
     assert float(loss(seen(one), seen(one))) == pytest.approx(0, abs=1e-6)
     assert float(loss(seen(other), seen(one))) > 0
@@ -120,6 +120,25 @@ def test_the_formulas_of_the_losses() -> None:
     assert float(catalog.get("distillation", "hidden_states")(ours, theirs)) == pytest.approx(float(mean))
     soft = functional.kl_div((s / 2).log_softmax(-1).flatten(0, 1), (t / 2).softmax(-1).flatten(0, 1), reduction="batchmean")
     assert float(catalog.get("distillation", "logits")(ours, theirs, temperature=2.0)) == pytest.approx(4 * float(soft), rel=1e-5)
+
+
+def test_attention_weights_are_those_of_the_model_and_are_distilled() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                     max_position_embeddings=16, attn_implementation="eager", pad_token_id=0, initializer_range=0.5)
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    batch = {"input_ids": torch.randint(1, 50, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
+    batch["attention_mask"][1, 4:] = 0
+    module, hook = sc.attach(model, batch, "mask_weights(density=0.5)")
+    _, plain = watched = sc.attach(model, batch, sc.Pipeline(()))
+    watched[0](**batch)
+    expected = model(**batch, output_attentions=True).attentions
+    assert len(plain.attentions()) == 1
+    for found, weights in zip(plain.attentions().values(), expected, strict=True):
+        torch.testing.assert_close(found.exp(), weights, rtol=1e-4, atol=1e-6)
+    _, recovery = sc.recover(module, model, [batch], hook=hook, steps=25, rate=1e-2, losses=("attention_maps", "squarehead(weight=0.1)"))
+    assert recovery.points[-1].loss < 0.5 * recovery.points[0].loss
 
 
 def test_the_rate_warms_up_and_falls() -> None:
@@ -235,6 +254,7 @@ def test_bad_input_is_refused() -> None:
         ({"rate": math.nan}, InputError, "rate is a number above 0"),
         ({"steps": 0}, InputError, "steps is a number of 1 or more"),
         ({"warmup": 1.0}, InputError, "warmup lies in"),
+        ({"losses": "attention_maps"}, InputError, "student has no attention"),
         ({"losses": ()}, InputError, "no loss"),
         ({"losses": "squarehed"}, UnknownNameError, "squarehead"),
         ({"losses": "logits(heat=2.0)"}, ParseError, "no option"),

@@ -1,7 +1,7 @@
 """What a distillation loss is given, and what such losses share.
 
 A loss is a function `name(student, teacher, *, options...) -> Tensor []` in a file of its own, of two Seen: what both models made of one batch.
-A module constant STATISTICS says what of it the loss looks at: "outputs", "states". Differentiable in what is the student's.
+A module constant STATISTICS says what of it the loss looks at: "outputs", "states", "attention". Differentiable in what is the student's.
 """
 
 from __future__ import annotations
