@@ -74,7 +74,7 @@ class PlanLoop:
         trial = self._try(self.survey.as_it_is(kind), kind, measured, now, was)
         if trial.value > limit:
             for _ in range(ROUNDS):
-                rest = trial.value - self._of_sites(trial, kind)
+                rest = trial.value - self.survey.spent(kind, trial.plan)
                 plan = self._next(kind, limit * AIM - rest)
                 if any(plan.taken == old.plan.taken for old in self.trials):
                     break
@@ -86,7 +86,11 @@ class PlanLoop:
             lowest = min(self.trials, key=lambda one: one.value)
             raise BudgetError(f"the budget cannot be met: {self.job.budget}", where="plan", hint=_hint(kind, lowest.value, limit))
         best = min(kept, key=lambda one: (one.plan.loss, one.value))
-        idle = [site for site, row in best.lowered.decisions.items() if row.format == "dense" and row.structure != "dense"]
+        second = self.planner.refine(self.survey, kind, best.plan, self.base, self.job.context(None))
+        if second is not best.plan:
+            again = self._try(second, kind, measured, now, was)
+            best = again if again.value <= limit else best
+        idle = _idle(best.lowered)
         if idle:  # quality is given up only where it buys something
             again = self._try(self.survey.without(best.plan, idle), kind, measured, now, was)
             best = again if again.value <= limit else best
@@ -115,10 +119,6 @@ class PlanLoop:
         self.trials.append(Trial(plan, value, lowered))
         return self.trials[-1]
 
-    def _of_sites(self, trial: Trial, kind: str) -> float:
-        """What the sites of a trial cost together, by what is known now."""
-        return math.fsum(self.survey.cost(kind, site, offer) for site, offer in trial.plan.taken.items())
-
     def _seconds(self, lowered: Program, fastest: str, reference: float) -> float:
         """Of the whole model, beside the fastest dense form: where that takes longer than it did, the machine is slower, for both."""
         assert self.job.budget is not None
@@ -146,7 +146,12 @@ class PlanLoop:
                 high = min(high, limit)
             limit = _middle(low, high, limit, value, most)
             limit = min(limit, front[0].loss)
-        return self._finish(Trial(taken, taken.cost, self.build(taken)), SECONDS, None)
+        lowered = self.build(taken)
+        idle = _idle(lowered)
+        if idle:
+            taken = self.survey.without(taken, idle)
+            lowered = self.build(taken)
+        return self._finish(Trial(taken, taken.cost, lowered), SECONDS, None)
 
     # --- building ---------------------------------------------------------------------------------------------------------------------------
 
@@ -176,6 +181,11 @@ def _middle(low: float, high: float, tried: float, value: float, most: float) ->
         return math.sqrt(low * high)
     step = min(max(most / value if value > 0 else 4.0, 0.25), 4.0)
     return tried * (step if abs(step - 1) > 0.1 else (1.25 if step >= 1 else 0.8))
+
+
+def _idle(lowered: Program) -> list[str]:
+    """Sites that were cut and run dense all the same."""
+    return [site for site, row in lowered.decisions.items() if row.format == "dense" and row.structure != "dense"]
 
 
 def _known(rows: Mapping[str, Decision], read: Callable[[Decision], float | None]) -> dict[str, float]:

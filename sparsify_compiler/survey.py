@@ -70,6 +70,10 @@ class Survey:
         """What an offer costs."""
         return self.costs(kind)[site][self.offers[site].index(offer)]
 
+    def spent(self, kind: str, plan: Plan) -> float:
+        """What a plan's offers cost together, by what is known now."""
+        return math.fsum(self.cost(kind, site, offer) for site, offer in plan.taken.items())
+
     def loss(self, site: str, offer: Offer) -> float:
         """What an offer is thought to lose."""
         return offer.loss * self.scale.get(site, 1.0)
@@ -188,8 +192,11 @@ class Planner(Pass):
         """What each site could be. Raises CalibrationError where that cannot be known without batches."""
 
     @abstractmethod
-    def refine(self, survey: Survey, plan: Plan, program: Program, ctx: Context) -> None:
-        """Look at the losses again around a plan: what each site loses where the others are what the plan makes of them."""
+    def refine(self, survey: Survey, kind: str, plan: Plan, program: Program, ctx: Context) -> Plan:
+        """Look at the losses again around a plan, where the other sites are what it makes of them, and plan again for what it costs.
+
+        The second plan only where the whole model, not the sum of estimates, says that it loses less; else the first, and the survey as it was.
+        """
 
     def run(self, program: Program, ctx: Context) -> Program:
         """The Program after the plan that keeps to a density, the pass's own or the budget's; as it was where there is none."""
@@ -200,7 +207,7 @@ class Planner(Pass):
         survey = self.survey(program, ctx)
         if not survey.offers:
             return program
-        plan = self.settle(survey, WEIGHTS, density * survey.as_it_is(WEIGHTS).cost, program, ctx)
+        plan = self.refine(survey, WEIGHTS, survey.plan(WEIGHTS, density * survey.as_it_is(WEIGHTS).cost), program, ctx)
         given = ctx.given
         found = plan.pipeline.run(program, ctx, ())
         ctx.given = given
@@ -209,14 +216,6 @@ class Planner(Pass):
                 found.decisions[site].loss, found.decisions[site].options = survey.loss(site, offer), survey.options(site, offer)
         ctx.planned = survey.planned(WEIGHTS, plan, density * survey.as_it_is(WEIGHTS).cost, 1, plan.pipeline)
         return found
-
-    def settle(self, survey: Survey, kind: str, limit: float, program: Program, ctx: Context) -> Plan:
-        """The plan within a limit, after a second look around the first one."""
-        plan = survey.plan(kind, limit)
-        if len(plan.pipeline):
-            self.refine(survey, plan, program, ctx)
-            plan = survey.plan(kind, limit)
-        return plan
 
 
 def with_targets(item: Pass, targets: Mapping[str, float], **options: Any) -> Pass:

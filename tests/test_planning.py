@@ -158,6 +158,15 @@ def test_groups_choose_alike(net: Net, batches: list[Any]) -> None:
     assert (taken["second.0"].choice, taken["second.0"].density) == (taken["second.2"].choice, taken["second.2"].density)
 
 
+def test_inputs_are_planned_for_as_weights_are(net: Net, batches: list[Any]) -> None:
+    planner = replace(PLANNER, choices=("select_inputs()",), density=0.5)
+    ctx = context(batches)
+    found = Pipeline((planner,)).run(capture(net, batches[0]), ctx, ())
+    assert ctx.planned is not None
+    assert ctx.planned.pipeline.startswith("select_inputs(budget=")
+    assert found.decisions["second.0"].budget < found.decisions["head.0"].budget
+
+
 def test_without_a_budget_nothing_is_traded(net: Net, batches: list[Any]) -> None:
     program = capture(net, batches[0])
     ctx = context(batches)

@@ -45,15 +45,17 @@ class Losses:
         return dict(zip((layer.path for layer in self._layers), self._once(f"{number} {density}", found), strict=True))
 
     def scale(self, where: tuple[int, float]) -> dict[str, float]:
-        """Layer -> what the whole model said there, over the estimate; 1 without probes."""
+        """Layer -> what the whole model said there, over the estimate; 1 where no weight changed, so that there is nothing to probe."""
         def found() -> list[float]:
             estimates, rewritten = self.at(*where), self._evidence.rewritten(self._choices[where[0]], where[1])
             known = [site for site, loss in estimates.items() if math.isfinite(loss)]
             assert self._ctx.batches is not None
             moved = Probes(self._program, self._layers, self._ctx.batches[: self._probes], self._ctx).apart(rewritten, known)
-            return [ratio(moved[layer.path], estimates[layer.path]) if layer.path in moved else 1.0 for layer in self._layers]
+            return [ratio(moved[path], estimates[path]) if moved.get(path) else 1.0 for path in (layer.path for layer in self._layers)]
 
-        return dict(zip((layer.path for layer in self._layers), self._once(f"scale {where}", found), strict=True)) if self._probes else {}
+        if not self._probes or in_parts(self._program):
+            return {}
+        return dict(zip((layer.path for layer in self._layers), self._once(f"scale {where}", found), strict=True))
 
     def _once(self, name: str, compute: Callable[[], Sequence[float]]) -> list[float]:
         """Numbers that are kept."""
@@ -64,6 +66,11 @@ class Losses:
         if self._kept is not None:
             self._kept.write(name, {"numbers": torch.tensor(numbers, dtype=torch.float64)})
         return numbers
+
+
+def in_parts(program: Program) -> bool:
+    """Was the model captured in parts? There is no whole to run from the middle on, then, and estimates must be believed."""
+    return program.skeleton is not None
 
 
 def ratio(measured: float, estimated: float) -> float:

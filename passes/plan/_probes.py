@@ -35,16 +35,23 @@ class Probes:
 
     def together(self, rewritten: Program, chosen: Iterable[str]) -> tuple[float, dict[str, float]]:
         """(what the outputs move by when all of these layers are as in `rewritten`, layer -> how much less when it alone stays dense)."""
-        sweep, chosen = self._sweep(), set(chosen)
-        for layer in self._layers:
-            if layer.path in chosen:
-                for source, weight in _weights(layer, rewritten).items():
-                    sweep.replace(source, weight)
+        sweep = self._rewritten(rewritten)
         whole = self._moved(sweep.outcome({}))
         saved = {}
-        for layer in self._visited(sweep, chosen):
+        for layer in self._visited(sweep, set(chosen)):
             saved[layer.path] = whole - self._moved(sweep.outcome(dict.fromkeys(sources_of(layer), layer.weight.detach())))
         return whole, saved
+
+    def whole(self, rewritten: Program) -> float:
+        """What the outputs move by when all layers are as in `rewritten`."""
+        return self._moved(self._rewritten(rewritten).outcome({}))
+
+    def _rewritten(self, rewritten: Program) -> Sweep:
+        sweep = self._sweep()
+        for layer in self._layers:
+            for source, weight in _weights(layer, rewritten).items():
+                sweep.replace(source, weight)
+        return sweep
 
     def _visited(self, sweep: Sweep, chosen: set[str]) -> Iterable[Layer]:
         """The chosen layers, the sweep just before each."""

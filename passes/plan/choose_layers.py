@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsify_compiler.errors import CalibrationError, ParseError
 from sparsify_compiler.passes.plan._costs import Costs
 from sparsify_compiler.passes.plan._curves import between
-from sparsify_compiler.passes.plan._losses import Losses, ratio
+from sparsify_compiler.passes.plan._losses import Losses, in_parts, ratio
 from sparsify_compiler.passes.plan._probes import Probes
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, find_layers
 from sparsify_compiler.passes_api import Context, Pass, Preserves
@@ -41,7 +41,8 @@ class ChooseLayers(Planner):
     densities  that each choice may take; a structure with a density of its own (2:4) has that one
     density    weights kept / all weights of the layers; by default the user's budget, of whatever kind it is
     alike      groups of selectors, each "a b": the layers that they select in one block choose alike, "*.query *.key *.value" for one
-    probes     calibration batches on which every layer's estimate is held against the whole model, twice; 0 believes the estimates
+    probes     calibration batches on which every layer's estimate is held against the whole model; 0 believes the estimates, as is done for a model
+               that was captured in parts
     targets    selectors of sites, as in mask_weights
     ignore     selectors of sites that stay as they are
 
@@ -96,16 +97,24 @@ class ChooseLayers(Planner):
             offers[layer.path] += self._offers(layer, found)
         return survey
 
-    def refine(self, survey: Survey, plan: Plan, program: Program, ctx: Context) -> None:
-        if not self.probes:
-            return
-        assert ctx.batches is not None
-        layers = self._layers(program, ctx)
-        rewritten = plan.pipeline.run(program, ctx, ())
+    def refine(self, survey: Survey, kind: str, plan: Plan, program: Program, ctx: Context) -> Plan:
         chosen = [site for site, offer in plan.taken.items() if offer.choice is not None]
-        probes = Probes(program, layers, ctx.batches[: self.probes], ctx)
-        for site, saved in probes.together(rewritten, chosen)[1].items():
-            survey.scale[site] = ratio(saved, plan.taken[site].loss)
+        if not self.probes or not chosen or in_parts(program):
+            return plan
+        assert ctx.batches is not None
+        watching = replace(ctx, misses=[], rewrites=0, fuel=None)
+        probes = Probes(program, self._layers(program, watching), ctx.batches[: self.probes], ctx)
+        whole, saved = probes.together(plan.pipeline.run(program, watching, ()), chosen)
+        if not whole:  # what the choices change is no weight
+            return plan
+        before = dict(survey.scale)
+        for site, loss in saved.items():
+            survey.scale[site] = math.sqrt(before.get(site, 1.0) * ratio(loss, plan.taken[site].loss))
+        second = survey.plan(kind, survey.spent(kind, plan))
+        if second.taken != plan.taken and probes.whole(second.pipeline.run(program, watching, ())) < whole:
+            return second
+        survey.scale = before
+        return plan
 
     def _layers(self, program: Program, ctx: Context) -> list[Layer]:
         layers, left = find_layers(program, self.targets, self.ignore)
