@@ -221,7 +221,10 @@ class Planner(Pass):
 def with_targets(item: Pass, targets: Mapping[str, float], **options: Any) -> Pass:
     """The same pass on these sites only, to the density that each is told."""
     changed: dict[str, Any] = {"targets": tuple(targets), "ignore": (), **options}
-    if item.own_density() is None:
+    own = item.own_density()
+    if own is not None:
+        changed["density"] = own  # said aloud, so that no budget of another number is in its way
+    else:
         values = sorted(set(targets.values()))
         changed |= {"density": values[0]} if len(values) == 1 else {"budget": f"given(densities={dict(targets)!r})"}
     return replace(item, **changed)

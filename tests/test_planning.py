@@ -133,12 +133,12 @@ def test_what_a_choice_does_not_touch_is_infinitely_dear(net: Net, batches: list
 
 def test_a_density_is_kept_to_and_what_matters_less_keeps_less(net: Net, batches: list[Any]) -> None:
     program = capture(net, batches[0])
-    ctx = context(batches, 0.5)
+    ctx = context(batches, 0.45)
     planned = Pipeline((PLANNER,)).run(program, ctx, ())
     kept = {site: row.density * math.prod(row.shape) for site, row in planned.decisions.items()}
-    assert sum(kept.values()) <= 0.51 * 6 * 32 * 64
+    assert sum(kept.values()) <= 0.46 * 6 * 32 * 64
     assert planned.decisions["second.0"].density < planned.decisions["head.0"].density
-    uniform = Pipeline.parse("mask_weights(score=weight_times_input_norm, density=0.5)").run(program, context(batches), ())
+    uniform = Pipeline.parse("mask_weights(score=weight_times_input_norm, density=0.45)").run(program, context(batches), ())
     assert moved(net, instantiate(planned), batches) < moved(net, instantiate(uniform), batches)
     assert ctx.planned is not None
     assert ctx.planned.bound <= ctx.planned.loss * (1 + 1e-9)  # type: ignore[operator]
