@@ -22,6 +22,14 @@ def test_a_method_of_your_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert "second" in shown
 
 
+def test_dense_to_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "dense_to_experts.py"), run_name="__main__")
+    shown = [[float(number) for number in re.findall(r"\d\.\d{3}", line)] for line in capsys.readouterr().out.splitlines()[1:]]
+    oracle, ridge, _, random = shown
+    assert all(none > mean > fitted for none, mean, fitted in shown)
+    assert oracle[0] < ridge[0] < random[0]
+
+
 def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

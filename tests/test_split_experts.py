@@ -15,7 +15,7 @@ import sparsify_compiler as sc
 from sparsify_compiler import catalog
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
-from sparsify_compiler.errors import BudgetError, CalibrationError, ParseError, UnknownNameError
+from sparsify_compiler.errors import BudgetError, CalibrationError, InputError, ParseError, UnknownNameError
 from sparsify_compiler.named import Named
 from sparsify_compiler.ops import experts_ffn
 from sparsify_compiler.passes.moe._balance import balanced, table_of
@@ -339,3 +339,23 @@ def test_training_passes_say_why_they_do_nothing() -> None:
         ctx = Context(batches=[(x,)])
         Pipeline.parse(text).run(capture(model, (x,)), ctx)
         assert any(why in miss.why for miss in ctx.misses)
+
+
+def test_upcycled_models_are_mixtral(tmp_path: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from sparsify_compiler.library_experts_save import to_mixtral
+
+    lm = llama()
+    ids = {"input_ids": torch.randint(1, 96, (2, 7))}
+    module, _ = sc.attach(lm, ids, sc.recipes.sparse_upcycling(4, 2))
+    with torch.no_grad():
+        for value in module.parameters():
+            value += 0.02 * torch.randn_like(value)  # as training would: copies differ
+        to_mixtral(module, lm.config, 2).save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert type(loaded).__name__ == "MixtralForCausalLM"
+        torch.testing.assert_close(loaded(**ids).logits, module(**ids).logits, atol=1e-4, rtol=1e-3)
+    other, _ = sc.attach(lm, ids, SplitExperts(4, density=0.5), calibration=[ids])
+    with pytest.raises(InputError, match="Mixtral has no place"):
+        to_mixtral(other, lm.config, 2)

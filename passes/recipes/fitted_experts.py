@@ -7,8 +7,8 @@ from sparsify_compiler.pipeline import Pipeline
 
 
 def fitted_experts(experts: int = 16, shared: float = 0.25, density: float | None = None) -> Pipeline:
-    """Experts by activity, a linear router in closed form, and down projections fitted to the dense output by least squares: no training.
+    """Experts that are active together, a linear router in closed form, and down projections fitted to the dense output by least squares: no training.
 
     Paper      none: the best choice without training in benchmarks/experts_quality.py, of parts of CMoE (arXiv:2502.04416) and MoEfication
     """
-    return Pipeline((SplitExperts(experts, "activity_kmeans", "ridge", "top_k", shared, repair="least_squares", density=density),))
+    return Pipeline((SplitExperts(experts, "coactivation_graph", "ridge", "top_k", shared, repair="least_squares", density=density),))

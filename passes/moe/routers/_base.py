@@ -36,7 +36,7 @@ class Task:
         return self.table.shape[0]
 
 
-def scored(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+def scored(x: Tensor, weight: Tensor, offset: Tensor | None = None) -> Tensor:
     """weight x + offset, in float32."""
     scores: Tensor = linear(x, weight, offset)
     return scores.float()
