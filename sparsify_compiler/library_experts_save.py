@@ -27,7 +27,7 @@ def to_mixtral(module: nn.Module, config: PreTrainedConfig, top_k: int) -> nn.Mo
     config  the dense model's
     top_k   experts of each row, as the recipe has it
 
-    Raises InputError where Mixtral has no place for what the module holds: shared experts, biases, routers that are no linear, layers without experts.
+    Raises InputError where Mixtral has no place for what the module holds: shared experts, biases, routers that are no linear, dense layers.
     """
     from transformers import MixtralConfig, MixtralForCausalLM
 

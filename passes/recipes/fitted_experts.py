@@ -7,7 +7,7 @@ from sparsify_compiler.pipeline import Pipeline
 
 
 def fitted_experts(experts: int = 16, shared: float = 0.25, density: float | None = None) -> Pipeline:
-    """Experts that are active together, a linear router in closed form, and down projections fitted to the dense output by least squares: no training.
+    """Neurons active together, a linear router in closed form, down projections fitted to the dense output by least squares: no training.
 
     Paper      none: the best choice without training in benchmarks/experts_quality.py, of parts of CMoE (arXiv:2502.04416) and MoEfication
     """
