@@ -55,12 +55,15 @@ def save(compiled: CompiledModel, path: str | Path) -> None:
         _write(compiled, folder)
 
 
-def load(path: str | Path, model: nn.Module | None = None, target: Target | str | None = None, *, rebuild: bool = False) -> CompiledModel:
+def load(path: str | Path, model: nn.Module | None = None, target: Target | str | None = None, *, rebuild: bool = False,
+         mapped: bool = False) -> CompiledModel:
     """The model that was saved in the folder.
 
     model    the original model, or a fresh one of the same class: needed where the model was captured in regions. It is not modified
     target   the machine to run on; this one by default
     rebuild  compile the kernels again from their IR instead of using the binaries
+    mapped   leave the weights in the file: they come from disk when they are first read, and the system drops those that were not read for the
+             longest when memory is short. For mixtures with more experts than memory, whose kernel reads the chosen ones where they lie
 
     A packed weight is in memory once, as its kernel laid it out: what was stored stays in the file, mapped, until something reads it (state_dict,
     save, torch.compile). The folder may be removed or replaced meanwhile, but its files must not be written into.
@@ -72,7 +75,7 @@ def load(path: str | Path, model: nn.Module | None = None, target: Target | str 
         before = _identity(folder)
         try:
             with torch.no_grad():
-                return _read(folder, model, target, rebuild)
+                return _read(folder, model, target, rebuild, mapped)
         except (ArtefactError, OSError):
             # Another process may have replaced the folder under our hands: then look again.
             if attempt + 1 == ATTEMPTS or _identity(settled(Path(path))) == before:
@@ -165,12 +168,13 @@ class _KernelWriter:
         return len(self.records) - 1
 
 
-def _read(folder: Path, model: nn.Module | None, target: Target | str | None, rebuild: bool) -> CompiledModel:
+def _read(folder: Path, model: nn.Module | None, target: Target | str | None, rebuild: bool, mapped: bool) -> CompiledModel:
     manifest = read_manifest(folder)
     made_for = Target.from_json(manifest["target"]) if manifest.get("target") else None
     try:
         graph = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
-        source = TensorSource(read_safetensors(folder / WEIGHTS))
+        stored = read_safetensors(folder / WEIGHTS, mapped)
+        source = TensorSource(stored)
         program, nodes = _decode(graph, source, model)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
         if isinstance(error, (ArtefactError, InputError)):
@@ -181,10 +185,10 @@ def _read(folder: Path, model: nn.Module | None, target: Target | str | None, re
     runs_on = made_for
     if nodes:
         runs_on = bind_kernels(folder, manifest, graph["kernels"], nodes, made_for, target, rebuild)
-    mapped = leave_in_artefact(folder / WEIGHTS, graph, program)
-    del source
+    left = [*leave_in_artefact(folder / WEIGHTS, graph, program), *(stored.values() if mapped else ())]
+    del source, stored
     give_back()
-    return CompiledModel(program, runs_on, read_report(folder), mapped)
+    return CompiledModel(program, runs_on, read_report(folder), left)
 
 
 def _decode(graph: Mapping[str, Any], source: TensorSource, model: nn.Module | None) -> tuple[Program, list[tuple[Region, fx.Node, int]]]:

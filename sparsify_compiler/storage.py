@@ -120,8 +120,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
                     file.write(flat[start : start + CHUNK])
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, in memory of its own (aligned for vector loads; the file may be removed afterwards).
+
+    mapped  leave in the file what can be (see map_safetensors): nothing of it is read before it is asked for
 
     Raises ArtefactError when it is no safetensors file.
     """
@@ -129,7 +131,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            left = map_safetensors(path) if mapped else {}
+            return {name: left[name] if name in left else file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtefactError(f"not a readable safetensors file: {error}", where=str(path), hint="save the model again") from error
 

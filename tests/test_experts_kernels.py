@@ -131,3 +131,8 @@ def test_a_mixtral_is_compiled_saved_and_loaded(tmp_path: Path) -> None:
     wanted = model.generate(prompt, **options)  # type: ignore[operator]
     assert torch.equal(compiled.generate(prompt, **options), wanted)
     assert torch.equal(again.generate(prompt, **options), wanted)
+    with torch.device("meta"):
+        empty = MixtralForCausalLM(model.config).eval()
+    on_disk = sc.load(tmp_path / "saved", model=empty, mapped=True)
+    assert torch.equal(on_disk.generate(prompt, **options), wanted)
+    assert on_disk.resident_bytes() < again.resident_bytes() / 2
