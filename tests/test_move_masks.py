@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import sparsify_compiler as sc
 from sparsify_compiler import catalog
-from sparsify_compiler.errors import InputError, ParseError
+from sparsify_compiler.errors import InputError, ParseError, StructureError
 from sparsify_compiler.masked import Masked
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._moving import regrown, thinned
@@ -283,6 +283,29 @@ def test_a_shared_weight_moves_once() -> None:
         hook.step(optimizer)
         optimizer.zero_grad()
     assert {float(mask.float().mean()) for mask in masks(hook)} == {0.25}
+
+
+def test_masks_that_were_there_move_unstructured() -> None:
+    module, _ = attached("mask_weights(structure='2:4')")
+    _, hook = sc.attach(module.eval(), (X,), "gmp(density=0.25, steps=4)")
+    assert [float(mask.float().mean()) for mask in masks(hook)] == [1.0, 1.0]
+    with pytest.raises(StructureError, match="do not divide"):
+        sc.attach(module, (X,), "move_masks(structure=NM(n=1, m=7))")
+
+
+def test_under_torch_compile_masks_move_alike() -> None:
+    found = []
+    for compiled in (False, True):
+        module, hook = attached("mask_weights(score='random', density=0.25) | move_masks(grow='gradient', every=2, until=4)")
+        called = torch.compile(module, backend="aot_eager") if compiled else module
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        for _ in range(4):
+            functional.mse_loss(called(X), Y).backward()
+            optimizer.step()
+            hook.step(optimizer)
+            optimizer.zero_grad()
+        found.append(masks(hook))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_bad_options() -> None:

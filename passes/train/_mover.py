@@ -132,7 +132,9 @@ def _place(of: MoveMasks, group: Sequence[Marked]) -> _Place:
     mask = _mask_of(group[0])
     weight = next(tensor for tensor in group[0].tensors.values() if tensor is not mask)
     taps = tuple(dict.fromkeys(one.tap for one in group if isinstance(one.tap, Masked)))
-    made_with = group[0].decision.structure if group[0].decision is not None else "unstructured"
+    decision = group[0].decision
+    known = decision is not None and decision.structure not in ("dense", "unknown")  # else the mask was there before, made by somebody else
+    made_with = decision.structure if decision is not None and known else "unstructured"
     structure = of.structure if isinstance(of.structure, Structure) else Structure.parse(made_with)
     structure.check(tuple(weight.shape), structure.density or math.nextafter(1, 0))
     return _Place(group[0].path, weight, mask, taps, structure, 1 - float(mask.double().mean()), group[0].known)
