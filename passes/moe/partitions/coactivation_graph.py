@@ -22,8 +22,7 @@ def coactivation_graph(evidence: Evidence, neurons: Tensor, experts: int, *, sha
     graph = active.T @ active
     degree = graph.diagonal().clamp_min(1).rsqrt()
     graph = (graph * degree[:, None] * degree).fill_diagonal_(0)
-    vectors = torch.linalg.eigh(graph).eigenvectors[:, -experts:]
-    assigned = clusters(normalize(vectors, dim=1), experts, max(rounds, 1), evidence.generator())
+    assigned = clusters(normalize(_leading(graph, experts), dim=1), experts, max(rounds, 1), evidence.generator())
     inside = _inside(graph, assigned)
     for _ in range(rounds):
         moved = balanced(-(graph @ one_hot(assigned, experts).float()), experts)
@@ -31,6 +30,17 @@ def coactivation_graph(evidence: Evidence, neurons: Tensor, experts: int, *, sha
             break
         assigned, inside = moved, kept
     return table_of(neurons, assigned, experts)
+
+
+def _leading(graph: Tensor, count: int) -> Tensor:
+    """The eigenvectors [H', count] of the largest eigenvalues; where these are few of all, by Lanczos' method, which begins where it is told."""
+    from scipy.sparse.linalg import eigsh
+
+    size = graph.shape[0]
+    if 4 * count >= size:
+        return torch.linalg.eigh(graph).eigenvectors[:, -count:]
+    _, vectors = eigsh(graph.numpy(), k=count, which="LA", v0=torch.ones(size, dtype=graph.dtype).numpy())
+    return torch.as_tensor(vectors, dtype=graph.dtype)
 
 
 def _inside(graph: Tensor, assigned: Tensor) -> float:
