@@ -38,7 +38,8 @@ def _leading(graph: Tensor, count: int) -> Tensor:
 
     size = graph.shape[0]
     if 4 * count >= size:
-        return torch.linalg.eigh(graph).eigenvectors[:, -count:]
+        every: Tensor = torch.linalg.eigh(graph).eigenvectors
+        return every[:, -count:]
     _, vectors = eigsh(graph.numpy(), k=count, which="LA", v0=torch.ones(size, dtype=graph.dtype).numpy())
     return torch.as_tensor(vectors, dtype=graph.dtype)
 
