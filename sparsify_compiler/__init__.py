@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .compiled import CompiledModel
     from .correct import generate_corrected
     from .estimates import estimate
-    from .library_cache_quantized import quantized_cache
+    from .library_cache_encoded import low_rank_cache, quantized_cache
+    from .library_cache_evicting import evicting_cache
     from .library_cache_streaming import streaming_cache
     from .movement import Movement
     from .passes_api import Miss, Pass, Preserves
@@ -42,17 +43,16 @@ _LAZY = {
     "Budget": "budget", "CompiledModel": "compiled", "Match": "rule", "Miss": "passes_api", "Movement": "movement",
     "Pass": "passes_api", "Pipeline": "pipeline",
     "Preserves": "passes_api", "Program": "program", "Report": "report", "Rule": "rule", "RulePass": "rule", "Stage": "program",
-    "Target": "target", "attach": "training_attach", "errors": "", "estimate": "estimates", "export_dense": "artefact",
-    "generate_corrected": "correct",
-    "find_sites": "sites", "load": "artefact", "quantized_cache": "library_cache_quantized", "streaming_cache": "library_cache_streaming",
-    "lightning_callback": "training_callbacks", "trainer_callback": "training_callbacks",
-    "recipes": "", "recover": "recover", "reparameterize": "reparameterize",
+    "Target": "target", "attach": "training_attach", "errors": "", "estimate": "estimates", "evicting_cache": "library_cache_evicting",
+    "export_dense": "artefact", "generate_corrected": "correct", "find_sites": "sites", "load": "artefact", "low_rank_cache": "library_cache_encoded",
+    "quantized_cache": "library_cache_encoded", "streaming_cache": "library_cache_streaming", "recipes": "", "recover": "recover",
+    "reparameterize": "reparameterize", "lightning_callback": "training_callbacks", "trainer_callback": "training_callbacks",
 }
 
 __all__ = ["Budget", "CompiledModel", "Match", "Miss", "Movement", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule", "RulePass", "Stage",
            "Target",
-           "__version__", "attach", "capture", "compile", "errors", "estimate", "export_dense", "find_sites",
-           "generate_corrected", "lightning_callback", "load", "quantized_cache", "recipes", "recover", "reparameterize", "streaming_cache",
+           "__version__", "attach", "capture", "compile", "errors", "estimate", "evicting_cache", "export_dense", "find_sites", "generate_corrected",
+           "lightning_callback", "load", "low_rank_cache", "quantized_cache", "recipes", "recover", "reparameterize", "streaming_cache",
            "trainer_callback"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 Places = Callable[[Tensor, Tensor], Tensor]
 NONE, SOME, ALL = 0, 1, 2  # of a pair of blocks: the places that count
 NOTHING = -2  # number of a tile without a place
+BLOCK = 64  # query rows of a block where all keys are read
 CHUNK = 1 << 22  # places that are looked at together
 
 
@@ -115,6 +117,13 @@ def from_blocks(chosen: Tensor, grid: Grid) -> BlockLayout:
     """The layout of a table of pairs of blocks: chosen bool [B', H', NQ, NK]. Blocks after the diagonal are dropped where causal."""
     kinds = torch.where(chosen & grid.visible(chosen.device), ALL, NONE).to(torch.int8)
     return BlockTable(kinds, None, None, grid).layout()
+
+
+@lru_cache(64)
+def every_key(queries: int, keys: int, causal: bool) -> BlockLayout:
+    """Dense attention: all keys are one block, so that no list grows with them."""
+    grid = Grid(queries, keys, BLOCK, -(-keys // BLOCK) * BLOCK, causal)
+    return from_blocks(torch.ones(1, 1, grid.rows, grid.columns, dtype=torch.bool), grid)
 
 
 def from_places(kinds: Tensor, allows: Places, grid: Grid) -> BlockTable:

@@ -45,6 +45,7 @@ class Branches:
     merge: str = "gates"
 
     dense_below = dense_below_decoding = 0
+    dense_kernel_from = None
 
     def __post_init__(self) -> None:
         if not self.parts or not all(callable(getattr(part, "branch", None)) for part in self.parts):

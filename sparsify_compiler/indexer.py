@@ -38,6 +38,7 @@ class Indexer:
     block_q, block_k   rows and keys of a block
     dense_below   attention over fewer keys than this runs densely; None where that is still to be measured (until then nothing does)
     dense_below_decoding  the same for a few query rows at a time
+    dense_kernel_from  dense attention over at least so many rows and keys is computed by the kernel of attend_blocks, else by torch; None: by torch
     choices       other indexers, of the same blocks, for some of the heads
     heads         the heads of each choice; all others do as this indexer says
     order         a file of passes/attention/orders, or "": (query, key, key_mask, grid, scale) -> Order. All of the above is then said of tokens in
@@ -55,6 +56,7 @@ class Indexer:
     block_k: int = 64
     dense_below: int | None = None
     dense_below_decoding: int | None = None
+    dense_kernel_from: int | None = None
     choices: tuple[Any, ...] = ()
     heads: tuple[tuple[int, ...], ...] = ()
     order: str = ""

@@ -17,9 +17,11 @@ from .branches import Branches, parse
 from .errors import ModelError
 from .indexer import Indexer
 from .ops import attend
+from .ops.attend_blocks import scale_of
 from .program import set_tensor
 
 NAME = "sparsify"
+WATCHED = "_sparsify_watched"  # attribute of keys: the layer of a cache that wants to see their queries
 _REGISTRY, _INDEXER, LEARNED = "ALL_ATTENTION_FUNCTIONS", "_sparsify_indexer", "sparsify_"  # LEARNED: what a tensor's name begins with
 _REFUSED = {"softcap": "its scores are capped", "s_aux": "it has sinks that are learned"}
 
@@ -62,6 +64,7 @@ def give_indexers(model: nn.Module, indexers: Mapping[str, str], learned: Mappin
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from .library_cache import before_forward
+    from .library_cache_evicting import pass_on
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
@@ -70,6 +73,7 @@ def give_indexers(model: nn.Module, indexers: Mapping[str, str], learned: Mappin
         setattr(model.get_submodule(path), _INDEXER, parse(text))
         for name, tensor in learned.get(path, {}).items():
             set_tensor(model.get_submodule(path), LEARNED + name, tensor)
+        model.get_submodule(path.rpartition(".")[0]).register_forward_pre_hook(pass_on, with_kwargs=True)
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
@@ -103,11 +107,14 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
         if options.get(name) is not None:
             raise ModelError(f"this attention cannot choose blocks: {why}", where=type(module).__name__, hint="name it in the pass's ignore")
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    watched: Any = getattr(key, WATCHED, None)
     if attention_mask is not None:
         if attention_mask.shape[-1] < key.shape[2]:  # a static cache is longer than what has been said
             key, value = (t[:, :, :attention_mask.shape[-1]] for t in (key, value))
         causal = causal and attention_mask.dim() == 2
         attention_mask = attention_mask[:, None, None] if attention_mask.dim() == 2 else attention_mask
+    if watched is not None:
+        attention_mask = watched.mask(attention_mask, query.shape[2])
     if position_bias is not None:
         attention_mask = position_bias if attention_mask is None else _added(position_bias, attention_mask)
     indexer = getattr(module, _INDEXER, None)
@@ -121,6 +128,8 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
             out = attend.op(query, key, value, attention_mask, learned, is_causal=causal, scale=scaling, indexer=str(indexer))
         else:
             out = attend.by_indexer(indexer, query, key, value, attention_mask, learned, is_causal=causal, scale=scaling)
+    if watched is not None:
+        watched.observe(query, key, attention_mask, scale_of(query, scaling))
     return out.transpose(1, 2).contiguous(), None
 
 

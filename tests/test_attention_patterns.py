@@ -23,7 +23,7 @@ PATTERNS = ("SlidingWindow(window=1)", "SlidingWindow(window=9)", "SlidingWindow
             "GlobalTokens(tokens=5)", "Dilated(step=3)", "Dilated(step=1)",
             "Dilated(step=2, window=4)", "FixedColumns(stride=6, columns=2)", "RandomBlocks(blocks=2, block=4)",
             "RandomBlocks(blocks=3, block=5, seed=1)", "Butterfly(block=4)", "Butterfly(levels=1, block=3)",
-            "Windows(size=7)", "Windows(size=(2, 3), width=6, prefix=1)")
+            "Windows(size=7)", "Windows(size=(2, 3), width=6, prefix=1)", "Everything()")
 
 
 def places(patterns: tuple[Any, ...], grid: Grid) -> Tensor:

@@ -18,8 +18,10 @@ from sparsify_compiler.capture import capture  # noqa: E402
 from sparsify_compiler.compiled import CompiledModel  # noqa: E402
 from sparsify_compiler.errors import InputError, ModelError  # noqa: E402
 from sparsify_compiler.key_sums import of_blocks  # noqa: E402
+from sparsify_compiler.key_value_storage import Codes, LowRank, Plain, Repaired  # noqa: E402
 from sparsify_compiler.library_attention import _of_held  # noqa: E402
 from sparsify_compiler.library_cache import AppendingLayer, append_in_place  # noqa: E402
+from sparsify_compiler.library_cache_encoded import EncodedLayer  # noqa: E402
 from sparsify_compiler.passes_api import Context  # noqa: E402
 from sparsify_compiler.pipeline import Pipeline  # noqa: E402
 
@@ -210,6 +212,87 @@ def test_a_quantized_cache_holds_nearly_the_same(bits: int, most: float, action:
         assert layer.resident_bytes() < plain * (0.75 if bits == 8 else 0.65)  # of 4 channels: scales weigh much
 
 
+FREQUENCIES = (1.0, 0.1)  # of the four channels that states() makes
+CACHES: dict[str, tuple[Any, float]] = {  # name -> how to make it, and how near it is
+    "eight bits, repaired": (lambda: sc.quantized_cache(8, 8, rank=1, outliers=0.3), 0.004),
+    "four bits, repaired": (lambda: sc.quantized_cache(4, 8, rank=2, outliers=0.3), 0.06),
+    "two bits, full rank": (lambda: sc.quantized_cache(2, 8, rank=4), 1e-6),
+    "two bits, nearly all outliers": (lambda: sc.quantized_cache(2, 8, rank=1, outliers=0.9), 0.12),
+    "full rank": (lambda: encoded(LowRank(12, FREQUENCIES)), 1e-6),
+    "full rank, one channel not rotated": (lambda: encoded(LowRank(99, (0.3,))), 1e-6),
+}
+
+
+def encoded(keys: LowRank) -> Any:
+    return transformers.Cache(layer_class_to_replicate=lambda: EncodedLayer(keys, Plain(), 8))
+
+
+@pytest.mark.parametrize("name", list(CACHES))
+@pytest.mark.parametrize("action", list(ACTIONS))
+def test_an_encoded_cache_is_exact_where_nothing_is_dropped(name: str, action: str) -> None:
+    torch.manual_seed(0)
+    make, most = CACHES[name]
+    caches = make(), transformers.DynamicCache()
+    for tokens in (5, 1, 30, 1, 1, 20, 2):
+        given = states(tokens)
+        for one, other in zip(*(each.update(*given, 0) for each in caches), strict=True):
+            assert (one - other).abs().max() <= most * (other.max() - other.min())
+            assert torch.equal(one[:, :, -8:], other[:, :, -8:])
+        for each in caches:
+            ACTIONS[action](each)
+
+
+def test_keys_have_a_low_rank_before_they_are_rotated() -> None:
+    torch.manual_seed(0)
+    storage = LowRank(2, FREQUENCIES)
+    flat = (torch.randn(1, 40, 2, dtype=torch.float32) @ torch.randn(1, 2, 12, dtype=torch.float32)).unflatten(-1, (3, 4)).transpose(1, 2)
+    keys = storage._turned(flat.unflatten(2, (5, 8)), 0, 1).flatten(2, 3)
+    found = {}
+    for name, used in (("undone", storage), ("left", LowRank(2))):
+        cache = encoded(used)
+        cache.update(keys, keys, 0)
+        assert cache.get_seq_length() == 40
+        found[name] = (cache.update(keys[:, :, :1], keys[:, :, :1], 0)[0][:, :, :40] - keys).abs().max()
+        layer = cache.layers[0]
+        plain = 2 * 41 * 12 * 4
+        assert layer.resident_bytes() < 0.85 * plain
+    assert found["undone"] < 1e-5 < 0.1 < found["left"]
+
+
+def test_outliers_cost_nobody_else_a_bit() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 1, 64, 16, dtype=torch.float32)
+    x[..., 7, 3], x[..., 9, 3] = 1000.0, -1000.0
+    for outliers, most in ((0.05, 0.3), (0.0, 200.0)):
+        storage = Repaired(Codes(4, 3), 0, outliers)
+        apart = (storage.decode(storage.encode(x, 0), 0) - x).abs()
+        assert most / 10 < apart.max() < most
+        assert (apart[..., 7, 3] == 0) == bool(outliers)
+
+
+@pytest.mark.parametrize("way", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}, {"do_sample": True, "top_k": 5}])
+def test_generate_with_caches_that_drop_nothing(way: dict[str, Any]) -> None:
+    model, ids = llama(max_position_embeddings=128), torch.randint(1, 96, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    made = []
+    for held in (None, sc.quantized_cache(4, group=8, rank=8), sc.low_rank_cache(16, group=8, model=model)):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            made.append(model.generate(ids, attention_mask=mask, max_new_tokens=20, past_key_values=held, **way))
+    assert all(torch.equal(made[0], one) for one in made[1:])
+
+
+def test_caches_that_cannot_be() -> None:
+    for wrong in ({"rank": -1}, {"outliers": 1.0}, {"bits": 5}, {"group": 0}):
+        with pytest.raises(InputError, match="bits are 2, 4 or 8"):
+            sc.quantized_cache(**wrong)
+    with pytest.raises(InputError, match="cannot be"):
+        sc.low_rank_cache(0)
+    with pytest.raises(InputError, match="0 rotations"):
+        sc.low_rank_cache(4, model=torch.nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_cache_takes_back_more_than_its_last_tokens(bits: int) -> None:
     torch.manual_seed(0)
@@ -274,5 +357,5 @@ def test_generate_with_a_quantized_cache() -> None:
     assert 0 < (more - expected).abs().max() < 0.02
     with pytest.raises(InputError, match="bits"):
         sc.quantized_cache(3)
-    with pytest.raises(InputError, match="bytes by twos"):
+    with pytest.raises(InputError, match="whole bytes"):
         sc.quantized_cache(4).update(torch.zeros(1, 1, 2, 3, dtype=torch.float32), torch.zeros(1, 1, 2, 4, dtype=torch.float32), 0)

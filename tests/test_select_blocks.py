@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import sparsify_compiler as sc
 from sparsify_compiler import key_sums
 from sparsify_compiler.artefact_skeleton import check_attentions
+from sparsify_compiler.block_layout import every_key
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.codegen import runtime
@@ -23,7 +24,7 @@ from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.library_attention import find_library_attentions, give_indexers
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.ops import attend
-from sparsify_compiler.passes.lower import _attention
+from sparsify_compiler.passes.lower import _attention, _dense_attention
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.target import host
@@ -274,6 +275,33 @@ def test_lowering_measures_from_which_length_on_blocks_pay(monkeypatch: pytest.M
         assert same == (below == 512)
 
 
+@pytest.mark.parametrize(("wins", "limit"), [((), None), ((512, 2048), 512), ((128, 512, 2048), 128), ((128,), None)])
+@pytest.mark.parametrize("kind", ["eager", "graph"])
+def test_lowering_measures_from_which_length_on_dense_attention_is_by_the_kernel(monkeypatch: pytest.MonkeyPatch, kind: str, wins: tuple[int, ...],
+                                                                                 limit: int | None) -> None:
+    slow, fast = Timing(1.0, 1.0, 1.0), Timing(0.5, 0.5, 0.5)
+    times = {tokens: {"dense": slow, "every": fast if tokens in wins else slow} for tokens in (128, 512, 2048)}
+    monkeypatch.setattr(_dense_attention, "_times", lambda *given: times)
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 150, 16, dtype=torch.float32), torch.ones(2, 150, dtype=torch.long)
+    mask[1, :9] = 0
+    ids = torch.randint(1, 96, (2, 150))
+    model: nn.Module = llama(max_position_embeddings=256) if kind == "eager" else Masked().eval()
+    given: Any = {"input_ids": ids, "attention_mask": mask} if kind == "eager" else (x, mask)
+    program = Pipeline.parse("lower(rounds=1)").run(capture(model, given), Context(target=host(), kernels=runtime))
+    rows = [row for row in program.decisions.values() if row.kind == "attention"]
+    assert len(rows) == (0 if limit is None else 2 if kind == "eager" else 1)
+    assert all(row.format == "dense" and f"from {limit} tokens on: 2.00 times" in row.reason for row in rows)
+    compiled = CompiledModel(program)
+    used: list[int] = []
+    monkeypatch.setattr(attend, "every_key", lambda *sizes: used.append(sizes[1]) or every_key(*sizes))
+    with torch.no_grad():
+        found, expected = (one(**given).logits if kind == "eager" else one(*given) for one in (compiled, model))
+    assert bool(used) == (limit == 128)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1, 9:], expected[1, 9:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["eager", "graph"])
 def test_what_an_indexer_finds_is_measured_on_the_models_own_keys(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     measured: list[tuple[Tensor, ...]] = []
@@ -364,7 +392,7 @@ def test_relative_positions_of_a_library_are_added() -> None:
     found = find_library_attentions(sparse)
     assert len(found) == 6
     assert not any(found.values())
-    give_indexers(sparse, dict.fromkeys(found, everything))
+    give_indexers(sparse, dict.fromkeys(found, everything), {})
     given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :9]}
     with torch.no_grad():
         torch.testing.assert_close(sparse(**given).logits, model(**given).logits)

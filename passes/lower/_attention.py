@@ -19,20 +19,18 @@ from sparsify_compiler.calibrate_run import call_on
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.key_sums import KeySums
-from sparsify_compiler.library_attention import library_shape
 from sparsify_compiler.measure import Timing, interleave
 from sparsify_compiler.normal_form_edit import insert
 from sparsify_compiler.normal_form_edit import replace as replace_node
 from sparsify_compiler.ops import attend
 from sparsify_compiler.ops.attend_blocks import scale_of
-from sparsify_compiler.passes.attention._sites import dtype_of
+from sparsify_compiler.passes.lower import _dense_attention
+from sparsify_compiler.passes.lower._dense_attention import NEVER, Given, eager_kind, kernel_limit
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Site, get_tensor
 
 PROMPTS = (256, 512, 1024, 2048, 4096)  # tokens of a prompt that is read at once
 CACHES = (256, 1024, 4096, 16384)  # tokens before the one that is said
-NEVER = 1 << 30  # tokens below which an attention stays dense that is slower by blocks at every length
-Given = tuple[Tensor, Tensor, Tensor]  # query, key, value
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,14 @@ def lower(program: Program, ctx: Context, rounds: int, margin: float) -> None:
             break
         measured = _measured(kind, seen.get(kind), places[0].learned, rounds, margin)
         for place in places:
-            if measured.never:
+            if measured.never and measured.indexer.dense_kernel_from is None:
                 place.make_dense()
             else:
                 place.write(str(measured.indexer))
             if place.site in program.decisions:
                 measured.note(program.decisions[place.site])
         ctx.progress("lower attention", done + 1, len(found))
+    _dense_attention.lower(program, ctx, rounds, margin)
 
 
 def _seen(program: Program, ctx: Context, taps: dict[_Kind, Site]) -> dict[_Kind, Given]:
@@ -132,14 +131,11 @@ def _make_dense(node: fx.Node) -> None:
 def _in_python(program: Program) -> list[_Place]:
     places = []
     for path, text in list(program.attentions.items()):
-        assert program.skeleton is not None
-        module: Any = program.skeleton.get_submodule(path)
-        heads, groups, width = library_shape(module)
-        dtype = dtype_of(program)
         indexer = parse(text)
         if isinstance(indexer, Branches):
             continue
-        kind = _Kind(indexer, heads, groups, width, dtype, bool(getattr(module, "is_causal", True)), False)
+        of = eager_kind(program, path)
+        kind = _Kind(indexer, of.heads, of.groups, of.width, of.dtype, of.causal, False)
         tap = Site("attention", path, "", {}, {"eager": True})
         learned = tuple(program.learned.get(path, {})[name] for name in indexer.learned)
         places.append(_Place(path, tap, kind, partial(program.attentions.__setitem__, path), partial(program.attentions.__delitem__, path), learned))
@@ -160,8 +156,10 @@ class _Measured:
         return self.indexer.dense_below == self.indexer.dense_below_decoding == NEVER
 
     def note(self, row: Decision) -> None:
-        dense, sparse = self.times["dense"].median, self.times["blocks"].median
-        row.rows, row.dense_form, row.dense_ms, row.sparse_ms, row.density = self.tokens, "dense attention", dense, sparse, self.density
+        name = min((name for name in ("dense", "every") if name in self.times), key=lambda name: self.times[name].median)
+        dense, sparse = self.times[name].median, self.times["blocks"].median
+        form = "dense attention" if name == "dense" else "attend_blocks, all keys"
+        row.rows, row.dense_form, row.dense_ms, row.sparse_ms, row.density = self.tokens, form, dense, sparse, self.density
         prompt, decoding = self.indexer.dense_below or 0, self.indexer.dense_below_decoding or 0
         row.compiled_ms = dense if self.tokens < prompt else sparse
         if self.never:
@@ -176,7 +174,8 @@ def _from(limit: int) -> str:
 def _measured(kind: _Kind, seen: Given | None, learned: tuple[Tensor, ...], rounds: int, margin: float) -> _Measured:
     prompts = {tokens: _times(kind, _tensors(kind, seen, tokens, tokens), learned, rounds) for tokens in PROMPTS}
     caches = {tokens: _times(kind, _tensors(kind, seen, 1, tokens), learned, rounds) for tokens in CACHES}
-    indexer = replace(kind.indexer, dense_below=_limit(prompts, margin), dense_below_decoding=_limit(caches, margin))
+    indexer = replace(kind.indexer, dense_below=_limit(prompts, margin), dense_below_decoding=_limit(caches, margin),
+                      dense_kernel_from=kernel_limit(prompts, margin))
     query, key, _ = _tensors(kind, seen, PROMPTS[-1], PROMPTS[-1])
     weights = dict(zip(indexer.learned, learned, strict=True))
     density = kind.indexer.layout(query, key, kind.causal, scale_of(query, None), None, weights).density()
@@ -187,7 +186,8 @@ def _limit(times: dict[int, dict[str, Timing]], margin: float) -> int:
     """The shortest measured length from which on blocks always win; 0 where they win at the shortest."""
     limit = NEVER
     for tokens in reversed(times):
-        if times[tokens]["blocks"].median > times[tokens]["dense"].median * (1 - margin):
+        dense = min(times[tokens][name].median for name in ("dense", "every") if name in times[tokens])
+        if times[tokens]["blocks"].median > dense * (1 - margin):
             break
         limit = tokens
     return 0 if limit == next(iter(times)) else limit
@@ -199,8 +199,9 @@ def _times(kind: _Kind, given: Given, learned: tuple[Tensor, ...], rounds: int) 
     mask = torch.zeros(1, 1, queries, keys, dtype=kind.dtype) if kind.biased else None
     if queries == 1:
         key = KeySums().give(key)  # a cache keeps them
-    forms = {"dense": lambda: attend.dense(query, key, value, mask, is_causal=kind.causal),
-             "blocks": lambda: attend.by_indexer(kind.indexer, query, key, value, mask, learned, is_causal=kind.causal)}
+    forms = _dense_attention.forms((query, key, value), kind.causal) if mask is None else {
+        "dense": lambda: attend.dense(query, key, value, mask, is_causal=kind.causal)}
+    forms["blocks"] = lambda: attend.by_indexer(kind.indexer, query, key, value, mask, learned, is_causal=kind.causal)
     return interleave(forms, rounds=rounds, warmup=1, at_most=0.5, repeats=1)
 
 
@@ -209,10 +210,7 @@ def _tensors(kind: _Kind, seen: Given | None, queries: int, keys: int) -> Given:
     if seen is not None:
         query, key, value = (_stretched(tensor, tokens) for tensor, tokens in zip(seen, (queries, keys, keys), strict=True))
         return query, key, value
-    generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(1, tokens, heads, kind.width, generator=generator, dtype=torch.float32).to(kind.dtype).transpose(1, 2)
-            for tokens, heads in ((queries, kind.heads), (keys, kind.groups), (keys, kind.groups))]
-    return made[0], made[1], made[2]
+    return _dense_attention.random(kind, queries, keys)
 
 
 def _stretched(tensor: Tensor, tokens: int) -> Tensor:

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparsify_compiler.block_layout import every_key
 from sparsify_compiler.branches import Branches, parse
 from sparsify_compiler.errors import InputError
 from sparsify_compiler.indexer import Indexer
 
+from . import attend_blocks
 from ._linear import LIBRARY
 from .attend_blocks import below_diagonal, scale_of
 
@@ -36,7 +38,7 @@ def by_indexer(indexer: Indexer | Branches, query: Tensor, key: Tensor, value: T
                *, is_causal: bool = False, scale: float | None = None) -> Tensor:
     """The same for an Indexer in hand. Patterns begin at the first key that counts, so that padding on the left changes nothing."""
     if indexer.is_dense(query.shape[2], key.shape[2]):
-        return dense(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+        return dense(query, key, value, attn_mask, is_causal=is_causal, scale=scale, kernel_from=indexer.dense_kernel_from)
     factor = scale_of(query, scale)
     key_mask, bias, triangle = split_mask(attn_mask, query, key)
     if len(learned or ()) != len(indexer.learned):
@@ -47,8 +49,15 @@ def by_indexer(indexer: Indexer | Branches, query: Tensor, key: Tensor, value: T
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False,
-          scale: float | None = None) -> Tensor:
-    """The same over all blocks, by torch. One row of each head: those of a group as rows of one head, so that its keys are read once for them."""
+          scale: float | None = None, kernel_from: int | None = None) -> Tensor:
+    """The same over all keys: by torch, or by the kernel of attend_blocks where there are at least `kernel_from` rows and keys.
+
+    One row of each head: those of a group as rows of one head, so that their keys are read once for all of them.
+    """
+    if kernel_from is not None and min(query.shape[2], key.shape[2]) >= max(kernel_from, 1):
+        found = _by_kernel(query, key, value, attn_mask, is_causal, scale)
+        if found is not None:
+            return found
     (_, heads, queries, _), (_, groups, keys, _) = query.shape, key.shape
     if is_causal and (attn_mask is not None or (queries != keys and queries != 1)):
         below = below_diagonal(queries, keys, query.device)
@@ -62,6 +71,24 @@ def dense(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = 
     return scaled_dot_product_attention(query, key, value, attn_mask, is_causal=alone, scale=scale, enable_gqa=heads != groups)
 
 
+def has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Is there a kernel of attend_blocks for these tensors on this machine?"""
+    from sparsify_compiler.codegen import attend
+
+    return not attend.refusal(query, key, value)
+
+
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor | None:
+    """Attention over all keys by the kernel; None where there is none, where somebody watches, and where the mask is not one of keys."""
+    if not attend_blocks.unwatched(query, key, value) or not has_kernel(query, key, value):
+        return None
+    found = _mask_of_keys(attn_mask, query, key)
+    if found is None:
+        return None
+    layout = every_key(query.shape[2], key.shape[2], is_causal or found[1])
+    return layout.attend(query, key, value, found[0], None, scale)[0]
+
+
 def _packed(rows: Tensor, groups: int) -> Tensor:
     """[..., H, 1, D] as [..., G, H // G, D]: the heads of a group as rows of one."""
     return rows.reshape(*rows.shape[:-3], groups, rows.shape[-3] // groups, rows.shape[-1])
@@ -72,18 +99,27 @@ def split_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Te
 
     A bool mask that is the same for all heads is a key_mask where it is the same for all queries, or but for what comes after the diagonal.
     """
+    found = _mask_of_keys(attn_mask, query, key)
+    if found is not None or attn_mask is None:
+        return (None, None, False) if found is None else (found[0], None, found[1])
+    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    if mask.dtype is torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -math.inf)
+    return None, mask.expand(mask.shape[0], mask.shape[1], query.shape[2], key.shape[2]), False
+
+
+def _mask_of_keys(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool] | None:
+    """A mask as (key_mask [B, K] or None, whether it is causal); None where it says more than that."""
     if attn_mask is None:
-        return None, None, False
+        return None, False
     batch, keys = query.shape[0], key.shape[2]
     mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     if mask.dtype is torch.bool and mask.numel() and (mask.shape[1] == 1 or mask.stride(1) == 0):
         if mask.shape[2] == 1 or mask.stride(2) == 0:
-            return mask[:, 0, 0].expand(batch, keys), None, False
+            return mask[:, 0, 0].expand(batch, keys), False
         if mask.shape[2:] == (query.shape[2], keys) and _is_triangle(attn_mask, mask[:, 0]):
-            return mask[:, 0, -1].expand(batch, keys), None, True
-    if mask.dtype is torch.bool:
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -math.inf)
-    return None, mask.expand(mask.shape[0], mask.shape[1], query.shape[2], keys), False
+            return mask[:, 0, -1].expand(batch, keys), True
+    return None
 
 
 _TRIANGLES: Any = WeakIdKeyDictionary()  # masks that were looked at -> (their version, the answer): all layers of a model share one
