@@ -24,7 +24,8 @@ FFNS = ("select_ffn", "select_inputs_ffn")
 product, selected, strided, taken = costs("product", "selected", "strided", "taken")
 _WIDTH = ceiling(N / ROUND) * ROUND
 _choosing = selected * M * K / LANES * fma
-ROWS = Formula(UNION * K * _WIDTH * value_bytes, product * M * UNION * K * _WIDTH / LANES * fma / threads + _choosing, (K * N, ALONE))
+GATHERED = M * UNION * K * _WIDTH / LANES           # vectors: every row goes over what any of them selects
+ROWS = Formula(UNION * K * _WIDTH * value_bytes, product * GATHERED * fma / threads + _choosing, (K * N, ALONE))
 
 
 def _many(multiplied: Expr) -> Formula:
@@ -34,11 +35,10 @@ def _many(multiplied: Expr) -> Formula:
 
 MANY, MANY_TILES = _many(M * K * N / LANES * fma), _many(ceiling(M / 16) * K * N / 512 * tile)
 
-_kept = density * hidden * (K + N)
-BY_NEURON = Formula((hidden * K + _kept) * value_bytes,
-                    product * (hidden * K + _kept) / LANES * fma / threads + selected * (hidden + K) / LANES * fma)
-_read = UNION * hidden * (2 * K + N)
-BY_INPUT = Formula(_read * value_bytes, product * M * _read / LANES * fma / threads + selected * M * (hidden + 2 * K) / LANES * fma)
+NEURONS_READ = hidden * K + density * hidden * (K + N)      # weights: all of the gate, of up and down those of the selected neurons
+BY_NEURON = Formula(NEURONS_READ * value_bytes, product * NEURONS_READ / LANES * fma / threads + selected * (hidden + K) / LANES * fma)
+INPUTS_READ = UNION * hidden * (2 * K + N)
+BY_INPUT = Formula(INPUTS_READ * value_bytes, product * M * INPUTS_READ / LANES * fma / threads + selected * M * (hidden + 2 * K) / LANES * fma)
 
 
 def _dense(multiplied: Expr) -> Formula:

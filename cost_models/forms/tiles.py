@@ -30,9 +30,10 @@ def _formula(chunks: Expr, gathers: Expr, index: int) -> Formula:
 
 
 # A row keeps a number of blocks that varies: on the average its last chunk is filled by half, or whole where a block is.
-SPARSE = _formula(GROUPS * (K * density + Piecewise((0, c >= DEPTH), (0.5 * (DEPTH - c), True)) * Min(1, K * density)) / DEPTH,
-                  Piecewise((0, c >= DEPTH), (1, True)), 2 * DEPTH)
-DENSE = _formula(GROUPS * K / DEPTH, Integer(0), 2)
+SPARSE_CHUNKS = GROUPS * (K * density + Piecewise((0, c >= DEPTH), (0.5 * (DEPTH - c), True)) * Min(1, K * density)) / DEPTH
+DENSE_CHUNKS = GROUPS * K / DEPTH
+SPARSE = _formula(SPARSE_CHUNKS, Piecewise((0, c >= DEPTH), (1, True)), 2 * DEPTH)
+DENSE = _formula(DENSE_CHUNKS, Integer(0), 2)
 
 
 def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
