@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 Key = TypeVar("Key")
@@ -62,6 +64,15 @@ def round_robin(groups: Mapping[str, Mapping[str, Callable[[], object]]], *, rou
     for (group, name), values in times.items():
         result[group][name] = _timing(values)
     return result
+
+
+def waited() -> float:
+    """Seconds that threads of this process were ready to run so far while other programs had the processors; 0 where the system does not tell."""
+    total = 0.0
+    for entry in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError, ValueError, IndexError):  # the thread has ended
+            total += int(entry.read_text(encoding="ascii").split()[1]) / 1e9
+    return total
 
 
 def _rounds(forms: Mapping[Key, Callable[[], object]], rounds: int, at_most: float,

@@ -95,6 +95,7 @@ def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return {name: timing.Timing(2.0, 1.0, 3.0) for name in forms}
 
     monkeypatch.setattr(timing, "interleave", interleave)
+    monkeypatch.setattr(timing, "waited", lambda: 0.0)
     work = Work.make("linear", **LINEAR, between=1 << 12)
     first, again = measure(work), measure(work)
     assert first == again == dict.fromkeys(runs[0], 2e-3)
@@ -102,6 +103,24 @@ def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(is_dense(name) for name in first)
     measure(Work.make("linear", **LINEAR, between=0))
     assert len(runs) == 2
+
+
+def test_it_is_measured_again_when_other_programs_were_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
+    waits, times = iter([0.0, 5.0, 5.0, 5.0]), iter([9.0, 2.0])  # the first time five seconds, the second time none
+    monkeypatch.setattr(timing, "waited", lambda: next(waits))
+
+    def interleave(forms: dict[str, Any], **how: Any) -> dict[str, timing.Timing]:
+        taken = next(times)
+        return {name: timing.Timing(taken, taken, taken) for name in forms}
+
+    monkeypatch.setattr(timing, "interleave", interleave)
+    assert set(measure(Work.make("linear", **LINEAR, between=0)).values()) == {2e-3}
+
+
+def test_waiting_is_told_and_never_falls() -> None:
+    first = timing.waited()
+    assert 0 <= first <= timing.waited()
 
 
 def test_what_cannot_be_measured_says_so() -> None:
