@@ -5,6 +5,7 @@
 
 A point is a layer (op, sizes, density, rows, dtype, how much other memory is read between two calls) with all of its forms, dense ones included,
 each timed as `sparsify_compiler.work.measure` does. Errors are |predicted / measured - 1|; Kendall's tau is that of the order of a point's forms.
+This machine is measured first (`sparsify targets --measure`): what its memory gives changes with what its neighbours do, within minutes.
 --build only builds the kernels, which takes minutes where they are not in the cache; run the rest on an otherwise idle machine, with
 --seconds to stop early: what was measured is kept.
 """
@@ -177,7 +178,7 @@ def main() -> None:
             for form in forms_of(work, host())[0].values():
                 form()
         return
-    machine, points = machines.machine(), measured(works, options.seconds)
+    machine, points = machines.measure_host(), measured(works, options.seconds)
     costs = {**_base.fitted(), **(fit(points, machine) if options.fit else {})}     # of what no point has, the costs stay
     found = judge(points, machine, costs)
     show(found, options.worst)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from . import catalog
 from .errors import TargetError, nearest
+from .measure import undisturbed
 from .target import NAMES, Target, fingerprint, host, resolve
 
 if TYPE_CHECKING:
@@ -75,8 +77,14 @@ def _measured(key: str) -> Machine:
     from .codegen import cache as store
     from .codegen import micro
 
-    found = json.loads(store.read_or_build(key, lambda: json.dumps(micro.measured(host())).encode()))
-    return _made(found)
+    def measured() -> bytes:
+        found, quiet = undisturbed(lambda: micro.measured(host()))
+        if not quiet:
+            warnings.warn("other programs ran while this machine was measured, predicted times may be far off: "
+                          "sparsify targets --measure measures again", stacklevel=2)
+        return json.dumps(found).encode()
+
+    return _made(json.loads(store.read_or_build(key, measured)))
 
 
 def _made(found: dict[str, Any]) -> Machine:

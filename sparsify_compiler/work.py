@@ -10,7 +10,6 @@ A plan asks this of hundreds of pairs of a layer and a choice, before any weight
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,7 +29,6 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}    # bytes
 DENSE = "dense"         # what the name of every dense form begins with
 ROUNDS = 15
 SECONDS = 3.0           # of measuring one work, at the most
-ATTEMPTS, WAITED = 4, 0.03      # it is measured again, so often at the most, when other programs kept it waiting for more than this share of the time
 
 
 @dataclass(frozen=True)
@@ -159,17 +157,13 @@ def _key(work: Work, target: Target) -> str:
 def _measured(work: Work, target: Target) -> dict[str, float]:
     import torch
 
-    from .measure import interleave, waited
+    from .measure import interleave, undisturbed
     from .work_sample import forms_of
 
     with torch.inference_mode():
         forms, x = forms_of(work, target)
         others = _others(work.between, x)
-        for _ in range(ATTEMPTS):
-            begin, before = time.monotonic(), waited()
-            timings = interleave(forms, rounds=ROUNDS, at_most=SECONDS, repeats=2, before=others)
-            if waited() - before <= WAITED * (time.monotonic() - begin):
-                break
+        timings, _ = undisturbed(lambda: interleave(forms, rounds=ROUNDS, at_most=SECONDS, repeats=2, before=others))
     return {name: timing.median / 1e3 for name, timing in timings.items()}
 
 

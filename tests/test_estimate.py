@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparsify_compiler as sc
 from sparsify_compiler import machines
+from sparsify_compiler import measure as timing
 from sparsify_compiler.cli import main
 from sparsify_compiler.codegen import cache, micro
+from sparsify_compiler.cost_models.machine import UNITS
 from sparsify_compiler.errors import TargetError
 from sparsify_compiler.estimates import TRIED, Estimate
 from sparsify_compiler.target import host
@@ -106,6 +109,7 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(machines._measured, "cache_clear", lambda: None, raising=False)
     monkeypatch.setattr(micro, "AWAY", (1 << 15, 1 << 18))
     monkeypatch.setattr(micro, "SECONDS", 1e-5)
+    monkeypatch.setattr(timing, "waited", lambda: 0.0)
     runs = []
     measured = micro.measured
     monkeypatch.setattr(micro, "measured", lambda target: runs.append(target) or measured(target))
@@ -120,6 +124,17 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(runs) == 2
     assert "measured here" in capsys.readouterr().out
     assert cache.warnings() is not None
+
+
+def test_a_machine_that_was_busy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
+    monkeypatch.setattr(machines, "_measured", machines._measured.__wrapped__)
+    monkeypatch.setattr(timing, "waited", itertools.count(0.0, 1e6).__next__)
+    one = dict.fromkeys(UNITS, 1.0)
+    levels = [{"bytes": size, "one": 1.0, "all": 1.0, "cold": 0.0} for size in (1, 2)]
+    monkeypatch.setattr(micro, "measured", lambda target: {"cores": 1, "numbers": one, "memory": levels})
+    with pytest.warns(UserWarning, match="other programs ran while this machine was measured"):
+        machines.machine()
 
 
 def test_a_machine_of_which_nothing_is_known() -> None:
