@@ -56,7 +56,6 @@ def test_bad_work_is_refused(arguments: dict[str, Any], said: str) -> None:
     Work.make("linear_condensed", **LINEAR, density=0.2), Work.make("linear_csr", **LINEAR, density=0.0),
     Work.make("linear_bitmap", **LINEAR, density=1.0),
     Work.make("select_linear", **LINEAR, density=0.5), Work.make("select_ffn", M=1, K=64, hidden=48, N=64, density=0.5),
-    Work.make("select_inputs_ffn", "bfloat16", M=2, K=64, hidden=64, N=64, density=0.5),
 ], ids=lambda work: work.op)  # fmt: skip
 def test_every_form_computes_the_layer(work: Work) -> None:
     """All forms of linear layers agree where nothing is left out; elsewhere they have the shape."""
