@@ -11,7 +11,6 @@ import pytest
 import torch
 from models.language import llama
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 import sparsify_compiler as sc
 from sparsify_compiler import catalog, recipes
@@ -327,22 +326,21 @@ def test_an_attached_model_learns_its_branches_and_is_compiled_after(kind: str, 
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+    if kind == "graph":  # the laws compile, save and load it
+        return
     with torch.no_grad():
         expected = run(model)
-        if kind == "python":  # in decoding, as in the prompt: a query chooses alone
-            cache = model(input_ids=x["input_ids"][:, :-3], use_cache=True).past_key_values
-            for i in (-3, -2, -1):
-                said = model(input_ids=x["input_ids"][:, i:][:, :1], past_key_values=cache, use_cache=True)
-                torch.testing.assert_close(said.logits[:, 0], expected[:, i], rtol=1e-3, atol=1e-3)
+        cache = model(input_ids=x["input_ids"][:, :-3], use_cache=True).past_key_values
+        for i in (-3, -2, -1):  # in decoding, as in the prompt: a query chooses alone
+            said = model(input_ids=x["input_ids"][:, i:][:, :1], past_key_values=cache, use_cache=True)
+            torch.testing.assert_close(said.logits[:, 0], expected[:, i], rtol=1e-3, atol=1e-3)
         compiled = sc.compile(model.eval(), x, recipe="pack() | lower(rounds=1)", target="cpu")
         torch.testing.assert_close(run(compiled), expected, rtol=1e-3, atol=1e-3)
         compiled.save(tmp_path / "out")
-        again = sc.load(tmp_path / "out", model=None if kind == "graph" else llama())
-        torch.testing.assert_close(run(again), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(run(sc.load(tmp_path / "out", model=llama())), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_pass_rewrites_and_says_so() -> None:
     program = recipes.nsa(**NSA).run(capture(Attention().eval(), (torch.randn(1, 24, 16),)), Context())
     row = next(iter(program.decisions.values()))
     assert row.structure.startswith("Compressed(length=4, stride=2) + ")
-    assert scaled_dot_product_attention is not None
