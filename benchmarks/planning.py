@@ -48,7 +48,7 @@ SUBJECTS: dict[str, Callable[[argparse.Namespace], Subject]] = {"minilm": MiniLM
 STRUCTURES = ("16x1", "unstructured")
 BUDGETS = ("uniform", "erk", "owl")
 DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.15)
-SHARES = (0.85, 0.7, 0.58, 0.48, 0.4)  # of the layers' dense seconds, that a plan may take
+SHARES = (0.85, 0.7, 0.58, 0.48, 0.4)
 ROUNDS, WARM = 11, 2
 LOWERING = Pipeline((Pack(), Lower(rounds=7)))
 
@@ -62,7 +62,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("planning_out"))
     parser.add_argument("--methods", nargs="+", default=["planned", *BUDGETS])
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
-    parser.add_argument("--points", type=int, default=len(DENSITIES))
+    parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES), help="of the rivals")
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the layers' dense seconds, that a plan may take")
     parser.add_argument("--probes", type=int, default=2)
     parser.add_argument("--speedup", type=float, default=1.5)
     parser.add_argument("--group", type=int, default=8, help="models that take turns at a time")
@@ -82,19 +83,19 @@ def build(arguments: argparse.Namespace) -> None:
         (out / "dense.json").write_text(json.dumps({"method": "dense", **subject.measure(subject.model)}))
     if "planned" in arguments.methods:
         planned(arguments, subject, ctx, out)
-    for place in range(arguments.points):
+    for density in arguments.densities:
         for method in [method for method in arguments.methods if method in BUDGETS]:
             for structure in arguments.structures:
-                name = f"{method} {structure} {DENSITIES[place]}"
+                name = f"{method} {structure} {density}"
                 if not (out / f"{name}.json").exists():
-                    item = MaskWeights("repair", structure, method, DENSITIES[place], repair="obs", inputs="pruned")
-                    about = {"method": f"{method} {structure}", "asked": DENSITIES[place]}
+                    item = MaskWeights("repair", structure, method, density, repair="obs", inputs="pruned")
+                    about = {"method": f"{method} {structure}", "asked": density}
                     keep(subject, ctx, out, name, Pipeline((item,)), about, lambda idle, item=item: Pipeline((replace(item, ignore=idle),)))
 
 
 def planned(arguments: argparse.Namespace, subject: Subject, ctx: Context, out: Path) -> None:
     """Plans for several shares of the layers' time, all from one survey."""
-    names = [f"planned {share}" for share in SHARES[: arguments.points]]
+    names = [f"planned {share}" for share in arguments.shares]
     if all((out / f"{name}.json").exists() for name in names):
         return
     start = time.process_time()
@@ -103,7 +104,7 @@ def planned(arguments: argparse.Namespace, subject: Subject, ctx: Context, out: 
     dense = survey.as_it_is(SECONDS).cost
     correct(survey, subject.captured, ctx)
     told({"survey": time.process_time() - start, "sites": len(survey.offers)})
-    for name, share in zip(names, SHARES, strict=False):
+    for name, share in zip(names, arguments.shares, strict=True):
         if not (out / f"{name}.json").exists():
             plan = survey.plan(SECONDS, share * survey.as_it_is(SECONDS).cost)
             about = {"method": "planned", "asked": share, "loss": plan.loss, "bound": plan.bound, "predicted": plan.cost / dense}
