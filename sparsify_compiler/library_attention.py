@@ -22,6 +22,7 @@ from .program import set_tensor
 
 NAME = "sparsify"
 WATCHED = "_sparsify_watched"  # attribute of keys: the layer of a cache that wants to see their queries
+_NAMES = "_sparsify_learned"
 _REGISTRY, _INDEXER, LEARNED = "ALL_ATTENTION_FUNCTIONS", "_sparsify_indexer", "sparsify_"  # LEARNED: what a tensor's name begins with
 _REFUSED = {"softcap": "its scores are capped", "s_aux": "it has sinks that are learned"}
 
@@ -70,7 +71,9 @@ def give_indexers(model: nn.Module, indexers: Mapping[str, str], learned: Mappin
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
     model.register_forward_pre_hook(before_forward, with_kwargs=True)
     for path, text in indexers.items():
-        setattr(model.get_submodule(path), _INDEXER, parse(text))
+        indexer = parse(text)
+        setattr(model.get_submodule(path), _INDEXER, indexer)
+        setattr(model.get_submodule(path), _NAMES, indexer.learned)  # torch.compile cannot look into a property that takes a lock
         for name, tensor in learned.get(path, {}).items():
             set_tensor(model.get_submodule(path), LEARNED + name, tensor)
         model.get_submodule(path.rpartition(".")[0]).register_forward_pre_hook(pass_on, with_kwargs=True)
@@ -123,7 +126,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     elif not isinstance(indexer, Indexer | Branches):
         out = indexer(query, key, value, attention_mask, causal, scaling)
     else:
-        learned = [getattr(module, LEARNED + name) for name in indexer.learned]
+        learned = [getattr(module, LEARNED + name) for name in getattr(module, _NAMES)]
         if torch.compiler.is_compiling():
             out = attend.op(query, key, value, attention_mask, learned, is_causal=causal, scale=scaling, indexer=str(indexer))
         else:
@@ -160,7 +163,7 @@ def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor
         return mask[..., :filled]
     if attention_mask is not None:
         attention_mask = _of_held(attention_mask.bool(), kv_offset)[:, :filled]
-        if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
+        if attention_mask.shape[1] == kv_length and not torch.compiler.is_compiling() and bool(attention_mask.all()):
             return None
         return attention_mask
     return None if filled == kv_length else torch.ones(batch_size, filled, dtype=torch.bool, device=options.get("device"))

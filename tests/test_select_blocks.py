@@ -400,6 +400,20 @@ def test_relative_positions_of_a_library_are_added() -> None:
     assert torch.equal(*(one.generate(ids, attention_mask=mask, **options) for one in (sparse, model)))
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_language_model_is_one_graph_for_torch_compile(padded: bool) -> None:
+    model, ids = llama(num_hidden_layers=1), torch.randint(1, 96, (2, 20))
+    ours = copy.deepcopy(model)
+    give_indexers(ours, dict.fromkeys(find_library_attentions(ours), "Indexer(always=(Everything(),), dense_below=99, dense_kernel_from=8)"), {})
+    given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if padded:
+        given["attention_mask"] = torch.ones_like(ids)
+        given["attention_mask"][0, :4] = 0
+    with torch.no_grad():
+        found = torch.compile(ours, backend="eager", fullgraph=True)(**given).logits
+        torch.testing.assert_close(found[:, 4:], model(**given).logits[:, 4:])
+
+
 class Masked(Encoder):
     """Causal by a mask that is a tensor, as language models captured whole have it."""
 
