@@ -17,7 +17,9 @@ from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ArtefactError, UnknownNameError
 from sparsify_compiler.planned import Option, Planned, Point
 from sparsify_compiler.program import LeftOut
-from sparsify_compiler.report import Form, PassTime, Quality, Refusal, Report, formulas, plan_plots, plots, roofline, words
+from sparsify_compiler.recovery import Point as Step
+from sparsify_compiler.recovery import Recovery
+from sparsify_compiler.report import Form, PassTime, Quality, Refusal, Report, formulas, plan_plots, plots, recovery_plot, roofline, words
 from sparsify_compiler.report.console import to_text
 from sparsify_compiler.report.story import explain
 
@@ -380,6 +382,18 @@ def test_the_story_of_a_site_that_stayed_dense() -> None:
 def test_the_story_of_no_site(name: str, near: str) -> None:
     with pytest.raises(UnknownNameError, match=f"(?s){near}"):
         explain(sample(), name)
+
+
+def test_a_recovery_is_drawn_and_comes_back() -> None:
+    report = sample()
+    assert recovery_plot.recovery(report) is None
+    points = [Step(step, 0.1 * step, 1 / (step + 1), 1e-4, 0.5 + 0.01 * step if step % 4 == 0 else None) for step in range(12)]
+    report.recovery = Recovery(["squarehead", "outputs"], points, 12, 1.2, "all steps are done", 0.4, 0.58, 8)
+    drawn = recovery_plot.recovery(report)
+    assert drawn is not None
+    assert all(text in drawn for text in ("squarehead + outputs", "step; all steps are done", "quality"))
+    assert Report.from_json(report.to_json()).recovery == report.recovery
+    assert "How it was recovered" in report.to_html()
 
 
 def test_csv_has_a_row_for_each_site(tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ def _compute(a: _Arguments, how: PredictedFfnRows, count: Any, first: Any) -> No
 
     def projected(weight: Any, bias: Any, activation: str) -> Any:
         joined = e.join([e.load(bias, row) for row in rows], 1)
-        return e.let(Finish(activation=activation)(products(weight, rows, a.inputs, 0, a.K, how.dtype) + joined))
+        total = e.let(products(weight, rows, a.inputs, 0, a.K, how.dtype) + joined)
+        return e.let(Finish(activation=activation)(total))
 
     total = projected(a.gate, a.gate_bias, how.activation)
     if how.gated:

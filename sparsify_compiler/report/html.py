@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import formulas, plan_plots, plots, roofline, words
+from . import formulas, plan_plots, plots, recovery_plot, roofline, words
 from .model import Report
 
 MOST_CHOICES = 20  # rows of one site; a page of a thousand sites has to stay readable
@@ -31,6 +31,7 @@ def render(report: Report) -> str:
         "Latency of the whole model": plots.latency(report),
         "Where the time went": plots.waterfall(report),
         "What the losses could buy": plan_plots.front(report),
+        "How it was recovered": recovery_plot.recovery(report),
         "Roofline": roofline.roofline(report),
         "Time of each site": plots.times(report),
         "Density of each site": plots.densities(report),

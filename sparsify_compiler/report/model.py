@@ -13,6 +13,7 @@ from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ArtefactError
 from sparsify_compiler.planned import Planned
 from sparsify_compiler.program import LeftOut
+from sparsify_compiler.recovery import Recovery
 from sparsify_compiler.storage import write_file
 
 SCHEMA = 1
@@ -89,6 +90,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     plan: Planned | None = None  # where the choices were solved for
     machine: dict[str, Any] | None = None  # what the machine reaches, for the roofline
+    recovery: Recovery | None = None  # what sc.recover() told of the model before it was compiled: set it yourself
 
     @property
     def fastest_dense(self) -> Form | None:
