@@ -285,6 +285,15 @@ def test_a_shared_weight_moves_once() -> None:
     assert {float(mask.float().mean()) for mask in masks(hook)} == {0.25}
 
 
+def test_a_padded_group_stays_as_thin_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(12, 8)).eval()
+    module, hook = sc.attach(model, (X[:, :12],), sc.recipes.sr_ste("NM(n=1, m=8, padded=True)"))
+    before = masks(hook)[0].sum(1)
+    module(X[:, :12]).square().mean().backward()
+    hook.step()
+    assert masks(hook)[0].sum(1).tolist() == before.tolist() == [2] * 8
+
+
 def test_masks_that_were_there_move_unstructured() -> None:
     module, _ = attached("mask_weights(structure='2:4')")
     _, hook = sc.attach(module.eval(), (X,), "gmp(density=0.25, steps=4)")

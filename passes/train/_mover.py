@@ -27,7 +27,7 @@ GRADIENT = "gradient"  # the statistic that training itself gives
 
 @dataclass(frozen=True)
 class _Place:
-    """A weight and its mask, which several sites may share. sparsity: that of the mask when attached."""
+    """A weight and its mask, which several sites may share. sparsity: the structure's, or that of the mask when attached."""
 
     path: str
     weight: Tensor
@@ -137,4 +137,5 @@ def _place(of: MoveMasks, group: Sequence[Marked]) -> _Place:
     made_with = decision.structure if decision is not None and known else "unstructured"
     structure = of.structure if isinstance(of.structure, Structure) else Structure.parse(made_with)
     structure.check(tuple(weight.shape), structure.density or math.nextafter(1, 0))
-    return _Place(group[0].path, weight, mask, taps, structure, 1 - float(mask.double().mean()), group[0].known)
+    density = float(mask.double().mean()) if structure.density is None else structure.density  # of a padded n:m the mask has a little more
+    return _Place(group[0].path, weight, mask, taps, structure, 1 - density, group[0].known)

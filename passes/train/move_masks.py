@@ -30,8 +30,8 @@ class MoveMasks(TrainingPass):
     Preserves  values
     Paper      none: the frame that GMP (arXiv:1710.01878), SET (arXiv:1707.04780), RigL (arXiv:1911.11134) and their like fill in
 
-    sparsity   a file of passes/train/schedules, of the number of steps, which multiplies the layer's sparsity (1 - the density of its mask when
-               attached). "cubic(end=750)" starts dense and ends there
+    sparsity   a file of passes/train/schedules, of the number of steps, which multiplies the layer's sparsity (the structure's own, or
+               that of its mask when attached). "cubic(end=750)" starts dense and ends there
     drop       a file of passes/prune/scores, of the weights as they are by then: the lowest go. Gradients that it looks at are those of training;
                other statistics are those of the calibration, of the model before it is trained
     grow       such a file for what comes in for a `fraction` that goes: "random", "gradient"; None: nothing comes back
