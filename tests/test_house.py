@@ -188,7 +188,7 @@ def test_the_import_is_light() -> None:
         took, heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")[:2]
         assert heavy == "[]"
         seconds.append(float(took))
-    assert min(seconds) < 0.3
+    assert min(seconds) < 0.5
 
 
 def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

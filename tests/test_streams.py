@@ -95,3 +95,9 @@ def test_the_last_layer_of_a_language_model_takes_it_or_a_faster_one() -> None:
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(compiled.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0),
                        model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
+def test_an_empty_layer_has_no_packed_form(shape: tuple[int, int]) -> None:
+    """oneDNN packs no empty weight."""
+    assert not runtime.candidates("linear", {"weight": torch.zeros(shape, dtype=torch.float32)}, {"any_rows": True}, torch.float32, (1,), host())

@@ -29,7 +29,7 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     if op not in OPS:
         return []
     weight = tensors["weight"]
-    fits = weight.dim() == 2 and weight.dtype is dtype and ("add" not in attributes or "activation" not in attributes)  # one or the other
+    fits = weight.dim() == 2 and min(weight.shape) > 0 and weight.dtype is dtype and ("add" not in attributes or "activation" not in attributes)
     return [(LABEL, {"rows": max(rows, default=1)})] if fits and has_packed(weight, target) and spell(attributes) is not None else []
 
 
