@@ -128,12 +128,19 @@ def dig_holes(skeleton: nn.Module, regions: dict[str, Region]) -> None:
     holes = {}
     for path in regions:
         module = skeleton.get_submodule(path)
-        attributes = {k: v for k, v in vars(module).items() if not k.startswith("_") and not isinstance(v, Tensor)}
-        holes[id(module)] = Hole(attributes, path, type(module).__name__)
+        holes[id(module)] = Hole(_attributes(module), path, type(module).__name__)
     for module in list(skeleton.modules()):
         for name, child in module._modules.items():
             if id(child) in holes:
                 module._modules[name] = holes[id(child)]
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What neighbours may read of a module: its own attributes but tensors, and plain values of its class (main_input_name)."""
+    kinds = [kind for kind in reversed(type(module).__mro__) if kind not in nn.Module.__mro__]
+    of_class = {name: value for kind in kinds for name, value in vars(kind).items() if isinstance(value, str | int | float | tuple)}
+    own = {name: value for name, value in vars(module).items() if not isinstance(value, Tensor)}
+    return {name: value for name, value in (of_class | own).items() if not name.startswith("_")}
 
 
 def _tied_names(model: nn.Module, search: _Search) -> dict[str, str]:

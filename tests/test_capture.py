@@ -310,3 +310,32 @@ def test_progress_is_reported() -> None:
     assert seen[0] == ("capture", 0, 1)
     assert seen[-1] == ("capture", 1, 1)
     assert all(done <= total for _, done, total in seen)
+
+
+def test_neighbours_may_read_what_a_class_says() -> None:
+    class Part(nn.Module):
+        kind = "twice"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x)
+            return y
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.part(x)
+            if float(y.detach().sum()) == 12345.0:  # which no graph can hold
+                return x
+            return y * 2 if self.part.kind == "twice" else y
+
+    model, x = Whole().eval(), torch.randn(3, 4)
+    program = capture(model, (x,))
+    assert list(program.regions) == ["part"]
+    torch.testing.assert_close(instantiate(program)(x), model(x))

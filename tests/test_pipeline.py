@@ -112,7 +112,7 @@ def test_a_recipe_in_text_stands_for_its_passes() -> None:
     ("every_option(mode=fst)", "must be 'fast' or 'slow'"),
     ("every_option(keep=vlaues)", "did you mean values"),
     ("every_option(grid=Grid(rows=0))", "a grid has rows"),
-    ("every_option(grid=Grdi(rows=1))", "unknown structure or budget or score or format or attention pattern 'Grdi'"),
+    ("every_option(grid=Grdi(rows=1))", "'Grdi'\n  did you mean grid"),
     ("every_option(grid=Grid(row=1))", "no option 'row'\n  did you mean rows"),
     ("every_option(3)", "column 14: an option without its name: 3"),
     ("every_option(**x)", "not allowed"),
