@@ -320,6 +320,9 @@ def test_the_waterfall_adds_up() -> None:
     """From 39.5 to 19.75 ms: the site saved 0.15, the rest is not accounted for by sites."""
     drawn = plots.waterfall(sample())
     assert drawn is not None
+    with_attention = sample()
+    with_attention.sites.append(Decision("encoder.layer.0.attention", "attention", dense_ms=37.0, compiled_ms=30.0, rows=2048))
+    assert plots.waterfall(with_attention) == drawn, "attention is timed at a length of its own"
     shown = re.findall(r">([−+]?[0-9.]+ [mµ]s)<", drawn)
     assert shown == ["39.5 ms", "−0.15 ms", "−19.6 ms", "19.8 ms"]
 
