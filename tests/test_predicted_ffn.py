@@ -154,7 +154,7 @@ def test_the_predictors_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watched(region: Any, node: Any, x: Tensor) -> Any:
         run = made(region, node, x)
-        return lambda x: asked.append((x, run(x)))
+        return lambda: asked.append((x, run()))
 
     monkeypatch.setattr(_predicted, "_predictor", watched)
     net, data = ffn(True)

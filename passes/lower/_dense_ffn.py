@@ -1,17 +1,58 @@
-"""An FFN computed densely, beside which its sparse forms are measured: by torch, and by kernels where every linear has one."""
+"""An FFN computed densely: the forms beside which its sparse ones are measured, by torch and by kernels, and the nodes that it becomes again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
+from sparsify_compiler.normal_form_edit import aten, insert, take_place
+from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import select_ffn
-from sparsify_compiler.passes.lower._layer import EAGER, Form
+from sparsify_compiler.passes.lower._layer import EAGER, Form, row_of
 from sparsify_compiler.passes.lower._linear import Linear, eager
 from sparsify_compiler.passes_api import Context
+from sparsify_compiler.program import Program, Region
+from sparsify_compiler.splice import insert_formula
+
+
+def ffn_layer(region: Region, node: fx.Node, x: Tensor, down: Tensor, program: Program, ctx: Context) -> Linear:
+    """The FFN of a packed node as a layer with its dense forms, for rows x [rows, K]; down [N, H], as a linear has it."""
+    tensors, attributes, bias = operands(region, node)
+    layer = Linear(region, node, row_of(region, node, "linear", down, program), down, bias, packed=True, rows=x.shape[0])
+    biases = {"gate": tensors.get("gate_bias"), "up": tensors.get("up_bias"), "down": bias}
+    linears = {name: (down if name == "down" else tensors[name], biases[name]) for name in biases if name in tensors}
+    add_dense(layer, linears, str(attributes["activation"]), x, ctx)
+    return layer
+
+
+def insert_ffn(region: Region, node: fx.Node, down: fx.Node, chosen: Callable[[fx.Node], fx.Node] = lambda gates: gates) -> list[fx.Node]:
+    """The FFN of a packed node out of linears, in its place; `chosen` of its activated gates go on. Returns the linears."""
+    given: Any = node.kwargs
+    name = given["activation"]
+
+    def linear(x: Any, weight: Any, bias: str) -> fx.Node:
+        return insert(node, aten.linear.default, input=x, weight=weight, **({"bias": given[bias]} if given.get(bias) is not None else {}))
+
+    linears = [linear(given["x"], given[part], f"{part}_bias") for part in ("gate", "up") if part in given]
+    hidden = chosen(insert_formula(region, node, lambda x: select_ffn.ACTIVATIONS[name](x), {"x": linears[0]}, "lower"))
+    made = []
+    if len(linears) == 2:
+        raised = insert_formula(region, node, partial(select_ffn.raised, name), {"up": linears[1]}, "lower") if name in select_ffn.UP else linears[1]
+        made.append(hidden := insert(node, aten.mul.Tensor, self=hidden, other=raised))
+    linears.append(linear(hidden, down, "bias"))
+    for one in (*made, *linears):
+        one.meta["by"] = "lower"
+    take_place(node, linears[-1], "lower")
+    return linears
+
+
+def size_of(region: Region, node: fx.Node) -> int:
+    """Bytes of the weights of a packed FFN."""
+    values = [node.kwargs[name].meta["val"] for name in ("gate", "up", "down") if name in node.kwargs]  # type: ignore[union-attr]
+    return sum(int(value.numel() * value.element_size()) for value in values)
 
 
 def add_dense(layer: Linear, linears: Mapping[str, tuple[Tensor, Tensor | None]], activation: str, x: Tensor, ctx: Context) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +10,15 @@ from torch import Tensor, fx
 
 from sparsify_compiler import session
 from sparsify_compiler.measure import Timing
-from sparsify_compiler.normal_form_edit import aten, insert, take_place
 from sparsify_compiler.operands import operands
-from sparsify_compiler.ops import held_ffn, select_ffn
-from sparsify_compiler.passes.lower._dense_ffn import add_dense
-from sparsify_compiler.passes.lower._layer import Form, row_of, rows_of, say
+from sparsify_compiler.ops import held_ffn
+from sparsify_compiler.passes.lower._dense_ffn import ffn_layer, insert_ffn, size_of
+from sparsify_compiler.passes.lower._layer import Form, rows_of, say
 from sparsify_compiler.passes.lower._linear import Linear
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
-from sparsify_compiler.splice import insert_formula
+
+__all__ = ["choose", "is_packed", "layer", "make_dense", "size_of"]
 
 HELD = "weights cut out"
 
@@ -29,21 +28,12 @@ def is_packed(node: fx.Node) -> bool:
     return node.target is held_ffn.op
 
 
-def size_of(region: Region, node: fx.Node) -> int:
-    """Bytes of its weights."""
-    values = [node.kwargs[name].meta["val"] for name in ("gate", "up", "down") if name in node.kwargs]  # type: ignore[union-attr]
-    return sum(int(value.numel() * value.element_size()) for value in values)
-
-
 def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear:
     """The FFN at a node, as it runs on a token of a text that goes on, and dense."""
     tensors, _, bias = operands(region, node)
     options = {name: node.kwargs[name] for name in ("activation", "density", "share", "prompt", "key")}
     x = rows_of(region, node, ctx)[:1]
-    weight = tensors["down"]
-    layer = Linear(region, node, row_of(region, node, "linear", weight, program), weight, bias, packed=True, rows=1)
-    biases = {"gate": tensors.get("gate_bias"), "up": tensors.get("up_bias"), "down": bias}
-    add_dense(layer, {name: (tensors[name], biases[name]) for name in biases if name in tensors}, str(options["activation"]), x, ctx)
+    layer = ffn_layer(region, node, x, tensors["down"], program, ctx)
     layer.add(HELD, _GoingOn(tensors, bias, options), x[None], None, Form(False))
     return layer
 
@@ -65,23 +55,7 @@ def choose(layer: Linear, timings: Mapping[str, Timing], margin: float) -> bool:
 
 def make_dense(layer: Linear) -> list[fx.Node]:
     """held_ffn -> the FFN with all of its neurons. Returns its linears."""
-    region, node = layer.region, layer.node
-    given: Any = node.kwargs
-    linears: list[fx.Node] = []
-
-    def linear(x: Any, name: str, bias: str) -> fx.Node:
-        made = insert(node, aten.linear.default, input=x, weight=given[name], **({"bias": given[bias]} if bias in given else {}))
-        linears.append(made)
-        return made
-
-    first, *second = (linear(given["x"], name, f"{name}_bias") for name in ("gate", "up") if name in given)
-    inputs = {"first": first, **({"up": second[0]} if second else {})}
-    hidden = insert_formula(region, node, partial(select_ffn.hidden, given["activation"]), inputs, "lower")
-    down = linear(hidden, "down", "bias")
-    for made in linears:
-        made.meta["by"] = "lower"
-    take_place(node, down, "lower")
-    return linears
+    return insert_ffn(layer.region, layer.node, layer.node.kwargs["down"])  # type: ignore[arg-type]
 
 
 class _GoingOn:

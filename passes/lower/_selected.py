@@ -138,7 +138,7 @@ def as_selected(node: fx.Node, x: Any) -> Any:
     """x, or select(x) as a packed node has it, where that selection was the model's own and not made for speed."""
     if node.meta.get("optional"):
         return x
-    given = {key: node.kwargs[key] for key in ("limit", "scale", "center") if node.kwargs.get(key) is not None}
+    given = {key: node.kwargs[key] for key in ("limit", "scale", "center", "scores") if node.kwargs.get(key) is not None}
     return insert(node, select.op, x=x, **given)
 
 

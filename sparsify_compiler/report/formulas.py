@@ -11,7 +11,8 @@ from sparsify_compiler.decision import Decision
 
 from .model import Report
 
-SELECTING = {"by input": "select_linear", "by neuron": "select_ffn", "by block": "attend_blocks"}  # format of a site -> op that it runs
+# format of a site -> op that it runs
+SELECTING = {"by input": "select_linear", "by neuron": "select_ffn", "by prediction": "predicted_ffn", "by block": "attend_blocks"}
 
 
 @dataclass(frozen=True)
