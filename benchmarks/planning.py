@@ -43,6 +43,7 @@ from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
 from sparsify_compiler.survey import SECONDS, Survey
 from sparsify_compiler.target import host
+from sparsify_compiler.trials import idle
 
 SUBJECTS: dict[str, Callable[[argparse.Namespace], Subject]] = {"minilm": MiniLM, "mpnet": MPNet}
 STRUCTURES = ("16x1", "unstructured")
@@ -90,7 +91,7 @@ def build(arguments: argparse.Namespace) -> None:
                 if not (out / f"{name}.json").exists():
                     item = MaskWeights("repair", structure, method, density, repair="obs", inputs="pruned")
                     about = {"method": f"{method} {structure}", "asked": density}
-                    keep(subject, ctx, out, name, Pipeline((item,)), about, lambda idle, item=item: Pipeline((replace(item, ignore=idle),)))
+                    keep(subject, ctx, out, name, Pipeline((item,)), about, lambda sites, item=item: Pipeline((replace(item, ignore=sites),)))
 
 
 def planned(arguments: argparse.Namespace, subject: Subject, ctx: Context, out: Path) -> None:
@@ -108,7 +109,7 @@ def planned(arguments: argparse.Namespace, subject: Subject, ctx: Context, out: 
         if not (out / f"{name}.json").exists():
             plan = survey.plan(SECONDS, share * survey.as_it_is(SECONDS).cost)
             about = {"method": "planned", "asked": share, "loss": plan.loss, "bound": plan.bound, "predicted": plan.cost / dense}
-            keep(subject, ctx, out, name, plan.pipeline, about, lambda idle, plan=plan: survey.without(plan, idle).pipeline)
+            keep(subject, ctx, out, name, plan.pipeline, about, lambda sites, plan=plan: survey.without(plan, sites).pipeline)
 
 
 def planner_of(arguments: argparse.Namespace) -> ChooseLayers:
@@ -128,14 +129,14 @@ def keep(subject: Subject, ctx: Context, out: Path, name: str, pipeline: Pipelin
     """Prune and lower; layers that do not pay keep their own weights, so that it is done once more without them."""
     start = time.process_time()
     lowered = (pipeline | LOWERING).run(subject.captured, ctx, ())
-    idle = tuple(row.site for row in lowered.decisions.values() if row.format == "dense" and row.structure != "dense")
-    if idle:
-        lowered = (without(idle) | LOWERING).run(subject.captured, ctx, ())
+    for_nothing = idle(lowered)
+    if for_nothing:
+        lowered = (without(for_nothing) | LOWERING).run(subject.captured, ctx, ())
     compiled = CompiledModel(lowered, host())
     compiled.save(out / f"{name}.model")
     kept = [(row.density, row.shape[0] * row.shape[1]) for row in lowered.decisions.values() if row.kind == "linear"]
     density = sum(share * size for share, size in kept) / sum(size for _, size in kept)
-    row = {**about, "density": density, "idle": len(idle), "processor": time.process_time() - start, **subject.measure(compiled)}
+    row = {**about, "density": density, "idle": len(for_nothing), "processor": time.process_time() - start, **subject.measure(compiled)}
     (out / f"{name}.json").write_text(json.dumps(row))
     told(row)
 

@@ -14,7 +14,7 @@ from .plan import Attempt, search
 from .plan_loop import PlanLoop
 from .program import Program
 from .survey import Planner
-from .trials import COMPILED, latency, loss_of_quality, resident_bytes
+from .trials import COMPILED, idle, latency, loss_of_quality, resident_bytes
 
 if TYPE_CHECKING:
     from .compile_job import Job
@@ -62,9 +62,9 @@ def _try_bytes(job: Job, captured: Program, density: float) -> Attempt[Program]:
 def _try_latency(job: Job, captured: Program, density: float) -> Attempt[Program]:
     """Sites that do not pay keep their own weights: quality is only given up where it buys time."""
     lowered = job.build(captured, density)
-    idle = tuple(d.site for d in lowered.decisions.values() if d.format == "dense" and d.structure != "dense")
-    if idle:
-        lowered = job.build(captured, density, ignore=idle)
+    for_nothing = idle(lowered)
+    if for_nothing:
+        lowered = job.build(captured, density, ignore=for_nothing)
     return Attempt(density, latency(job, lowered)[COMPILED], lowered)
 
 

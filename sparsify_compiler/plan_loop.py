@@ -14,8 +14,8 @@ from .errors import BudgetError
 from .measure import interleave
 from .pipeline import Pipeline
 from .program import Program
-from .survey import BYTES, SECONDS, Plan, Planner, Survey
-from .trials import COMPILED, latency, loss_of_quality, resident_bytes
+from .survey import BYTES, SECONDS, SHOWN, Plan, Planner, Survey
+from .trials import COMPILED, idle, latency, loss_of_quality, resident_bytes
 
 if TYPE_CHECKING:
     from .compile_job import Job
@@ -90,9 +90,9 @@ class PlanLoop:
         if second is not best.plan:
             again = self._try(second, kind, measured, now, was)
             best = again if again.value <= limit else best
-        idle = _idle(best.lowered)
-        if idle:  # quality is given up only where it buys something
-            again = self._try(self.survey.without(best.plan, idle), kind, measured, now, was)
+        for_nothing = idle(best.lowered)
+        if for_nothing:  # quality is given up only where it buys something
+            again = self._try(self.survey.without(best.plan, for_nothing), kind, measured, now, was)
             best = again if again.value <= limit else best
         return self._finish(best, kind, limit)
 
@@ -147,9 +147,9 @@ class PlanLoop:
             limit = _middle(low, high, limit, value, most)
             limit = min(limit, front[0].loss)
         lowered = self.build(taken)
-        idle = _idle(lowered)
-        if idle:
-            taken = self.survey.without(taken, idle)
+        for_nothing = idle(lowered)
+        if for_nothing:
+            taken = self.survey.without(taken, for_nothing)
             lowered = self.build(taken)
         return self._finish(Trial(taken, taken.cost, lowered), SECONDS, None)
 
@@ -183,11 +183,6 @@ def _middle(low: float, high: float, tried: float, value: float, most: float) ->
     return tried * (step if abs(step - 1) > 0.1 else (1.25 if step >= 1 else 0.8))
 
 
-def _idle(lowered: Program) -> list[str]:
-    """Sites that were cut and run dense all the same."""
-    return [site for site, row in lowered.decisions.items() if row.format == "dense" and row.structure != "dense"]
-
-
 def _known(rows: Mapping[str, Decision], read: Callable[[Decision], float | None]) -> dict[str, float]:
     """Site -> what a row says, where it says something."""
     found = {site: read(row) for site, row in rows.items()}
@@ -199,6 +194,6 @@ def _in_seconds(milliseconds: float | None) -> float | None:
 
 
 def _hint(kind: str, lowest: float, limit: float) -> str:
-    unit, times = ("ms", 1e3) if kind == SECONDS else ("bytes", 1.0)
+    unit, times = SHOWN[kind]
     return (f"the best that a plan reaches is {lowest * times:.4g} {unit}, the limit is {limit * times:.4g}; loosen the budget, or give the "
             "planner lower densities or other choices")

@@ -1,4 +1,4 @@
-"""What is measured of a Program that was made to meet a budget: latency, bytes, and the quality that it lost."""
+"""What is found of a Program that was made to meet a budget: latency, bytes, the quality that it lost, and where that bought nothing."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def loss_of_quality(job: Job, captured: Program) -> Callable[[nn.Module], float]
 def resident_bytes(job: Job, lowered: Program) -> float:
     """Bytes of all weights in memory."""
     return float(CompiledModel(lowered, job.target, mapped=leave_in_temporary_file(lowered)).resident_bytes())
+
+
+def idle(lowered: Program) -> tuple[str, ...]:
+    """Sites that were cut and run dense all the same."""
+    return tuple(row.site for row in lowered.decisions.values() if row.format == "dense" and row.structure != "dense")
 
 
 def latency(job: Job, lowered: Program, beside: dict[str, Callable[[], object]] | None = None) -> dict[str, float]:
