@@ -109,7 +109,7 @@ def planned(arguments: argparse.Namespace, subject: Subject, ctx: Context, out: 
         if not (out / f"{name}.json").exists():
             plan = survey.plan(SECONDS, share * survey.as_it_is(SECONDS).cost)
             about = {"method": "planned", "asked": share, "loss": plan.loss, "bound": plan.bound, "predicted": plan.cost / dense}
-            keep(subject, ctx, out, name, plan.pipeline, about, lambda sites, plan=plan: survey.without(plan, sites).pipeline)
+            keep(subject, ctx, out, name, plan.pipeline, about, lambda sites, plan=plan: survey.without(SECONDS, plan, sites).pipeline)
 
 
 def planner_of(arguments: argparse.Namespace) -> ChooseLayers:

@@ -14,7 +14,7 @@ from .errors import BudgetError
 from .measure import interleave
 from .pipeline import Pipeline
 from .program import Program
-from .survey import BYTES, SECONDS, SHOWN, Plan, Planner, Survey
+from .survey import BYTES, SECONDS, SHOWN, Offer, Plan, Planner, Survey
 from .trials import COMPILED, idle, latency, loss_of_quality, resident_bytes
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class PlanLoop:
     dense: Mapping[str, Callable[[], object]]
     rounds: int = 0
     trials: list[Trial] = field(default_factory=list)
+    predicted: dict[tuple[str, Offer], float] = field(default_factory=dict)  # what each offer of a site was thought to cost before it was measured
 
     def run(self) -> Program:
         """The lowered Program whose plan meets the budget with the least loss. Raises BudgetError with the best that was reached."""
@@ -74,7 +75,7 @@ class PlanLoop:
         trial = self._try(self.survey.as_it_is(kind), kind, measured, now, was)
         if trial.value > limit:
             for _ in range(ROUNDS):
-                rest = trial.value - self.survey.spent(kind, trial.plan)
+                rest = trial.value - self.survey.spent(kind, trial.plan.taken)
                 plan = self._next(kind, limit * AIM - rest)
                 if any(plan.taken == old.plan.taken for old in self.trials):
                     break
@@ -92,7 +93,7 @@ class PlanLoop:
             best = again if again.value <= limit else best
         for_nothing = idle(best.lowered)
         if for_nothing:  # quality is given up only where it buys something
-            again = self._try(self.survey.without(best.plan, for_nothing), kind, measured, now, was)
+            again = self._try(self.survey.without(kind, best.plan, for_nothing), kind, measured, now, was)
             best = again if again.value <= limit else best
         return self._finish(best, kind, limit)
 
@@ -111,10 +112,10 @@ class PlanLoop:
         self.rounds += 1
         rows = {site: lowered.decisions[site] for site in plan.taken if site in lowered.decisions}
         of_sites, dense = _known(rows, now), _known(rows, was)
-        predicted = {site: self.survey.cost(kind, site, plan.taken[site]) for site in rows}
         if kind == SECONDS:
             for site, row in rows.items():
-                row.predicted_ms = predicted[site] * 1e3
+                offer = plan.taken[site]
+                row.predicted_ms = self.predicted.setdefault((site, offer), self.survey.cost(kind, site, offer)) * 1e3
         self.survey.correct(kind, of_sites, plan.taken, dense)
         self.trials.append(Trial(plan, value, lowered))
         return self.trials[-1]
@@ -149,7 +150,7 @@ class PlanLoop:
         lowered = self.build(taken)
         for_nothing = idle(lowered)
         if for_nothing:
-            taken = self.survey.without(taken, for_nothing)
+            taken = self.survey.without(SECONDS, taken, for_nothing)
             lowered = self.build(taken)
         return self._finish(Trial(taken, taken.cost, lowered), SECONDS, None)
 
@@ -166,12 +167,13 @@ class PlanLoop:
     def _finish(self, trial: Trial, kind: str, limit: float | None) -> Program:
         """Write the plan down for the report."""
         survey, plan = self.survey, trial.plan
+        rest = 0.0 if limit is None else trial.value - survey.spent(kind, plan.taken)
         for site, offer in plan.taken.items():
             row = trial.lowered.decisions.get(site)
             if row is not None:
                 row.loss, row.options = survey.loss(site, offer), survey.options(site, offer)
         whole = self.before | plan.pipeline | self.after
-        self.job.plan = survey.planned(kind, plan, limit, self.rounds, whole)
+        self.job.plan = survey.planned(kind, plan, limit, self.rounds, whole, rest)
         return trial.lowered
 
 

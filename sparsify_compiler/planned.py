@@ -30,7 +30,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Point:
-    """A plan on the Pareto front: the cost of the whole model, in the budget's unit, and the loss that it takes."""
+    """A plan on the Pareto front: the cost of all sites, in the budget's unit, and the loss that it takes."""
 
     cost: float
     loss: float
@@ -44,12 +44,13 @@ class Planned:
     pipeline   the plan as pipeline text, which parses back and can be run again
     unit       of costs: "ms", "bytes", "FLOPs" or "loss"
     loss_unit  what a loss is: "rise of the output error", "nats", ...
-    limit      what the costs had to keep to, in `unit`
-    cost, loss of the plan, as predicted
+    limit      what the whole model has to keep to, in `unit`
+    cost, loss of the plan over all sites, as predicted when it was made
     bound      the least loss that any plan of these choices can have within the limit, by the linear relaxation
-    front      the Pareto front, cheapest first
+    front      the Pareto front, cheapest first; the plan that was taken is a point of it, or lies beside it
     seconds    that the solver took
     rounds     how often the plan was made, measured and solved again
+    rest       what was measured of all that is no site, in `unit`: what the limit leaves for the sites is less by that
     """
 
     pipeline: str
@@ -62,6 +63,7 @@ class Planned:
     front: list[Point] = field(default_factory=list)
     seconds: float | None = None
     rounds: int | None = None
+    rest: float = 0.0
 
     @property
     def gap(self) -> float | None:

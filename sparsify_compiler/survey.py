@@ -70,13 +70,17 @@ class Survey:
         """What an offer costs."""
         return self.costs(kind)[site][self.offers[site].index(offer)]
 
-    def spent(self, kind: str, plan: Plan) -> float:
-        """What a plan's offers cost together, by what is known now."""
-        return math.fsum(self.cost(kind, site, offer) for site, offer in plan.taken.items())
+    def spent(self, kind: str, taken: Mapping[str, Offer]) -> float:
+        """What offers cost together, by what is known now."""
+        return math.fsum(self.cost(kind, site, offer) for site, offer in taken.items())
 
     def loss(self, site: str, offer: Offer) -> float:
         """What an offer is thought to lose."""
         return offer.loss * self.scale.get(site, 1.0)
+
+    def lost(self, taken: Mapping[str, Offer]) -> float:
+        """What offers are thought to lose together."""
+        return math.fsum(self.loss(site, offer) for site, offer in taken.items())
 
     def plan(self, kind: str, limit: float) -> Plan:
         """The offers that together lose least within a limit of one kind of cost. Raises BudgetError where nothing stays within it."""
@@ -93,11 +97,11 @@ class Survey:
         taken = {site: offers[0] for site, offers in self.offers.items()}
         return Plan(taken, Pipeline(), 0.0, math.fsum(rows[0] for rows in self.costs(kind).values()), 0.0)
 
-    def without(self, plan: Plan, sites: Iterable[str]) -> Plan:
+    def without(self, kind: str, plan: Plan, sites: Iterable[str]) -> Plan:
         """The same plan with some sites as they were."""
         taken = {**plan.taken, **{site: self.offers[site][0] for site in sites if site in self.offers}}
-        loss = math.fsum(self.loss(site, offer) for site, offer in taken.items())
-        return replace(plan, taken=taken, pipeline=self.pipeline(taken), loss=loss, bound=min(plan.bound, loss))
+        loss = self.lost(taken)
+        return Plan(taken, self.pipeline(taken), loss, self.spent(kind, taken), min(plan.bound, loss))
 
     def front(self, kind: str, most: int = 60) -> list[Plan]:
         """Plans along the trade-off, the cheapest first; without a bound of their own, for they lie on it."""
@@ -125,12 +129,13 @@ class Survey:
             costs[site][0] = dense.get(site, costs[site][0])
         self._costs[kind] = costs
 
-    def planned(self, kind: str, plan: Plan, limit: float | None, rounds: int, whole: Pipeline) -> Planned:
-        """The plan as the report's data; `whole` is it with the passes around it."""
+    def planned(self, kind: str, plan: Plan, limit: float | None, rounds: int, whole: Pipeline, rest: float = 0.0) -> Planned:
+        """The plan as the report's data; `whole` is it with the passes around it, `rest` what was measured of all that is no site."""
         unit, times = SHOWN[kind]
-        front = [Point(one.cost * times, one.loss) for one in self.front(kind)] + [Point(plan.cost * times, plan.loss, taken=True)]
+        front = [Point(one.cost * times, one.loss) for one in self.front(kind) if one.taken != plan.taken]
+        front.append(Point(self.spent(kind, plan.taken) * times, self.lost(plan.taken), taken=True))
         return Planned(str(whole), unit, self.loss_unit, None if limit is None else limit * times, plan.cost * times, plan.loss, plan.bound,
-                       sorted(front, key=lambda point: point.cost), self.seconds, rounds)
+                       sorted(front, key=lambda point: point.cost), self.seconds, rounds, rest * times)
 
     def options(self, site: str, taken: Offer) -> list[Option]:
         """What a site could be, as the report's data."""

@@ -219,6 +219,27 @@ def test_measured_costs_correct_like_offers() -> None:
     assert costs["a"] == [4.0, 2.0, 1.0]
 
 
+def test_a_plan_without_some_sites_costs_and_loses_what_is_left() -> None:
+    offers = {site: [Offer("dense"), Offer("cut", 0, 0.5, 1.0), Offer("more", 0, 0.2, 3.0)] for site in "ab"}
+    survey = Survey(offers, lambda kind: {"a": [4.0, 2.0, 1.0], "b": [8.0, 5.0, 2.0]}, lambda taken: Pipeline(), scale={"b": 2.0})
+    plan = survey.plan(SECONDS, 7.0)
+    assert (plan.cost, plan.loss) == (7.0, 3.0)
+    rest = survey.without(SECONDS, plan, ["a", "elsewhere"])
+    assert (rest.taken, rest.cost, rest.loss) == ({"a": offers["a"][0], "b": offers["b"][1]}, 9.0, 2.0)
+    assert rest.bound <= rest.loss
+
+
+def test_the_plan_that_was_taken_is_one_point_of_the_front() -> None:
+    offers = {site: [Offer("dense"), Offer("cut", 0, 0.5, 1.0), Offer("more", 0, 0.2, 3.0)] for site in "ab"}
+    survey = Survey(offers, lambda kind: {"a": [4.0, 2.0, 1.0], "b": [8.0, 5.0, 2.0]}, lambda taken: Pipeline())
+    plan = survey.plan(SECONDS, 7.0)
+    shown = survey.planned(SECONDS, plan, 9.0, 1, plan.pipeline, 2.0)
+    assert [(point.cost, point.loss) for point in shown.front if point.taken] == [(7000.0, 2.0)]
+    places = [point.cost for point in shown.front]
+    assert places == sorted(set(places)), "cheapest first, none twice"
+    assert (places[0], places[-1], shown.limit, shown.rest) == (3000.0, 12000.0, 9000.0, 2000.0)
+
+
 # --- budgets ------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +311,14 @@ def test_a_limit_of_latency_is_solved_for_and_solved_again(net: Net, batches: li
     compiled = sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(latency_ms=0.009), calibration=batches)
     assert tried[0] == pytest.approx(0.002 + 1.1 * 0.012288)
     assert 0.009 * 0.93 < tried[-1] <= 0.009
-    assert compiled.report().plan.rounds == len(tried)  # type: ignore[union-attr]
+    report = compiled.report()
+    assert report.plan is not None
+    assert report.plan.rounds == len(tried)
+    assert report.plan.rest == pytest.approx(tried[-1] - math.fsum(site.compiled_ms or 0 for site in report.sites))
+    for site in report.sites:  # what was thought before anything was measured of it, however often it was measured since
+        dense = math.prod(site.shape) * 1e-6
+        assert site.predicted_ms is not None
+        assert site.density < 1 or site.predicted_ms == pytest.approx(dense)
+        assert site.density == 1 or site.predicted_ms != pytest.approx(site.compiled_ms)
     with pytest.raises(BudgetError, match="best that a plan reaches"):
         sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(latency_ms=0.003), calibration=batches)

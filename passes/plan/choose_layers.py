@@ -110,7 +110,7 @@ class ChooseLayers(Planner):
         before = dict(survey.scale)
         for site, loss in saved.items():
             survey.scale[site] = math.sqrt(before.get(site, 1.0) * ratio(loss, plan.taken[site].loss))
-        second = survey.plan(kind, survey.spent(kind, plan))
+        second = survey.plan(kind, survey.spent(kind, plan.taken))
         if second.taken != plan.taken and probes.whole(second.pipeline.run(program, watching, ())) < whole:
             return second
         survey.scale = before

@@ -21,7 +21,7 @@ MOST_OPTIONS = 24  # columns that the heat map has room for: those that were tak
 
 @styled
 def front(report: Report) -> str | None:
-    """The Pareto front: for each cost of the whole model the least loss that the choices allow, and the plan that was taken."""
+    """The Pareto front: for each cost of all sites the least loss that the choices allow, and the plan that was taken."""
     plan = report.plan
     if plan is None or len(plan.front) < 2:
         return None
@@ -31,7 +31,8 @@ def front(report: Report) -> str | None:
     taken = [point for point in plan.front if point.taken]
     axes.scatter([point.cost for point in taken], [point.loss for point in taken], s=70, color=SPARSE, zorder=3, label="taken")
     if plan.limit is not None and plan.unit != "loss":
-        axes.axvline(plan.limit, color=MARK, linewidth=1, linestyle="--", label="budget")
+        left = "budget, less all else" if plan.rest else "budget"
+        axes.axvline(plan.limit - plan.rest, color=MARK, linewidth=1, linestyle="--", label=left)
     if taken or plan.limit is not None:
         axes.legend(loc="upper right", frameon=False)
     axes.set_xlabel(f"predicted {plan.unit} of all sites")

@@ -164,7 +164,8 @@ def plan(report: Report) -> list[tuple[str, str]]:
     found = report.plan
     if found is None:
         return []
-    limit = "" if found.limit is None else f", limit {_in_unit(found.limit, found.unit)}"
+    rest = f" with {_in_unit(found.rest, found.unit)} of all else" if found.rest > 0 else ""
+    limit = "" if found.limit is None else f", limit {_in_unit(found.limit, found.unit)}{rest}"
     rows = [("planned", f"{_in_unit(found.cost, found.unit)} for all sites, loss {number(found.loss)} {found.loss_unit}".rstrip() + limit)]
     if found.gap is not None:
         took = "" if found.seconds is None else f"; solved in {ms(1000 * found.seconds)}"
