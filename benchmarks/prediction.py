@@ -31,6 +31,7 @@ from sparsify_compiler import machines
 from sparsify_compiler.cost_models import predict
 from sparsify_compiler.cost_models.forms import _base
 from sparsify_compiler.cost_models.machine import Machine
+from sparsify_compiler.cost_models.symbols import TABLE, compiled
 from sparsify_compiler.target import host
 from sparsify_compiler.work import Work, measure
 from sparsify_compiler.work_sample import forms_of
@@ -102,12 +103,11 @@ def fit(points: list[Point], machine: Machine) -> dict[str, dict[str, float]]:
 
 
 def _fit(group: list[tuple[_base.Form, Work, float]], machine: Machine) -> dict[str, float]:
-    table = set(_table())
-    names = sorted({s.name for form, *_ in group for s in form.formula.seconds.free_symbols} - table)
+    names = sorted({s.name for form, *_ in group for s in form.formula.seconds.free_symbols} - set(TABLE))
     rows = []
     for form, work, _ in group:
         given = predict.numbers(form, work.values, machine, work.between) | dict.fromkeys(names, 0.0)
-        base = _base.compiled(form.formula.seconds)
+        base = compiled(form.formula.seconds)
         fixed = base(given)
         rows.append([base(given | {name: 1.0}) - fixed for name in names] + [fixed])
     counts, taken = np.array(rows), np.array([seconds for *_, seconds in group])
@@ -120,12 +120,6 @@ def _fit(group: list[tuple[_base.Form, Work, float]], machine: Machine) -> dict[
 
     best = min((least_squares(errors, prior + shift, bounds=(-12, 8)) for shift in (0.0, -1.0, 1.0)), key=lambda found: found.cost)
     return {name: float(f"{math.exp(log):.3g}") for name, log in zip(names, best.x, strict=True)}
-
-
-def _table() -> Mapping[str, str]:
-    from sparsify_compiler.cost_models.symbols import TABLE
-
-    return TABLE
 
 
 def judge(points: list[Point], machine: Machine, costs: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparsify_compiler.cost_models.forms import dense, gather, lanes, slices, streams, strips, tiles
-from sparsify_compiler.cost_models.forms._base import Form, Values, compiled, fitted
+from sparsify_compiler.cost_models.forms._base import Form, Values, fitted
 from sparsify_compiler.cost_models.machine import Machine
+from sparsify_compiler.cost_models.symbols import compiled
 
 DTYPES = ("float32", "bfloat16")
 FAMILIES = (dense, tiles, streams, slices, strips, lanes, gather)

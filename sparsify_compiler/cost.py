@@ -137,14 +137,6 @@ def cost_of(name: str, values: Mapping[str, float]) -> Cost:
 
 @cache
 def _compiled(name: str) -> tuple[Callable[[Mapping[str, float]], float], Callable[[Mapping[str, float]], float]]:
-    """FLOPS and BYTES of a formula as plain functions: sympy's own substitution takes a millisecond, and a search asks thousands of times."""
-    import sympy
-
-    module = catalog.get("cost", name)
-
-    def plain(formula: Any) -> Callable[[Mapping[str, float]], float]:
-        symbols = sorted(formula.free_symbols, key=lambda s: s.name)
-        function = sympy.lambdify(symbols, formula, modules="math")
-        return lambda values: float(function(*(values[s.name] for s in symbols)))
-
-    return plain(module.FLOPS), plain(module.BYTES)
+    """FLOPS and BYTES of a formula as plain functions."""
+    module, compiled = catalog.get("cost", name), catalog.get("cost model", "symbols").compiled
+    return compiled(module.FLOPS), compiled(module.BYTES)

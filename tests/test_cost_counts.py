@@ -29,7 +29,8 @@ from sparsify_compiler.codegen.kernels.strip_layout import prepare_strips
 from sparsify_compiler.codegen.kernels.strip_panel import StripPanel
 from sparsify_compiler.codegen.kernels.tile_layout import prepare_tiles
 from sparsify_compiler.codegen.kernels.tiles import Tiles
-from sparsify_compiler.cost_models.forms import _base, gather, lanes, slices, streams, strips, tiles
+from sparsify_compiler.cost_models.forms import gather, lanes, slices, streams, strips, tiles
+from sparsify_compiler.cost_models.symbols import compiled
 
 pytestmark = needs_avx512
 INTEGERS = (torch.int16, torch.int32, torch.uint8)
@@ -56,7 +57,7 @@ def values(rows: int, outputs: int, inputs: int, step: int, dtype: torch.dtype, 
 
 
 def is_count(formula: Any, numbers: Mapping[str, float], counted: float) -> None:
-    assert _base.compiled(formula)(numbers) == pytest.approx(counted, rel=1e-9)
+    assert compiled(formula)(numbers) == pytest.approx(counted, rel=1e-9)
 
 
 def size(*tensors: Tensor) -> int:
@@ -132,7 +133,7 @@ def test_tiles(rows: int, outputs: int, inputs: int, step: int, across: int) -> 
     groups, _, _ = groups_of(op, form.tensors(), form.attributes())
     prepared = prepare_tiles(groups, None, outputs, inputs)
     chunks = prepared.values.numel() // (16 * 32)
-    expected = _base.compiled(tiles.SPARSE_CHUNKS)(numbers | {"group": 16})
+    expected = compiled(tiles.SPARSE_CHUNKS)(numbers | {"group": 16})
     assert abs(chunks - expected) <= outputs / 16  # a chunk a group: whether the last is full or begun is chance, and the formula takes half of it
     assert products(prepared) == chunks * across * -(-rows // (16 * across))
 

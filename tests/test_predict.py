@@ -13,7 +13,7 @@ from kernel_help import needs_avx512
 from sparsify_compiler.cost_models import predict as model
 from sparsify_compiler.cost_models.forms import _base
 from sparsify_compiler.cost_models.machine import UNITS, Level, Machine, Number, known, names
-from sparsify_compiler.cost_models.symbols import TABLE, TIMES
+from sparsify_compiler.cost_models.symbols import TABLE, TIMES, compiled
 from sparsify_compiler.errors import InputError, TargetError
 from sparsify_compiler.target import FEATURES, Target, host
 from sparsify_compiler.work import Work, is_dense, parts_of, predict
@@ -83,7 +83,7 @@ def test_units_agree(op: str) -> None:
     for form in model.forms(op, work.values, work.dtype, machine):
         given = model.numbers(form, work.values, machine, work.between) | dict(_base.fitted()[form.fitted])
         slower = given | {name: 3.0 * given[name] for name in TIMES if name in given}
-        seconds = _base.compiled(form.formula.seconds)
+        seconds = compiled(form.formula.seconds)
         assert seconds(slower) == pytest.approx(3 * seconds(given))
 
 

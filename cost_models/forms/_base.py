@@ -12,13 +12,12 @@ constant of the kernel, in costs.json: `python benchmarks/prediction.py --fit` f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-import sympy
 from sympy import Expr, Symbol
 
 from sparsify_compiler.cost_models.symbols import TABLE, arrive, call, cold, wake
@@ -101,12 +100,3 @@ def fitted() -> Mapping[str, Mapping[str, float]]:
     """What one of each costs, by kernel (costs.json)."""
     found: dict[str, dict[str, float]] = json.loads(COSTS.read_text(encoding="utf-8"))
     return found | ASSUMED
-
-
-@cache
-def compiled(formula: Expr) -> Callable[[Values], float]:
-    """A formula as a plain function of numbers by name: sympy's own substitution takes a millisecond, a plan asks ten thousand times."""
-    symbols = sorted(formula.free_symbols, key=lambda symbol: symbol.name)
-    function = sympy.lambdify(symbols, formula, modules="math")
-    names = [symbol.name for symbol in symbols]
-    return lambda values: float(function(*[values[name] for name in names]))
