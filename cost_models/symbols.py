@@ -36,9 +36,6 @@ TABLE: Mapping[str, str] = {
     "listed": "int32 numbers in the index tensors of a layout",
     "read": "elements of all inputs that are no weights",
     "written": "elements of the result",
-    "peak": "flops a second that the machine reaches in this dtype",
-    "bandwidth": "bytes a second that the machine reads",
-    "launch": "seconds that a call costs before it does anything",
     "call": "seconds that Python takes to call a kernel",
     "threads": "cores that take part in a call",
     "wake": "seconds until the other threads have begun, and the last has ended; 0 on one thread",
@@ -51,16 +48,15 @@ TABLE: Mapping[str, str] = {
 }
 
 # What is measured in seconds: any cost is proportional to all of these together.
-TIMES = ("launch", "call", "wake", "fma", "tile", "gather", "cold", "arrive", "near")
+TIMES = ("call", "wake", "fma", "tile", "gather", "cold", "arrive", "near")
 
 NATURAL = ("threads", "group", "vectors", "span", "M", "N", "K", "r", "c", "n", "m", "hidden", "steps", "block", "taps", "read", "written", "pairs",
            "block_q", "block_k", "E", "listed", "experts", "chosen")
 (threads, group, vectors, span, M, N, K, r, c, n, m, hidden, steps, block, taps, read, written, pairs, block_q, block_k, E, listed, experts,
  chosen) = (
     Symbol(name, integer=True, nonnegative=True) for name in NATURAL)
-density, spread, value_bytes, x_bytes, peak, bandwidth = (
-    Symbol(name, nonnegative=True) for name in ("density", "spread", "value_bytes", "x_bytes", "peak", "bandwidth"))
-launch, call, wake, fma, tile, gather, cold, arrive, near = (Symbol(name, nonnegative=True) for name in TIMES)
+density, spread, value_bytes, x_bytes = (Symbol(name, nonnegative=True) for name in ("density", "spread", "value_bytes", "x_bytes"))
+call, wake, fma, tile, gather, cold, arrive, near = (Symbol(name, nonnegative=True) for name in TIMES)
 
 index_bytes: Expr = Piecewise((2, K <= 32767), (4, True))  # column indices are int16 where that is enough (formats/_base.py)
 pointer_bytes = 4

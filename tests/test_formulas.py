@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsify_compiler import catalog
-from sparsify_compiler.cost_models.roofline import seconds
-from sparsify_compiler.cost_models.symbols import TABLE, evaluate
+from sparsify_compiler.cost_models.symbols import TABLE, compiled, evaluate
 from sparsify_compiler.formats._base import Format
 
 DENSE = ("linear", "conv2d", "elementwise")
@@ -119,14 +118,12 @@ def test_every_op_has_a_cost() -> None:
     assert set(catalog.names("op")) <= set(catalog.names("cost"))
 
 
-def test_roofline() -> None:
-    cost = catalog.get("cost", "linear")
-    machine = {"peak": 1e9, "bandwidth": 1e9, "launch": 1e-6}
-    one, many = ({"M": m, "N": 64, "K": 64, "value_bytes": 4, "x_bytes": 4, **machine} for m in (1, 1000))
-    time = seconds(cost.FLOPS, cost.BYTES)
-    assert evaluate(time, one) == pytest.approx(1e-6 + evaluate(cost.BYTES, one) / 1e9)
-    assert evaluate(time, many) == pytest.approx(1e-6 + evaluate(cost.FLOPS, many) / 1e9)
-    with pytest.raises(KeyError, match="launch"):
-        evaluate(time, {k: v for k, v in one.items() if k != "launch"})
+def test_a_number_that_is_missing_or_has_no_symbol_is_named() -> None:
+    moved, sizes = catalog.get("cost", "linear").BYTES, {"M": 1, "N": 64, "K": 64, "value_bytes": 4, "x_bytes": 4}
+    assert evaluate(moved, sizes) == compiled(moved)(sizes) == 4 * (64 + 64 + 64 * 64)
+    with pytest.raises(KeyError, match="value_bytes"):
+        evaluate(moved, {k: v for k, v in sizes.items() if k != "value_bytes"})
+    with pytest.raises(KeyError, match="value_bytes"):
+        compiled(moved)({k: v for k, v in sizes.items() if k != "value_bytes"})
     with pytest.raises(KeyError, match="rows"):
-        evaluate(time, {**one, "rows": 3})
+        evaluate(moved, {**sizes, "rows": 3})

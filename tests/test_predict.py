@@ -108,6 +108,17 @@ def test_parts_add_up_and_say_what_bounds() -> None:
     assert parts_of(Work.make("linear", M=512, N=1024, K=1024), made_up())["dense packed by MKL"].bound == "compute"
 
 
+def test_of_an_unknown_op_the_time_is_a_roofline() -> None:
+    """The slower of computing and moving, and what a call costs by itself."""
+    machine = made_up()
+    times, vector = machine.times(machine.cores), machine.cores * machine.numbers["vector"].value
+    called = model.EAGER_CALLS * times["call"] + times["wake"]
+    moving, computing = model.rough(1e6, 1e9, machine), model.rough(1e12, 1e6, machine)
+    assert (moving.total, moving.bound) == (pytest.approx(called + 1e9 / machine.rate(1e9, machine.cores)), "memory")
+    assert (computing.total, computing.bound) == (pytest.approx(called + 1e12 / vector), "compute")
+    assert model.rough(0.0, 0.0, machine).bound == "overhead"
+
+
 def test_what_cannot_be_predicted_says_so() -> None:
     with pytest.raises(InputError, match="no formula says how long attend takes"):
         predict(Work.make("attend", M=1), made_up())
