@@ -171,7 +171,7 @@ class CapturedModule(nn.Module):
         self._live = None if self._kernels is not None or tapped else live_function(region)
         self._spec, self._single = region.spec, region.spec.out_spec.is_leaf()
         self._flatten, self._fits = Flattener(region.spec, _device(graph)), literal_check(region.spec, _device(graph))
-        self.training = False
+        self.eval()
         self.__class__ = spelled(type(self), region.spec)  # so that it can be captured, exported and bound like the model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

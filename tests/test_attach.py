@@ -160,7 +160,7 @@ def test_what_was_trained_compiles_and_skips_its_zeros(pays: bool, monkeypatch: 
         key: {name: Timing(time(name), time(name), time(name)) for name in forms} for key, forms in groups.items()})
     module, hook, _ = attached()
     run(module, hook, torch.optim.AdamW(module.parameters(), 1e-2), 12)
-    compiled = sc.compile(module.eval(), (X,), recipe="exact_zeros", calibration=[(X,)], dynamic={"x": {0: "rows"}})
+    compiled = sc.compile(module, (X,), recipe="exact_zeros", calibration=[(X,)], dynamic={"x": {0: "rows"}})
     with torch.no_grad():
         torch.testing.assert_close(compiled(X[:7]), module(X[:7]))
     row = next(row for row in compiled.report().sites if row.site == "down")
