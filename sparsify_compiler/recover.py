@@ -60,16 +60,15 @@ def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Inputs], *, 
     """
     started = time.monotonic()
     course = Course(minutes, steps, rate, warmup, clip, decay, accumulate, checks, patience)
-    if losses is not None:
-        parse_losses(losses)  # wrong names are told at once
+    named = [] if losses is None else parse_losses(losses)  # first of all: wrong names are told at once
     first, batches = _first(batches)
     if hook is None:
         model, hook = attach(model, first, Pipeline(()), dynamic=dynamic)
     model.eval()
     teach = _Teacher(teacher, first, dynamic)
     student = _Student(model, hook, teach, dtype)
-    chosen = student.losses(first, losses)
-    key = fingerprint(model, f"{[str(one) for one in (losses or ())]} {steps} {rate} {warmup} {clip} {decay} {accumulate} {dtype}")
+    chosen = student.losses(first, named)
+    key = fingerprint(model, f"{[(one.name, one.options) for one in chosen]} {steps} {rate} {warmup} {clip} {decay} {accumulate} {dtype}")
     file = None if checkpoint is None else RunFile(Path(checkpoint), key)
     with display(progress) as show:
         loop = Loop(model, hook, lambda batch: student.loss(batch, chosen), course, record=Recovery([one.name for one in chosen]), metric=quality,
@@ -107,9 +106,8 @@ class _Student:
         device = next(iter(model.parameters()), torch.empty(0, dtype=torch.float32)).device
         self._cast = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
-    def losses(self, batch: Inputs, wanted: str | Sequence[str] | None) -> list[Named]:
-        """Those that the user named, or the default of such a model; checked on one batch."""
-        named = parse_losses(wanted) if wanted is not None else []
+    def losses(self, batch: Inputs, named: list[Named]) -> list[Named]:
+        """Those that the user named, or the default of such a model where there are none; checked on one batch."""
         attention = _reads_attention(named)
         with torch.no_grad(), self._cast:
             ours, theirs = see(self._model, self._hook, batch, attention), self._teacher(batch, attention)

@@ -59,6 +59,15 @@ class Course:
         return self.rate * (1 + math.cos(math.pi * (min(done, 1.0) - self.warmup) / (1 - self.warmup))) / 2
 
 
+@dataclass(frozen=True)
+class _Good:
+    """Where a run goes back to when a loss is no number."""
+
+    weights: dict[str, Tensor]
+    steps: int
+    hook: Mapping[str, int]
+
+
 OPEN = ("the time is up", "the data ran out")  # a run that ended so can go on where there is more
 
 
@@ -71,13 +80,13 @@ class Loop:
         self._metric, self._file, self._show = metric, file, show
         self._parameters = parameters_of(module)
         self._optimizer = torch.optim.AdamW(self._parameters, course.rate, weight_decay=course.decay)
-        self._record, self._best = record, None if metric is None else weights_of(module)
+        self._record, self._best = record, None
         found = file.read(module, self._optimizer, hook) if file is not None else None
         if found is not None:
             self._record, self._best = found
-        self._good, self._good_steps = weights_of(module), self._record.steps
+        self._good = _Good(weights_of(module), self._record.steps, hook.state_dict())
         self._begun = started - self._record.seconds
-        self._saved, self._misses = time.monotonic(), 0
+        self._saved = time.monotonic()
 
     def run(self, batches: Iterable[Inputs]) -> Recovery:
         """Until the budget, the data or the patience is used up. The module is then what was best, or last without a metric."""
@@ -85,7 +94,8 @@ class Loop:
         record.stopped = "" if record.stopped in OPEN else record.stopped
         if self._metric is not None and record.before is None:
             record.before = record.best = quality.measure(self._metric, self._module)
-            record.best_step = 0
+            record.best_step, self._best = record.steps, self._good.weights
+        record.seconds = self._seconds()
         stream = endless(batches, skip=record.steps * self._course.accumulate)
         while not record.stopped:
             group = [batch for _, batch in zip(range(self._course.accumulate), stream, strict=False)]
@@ -103,15 +113,14 @@ class Loop:
             return "all steps are done"
         if self._seconds() >= 60 * course.minutes:
             return OPEN[0]
-        if self._misses >= course.patience:
+        if record.misses() >= course.patience:
             return f"no better for {course.patience} measurements"
         return ""
 
     def _step(self, group: list[Inputs]) -> str:
         """One step of the optimizer. Why it is the last one, or nothing."""
         record, course = self._record, self._course
-        before = course.done(record.steps, self._seconds())
-        rate = course.rate_at(before)
+        rate = course.rate_at(course.done(record.steps, self._seconds()))
         total = 0.0
         for batch in group:
             loss = (self._loss(batch) + self._hook.loss()) / len(group)
@@ -120,20 +129,22 @@ class Loop:
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, course.clip))
         if not math.isfinite(total) or not math.isfinite(norm):
             self._optimizer.zero_grad()
-            self._module.load_state_dict(self._good)
+            self._module.load_state_dict(self._good.weights)
+            self._hook.load_state_dict(self._good.hook)
             what = f"the loss became {total}" if not math.isfinite(total) else f"the gradient became {norm}"
-            step, record.steps = record.steps + 1, self._good_steps
+            step, record.steps = record.steps + 1, self._good.steps
             return f"{what} in step {step}: the last good weights, of step {record.steps}, are kept"
         for each in self._optimizer.param_groups:
             each["lr"] = rate
         self._optimizer.step()
         self._hook.step(self._optimizer)
         self._optimizer.zero_grad()
-        record.steps += 1
-        record.seconds = self._seconds()
-        after = course.done(record.steps, record.seconds)
+        before = course.done(record.steps, record.seconds)  # when the last step was over: no measurement falls due unseen while it saves
+        record.steps, seconds = record.steps + 1, self._seconds()
+        after = course.done(record.steps, seconds)
         check = self._metric is not None and int(after * course.checks) > int(before * course.checks)
-        record.add(Point(record.steps, record.seconds, total, rate, self._check() if check else None))
+        record.add(Point(record.steps, seconds, total, rate, self._check() if check else None))
+        record.seconds = self._seconds()
         self._show("recover", min(int(1000 * after), 999), 1000)
         if time.monotonic() - self._saved > SAVE_EVERY:
             self._save()
@@ -145,15 +156,13 @@ class Loop:
         found = quality.measure(self._metric, self._module)
         record = self._record
         if record.best is None or found > record.best:
-            record.best, record.best_step, self._best, self._misses = found, record.steps, weights_of(self._module), 0
-        else:
-            self._misses += 1
+            record.best, record.best_step, self._best = found, record.steps, weights_of(self._module)
         return found
 
     def _save(self) -> None:
-        self._good, self._good_steps, self._saved = weights_of(self._module), self._record.steps, time.monotonic()
+        self._good, self._saved = _Good(weights_of(self._module), self._record.steps, self._hook.state_dict()), time.monotonic()
         if self._file is not None:
-            self._file.write(self._module, self._optimizer, self._hook, self._record, self._best)
+            self._file.write(self._good.weights, self._optimizer, self._hook, self._record, self._best)
 
     def _seconds(self) -> float:
         return time.monotonic() - self._begun

@@ -52,14 +52,14 @@ class RunFile:
     def __init__(self, file: Path, key: str) -> None:
         self._file, self._key = file, key
 
-    def write(self, model: nn.Module, optimizer: torch.optim.Optimizer, hook: Hook, record: Recovery, best: Mapping[str, Tensor] | None) -> None:
-        """Replace what is there, at once."""
+    def write(self, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, hook: Hook, record: Recovery,
+              best: Mapping[str, Tensor] | None) -> None:
+        """Replace what is there, at once. `weights` and `best` are what weights_of() gave."""
         meta = {"key": self._key, "hook": hook.state_dict(), "record": asdict(record)}
         tensors = {META: torch.frombuffer(bytearray(json.dumps(meta).encode()), dtype=torch.uint8)}
-        for prefix, found in ((MODEL, weights_of(model)), (OPTIMIZER, optimizer_tensors(optimizer)), (BEST, best or {})):
+        for prefix, found in ((MODEL, weights), (OPTIMIZER, optimizer_tensors(optimizer)), (BEST, best or {})):
             tensors |= {prefix + name: tensor.contiguous() for name, tensor in found.items()}
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self._file) as file:
+        with atomic_path(self._file, parents=True) as file:
             write_safetensors(file, tensors)
 
     def read(self, model: nn.Module, optimizer: torch.optim.Optimizer, hook: Hook) -> tuple[Recovery, dict[str, Tensor] | None] | None:

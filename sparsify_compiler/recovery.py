@@ -37,6 +37,10 @@ class Recovery:
     best: float | None = None
     best_step: int | None = None
 
+    def misses(self) -> int:
+        """How many measurements of the user's metric there were since the best one."""
+        return sum(point.quality is not None and point.step > (self.best_step or 0) for point in self.points)
+
     def add(self, point: Point) -> None:
         """Take a point into the curve."""
         self.points.append(point)

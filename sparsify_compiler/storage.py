@@ -75,9 +75,14 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when the block ends well and vanishes when it does not. Raises StorageError."""
+def atomic_path(path: Path, parents: bool = False) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` when the block ends well and vanishes when it does not. Raises StorageError.
+
+    parents  make its folder where there is none
+    """
     with _storage_errors(path):
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
         try:

@@ -37,11 +37,10 @@ class Checkpoint:
 
     def write(self, layer: str, tensors: Mapping[str, Tensor]) -> None:
         """Store a finished layer."""
-        with atomic_path(self._file(layer)) as file:
+        with atomic_path(self._file(layer), parents=True) as file:
             write_safetensors(file, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
     def _file(self, layer: str) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{hashlib.blake2b(layer.encode(), digest_size=12).hexdigest()}.safetensors"
 
 
