@@ -5,6 +5,7 @@ Imported only where transformers is. What it hands to attention are views of its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,6 +67,21 @@ class AppendingLayer(DynamicLayer):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self._sums.keep(self.held())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._change(lambda t: t.index_select(0, beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._change(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._change(lambda t: t[indices])
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """For layers that hold more than keys and values: what beams do to the entries of the batch, done to it."""
 
     def reset(self) -> None:
         """Forget all tokens, and keep the room."""

@@ -84,18 +84,6 @@ class EncodedLayer(AppendingLayer):
         self._encoded = None
         super().reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._change(lambda t: t.index_select(0, beam_idx))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._change(lambda t: t.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._change(lambda t: t[indices])
-
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._encoded is not None:
             self._encoded = _each(change, self._encoded[0]), _each(change, self._encoded[1])
