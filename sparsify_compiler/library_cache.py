@@ -68,6 +68,9 @@ class AppendingLayer(DynamicLayer):  # type: ignore[misc]
         super().crop(tokens_to_remove)
         self._sums.keep(self.held())
 
+    def begin(self) -> None:
+        """Told to the first layer before each forward of the model."""
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._change(lambda t: t.index_select(0, beam_idx))
@@ -104,7 +107,10 @@ def append_in_place(cache: Any) -> None:
 
 
 def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of a language model: the cache that it is given appends in place."""
+    """A forward pre-hook of a language model: the cache that it is given appends in place, and hears that a forward begins."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Cache):
             append_in_place(value)
+            for layer in getattr(value, "layers", ())[:1]:
+                if isinstance(layer, AppendingLayer):
+                    layer.begin()

@@ -61,12 +61,14 @@ class EvictingLayer(AppendingLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.held() + query_length, Forgotten(self.forgotten, 0)
 
+    def begin(self) -> None:
+        """Every token of the call is computed until a layer says otherwise."""
+        self.shared.going = None
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.watched:
             raise ModelError("this cache asks which tokens are looked at, and the model's attention does not say", where="evicting_cache",
                              hint="compile the model, for example with the pass select_blocks(always=(Everything(),))")
-        if not self.number:
-            self.shared.going = None
         self.watched = False
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         setattr(keys, WATCHED, self)

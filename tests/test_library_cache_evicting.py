@@ -112,6 +112,22 @@ def test_only_salient_tokens_go_on_to_later_layers() -> None:
     assert {layer.get_seq_length() for layer in held.layers} == {41}
 
 
+@pytest.mark.parametrize("way", ["again", "after it"])
+def test_what_went_on_is_forgotten_when_as_many_tokens_follow(way: str) -> None:
+    compiled, given, held = models()[1], prompt(0), sc.evicting_cache(layer=0, passed=0.5)
+    with torch.no_grad():
+        first = compiled(**given, past_key_values=held, use_cache=True).logits
+        if way == "again":
+            held.reset()
+            torch.testing.assert_close(compiled(**given, past_key_values=held, use_cache=True).logits, first)
+            assert [layer.keys.shape[2] for layer in held.layers] == [40, 20, 20]
+        else:
+            mask = torch.ones(2, 80, dtype=torch.long)
+            assert compiled(given["input_ids"], mask, past_key_values=held, use_cache=True).logits.shape[1] == 40
+            assert [layer.keys.shape[2] for layer in held.layers] == [80, 60, 60]
+            assert {layer.get_seq_length() for layer in held.layers} == {80}
+
+
 @pytest.mark.parametrize("way", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}])
 def test_a_prompt_that_is_thinned_goes_on_by_the_token(way: dict[str, Any]) -> None:
     compiled = models()[1]
