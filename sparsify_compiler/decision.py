@@ -27,7 +27,7 @@ class Decision:
     budget: float = 1.0  # density that the allocator asked for
     format: str = "dense"
     kernel: str = "dense"  # name of the kernel variant that runs, or the dense form
-    rows: int | None = None  # rows of the input at which the times were measured
+    rows: int | None = None  # rows of the input at which the times were measured; of an attention, tokens of one text
     dense_form: str = ""  # which dense form was the fastest, for example "eager fp32"
     dense_ms: float | None = None
     sparse_ms: float | None = None  # the best sparse kernel's time, also when it lost

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -325,6 +326,18 @@ def test_the_waterfall_adds_up() -> None:
     assert plots.waterfall(with_attention) == drawn, "attention is timed at a length of its own"
     shown = re.findall(r">([−+]?[0-9.]+ [mµ]s)<", drawn)
     assert shown == ["39.5 ms", "−0.15 ms", "−19.6 ms", "19.8 ms"]
+
+
+def test_who_reads_of_attention_reads_what_it_was_timed_with() -> None:
+    report = sample()
+    said = "timed with one text of 2048 tokens, not with the example's inputs"
+    assert said not in str(report)
+    report.sites += [Decision(f"encoder.layer.{i}.attention", "attention", dense_ms=37.0, compiled_ms=30.0, rows=2048) for i in range(2)]
+    report.sites.append(Decision("encoder.layer.2.attention", "attention"))
+    assert f"{said} (encoder.layer.0.attention, encoder.layer.1.attention)" in " ".join(str(report).split())
+    assert unescape(report.to_html()).count(said) == 1
+    assert explain(report, "encoder.layer.1.attention").startswith("encoder.layer.1.attention: attention, timed with one text of 2048 tokens\n")
+    assert explain(report, "encoder.layer.2.attention").startswith("encoder.layer.2.attention: attention\n")
 
 
 def test_the_roofline_needs_operations_and_times() -> None:

@@ -44,6 +44,7 @@ def renderable(report: Report, width: int = USUAL) -> Group:
         parts.append(_sites(report, width))
         if width < WIDE:
             parts += _reasons(report)
+        parts += [Text(line, style="dim") for line in words.timed_apart(report.sites)]
     if report.passes:
         steps = ", ".join(_step(row.name, row.seconds, row.rewrites) for row in report.passes)
         parts.append(Text(f"steps: {steps}", style="dim"))

@@ -34,7 +34,7 @@ def latency(report: Report) -> str | None:
 @styled
 def times(report: Report) -> str | None:
     """Each site's time, dense and now."""
-    sites = largest([site for site in report.sites if _on_the_example(site) and site.compiled_ms is not None])
+    sites = largest([site for site in report.sites if words.on_the_example(site) and site.dense_ms is not None and site.compiled_ms is not None])
     if not sites:
         return None
     figure, axes = axes_of(len(sites), 0.27)
@@ -92,16 +92,11 @@ def waterfall(report: Report) -> str | None:
     return svg(figure, "waterfall")
 
 
-def _on_the_example(site: Decision) -> bool:
-    """Was it timed at the sizes of the example? Attention is timed at lengths of its own."""
-    return site.dense_ms is not None and site.kind != "attention"
-
-
 def _savings(sites: Sequence[Decision]) -> dict[str, float]:
     """Milliseconds that sites saved, by their name within the block ("intermediate.dense"), the greatest first; small ones together."""
     found: dict[str, float] = {}
     for site in sites:
-        if _on_the_example(site) and site.dense_ms and site.compiled_ms is not None and site.compiled_ms < site.dense_ms:
+        if words.on_the_example(site) and site.dense_ms is not None and site.compiled_ms is not None and site.compiled_ms < site.dense_ms:
             name = words.split_path(site.site)[1]
             found[name] = found.get(name, 0.0) + site.dense_ms - site.compiled_ms
     ordered = sorted(found.items(), key=lambda item: -item[1])

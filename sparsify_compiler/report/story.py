@@ -41,8 +41,8 @@ def _find(report: Report, name: str) -> Decision:
 
 def _head(site: Decision) -> str:
     weight = f" with a weight of {words.shape(site)} {site.dtype}, {words.size(site.dense_bytes)}" if site.shape else ""
-    rows = "" if site.rows is None else f", timed with {site.rows} row{'' if site.rows == 1 else 's'}"
-    return f"{site.site}: {site.kind}{weight}{rows}"
+    timed = words.timed(site)
+    return f"{site.site}: {site.kind}{weight}" + (f", timed with {timed}" if timed else "")
 
 
 def _dense(site: Decision) -> str:

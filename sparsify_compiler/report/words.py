@@ -102,6 +102,27 @@ def pays(site: Decision) -> bool:
     return site.format != "dense"
 
 
+def on_the_example(site: Decision) -> bool:
+    """Are its times of the example's sizes? Attention is timed with one text, of a length of its own."""
+    return site.kind != "attention"
+
+
+def timed(site: Decision) -> str:
+    """What it was timed with; nothing where it was not."""
+    if site.rows is None:
+        return ""
+    return f"{site.rows} row{'' if site.rows == 1 else 's'}" if on_the_example(site) else f"one text of {site.rows} tokens"
+
+
+def timed_apart(sites: Sequence[Decision]) -> list[str]:
+    """Of the sites whose times are not of the example's sizes: what they, and the share that is kept, were measured with."""
+    groups: dict[str, list[str]] = {}
+    for site in sites:
+        if site.rows is not None and not on_the_example(site):
+            groups.setdefault(timed(site), []).append(site.site)
+    return [f"timed with {what}, not with the example's inputs{some(names)}" for what, names in groups.items()]
+
+
 def shape(site: Decision) -> str:
     """The shape of a site's weight."""
     return "×".join(map(str, site.shape)) if site.shape else DASH
