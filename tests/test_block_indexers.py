@@ -275,6 +275,16 @@ def test_padding_is_not_scored_and_what_is_no_number_is_read(text: str) -> None:
     assert bool(spoilt[:, :, 4:].isnan().all())  # as dense attention has it, not hidden by a choice
 
 
+@pytest.mark.parametrize("order", ["", "by_importance(segment=4)"])
+def test_a_block_of_which_some_keys_count_can_be_chosen(order: str) -> None:
+    indexer = Indexer.parse(f"Indexer(scorer=pooled, selector='top_k(share=1.0)', block_q=4, block_k=4, order='{order}')")
+    query, key, _ = drawn(3, 2, 14, 14, False)
+    mask = torch.stack((torch.arange(14) >= 2, torch.arange(14) < 13))  # the first block, and the last, which is cut
+    seen = (mask[:, None, None] & torch.ones(14, 14, dtype=torch.bool).tril()).expand(2, 4, 14, 14)
+    found = indexer.layout(query, key, True, SCALE, mask).mask().expand_as(seen)
+    assert torch.equal(found & seen, seen)
+
+
 def test_choices_of_heads() -> None:
     query, key, mask = drawn(5, 2, 22, 22, False)
     own = "always=(Sinks(tokens=3), Windows(size=4)), scorer=pooled, selector='top_k(share=0.5)', block_q=4, block_k=4"

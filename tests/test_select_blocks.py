@@ -446,6 +446,25 @@ def test_one_row_of_grouped_heads_is_attended_densely_as_rows_of_one_head(mask: 
     assert attend.dense(query[:0], key[:0], value[:0]).shape == (0, 6, 1, 5)
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 1, 21), (1, 6, 9, 21), (6, 9, 21)])
+def test_a_mask_that_heads_do_not_share_is_each_heads_own(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(size, dtype=torch.float32) for size in ((2, 6, 9, 8), (2, 3, 21, 8), (2, 3, 21, 5)))
+    mask = torch.rand(shape, dtype=torch.float32) < 0.7
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    for text in ("Indexer(always=(Everything(),), block_q=4, block_k=4)", "Indexer(always=(Everything(),), dense_below=99, dense_kernel_from=1)"):
+        torch.testing.assert_close(attend.by_indexer(Indexer.parse(text), query, key, value, mask), expected)
+
+
+def test_the_kernel_computes_dense_attention_of_as_many_rows_and_keys_as_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(attend, "_by_kernel", lambda query, key, *rest: asked.append((query.shape[2], key.shape[2])))
+    sizes = [(8, 8), (8, 7), (7, 8), (1, 40), (12, 40)]
+    for queries, keys in sizes:
+        attend.dense(*(torch.ones(1, 1, tokens, 4, dtype=torch.float32) for tokens in (queries, keys, keys)), kernel_from=8)
+    assert asked == [(8, 8), (12, 40)]
+
+
 def test_what_is_added_to_the_scores_has_a_gradient() -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 9, 4).double().requires_grad_()
