@@ -5,9 +5,9 @@
 
 Causal prefill: all blocks, a window of 512 tokens and 64 sinks, and a random tenth of the blocks below the diagonal (one choice for all heads; blocks
 of 64 × 64). "of ideal" is SDPA's time times the share of its causal blocks that are read, over the time taken. Decoding: one query row, an eighth
-of the blocks of the cache, each group its own; the gain is over the fastest dense form: SDPA as models call it, SDPA with the heads of a group as
-rows of one head (ops/attend.py's), and two matrix products for the same rows. Layouts are made beforehand. --build compiles what is to be timed and
-leaves.
+of the blocks of the cache, each group its own; the gain is over the fastest of torch's dense forms: SDPA as models call it, SDPA with the heads of a
+group as rows of one head (ops/attend.py's), and two matrix products for the same rows. Layouts are made beforehand. --build compiles what is
+to be timed and leaves.
 """
 
 from __future__ import annotations
