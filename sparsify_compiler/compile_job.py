@@ -131,7 +131,7 @@ class Job:
         """The compiled model with its report: times of the whole, bytes, quality."""
         args, kwargs = call_arguments(self.example)
         report = self.report(program)
-        fill_costs(report.sites, captured)
+        fill_costs(report.sites, captured, program)
         compiled = CompiledModel(program, self.target, report, leave_in_temporary_file(program))
         give_back()
         timings = self.timed("measure", lambda: interleave({**dense, COMPILED: lambda: compiled(*args, **kwargs)}))

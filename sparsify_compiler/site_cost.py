@@ -10,21 +10,25 @@ from torch import fx
 
 from .cost import Cost, conv_cost, node_cost
 from .decision import Decision
+from .pattern import op_name
 from .program import Program
 from .sites import find_sites
 
+FFN = "_ffn"  # what the names of ops end with that compute one
 BY_CALL = "by "  # formats that select at each call what they read of a weight that is stored whole: "by input", "by neuron"
 
 
-def fill_costs(rows: Iterable[Decision], captured: Program) -> None:
+def fill_costs(rows: Iterable[Decision], captured: Program, lowered: Program) -> None:
     """Fill in FLOPs and bytes of linear layers and convolutions, at the rows that they were timed with; a row that has them already keeps them.
 
     captured  the Program before any pass, which knows what a convolution reads
+    lowered   that what runs, which knows where the time of a row is that of a whole FFN, so that one weight's cost says nothing
     """
+    ffns = {str(node.meta.get("site")) for _, node in lowered.nodes() if op_name(node).endswith(FFN)}
     convs = {site.path: captured.regions[site.region].node(site.roles["op"]) for site in find_sites(captured, "conv")}
     for row in rows:
         dense = _dense(row, convs)
-        if dense is None or row.dense_bytes is None or row.flops_before is not None:
+        if dense is None or row.dense_bytes is None or row.flops_before is not None or row.site in ffns:
             continue
         row.flops_before, row.moved_before = dense.flops, dense.bytes
         row.flops, row.moved = dense.flops, dense.bytes

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from sparsify_compiler.calibrate import calibrate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.decision import Decision
+from sparsify_compiler.passes.activation.select_neurons import GatedFfn
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.site_cost import fill_costs, intensity
 
 MODEL = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.Flatten(), nn.Linear(8 * 4 * 4, 10)).eval()
@@ -14,7 +18,8 @@ CONV, LINEAR = 8 * 3 * 9 * 4, 10 * 128 * 4  # bytes of the weights
 
 
 def _filled(*rows: Decision) -> None:
-    fill_costs(rows, capture(MODEL, (torch.zeros(2, 3, 8, 8, dtype=torch.float32),)))
+    program = capture(MODEL, (torch.zeros(2, 3, 8, 8, dtype=torch.float32),))
+    fill_costs(rows, program, program)
 
 
 def test_dense_rows_cost_what_they_did() -> None:
@@ -41,6 +46,16 @@ def test_rows_that_nobody_timed_or_that_know_better_stay() -> None:
     _filled(untimed, known)
     assert untimed.flops is None
     assert (known.flops_before, known.flops, known.moved) == (7.0, 5.0, None)
+
+
+def test_a_row_that_times_a_whole_ffn_tells_no_cost_of_its_last_weight() -> None:
+    net, x = GatedFfn(32, 64).eval(), torch.randn(40, 32)
+    captured = capture(net, (x,))
+    packed = Pipeline.parse("select_neurons(density=0.5) | pack()").run(captured, Context(calibrate=lambda p, needs: calibrate(p, [(x,)], needs)))
+    rows = [Decision(site, "linear", (32, 64), "float32", rows=1, dense_bytes=8192, bytes=8192) for site in ("down", "gate")]
+    fill_costs(rows, captured, packed)
+    assert rows[0].flops_before is None
+    assert rows[1].flops_before == 2 * 32 * 64
 
 
 def test_intensity() -> None:

@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "axes.spines.left": False, "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "x", "grid.color": FAINT, "grid.linewidth": 0.6,
 }  # fmt: skip
 MOST_ROWS = 60  # sites that one plot shows: the slowest ones, in the order of the model
-WIDTH = 6.0  # inches
+WIDTH, HEIGHT = 6.0, 3.3  # inches
 
 
 def styled(draw: Callable[[Report], str | None]) -> Callable[[Report], str | None]:
@@ -54,13 +54,18 @@ def label(axes: Axes, sites: Sequence[Decision]) -> None:
 
 def axes_of(rows: int, inches: float) -> tuple[Figure, Axes]:
     """A figure for that many rows of that height, the first one on top."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, 0.9 + inches * rows), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = plane(0.9 + inches * rows)
     axes.invert_yaxis()
     axes.margins(y=0.3 / max(rows, 1))
     return figure, axes
+
+
+def plane(inches: float = HEIGHT) -> tuple[Figure, Axes]:
+    """A figure of that height for curves and points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, inches), layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def svg(figure: Figure, name: str) -> str:

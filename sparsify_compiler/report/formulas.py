@@ -27,17 +27,19 @@ class Formula:
 
 def formulas(report: Report) -> list[Formula]:
     """Of every op that a site of the report runs or ran."""
-    return [_formula(op) for op in _ops(report.sites) if op in catalog.names("cost")]
+    return [_formula(op, module) for op, module in _costs(report)]
 
 
 def symbols(report: Report) -> list[tuple[str, str]]:
     """(symbol as MathML, what it means) of all that stand in those formulas."""
-    import importlib
-
-    table = importlib.import_module("sparsify_compiler.cost_models.symbols").TABLE
-    modules = [catalog.get("cost", op) for op in _ops(report.sites) if op in catalog.names("cost")]
-    found = {symbol.name: symbol for module in modules for formula in (module.FLOPS, module.BYTES) for symbol in formula.free_symbols}
+    table = catalog.get("cost model", "symbols").TABLE
+    found = {symbol.name: symbol for _, module in _costs(report) for formula in (module.FLOPS, module.BYTES) for symbol in formula.free_symbols}
     return [(_mathml(found[name]), table[name]) for name in table if name in found]
+
+
+def _costs(report: Report) -> list[tuple[str, Any]]:
+    """The ops that formulas are known of, with the modules that hold them."""
+    return [(op, catalog.get("cost", op)) for op in _ops(report.sites) if op in catalog.names("cost")]
 
 
 def _ops(sites: Iterable[Decision]) -> list[str]:
@@ -52,8 +54,7 @@ def _ops(sites: Iterable[Decision]) -> list[str]:
     return list(found)
 
 
-def _formula(op: str) -> Formula:
-    module = catalog.get("cost", op)
+def _formula(op: str, module: Any) -> Formula:
     about = (module.__doc__ or op).strip().splitlines()[0]
     return Formula(op, about.partition(": ")[2] or about, _mathml(module.FLOPS), _mathml(module.BYTES))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.planned import Option
 
-from .drawing import DENSE, INK, MARK, SPARSE, axes_of, label, largest, styled, svg
+from .drawing import DENSE, INK, MARK, SPARSE, axes_of, label, largest, plane, styled, svg
 from .model import Report
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ def front(report: Report) -> str | None:
     plan = report.plan
     if plan is None or len(plan.front) < 2:
         return None
-    figure, axes = axes_of(7, 0.34)
-    axes.invert_yaxis()
+    figure, axes = plane()
     axes.plot([point.cost for point in plan.front], [point.loss for point in plan.front], "o-", color=DENSE, markersize=3.5, linewidth=1.2)
     taken = [point for point in plan.front if point.taken]
     axes.scatter([point.cost for point in taken], [point.loss for point in taken], s=70, color=SPARSE, zorder=3, label="taken")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .drawing import DENSE, MARK, SPARSE, axes_of, styled, svg
+from .drawing import DENSE, MARK, SPARSE, plane, styled, svg
 from .model import Report
 
 
@@ -12,8 +12,7 @@ def recovery(report: Report) -> str | None:
     found = report.recovery
     if found is None or len(found.points) < 2:
         return None
-    figure, axes = axes_of(7, 0.34)
-    axes.invert_yaxis()
+    figure, axes = plane()
     axes.plot([point.step for point in found.points], [point.loss for point in found.points], color=DENSE, linewidth=1.2)
     axes.set_yscale("log")
     axes.set_xlabel(f"step; {found.stopped}" if found.stopped else "step")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.site_cost import intensity
 
-from .drawing import DENSE, INK, SPARSE, axes_of, styled, svg
+from .drawing import DENSE, INK, SPARSE, plane, styled, svg
 from .model import Report
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ def roofline(report: Report) -> str | None:
     before = [place for site in report.sites if (place := _place(site.flops_before, site.moved_before, site.dense_ms))]
     if not before:
         return None
-    figure, axes = axes_of(9, 0.34)
-    axes.invert_yaxis()
+    figure, axes = plane(4.0)
     _logarithmic(axes)
     for site in report.sites:
         _draw(axes, site)
@@ -32,7 +31,7 @@ def roofline(report: Report) -> str | None:
     axes.scatter([], [], s=18, color=DENSE, label="dense")
     axes.scatter([], [], s=18, color=SPARSE, label="now, sparse")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-    axes.set_xlabel("operations for each byte that moves")
+    axes.set_xlabel("operations for each byte that moves" + ("; roofs as the machine was measured once" if report.machine else ""))
     axes.set_ylabel("billions of operations a second")
     return svg(figure, "roofline")
 
