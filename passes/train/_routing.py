@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.normal_form_edit import aten, is_call, shape, value
 from sparsify_compiler.ops import experts_ffn
 from sparsify_compiler.passes.moe._write import SCORES
+from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Site
 
 
@@ -24,8 +25,15 @@ class Routed:
     limit: fx.Node | None
 
 
-def routed(program: Program) -> Iterator[Routed]:
-    """All of them, in the order of execution."""
+def routed(program: Program, ctx: Context) -> list[Routed]:
+    """All of them, in the order of execution; a miss where the model has none."""
+    found = list(_found(program))
+    if not found:
+        ctx.miss("the model has no experts")
+    return found
+
+
+def _found(program: Program) -> Iterator[Routed]:
     for region, op in program.nodes():
         if op.target is experts_ffn.op:
             chosen, gate = op.kwargs["chosen"], value(op.kwargs["gate"])

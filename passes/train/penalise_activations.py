@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.named import Named
+from sparsify_compiler.passes.train._penalty import Penalty, check_weight
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program
 from sparsify_compiler.site_ffn import neurons_of
@@ -45,11 +47,9 @@ class PenaliseActivations(TrainingPass):
 
     def __post_init__(self) -> None:
         Named.parse("activation loss", self.loss)
-        Named.parse("schedule", self.schedule)(0)
+        check_weight(self.weight, self.schedule, "penalise_activations")
         if self.of not in ("neurons", "hidden"):
             raise ParseError(f"of is 'neurons' or 'hidden', not {self.of!r}", where="penalise_activations")
-        if not 0 <= self.weight < float("inf"):
-            raise ParseError(f"a weight is a number of 0 or more, got {self.weight}", where="penalise_activations")
         self.take_selectors("targets", "ignore")
 
     def run(self, program: Program, ctx: Context) -> Program:
@@ -61,21 +61,13 @@ class PenaliseActivations(TrainingPass):
         return program
 
     def part(self, marked: Sequence[Marked]) -> Part:
-        return _Penalty(self, marked)
+        return Penalty(self.weight, self.schedule, partial(_terms, Named.parse("activation loss", self.loss), tuple(marked)))
 
 
-class _Penalty(Part):
-    def __init__(self, of: PenaliseActivations, marked: Sequence[Marked]) -> None:
-        self._of, self._marked = of, tuple(marked)
-        self._loss, self._schedule = Named.parse("activation loss", of.loss), Named.parse("schedule", of.schedule)
-
-    def loss(self, step: int) -> Tensor | None:
-        values = [one.value for one in self._marked if one.value is not None and one.value.numel()]
-        weight = self._of.weight * self._schedule(step)
-        if not values or not weight:
-            return None
-        total: Tensor = weight * torch.stack([self._loss(value.float()) for value in values]).mean()
-        return total
+def _terms(loss: Named, marked: Sequence[Marked]) -> Iterator[Tensor]:
+    for one in marked:
+        if one.value is not None and one.value.numel():
+            yield loss(one.value.float())
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from sparsify_compiler.errors import ParseError
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.train import _routing
+from sparsify_compiler.passes.train._penalty import Penalty, check_weight
 from sparsify_compiler.passes.train._routing import routed
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program
@@ -37,15 +37,10 @@ class PenaliseRouting(TrainingPass):
 
     def __post_init__(self) -> None:
         Named.parse("router loss", self.loss)
-        Named.parse("schedule", self.schedule)(0)
-        if not 0 <= self.weight < float("inf"):
-            raise ParseError(f"a weight is a number of 0 or more, got {self.weight}", where="penalise_routing")
+        check_weight(self.weight, self.schedule, "penalise_routing")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        found = list(routed(program))
-        if not found:
-            ctx.miss("the model has no experts")
-        for one in found:
+        for one in routed(program, ctx):
             if one.scores is None:
                 ctx.miss("the scores of its router are not known", one.site.path)
                 continue
@@ -54,22 +49,18 @@ class PenaliseRouting(TrainingPass):
         return program
 
     def part(self, marked: Sequence[Marked]) -> Part:
-        return _Penalty(self, marked)
+        return Penalty(self.weight, self.schedule, partial(_terms, Named.parse("router loss", self.loss), tuple(marked)))
 
 
-class _Penalty(Part):
-    def __init__(self, of: PenaliseRouting, marked: Sequence[Marked]) -> None:
-        self._of, self._marked = of, tuple(marked)
-        self._loss, self._schedule = Named.parse("router loss", of.loss), Named.parse("schedule", of.schedule)
-
-    def loss(self, step: int) -> Tensor | None:
-        weight = self._of.weight * self._schedule(step)
-        seen: dict[str, dict[bool, Tensor]] = {}
-        for one in self._marked:
-            if one.value is not None and one.value.numel():
-                seen.setdefault(one.path, {})[one.value.is_floating_point()] = one.value
-        terms = [self._loss(values[True].float(), values[False]) for values in seen.values() if len(values) == 2]
-        return weight * torch.stack(terms).mean() if terms and weight else None
+def _terms(loss: Named, marked: Sequence[Marked]) -> Iterator[Tensor]:
+    """Of each router that gave scores and a choice."""
+    seen: dict[str, dict[bool, Tensor]] = {}
+    for one in marked:
+        if one.value is not None and one.value.numel():
+            seen.setdefault(one.path, {})[one.value.is_floating_point()] = one.value
+    for values in seen.values():
+        if len(values) == 2:
+            yield loss(values[True].float(), values[False])
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

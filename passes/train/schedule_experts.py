@@ -40,10 +40,7 @@ class ScheduleExperts(TrainingPass):
             raise ParseError(f"first and last are finite numbers, got {self.first} and {self.last}", where="schedule_experts")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        found = list(routed(program))
-        if not found:
-            ctx.miss("the model has no experts")
-        for one in found:
+        for one in routed(program, ctx):
             if one.limit is None:
                 ctx.miss("its choice compares with no stored number: selector='growing_k' makes one", one.site.path)
             else:
