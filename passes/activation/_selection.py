@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +35,7 @@ class Selection:
         named = Named.parse("selector", selector)
         if density >= 1 and not exact(named):
             return Selection(named, None, 1.0, scale, center)
-        number: float = sys.modules[named.function.__module__].calibrate(scores, density)
+        number: float = named.module.calibrate(scores, density)
         limit = named(scores, number)
         return Selection(named, number, float((scores >= (number if limit is None else limit)).float().mean()), scale, center)
 
@@ -74,4 +73,4 @@ class Selection:
 
 def exact(selector: Named) -> bool:
     """Whether a selector leaves out zeros only, so that it needs no density."""
-    return bool(getattr(sys.modules[selector.function.__module__], "EXACT", False))
+    return bool(getattr(selector.module, "EXACT", False))

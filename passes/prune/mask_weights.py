@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +78,7 @@ class MaskWeights(Pass):
         for kind, name in (("score", self.score), ("budget", self.budget), ("repair", self.repair)):
             if (kind, name) != ("score", CHOSEN_BY_REPAIR):
                 Named.parse(kind, name)
-        if self.score == CHOSEN_BY_REPAIR and not sys.modules[self._mended.function.__module__].CHOOSES:
+        if self.score == CHOSEN_BY_REPAIR and not self._mended.module.CHOOSES:
             raise ParseError(f"the repair {self._mended.name} does not choose what to keep", where="mask_weights", hint="name a score")
         if self.inputs not in ("dense", "block", "pruned"):
             raise ParseError(f"inputs is 'dense', 'block' or 'pruned', not {self.inputs!r}", where="mask_weights")
