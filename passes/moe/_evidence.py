@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.ops.select_ffn import hidden
+from sparsify_compiler.passes.activation._predictor import top
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ class Evidence:
     def active(self, share: float) -> Tensor:
         """bool [R, H]: the largest neurons of each row, at least one, and none that is 0."""
         size = self.neurons.abs()
-        count = min(max(1, round(share * size.shape[1])), size.shape[1])
-        return torch.zeros_like(size, dtype=torch.bool).scatter_(1, size.topk(count, 1).indices, True) & (size > 0)
+        return top(size, share) & (size > 0)
 
     def needed_slopes(self) -> Tensor:
         """The slopes. Raises CalibrationError where there are none."""

@@ -14,8 +14,7 @@ from torch.nn.functional import linear
 from sparsify_compiler.fold import erase_dead, put
 from sparsify_compiler.normal_form_edit import aten, insert
 from sparsify_compiler.ops import experts_ffn
-from sparsify_compiler.ops.select_ffn import hidden
-from sparsify_compiler.passes.moe._evidence import Formula
+from sparsify_compiler.passes.moe._evidence import Ffn, Formula
 from sparsify_compiler.passes.moe._sites import Dense
 from sparsify_compiler.passes.moe._split import Split
 from sparsify_compiler.splice import insert_formula
@@ -103,5 +102,5 @@ class _Writer:
 def _dense(x: Tensor, gate: Tensor, down: Tensor, up: Tensor | None = None, gate_bias: Tensor | None = None, up_bias: Tensor | None = None,
            bias: Tensor | None = None, *, activation: str) -> Tensor:
     """The shared expert: an ordinary FFN."""
-    neurons = hidden(activation, linear(x, gate, gate_bias), None if up is None else linear(x, up, up_bias))
-    return linear(neurons, down, bias)
+    found: Tensor = linear(Ffn(gate, down, activation, up, gate_bias, up_bias).hidden(x), down, bias)
+    return found

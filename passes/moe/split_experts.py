@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -107,7 +106,7 @@ class SplitExperts(Pass):
         share = self._share(split, evidence.ffn.neurons, density)
         router: Formula = route(Task(evidence, table, share, importance, self.criterion))
         scores = _scores(router, Split.of(evidence.ffn, table, always), evidence)
-        number = sys.modules[select.function.__module__].calibrate(scores, share, **select.options)
+        number = select.module.calibrate(scores, share, **select.options)
         chosen = select(scores, number)
         found = split.activated(chosen, evidence.ffn.neurons)
         if evidence.rows:
@@ -157,7 +156,7 @@ def _unfit(dense: Dense | str, experts: int, shared: float) -> str | None:
 
 def _selection(select: Named, number: float) -> Formula:
     """The selector in the graph: its number is a literal, or where it may move a buffer."""
-    if getattr(sys.modules[select.function.__module__], "MOVES", False):
+    if getattr(select.module, "MOVES", False):
         return Formula({}, lambda scores, limit: select(scores, limit), {"limit": torch.tensor(number, dtype=torch.float32)})
     return Formula({}, lambda scores: select(scores, number))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsify_compiler.passes.moe._evidence import Evidence
+from sparsify_compiler.passes.moe._fit import ridge_of
 from sparsify_compiler.passes.moe._split import Split
 from sparsify_compiler.passes.moe.repairs._base import computed
 from sparsify_compiler.passes.moe.repairs.mean import mean
@@ -29,14 +30,9 @@ def least_squares(evidence: Evidence, split: Split, chosen: Tensor, *, damp: flo
     features = torch.cat([(neurons * count[..., None]).flatten(1), shared, count], 1)
     known = torch.cat([split.down.transpose(0, 1).flatten(1), split.shared["down"], split.bias.T], 1).float()
     dense = linear(evidence.neurons, evidence.ffn.down, evidence.ffn.bias)
-    missing = dense - linear(features, known, split.base.float())
-    centre, level = features.mean(0), missing.mean(0)
-    rows = (features - centre).double()
-    gram = rows.T @ rows
-    gram.diagonal().add_(damp * gram.diagonal().mean().clamp_min(1e-30))
-    change = torch.linalg.solve(gram, rows.T @ (missing - level).double()).T.float()
+    change, offset = ridge_of(features, dense - linear(features, known, split.base.float()), damp)
     fitted, width = known + change, neurons.shape[1] * neurons.shape[2]
-    down = fitted[:, :width].unflatten(1, neurons.shape[1:]).transpose(0, 1).contiguous()
+    down = fitted[:, :width].reshape(-1, *neurons.shape[1:]).transpose(0, 1).contiguous()
     always = fitted[:, width : width + shared.shape[1]].contiguous()
     return replace(split, down=down, shared={**split.shared, "down": always}, bias=fitted[:, -split.experts :].T.contiguous(),
-                   base=split.base + level - change @ centre)
+                   base=split.base + offset)

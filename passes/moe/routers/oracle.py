@@ -15,25 +15,16 @@ from sparsify_compiler.passes.moe.routers._base import Task
 
 def oracle(task: Task) -> Formula:
     """The task's criterion itself."""
-    ffn = task.evidence.ffn
-    computed = partial(_gated if ffn.up is not None else _plain, activation=ffn.activation, criterion=task.criterion)
-    return Formula({}, computed)
+    return Formula({}, partial(_measured, activation=task.evidence.ffn.activation, criterion=task.criterion))
 
 
-def _plain(x: Tensor, gate: Tensor, down: Tensor, gate_bias: Tensor | None = None, *, activation: str, criterion: str) -> Tensor:
-    return _measured(hidden(activation, _each(x, gate, gate_bias)), down, criterion)
-
-
-def _gated(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None, *, activation: str,
-           criterion: str) -> Tensor:
-    return _measured(hidden(activation, _each(x, gate, gate_bias), _each(x, up, up_bias)), down, criterion)
+def _measured(x: Tensor, gate: Tensor, down: Tensor, up: Tensor | None = None, gate_bias: Tensor | None = None, up_bias: Tensor | None = None, *,
+              activation: str, criterion: str) -> Tensor:
+    neurons = hidden(activation, _each(x, gate, gate_bias), None if up is None else _each(x, up, up_bias))
+    return CRITERIA[criterion](neurons.float(), down.float())
 
 
 def _each(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[..., K] and [E, S, K] -> [..., E, S]."""
     found: Tensor = linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
     return found.reshape(*found.shape[:-1], weight.shape[0], weight.shape[1])
-
-
-def _measured(neurons: Tensor, down: Tensor, criterion: str) -> Tensor:
-    return CRITERIA[criterion](neurons.float(), down.float())
