@@ -19,6 +19,8 @@ SHARED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
           "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters",
           "attention_dropout", "head_dim")  # fmt: skip
 
+TIED = ("lm_head.weight", "model.embed_tokens.weight")
+
 
 def to_mixtral(module: nn.Module, config: PreTrainedConfig, top_k: int) -> nn.Module:
     """A transformers.MixtralForCausalLM, with its save_pretrained(), of the same outputs.
@@ -43,8 +45,7 @@ def to_mixtral(module: nn.Module, config: PreTrainedConfig, top_k: int) -> nn.Mo
     whole = {name: value for name, value in state.items() if name in known}
     whole |= {f"model.layers.{layer}.mlp.{name}": value for layer, tensors in enumerate(found) for name, value in tensors.items()}
     if config.tie_word_embeddings:
-        whole.setdefault("lm_head.weight", whole.get("model.embed_tokens.weight", whole.get("lm_head.weight")))
-        whole.setdefault("model.embed_tokens.weight", whole["lm_head.weight"])
+        whole |= {name: whole[other] for name, other in (TIED, TIED[::-1]) if name not in whole and other in whole}
     missing, extra = sorted(known - set(whole)), sorted(name for name in state if name not in known and _is_weight(name))
     if missing or extra:
         raise InputError(f"Mixtral has no place for {extra[:3]}, or misses {missing[:3]}", where=WHERE)
