@@ -87,7 +87,10 @@ def ours(mixture: Any) -> Any:
     half = mixture.gate_up_proj.shape[1] // 2
     tensors = {"gate": mixture.gate_up_proj[:, :half], "up": mixture.gate_up_proj[:, half:], "down": mixture.down_proj}
     found = runtime.candidates("experts_ffn", tensors, {"activation": "silu"}, mixture.down_proj.dtype, (1,), host())
-    return found[0].bind()
+    kernels = [candidate for candidate in found if candidate.options["family"] == "experts_ffn"]  # torch's grouped product is a candidate, too
+    if not kernels:
+        raise SystemExit(f"this machine has no kernel for experts of {mixture.down_proj.dtype}: AVX-512 is needed, for bfloat16 AMX tiles")
+    return kernels[0].bind()
 
 
 def forms(mixture: Any, tokens: int) -> dict[str, Form]:
