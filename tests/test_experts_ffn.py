@@ -107,6 +107,14 @@ def test_dtypes(x_dtype: torch.dtype, dtype: torch.dtype) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=3e-2, atol=3e-2 * float(expected.abs().max()))
 
 
+def test_weights_are_not_rounded_to_the_dtype_of_x() -> None:
+    x, own = torch.ones(1, SIZES[0], dtype=torch.bfloat16), make(3, bias=False, dtype=torch.bfloat16)
+    weights = torch.tensor([[1 + 2**-10, -1]], dtype=torch.float32)  # 1 and -1 in bfloat16
+    for function in (experts_ffn.op, experts_ffn.reference):
+        y = function(x, torch.tensor([[1, 1]]), weights, **own, activation="silu")
+        assert float(y.abs().max()) > 0
+
+
 def test_nan_reaches_only_those_who_chose() -> None:
     own = make(3, dtype=torch.float32)
     own["down"][1, 2, 3] = float("nan")
@@ -145,7 +153,8 @@ def test_all_experts_of_a_split_ffn_are_the_dense_one() -> None:
 @pytest.mark.parametrize(("change", "what"), [
     ({"x": torch.zeros(4, 9, dtype=torch.float64)}, "shapes"), ({"chosen": torch.zeros(3, 2, dtype=torch.int64)}, "shapes"),
     ({"weights": torch.zeros(4, 3, dtype=torch.float64)}, "shapes"), ({"down": torch.zeros(4, 7, 5, dtype=torch.float64)}, "shapes"),
-    ({"bias": torch.zeros(4, 6, dtype=torch.float64)}, "shapes"), ({"chosen": torch.zeros(4, 2, dtype=torch.float32)}, "int32 or int64"),
+    ({"bias": torch.zeros(4, 6, dtype=torch.float64)}, "shapes"), ({"up": torch.zeros(4, 5, 5, dtype=torch.float64)}, "shapes"),
+    ({"up": None}, "shapes"), ({"chosen": torch.zeros(4, 2, dtype=torch.float32)}, "int32 or int64"),
     ({"chosen": torch.full((4, 2), 4, dtype=torch.int64)}, "expert 4 was chosen of 4"),
     ({"chosen": torch.full((4, 2), -2, dtype=torch.int64)}, "expert -2"),
     ({"activation": "sine"}, "no activation 'sine'"),

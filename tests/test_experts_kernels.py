@@ -14,8 +14,12 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import sparsify_compiler as sc
 from sparsify_compiler.codegen import runtime
+from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import InputError, KernelError
+from sparsify_compiler.measure import Timing
 from sparsify_compiler.ops import experts_ffn
+from sparsify_compiler.passes.lower import _experts
+from sparsify_compiler.passes.lower._layer import Form
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.target import host
 
@@ -96,6 +100,40 @@ def test_nan_reaches_only_those_who_chose(rows: int) -> None:
     x[-1, 4] = float("nan")
     found = kernel(x, torch.full((rows, 2), 0)).isnan().any(1)
     assert found.tolist() == [False] * (rows - 1) + [True]
+
+
+@pytest.mark.parametrize("family", ["experts_ffn", "experts_torch"])
+@pytest.mark.parametrize("rows", [1, 6, 40])
+def test_experts_that_there_are_not_count_as_none(rows: int, family: str) -> None:
+    tensors = made(torch.float32, True, False, True)
+    kernel, x = bound(tensors, "silu", family), torch.randn(rows, K)
+    given, none = (torch.tensor([[3, wrong]] * rows) for wrong in (EXPERTS, -1))
+    assert torch.equal(kernel(x, given), kernel(x, none))
+    assert not bool(kernel(x, torch.tensor([[EXPERTS, -1, -7, 1 << 20]] * rows)).any())
+
+
+@pytest.mark.parametrize(("one", "many", "margin", "best"), [
+    ((1.0, 2.0, 0.5), (9.0, 8.0, 4.0), 0.0, "ours"),      # faster at both
+    ((1.0, 2.0, 0.5), (9.0, 8.0, 30.0), 0.0, "loop"),     # 3.75 times slower than the fastest at many rows; the loop loses 2 times at one
+    ((1.0, 2.0, 3.0), (9.0, 1.0, 2.0), 0.0, "grouped"),   # never the worst
+    ((1.0, 2.0, 0.5), None, 0.0, "ours"), ((1.0, 2.0, 1.5), None, 0.0, "loop"), ((1.0, 2.0, 1.5), None, -1.0, "ours")])
+def test_the_form_with_the_smallest_loss_is_bound(one: tuple[float, ...], many: tuple[float, ...] | None, margin: float, best: str,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    bound_to: list[str] = []
+    monkeypatch.setattr(_experts.Mixture, "bind", lambda self, name: bound_to.append(name))
+    gate = torch.zeros(2, 4, 4)
+    nowhere: Any = None
+    mixture = _experts.Mixture(nowhere, nowhere, Decision.of("mlp", "experts", gate), gate, None, rows=1, many=0 if many is None else 70)
+    names = ("loop", "grouped", "ours")
+    mixture.forms = {name: Form(name != "ours") for name in names}
+    timings = {name: Timing(ms, ms, ms) for name, ms in zip(names, one, strict=True)}
+    timings |= {f"{name}, many rows": Timing(ms, ms, ms) for name, ms in zip(names, many or (), strict=many is not None)}
+    _experts.choose(mixture, timings, margin)
+    row, at = mixture.decision, names.index(best)
+    assert (bound_to, row.kernel) == ([best], best)
+    assert (row.dense_form, row.dense_ms, row.sparse_ms, row.compiled_ms) == ("loop", one[0], one[2], one[at])
+    assert f"{one[0] / one[at]:.2f} times the speed of loop at 1 row" in row.reason
+    assert many is None or f"{min(many[:2]) / many[at]:.2f} times at 70 rows" in row.reason
 
 
 def test_bad_calls_and_weights_are_refused() -> None:

@@ -18,10 +18,11 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
 )
+from transformers.integrations import moe
 
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
-from sparsify_compiler.library_experts import activation_name, find_library_experts
+from sparsify_compiler.library_experts import _experts, activation_name, find_library_experts
 from sparsify_compiler.ops import experts_ffn
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -72,6 +73,49 @@ def test_what_computes_in_a_way_of_its_own_stays_as_it_is() -> None:
     assert find_library_experts(model) == {"model.layers.0.mlp.experts": "its gate is computed in a way of its own"}
     program = capture(model, {"input_ids": torch.randint(3, 64, (1, 5))}, DYNAMIC)
     assert experts_ffn.op not in [node.target for _, node in program.nodes()]
+
+
+class Library(nn.Module):
+    """What the library's decorator makes of a class of experts: four of 6 neurons, 8 inputs and outputs, kept as the flags say."""
+
+    _apply_gate = moe._default_apply_gate
+
+    def __init__(self, gate: bool, transposed: bool, concatenated: bool, bias: bool, post_norm: bool = False) -> None:
+        super().__init__()
+        self.has_gate, self.has_bias, self.has_post_expert_norm = gate, bias, post_norm
+        self.is_transposed, self.is_concatenated = transposed, concatenated
+        self.config, self.act_fn, self._sparsify_activation = MixtralConfig(**SIZES), nn.SiLU(), "silu"
+        self.own = {name: torch.randn(4, *size) for name, size in {"gate": (6, 8), "up": (6, 8), "down": (8, 6), "gate_bias": (6,), "up_bias": (6,),
+                                                                    "bias": (8,)}.items()}
+        self._keep("gate_up_proj", "up_proj", "gate", "up", transposed)
+        self.down_proj = self.own["down"].transpose(1, 2).contiguous() if transposed else self.own["down"]
+        if bias:
+            self._keep("gate_up_proj_bias", "up_proj_bias", "gate_bias", "up_bias", False)
+            self.down_proj_bias = self.own["bias"]
+
+    def _keep(self, both: str, alone: str, gate: str, up: str, transposed: bool) -> None:
+        parts = [self.own[gate], self.own[up]] if self.has_gate else [self.own[gate]]
+        kept = torch.cat(parts, 1) if self.is_concatenated else torch.stack(parts, 2).flatten(1, 2)
+        setattr(self, both if self.has_gate else alone, kept.transpose(1, 2).contiguous() if transposed else kept)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize(("transposed", "concatenated"), [(False, True), (True, True), (False, False), (True, False)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_experts_are_read_as_the_library_keeps_them(gate: bool, transposed: bool, concatenated: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    module, x, chosen, weights = Library(gate, transposed, concatenated, bias), torch.randn(5, 8), torch.randint(4, (5, 2)), torch.rand(5, 2)
+    own = {name: tensor for name, tensor in module.own.items() if (bias or "bias" not in name) and (gate or not name.startswith("up"))}
+    expected = experts_ffn.op(x, chosen, weights, **{"up": None, **own}, activation="silu")
+    torch.testing.assert_close(_experts(module, x, chosen, weights), expected)
+
+
+def test_why_experts_are_not_taken() -> None:
+    fits, normed, parallel, other = (Library(True, False, True, False, post_norm) for post_norm in (False, True, False, False))
+    parallel._is_expert_parallel, other.act_fn = True, nn.Mish()
+    found = find_library_experts(nn.ModuleList([fits, normed, parallel, other]))
+    assert found["0"] is None
+    assert all(why in str(found[path]) for path, why in (("1", "normalises"), ("2", "several processes"), ("3", "Mish")))
 
 
 @pytest.mark.parametrize(("function", "name"), [(nn.SiLU(), "silu"), (nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh"), (nn.ReLU(), "relu"),

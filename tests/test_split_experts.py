@@ -356,6 +356,12 @@ def test_upcycled_models_are_mixtral(tmp_path: Any) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         assert type(loaded).__name__ == "MixtralForCausalLM"
         torch.testing.assert_close(loaded(**ids).logits, module(**ids).logits, atol=1e-4, rtol=1e-3)
+    for top_k in (0, 5):
+        with pytest.raises(InputError, match="between 1 and the 4 experts"):
+            to_mixtral(module, lm.config, top_k)
+    module.add_module("beside", nn.Linear(2, 2))
+    with pytest.raises(InputError, match=r"no place for \['beside\.bias'"):
+        to_mixtral(module, lm.config, 2)
     other, _ = sc.attach(lm, ids, SplitExperts(4, density=0.5), calibration=[ids])
     with pytest.raises(InputError, match="Mixtral has no place"):
         to_mixtral(other, lm.config, 2)
