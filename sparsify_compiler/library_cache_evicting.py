@@ -51,7 +51,7 @@ class EvictingLayer(AppendingLayer):
         super().__init__()
         self.choice, self.shared, self.number = choice, shared, shared.layers
         shared.layers += 1
-        self.forgotten, self.said, self.watched, self.kept = 0, 0, True, 0
+        self.forgotten, self.watched, self.kept = 0, True, 0
         self.valid: Tensor | None = None  # [B, tokens]: which of the tokens that are held count, once some are forgotten
 
     def get_seq_length(self) -> int:
@@ -89,10 +89,8 @@ class EvictingLayer(AppendingLayer):
         """Queries [B, H, Q, D] and keys [B, G, K, D] of an attention that was computed: of the first one, choose what stays."""
         self.watched = True
         tokens, queries = key.shape[2], query.shape[2]
-        if self.said or queries < 2 or queries != tokens:
-            self.said = 1
+        if queries < 2 or queries != tokens:  # tokens were held before
             return
-        self.said = 1
         total = tokens if self.shared.going is None else self.shared.tokens  # of the prompt, of which this layer may see some
         if tokens < total:
             self._hold(mask, tokens, total)
@@ -120,7 +118,6 @@ class EvictingLayer(AppendingLayer):
         tokens = self.held()
         self.keys, self.values = (held.gather(2, places[..., None].expand(-1, -1, -1, held.shape[3])) for held in (self.keys, self.values))
         self._room = None
-        self._sums.keep(0)
         self._hold(mask, tokens, total)
         assert self.valid is not None
         self.valid = self.valid.gather(1, places[:, 0])
@@ -140,7 +137,7 @@ class EvictingLayer(AppendingLayer):
             self.valid = self.valid[:, :self.held()]
 
     def reset(self) -> None:
-        self.forgotten, self.said, self.watched, self.kept, self.valid = 0, 0, True, 0, None
+        self.forgotten, self.watched, self.kept, self.valid = 0, True, 0, None
         super().reset()
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
