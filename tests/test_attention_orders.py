@@ -22,6 +22,8 @@ from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.named import Named
 from sparsify_compiler.ops import attend
+from sparsify_compiler.passes.attention.patterns.sinks import Sinks
+from sparsify_compiler.passes.attention.patterns.sliding_window import SlidingWindow
 from sparsify_compiler.passes.attention.select_blocks import Attention
 from sparsify_compiler.passes_api import Context
 
@@ -75,6 +77,23 @@ def test_chosen_blocks_of_any_order_are_attention_at_their_places(batch: int, qu
     expected = scaled_dot_product_attention(query, key, value, added, scale=SCALE, enable_gqa=True)
     torch.testing.assert_close(found, expected.masked_fill(blind[..., None], 0), rtol=1e-4, atol=1e-5)
     assert torch.equal(lse == -math.inf, blind)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(24, 24, True), (5, 21, True), (16, 16, False)])
+def test_a_pattern_that_cuts_blocks_does_so_at_the_places_of_the_order(queries: int, keys: int, causal: bool, masked: bool) -> None:
+    query, key, _, mask = drawn(2, queries, keys, masked)
+    text = "by_importance(segment=8, last=4)"
+    grid = Grid(queries, keys, 4, 4, causal)
+    layout = Indexer((SlidingWindow(6), Sinks(2)), block_q=4, block_k=4, order=text).layout(query, key, causal, SCALE, mask)
+    stood = Named.parse("token order", text)(query, key, mask, grid, SCALE).keys
+    near = torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
+    pattern = ((near.abs() < 6) | (torch.arange(keys) < 2)).expand(2, 2, queries, keys)  # of places
+    places = torch.zeros_like(pattern).scatter(-1, stood[:, :, None].expand_as(pattern), pattern)  # of where they stood
+    if causal:
+        places = places & (near <= 0)
+    places = places if mask is None else places & mask[:, None, None]
+    assert torch.equal(layout.mask().expand_as(places), places)
 
 
 @pytest.mark.parametrize("masked", [False, True])

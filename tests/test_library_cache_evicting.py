@@ -144,6 +144,75 @@ def test_a_prompt_that_is_thinned_goes_on_by_the_token(way: dict[str, Any]) -> N
     assert held.get_seq_length() == 0
 
 
+def thinned() -> tuple[Any, Tensor]:
+    """A cache after a prompt, of whose first entry ten of forty tokens count, so that it holds some that do not; and the mask of the prompt."""
+    held, given = sc.evicting_cache(share=0.4), prompt(30)
+    models()[1](**given, past_key_values=held, use_cache=True)
+    assert not held.layers[0].valid[0].all()
+    return held, given["attention_mask"]
+
+
+def read(held: Any, mask: Tensor, token: int, place: int) -> Tensor:
+    """The logits after one more token of every entry, at this place, of which the mask knows."""
+    ids = torch.full((len(mask), 1), token)
+    made = models()[1](input_ids=ids, attention_mask=mask, position_ids=torch.full_like(ids, place), past_key_values=held, use_cache=True)
+    found: Tensor = made.logits[:, 0]
+    return found
+
+
+@torch.no_grad()
+def test_what_is_taken_back_was_never_said() -> None:
+    found = []
+    for more in (0, 2):
+        held, mask = thinned()
+        for i in range(more):
+            mask = torch.cat((mask, mask.new_ones(2, 1)), 1)
+            read(held, mask, 7 + i, 40 + i)
+        held.crop(-more)
+        found.append(read(held, torch.cat((mask[:, :40], mask.new_ones(2, 1)), 1), 5, 40))
+        held.crop(-1)
+        assert [layer.keys.shape[2] for layer in held.layers] == [16] * 3
+        with pytest.raises(ModelError, match="cannot be taken back"):
+            held.crop(-1)
+    torch.testing.assert_close(*found)
+
+
+@torch.no_grad()
+def test_a_token_that_does_not_count_is_not_looked_at() -> None:
+    held, mask = thinned()
+    mask = torch.cat((mask, torch.tensor([[1], [0]])), 1)
+    read(held, mask, 7, 40)
+    found = read(held, torch.cat((mask, mask.new_ones(2, 1)), 1), 5, 41)
+    held, mask = thinned()
+    expected = read(held, torch.cat((mask, mask.new_ones(2, 1)), 1), 5, 41)
+    torch.testing.assert_close(found[1], expected[1])
+    assert not torch.allclose(found[0], expected[0], atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("change", "entries"), [(lambda held: held.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+                                                 (lambda held: held.batch_repeat_interleave(2), [0, 0, 1, 1]),
+                                                 (lambda held: held.batch_select_indices(torch.tensor([0])), [0])])
+def test_entries_take_along_which_of_their_tokens_count(change: Any, entries: list[int]) -> None:
+    held, mask = thinned()
+    mask = torch.cat((mask, mask.new_ones(2, 1)), 1)
+    expected = read(held, mask, 5, 40)
+    held.crop(-1)
+    change(held)
+    torch.testing.assert_close(read(held, mask[entries], 5, 40), expected[entries])
+
+
+@torch.no_grad()
+def test_a_cache_that_is_reset_begins_again() -> None:
+    held, mask = thinned()
+    mask = torch.cat((mask, mask.new_ones(2, 1)), 1)
+    expected = read(held, mask, 5, 40)
+    held.reset()
+    models()[1](**prompt(30), past_key_values=held, use_cache=True)
+    assert [layer.keys.shape[2] for layer in held.layers] == [16] * 3
+    torch.testing.assert_close(read(held, mask, 5, 40), expected)
+
+
 def test_what_cannot_be_is_refused() -> None:
     model, _ = models()
     held = sc.evicting_cache(share=0.5)
