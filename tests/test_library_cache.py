@@ -293,10 +293,11 @@ def test_caches_that_cannot_be() -> None:
         sc.low_rank_cache(4, model=torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantized_cache_takes_back_more_than_its_last_tokens(bits: int) -> None:
+@pytest.mark.parametrize(("make", "most"), [(lambda: sc.quantized_cache(8, group=8), 0.05), (lambda: sc.quantized_cache(4, group=8), 0.5),
+                                            (lambda: encoded(LowRank(12, FREQUENCIES)), 1e-5)])
+def test_an_encoded_cache_takes_back_more_than_its_last_tokens(make: Any, most: float) -> None:
     torch.manual_seed(0)
-    cache, given = sc.quantized_cache(bits, group=8), states(60)
+    cache, given = make(), states(60)
     before = cache.update(*given, 0)
     cache.update(*states(1), 0)
     cache.crop(-31)
@@ -305,7 +306,7 @@ def test_a_quantized_cache_takes_back_more_than_its_last_tokens(bits: int) -> No
     for side, new, old, found in zip(range(2), more, before, cache.update(*more, 0), strict=True):
         assert found.shape[2] == 34
         assert torch.equal(found[:, :, 30:], new)
-        assert (found[:, :, :30] - old[:, :, :30]).abs().max() < (0.05 if bits == 8 else 0.5), side
+        assert (found[:, :, :30] - old[:, :, :30]).abs().max() < most, side
 
 
 @pytest.mark.parametrize(("side", "place"), [(0, (..., 0)), (1, (slice(None), slice(None), 0))])
