@@ -24,6 +24,7 @@ from sparsify_compiler.normal_form_edit import insert
 from sparsify_compiler.normal_form_edit import replace as replace_node
 from sparsify_compiler.ops import attend
 from sparsify_compiler.ops.attend_blocks import scale_of
+from sparsify_compiler.passes.attention._sites import shape_of
 from sparsify_compiler.passes.lower import _dense_attention
 from sparsify_compiler.passes.lower._dense_attention import NEVER, Given, eager_kind, kernel_limit
 from sparsify_compiler.passes_api import Context
@@ -100,16 +101,16 @@ def _in_graphs(program: Program) -> list[_Place]:
     places = []
     for region, node in program.nodes():
         if node.target is attend.op:
-            query, key = (node.kwargs[name].meta["val"] for name in ("query", "key"))  # type: ignore[union-attr]
             indexer = parse(str(node.kwargs["indexer"]))
             if isinstance(indexer, Branches):
                 continue
             mask: Any = node.kwargs.get("attn_mask")
             biased = mask is not None and mask.meta["val"].is_floating_point()
             causal = bool(node.kwargs.get("is_causal", False) or node.meta.get("causal", False))
-            kind = _Kind(indexer, int(query.shape[1]), int(key.shape[1]), int(query.shape[3]), query.dtype, causal, biased)
             site = str(node.meta.get("site", node.name))
             tap = Site("attention", f"{region.path}/{node.name}", region.path, {"attention": node.name})
+            heads, groups, width, _, dtype = shape_of(program, tap)
+            kind = _Kind(indexer, heads, groups, width, dtype, causal, biased)
             given: Any = node.kwargs.get("learned", ())
             learned = tuple(get_tensor(region.module, str(one.target)) for one in given)
             places.append(_Place(site, tap, kind, partial(_write, node), partial(_make_dense, node), learned))
@@ -134,9 +135,9 @@ def _in_python(program: Program) -> list[_Place]:
         indexer = parse(text)
         if isinstance(indexer, Branches):
             continue
-        of = eager_kind(program, path)
-        kind = _Kind(indexer, of.heads, of.groups, of.width, of.dtype, of.causal, False)
         tap = Site("attention", path, "", {}, {"eager": True})
+        of = eager_kind(program, tap)
+        kind = _Kind(indexer, of.heads, of.groups, of.width, of.dtype, of.causal, False)
         learned = tuple(program.learned.get(path, {})[name] for name in indexer.learned)
         places.append(_Place(path, tap, kind, partial(program.attentions.__setitem__, path), partial(program.attentions.__delitem__, path), learned))
     return places

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.indexer import DECODED, Indexer
-from sparsify_compiler.library_attention import find_library_attentions, library_shape
+from sparsify_compiler.library_attention import find_library_attentions
 from sparsify_compiler.measure import Timing, interleave
 from sparsify_compiler.normal_form_edit import argument
 from sparsify_compiler.ops import attend
-from sparsify_compiler.passes.attention._sites import KIND, attention_sites, dtype_of, give_indexer
+from sparsify_compiler.passes.attention._sites import KIND, attention_sites, give_indexer, shape_of
 from sparsify_compiler.passes.attention.patterns.everything import Everything
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Site
@@ -42,7 +42,7 @@ def lower(program: Program, ctx: Context, rounds: int, margin: float) -> None:
     """Give dense attentions the length from which on our kernel computes them. Attentions of one kind are measured once."""
     found: dict[Kind, list[Site]] = {}
     for site in _sites(program):
-        kind = eager_kind(program, site.path) if "eager" in site.facts else _graph_kind(program, site)
+        kind = eager_kind(program, site) if "eager" in site.facts else _graph_kind(program, site)
         if kind is not None:
             found.setdefault(kind, []).append(site)
     for kind, sites in found.items():
@@ -76,24 +76,25 @@ def forms(given: Given, causal: bool) -> dict[str, Any]:
     return made
 
 
-def eager_kind(program: Program, path: str) -> Kind:
+def eager_kind(program: Program, site: Site) -> Kind:
     """Of an attention that stays eager Python, by its configuration."""
     assert program.skeleton is not None
-    module: Any = program.skeleton.get_submodule(path)
-    return Kind(*library_shape(module), dtype_of(program), bool(getattr(module, "is_causal", True)))
+    heads, groups, width, _, dtype = shape_of(program, site)
+    return Kind(heads, groups, width, dtype, bool(getattr(program.skeleton.get_submodule(site.path), "is_causal", True)))
 
 
 def _graph_kind(program: Program, site: Site) -> Kind | None:
     """None where torch alone is asked: what is added to the scores, and texts that are always short."""
     node = program.regions[site.region].node(site.roles["attention"])
-    query, key = (node.kwargs[name].meta["val"] for name in ("query", "key"))  # type: ignore[union-attr]
     mask: Any = argument(node, "attn_mask")
     if mask is not None and mask.meta["val"].is_floating_point():
         return None
-    tokens = query.shape[2] if isinstance(query.shape[2], int) else None
+    length = node.kwargs["query"].meta["val"].shape[2]  # type: ignore[union-attr]
+    tokens = length if isinstance(length, int) else None
     if tokens is not None and tokens < LENGTHS[0]:
         return None
-    return Kind(int(query.shape[1]), int(key.shape[1]), int(query.shape[3]), query.dtype, site.facts["mask"] == "causal", tokens)
+    heads, groups, width, _, dtype = shape_of(program, site)
+    return Kind(heads, groups, width, dtype, site.facts["mask"] == "causal", tokens)
 
 
 def _sites(program: Program) -> list[Site]:
