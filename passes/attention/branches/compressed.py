@@ -13,6 +13,7 @@ from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.block_layout import BlockLayout, from_places
 from sparsify_compiler.block_pattern import three
 from sparsify_compiler.errors import ModelError
+from sparsify_compiler.passes.attention.scorers._blocks import counted
 from sparsify_compiler.passes.attention.scorers._windows import check_windows, unfolded, window_mask, windows
 
 BLOCK = 64  # rows and windows that the kernel takes together
@@ -56,8 +57,7 @@ class Compressed:
 def compressed(rows: Tensor, mask: Tensor | None, weight: Tensor, place: Tensor, stride: int) -> Tensor:
     """[B, G, K, D] -> [B, G, windows, D'], at least float32: weight [G, length, D, D'], place [G, length, D]; rows that do not count are 0."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    rows = rows.to(dtype) if mask is None else rows.to(dtype).masked_fill(~mask[:, None, :, None], 0)
-    of_windows = unfolded(rows, weight.shape[1], stride) + place.to(dtype).transpose(-1, -2)[:, None]
+    of_windows = unfolded(counted(rows, mask, dtype), weight.shape[1], stride) + place.to(dtype).transpose(-1, -2)[:, None]
     return torch.einsum("bgndl,glde->bgne", of_windows, weight.to(dtype))
 
 
