@@ -317,6 +317,21 @@ def test_a_plan_is_drawn_only_where_there_is_one() -> None:
     assert "certificate" not in str(report)
 
 
+def test_the_heat_map_frames_what_was_taken_and_is_darker_where_more_is_lost() -> None:
+    strength = plan_plots._strengths([0.0, 1e-4, 1e-3, 1e-2, None])
+    assert strength[0.0] == strength[1e-4] == plan_plots.FAINTEST
+    assert strength[1e-2] == plan_plots.STRONGEST
+    assert strength[1e-3] == pytest.approx((plan_plots.FAINTEST + plan_plots.STRONGEST) / 2), "by orders of magnitude"
+    drawn = plan_plots.sensitivity(sample())
+    assert drawn is not None
+    assert len(re.findall(r"fill: none; stroke: var\(--ink\); stroke-width: 1\.4", drawn)) == 1
+
+
+def test_a_site_stands_where_its_operations_and_time_say() -> None:
+    assert roofline._place(2e9, 1e9, 1.0) == (2.0, 2000.0)  # 2 G operations on 1 GB in a millisecond
+    assert roofline._place(2e9, 1e9, None) is roofline._place(2e9, 0.0, 1.0) is None
+
+
 def test_the_waterfall_adds_up() -> None:
     """From 39.5 to 19.75 ms: the site saved 0.15, the rest is not accounted for by sites."""
     drawn = plots.waterfall(sample())
