@@ -50,8 +50,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
     for steps in arguments.steps:
         for case in arguments.cases:
-            if not any((row["case"], row["steps"]) == (case, steps) for row in rows):
-                rows.append({"case": case, "steps": steps, **measured(subject, batches, case, steps, arguments)})
+            about = {"case": case, "steps": steps, "rate": arguments.rate, "samples": arguments.samples, "split": arguments.split}
+            if not any(about.items() <= row.items() for row in rows):
+                rows.append({**about, **measured(subject, batches, case, steps, arguments)})
                 say(rows[-1])
                 if arguments.json:
                     arguments.json.write_text(json.dumps(rows, indent=1))
@@ -59,7 +60,7 @@ def main() -> None:
 
 
 def measured(subject: MiniLM, batches: list[dict[str, Tensor]], case: str, steps: int, arguments: Any) -> dict[str, Any]:
-    """Quality before and after, and the seconds of processor that the recovery took."""
+    """Quality before and after, and the seconds of processor that the recovery took: None where an earlier process did a part of it."""
     model = subject.model.requires_grad_(True)
     model.embeddings.requires_grad_(False)
     both = {0: "batch", 1: "length"}
@@ -68,14 +69,16 @@ def measured(subject: MiniLM, batches: list[dict[str, Tensor]], case: str, steps
     module, hook = sc.attach(model, subject.batches[0], recipe, calibration=subject.batches, dynamic=dynamic)
     with torch.no_grad():
         before, spent = subject.measure(module), time.process_time()
-    file = arguments.checkpoints / f"{case} {steps}.safetensors".replace(" ", "-") if arguments.checkpoints else None
+    name = f"{case} {steps} {arguments.samples}.safetensors".replace(" ", "-")
+    file = arguments.checkpoints / name if arguments.checkpoints else None
+    whole = file is None or not file.exists()
     module, recovery = sc.recover(module, model, batches, hook=hook, minutes=600, steps=steps, rate=arguments.rate, dtype=torch.bfloat16,
                                   dynamic=dynamic, checkpoint=file, progress=True)
     spent = time.process_time() - spent
     with torch.no_grad():
         after = subject.measure(module)
     kept, total = (sum(count) for count in zip(*((int(mask.sum()), mask.numel()) for mask in hook.masks.values()), strict=True))
-    return {"before": before, "after": after, "processor seconds": round(spent), "first loss": recovery.points[0].loss,
+    return {"before": before, "after": after, "processor seconds": round(spent) if whole else None, "first loss": recovery.points[0].loss,
             "last loss": recovery.points[-1].loss, "density": kept / total}
 
 
@@ -102,7 +105,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         before, after = row["before"], row["after"]
         table.add_row(row["case"], str(row["steps"]), f"{row['density']:.3f}", f"{before['cosine Brown']:.3f}", f"{after['cosine Brown']:.3f}",
-                      f"{before['Pearson Lee']:.3f}", f"{after['Pearson Lee']:.3f}", str(row["processor seconds"]))
+                      f"{before['Pearson Lee']:.3f}", f"{after['Pearson Lee']:.3f}", str(row["processor seconds"] or "resumed"))
     Console(width=130).print(table)
 
 

@@ -78,12 +78,12 @@ def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Inputs], *, 
 
 
 def _first(batches: Iterable[Inputs]) -> tuple[Inputs, Iterable[Inputs]]:
-    """The first batch, and all of them."""
+    """The first batch, and all of them with it."""
     walk = endless(batches)
     first = next(walk, None)
     if first is None:
         raise InputError("there is no batch to train on", where="batches")
-    return first, (chain((first,), walk) if iter(batches) is batches else batches)
+    return first, chain((first,), walk)
 
 
 class _Teacher:

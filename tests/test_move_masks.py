@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from sparsify_compiler import catalog
 from sparsify_compiler.errors import InputError, ParseError, StructureError
 from sparsify_compiler.masked import Masked
 from sparsify_compiler.passes.prune.structures._base import Structure
+from sparsify_compiler.passes.train import _mover
 from sparsify_compiler.passes.train._moving import regrown, thinned
 from sparsify_compiler.passes.train.move_masks import MoveMasks
 from sparsify_compiler.training import Hook
@@ -25,6 +27,7 @@ from sparsify_compiler.training import Hook
 X = torch.randn(48, 16, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(48, 8, generator=torch.Generator().manual_seed(2))
 RIGL = "mask_weights(score='random', density=0.25) | move_masks(grow='gradient', decay='cosine(end=12)', every=3, until=12)"
+SMOOTHED = "mask_weights(structure='fan_in', density=0.25) | move_masks(grow='gradient', smooth=0.9, every=3, until=12)"
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -118,19 +121,30 @@ def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest() -> No
     assert not bool(weight[~hook.masks["0"]].any())
 
 
-def test_only_the_steps_that_update_read_the_dense_gradient() -> None:
-    module, hook = attached(RIGL)
+@pytest.mark.parametrize(("recipe", "steps"), [(RIGL, (3, 6, 9, 12)), (SMOOTHED, range(1, 13))])
+def test_only_the_steps_that_update_or_smooth_read_the_dense_gradient(recipe: str, steps: Collection[int]) -> None:
+    module, hook = attached(recipe)
     taps = [part for part in module.modules() if isinstance(part, Masked)]
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     wanted = []
     for _ in range(14):
         wanted.append([tap.wanted for tap in taps])
         step(module, hook, optimizer)
-    assert [any(one) for one in wanted] == [number % 3 == 0 and number <= 12 for number in range(1, 15)]
+    assert [any(one) for one in wanted] == [number in steps for number in range(1, 15)]
     assert all(any(one) == all(one) for one in wanted)
 
 
-SMOOTHED = "mask_weights(structure='fan_in', density=0.25) | move_masks(grow='gradient', smooth=0.9, every=3, until=12)"
+def test_weights_that_are_not_kept_get_no_gradient_where_the_dense_one_is_read_either() -> None:
+    module, hook = attached(RIGL)
+    for steps in (1, 2):  # the third step updates
+        hook.load_state_dict({"steps": steps})
+        module.zero_grad()
+        functional.mse_loss(module(X), Y).backward()
+        for name, mask in hook.masks.items():
+            gradient = module.get_parameter(f"{name}.weight").grad
+            assert gradient is not None
+            assert not bool(gradient[~mask].any())
+            assert bool(gradient[mask].any())
 
 
 @pytest.mark.parametrize("recipe", [RIGL, SMOOTHED, "sr_ste(structure='2:4')", "gmp(density=0.25, steps=8, every=2)"])
@@ -178,6 +192,21 @@ def test_gradients_that_overflow_move_nothing_and_frozen_weights_stay() -> None:
         hook.step(optimizer)
 
 
+def test_gradients_that_overflow_do_not_stay_in_the_average() -> None:
+    module, hook = attached(SMOOTHED)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    (functional.mse_loss(module(X), Y) * float("inf")).backward()
+    optimizer.zero_grad()
+    hook.step(optimizer)
+    averages = [tap.smoothed for tap in module.modules() if isinstance(tap, Masked)]
+    assert not any(bool(average.any()) for average in averages if average is not None)
+    before = masks(hook)
+    step(module, hook, optimizer)
+    step(module, hook, optimizer)
+    assert all(bool(average.isfinite().all() and average.any()) for average in averages if average is not None)
+    assert not any(torch.equal(a, b) for a, b in zip(before, masks(hook), strict=True))
+
+
 def test_the_optimizer_forgets_what_went_and_what_came() -> None:
     module, hook = attached("mask_weights(score='random', density=0.25) | move_masks(grow='random', every=4, until=4)")
     optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
@@ -189,6 +218,14 @@ def test_the_optimizer_forgets_what_went_and_what_came() -> None:
     stayed = before & hook.masks["0"]
     assert float(state["exp_avg"][~stayed].abs().max()) == 0
     assert bool((state["exp_avg_sq"][stayed] > 0).any())
+    module, hook = attached("mask_weights(score='random', density=0.25) | move_masks(grow='random', every=1, until=1)")
+    decaying = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9, weight_decay=0.1)  # it remembers the decay of weights under a zero too
+    before = hook.masks["0"].clone()
+    step(module, hook, decaying)
+    momentum = decaying.state[module.get_parameter("0.weight")]["momentum_buffer"]
+    assert bool((hook.masks["0"] & ~before).any())
+    assert not bool(momentum[~(before & hook.masks["0"])].any())
+    assert bool(momentum[before & hook.masks["0"]].any())
     module, hook = attached("mask_weights(score='random', density=0.25) | move_masks(grow='random', every=1, until=4)")
     with pytest.raises(InputError, match="does not train the attached module's weights"):
         hook.step(torch.optim.SGD(net().parameters(), 0.1))
@@ -208,6 +245,13 @@ def test_straight_through_gradients_and_the_penalty() -> None:
     for _ in range(10):
         step(module, hook, optimizer)
     assert not torch.equal(mask, hook.masks["2"]), "weights that are not kept learn, and come back"
+
+
+def test_the_last_update_is_where_it_ends() -> None:
+    _, hook = attached("mask_weights(density=0.25) | move_masks(sparsity='cubic(end=7)', every=3, until=7)")
+    for _ in range(7):
+        hook.step()
+    assert [float(mask.double().mean()) for mask in masks(hook)] == [0.25, 0.25]
 
 
 def test_schedules() -> None:
@@ -232,6 +276,29 @@ def test_rows_of_which_little_matters_go_as_a_whole() -> None:
     assert abs(int(found.sum()) - int(mask.sum())) < 10
     everything = regrown(mask, score, growth, fan_in, 0.25, 0.5, least=1.0)
     assert everything.any(1).sum() >= math.ceil(0.25 * 16), "enough rows stay to hold what is kept"
+
+
+def test_rows_that_could_not_hold_what_is_kept_do_not_stay_alone() -> None:
+    """Four rows of five matter, and have room for 128 weights of 139."""
+    mask, growth = torch.zeros(16, 32, dtype=torch.bool), torch.zeros(16, 32)
+    mask[:5, :28] = True
+    growth[:3], growth[3, 0] = torch.tensor([3.0, 2.0, 1.0])[:, None], 4.0
+    score = torch.arange(16.0, 0.0, -1.0)[:, None].expand(16, 32)
+    found = regrown(mask, score, growth, Structure.parse("fan_in"), 0.27, 0.5, least=1.0)
+    assert int(found.sum()) >= 139
+
+
+def test_rows_of_the_last_layer_stay_and_the_fraction_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, hook = attached("srigl(density=0.25, least=0.5, steps=2, every=1)")
+    found: list[tuple[float, float]] = []
+
+    def noted(*given: Any) -> Tensor:
+        found.append(given[-2:])
+        return regrown(*given)
+
+    monkeypatch.setattr(_mover, "regrown", noted)
+    step(module, hook, torch.optim.SGD(module.parameters(), 0.1))
+    assert found == [(pytest.approx(0.3 / 2), 0.5), (pytest.approx(0.3 / 2), 0.0)]
 
 
 def test_edges_of_one_update() -> None:
@@ -283,6 +350,33 @@ def test_a_shared_weight_moves_once() -> None:
         hook.step(optimizer)
         optimizer.zero_grad()
     assert {float(mask.float().mean()) for mask in masks(hook)} == {0.25}
+
+
+def test_a_mask_that_is_multiplied_twice_grows_by_the_sum_of_both_gradients() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 16))
+            self.register_buffer("mask", torch.rand(16, 16) < 0.25)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(self.mask, Tensor)
+            return functional.linear(functional.linear(x, self.weight * self.mask).tanh(), self.mask * self.weight)  # two nodes
+
+    torch.manual_seed(0)
+    module, hook = sc.attach(Twice().eval(), (X,), "move_masks(grow='gradient', fraction=0.5, every=1, until=1)")
+    taps = [part for part in module.modules() if isinstance(part, Masked)]
+    assert len(taps) == 2
+    weight, mask = module.get_parameter("weight"), masks(hook)[0]
+    dense = (weight * mask).detach().requires_grad_()
+    functional.linear(functional.linear(X, dense).tanh(), dense).square().mean().backward()
+    module(X).square().mean().backward()
+    assert dense.grad is not None
+    hook.step()
+    count = int(mask.sum())
+    kept = (weight.abs() * mask).flatten().topk(math.ceil(count / 2)).indices
+    rest = dense.grad.abs().flatten().index_fill(0, kept, -1.0)
+    assert set(masks(hook)[0].flatten().nonzero()[:, 0].tolist()) == {*kept.tolist(), *rest.topk(count - len(kept)).indices.tolist()}
 
 
 def test_a_padded_group_stays_as_thin_as_it_was() -> None:

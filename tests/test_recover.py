@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sparsify_compiler as sc
-from sparsify_compiler import catalog, recover_loop
+from sparsify_compiler import catalog, recover_loop, training
 from sparsify_compiler.distillation import Seen
 from sparsify_compiler.errors import InputError, ParseError, UnknownNameError
 from sparsify_compiler.recover_loop import Course, Loop, endless
@@ -65,6 +65,7 @@ def test_it_comes_back_and_keeps_its_zeros() -> None:
     assert trained is module
     assert distance(module, model) < 0.3 * start
     assert same(model, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(mask, hook.masks[name]) for name, mask in masks.items())
     assert recovery.losses == ["squarehead", "outputs"]
     assert (recovery.steps, recovery.stopped, len(recovery.points)) == (60, "all steps are done", 60)
@@ -178,6 +179,41 @@ def test_it_stops_early_and_the_best_is_kept() -> None:
     assert (recovery.before, recovery.best, recovery.best_step, recovery.steps) == (0.1, 0.9, 20, 40)
     assert all(torch.equal(value, seen[2][name]) for name, value in module.state_dict().items())
     assert [p.quality for p in recovery.points if p.quality is not None] == [0.5, 0.9, 0.2, 0.3]
+
+
+def test_gradients_are_clipped_weights_decay_and_batches_are_averaged() -> None:
+    """Under Adam a gradient far below its epsilon moves nothing: what is left of a step is the decay, at the rate of that step."""
+    start = sparse()[0].state_dict()
+    for decay in (0.0, 5.0):
+        module, hook, model = sparse()
+        sc.recover(module, model, DATA, hook=hook, steps=2, rate=0.02, warmup=0.0, clip=1e-14, decay=decay)
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(parameter.detach(), start[name] * (1 - 0.02 * decay) * (1 - 0.01 * decay), rtol=1e-5, atol=1e-6)
+    losses = []
+    for accumulate in (1, 3):
+        module, hook, model = sparse()
+        _, recovery = sc.recover(module, model, DATA[:1], hook=hook, steps=1, accumulate=accumulate)
+        losses.append(recovery.points[0].loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_optimizer_of_a_recovery_is_told_what_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, hook, model = sparse("mask_weights(score='random', density=0.25) | move_masks(grow='random', every=1, until=2)")
+    told: list[Any] = []
+    monkeypatch.setattr(training, "forget", lambda optimizer, weight, fresh: told.append((type(optimizer), bool(fresh.any()))))
+    sc.recover(module, model, DATA, hook=hook, steps=3)
+    assert told == [(torch.optim.AdamW, True)] * 2 * len(hook.masks)
+
+
+def test_what_the_hook_adds_to_the_loss_counts() -> None:
+    losses = []
+    for penalty in (0.0, 2.0):
+        module, hook, model = sparse(f"mask_weights(structure='2:4') | move_masks(straight_through=True, penalty={penalty}, every=1)")
+        _, recovery = sc.recover(module, model, DATA, hook=hook, steps=1)
+        losses.append(recovery.points[0].loss)
+    module, hook, _ = sparse("mask_weights(structure='2:4')")
+    under = sum(float((module.get_parameter(f"{name}.weight").detach() * ~mask).square().sum()) for name, mask in hook.masks.items())
+    assert losses[1] - losses[0] == pytest.approx(under, rel=1e-4)
 
 
 def test_no_measurement_is_lost_while_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
