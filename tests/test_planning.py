@@ -18,7 +18,9 @@ from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.divergence import NATS, Curvature, divergence
 from sparsify_compiler.errors import BudgetError, CalibrationError, ParseError
+from sparsify_compiler.measure import Timing
 from sparsify_compiler.passes.plan import _costs
+from sparsify_compiler.passes.plan._curves import between
 from sparsify_compiler.passes.plan._evidence import Evidence
 from sparsify_compiler.passes.plan.choose_layers import ChooseLayers
 from sparsify_compiler.passes.prune._layers import find_layers
@@ -240,6 +242,22 @@ def test_the_plan_that_was_taken_is_one_point_of_the_front() -> None:
     assert (places[0], places[-1], shown.limit, shown.rest) == (3000.0, 12000.0, 9000.0, 2000.0)
 
 
+def test_options_say_why_they_were_not_taken() -> None:
+    offers = {"a": [Offer("dense"), Offer("cut", 0, 0.5, 1.0), Offer("wide", 1, 0.6, 0.5), Offer("worse", 1, 0.4, 2.0)]}
+    survey = Survey(offers, lambda kind: {"a": [4.0, 2.0, 5.0, 3.0]}, lambda taken: Pipeline())
+    assert survey.costs(SECONDS)
+    options = survey.options("a", offers["a"][1])
+    assert [option.why_not for option in options] == ["100% dearer, for 1 less loss", "", "no cheaper than dense",
+                                                      "cut loses less and costs no more"]
+    assert [option.predicted for option in options] == [4000.0, 2000.0, 5000.0, 3000.0]
+
+
+def test_between_densities_the_logarithm_is_interpolated() -> None:
+    assert between({0.2: 1e-4, 0.8: 1e-2}, 0.5) == pytest.approx(1e-3)
+    assert between({0.5: 3.0}, 0.1) == 3.0
+    assert between({0.2: 1.0, 0.5: math.inf}, 0.3) == math.inf, "what was not found anywhere is not offered"
+
+
 # --- budgets ------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -322,3 +340,51 @@ def test_a_limit_of_latency_is_solved_for_and_solved_again(net: Net, batches: li
         assert site.density == 1 or site.predicted_ms != pytest.approx(site.compiled_ms)
     with pytest.raises(BudgetError, match="best that a plan reaches"):
         sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(latency_ms=0.003), calibration=batches)
+
+
+def _times(lowered: Program, without: str = "") -> float:
+    """Give each layer a time by its density, and the whole what they take and a rest; of a layer that is left out nothing is known."""
+    whole = 0.002
+    for site, row in lowered.decisions.items():
+        dense = math.prod(row.shape) * 1e-6
+        row.format = "csr" if row.density < 1 else "dense"
+        row.dense_ms, row.compiled_ms = (None, None) if site == without else (dense, dense * (0.1 + 0.9 * row.density))
+        whole += 1.1 * (row.compiled_ms or dense)
+    return whole
+
+
+@pytest.mark.usefixtures("priced")
+def test_a_speedup_is_that_over_the_dense_form_beside_it(net: Net, batches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine gets half as fast once the dense model was timed: for both of them."""
+    dense, tried = 0.002 + 1.1 * 0.012288, []
+
+    def latency(job: Any, lowered: Any, beside: Any) -> dict[str, float]:
+        tried.append(_times(lowered))
+        return {**dict.fromkeys(beside, 2 * dense), "compiled": 2 * tried[-1]}
+
+    monkeypatch.setattr(plan_loop, "interleave", lambda forms: dict.fromkeys(forms, Timing(dense, dense, dense)))
+    monkeypatch.setattr(plan_loop, "latency", latency)
+    report = sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(speedup=1.5), calibration=batches).report()
+    assert 0.93 < 1.5 * tried[-1] / dense <= 1
+    assert report.plan is not None
+    assert report.plan.limit == pytest.approx(dense / 1.5)
+
+
+@pytest.mark.usefixtures("priced")
+def test_what_misses_the_limit_or_buys_nothing_is_not_kept(net: Net, batches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, cut = [], []
+
+    def latency(job: Any, lowered: Any, beside: Any) -> dict[str, float]:
+        tried.append(_times(lowered, without="second.0"))
+        cut.append(lowered.decisions["second.0"].density < 1 if "second.0" in lowered.decisions else False)
+        return {**dict.fromkeys(beside, 0.02), "compiled": tried[-1]}
+
+    monkeypatch.setattr(plan_loop, "latency", latency)
+    monkeypatch.setattr(plan_loop, "idle", lambda lowered: ("second.0",))
+    monkeypatch.setattr(ChooseLayers, "refine", lambda self, survey, kind, plan, program, ctx: survey.as_it_is(kind))
+    report = sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(latency_ms=0.0105), calibration=batches).report()
+    assert any(cut)
+    assert not cut[-1]
+    assert tried[-1] <= 0.0105 < tried[-2], "the layer that never gained is as it was; the plan that took too long is not there"
+    assert {site.site: site.density for site in report.sites}["second.0"] == 1
+    assert min(site.density for site in report.sites) < 1
