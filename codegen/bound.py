@@ -14,14 +14,14 @@ from torch import Tensor
 from sparsify_compiler.codegen import build
 from sparsify_compiler.errors import InputError
 from sparsify_compiler.pages import resident
-from sparsify_compiler.target import Target
+from sparsify_compiler.target import Target, host
 
 PLANS = 4096        # shapes of x remembered
 SLAB = 1 << 24      # elements of x or y in one call of a kernel: its indices are 32 bits wide, and its packed copy of x is bounded
 EVEN = 64           # rows of a slab are a multiple of this, so that only the last one has a partial panel
 
 
-Laid = TypeVar("Laid", bound="PreparedWeight")
+Weight = TypeVar("Weight", bound="PreparedWeight")
 
 
 class PreparedWeight:
@@ -38,7 +38,7 @@ class PreparedWeight:
         """Of x and y."""
         return getattr(torch, self.layout.dtype)  # type: ignore[no-any-return]
 
-    def settled(self: Laid) -> Laid:
+    def settled(self: Weight) -> Weight:
         """The same, its tensors where kernels read them fastest."""
         return replace(self, **{name: resident(getattr(self, name)) for name in self.STATE})  # type: ignore[type-var]
 
@@ -47,7 +47,7 @@ class PreparedWeight:
         return sum(t.numel() * t.element_size() for t in (getattr(self, name) for name in self.STATE))
 
 
-def shared_layout(shared: list[Any], bias: Tensor | None, lay_out: Callable[[], Laid]) -> Laid:
+def shared_layout(shared: list[Any], bias: Tensor | None, lay_out: Callable[[], Weight]) -> Weight:
     """The layout with this very bias from `shared`; made and added where there is none."""
     for held, made in shared:
         if held is bias:
@@ -68,6 +68,28 @@ class Variants:
     schedules: Mapping[str, build.Schedule]
     choose: Callable[[int], str]
     adds: bool = False
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A weight laid out for a family of kernels, for a machine that need not be this one: all but the machine code.
+
+    name       for reports
+    options    all that the family needs to know to lay the same weight out again
+    prepared   the kernels' fixed arguments
+    variants   the kernels
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    prepared: PreparedWeight
+    variants: Variants
+    target: Target
+
+
+def workers(target: Target) -> int:
+    """Threads among which a kernel for this machine divides its work: torch's own here, elsewhere one for each core."""
+    return torch.get_num_threads() if target.runs_on(host()) else target.cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +167,9 @@ class BoundKernel(BoundLayer):
     Results do not depend on the number of threads: no output is ever summed by two of them.
     """
 
-    def __init__(self, name: str, options: Mapping[str, Any], prepared: PreparedWeight, variants: Variants, target: Target,
-                 files: Mapping[str, bytes] | None = None) -> None:
-        self.name, self.options, self.prepared, self.target = name, dict(options), prepared, target
+    def __init__(self, laid: Laid, files: Mapping[str, bytes] | None = None) -> None:
+        self.laid, prepared, variants = laid, laid.prepared, laid.variants
+        self.name, self.options, self.prepared, self.target = laid.name, dict(laid.options), prepared, laid.target
         self.out_features, self.in_features = prepared.out_features, prepared.in_features
         self._dtype, self._variant, self._adds = prepared.dtype, variants.choose, variants.adds
         self._kernels = {variant: self._load(variant, schedule, files or {}) for variant, schedule in variants.schedules.items()}

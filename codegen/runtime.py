@@ -4,12 +4,14 @@
         kernel = candidate.bind(bias)
         y = kernel(x)                                        # x [..., K] -> y [..., N]
 
-A family of kernels is a module with NAME, offer() and bind(): it says what it can run, and lays a weight out for it.
+A family of kernels is a module with NAME and offer(), which says what it can run, and lay(), which lays a weight out for any machine (bound.py),
+or bind(), where its kernels want more than that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.codegen import pixels, planes
+from sparsify_compiler.codegen.bound import BoundKernel, Laid
 from sparsify_compiler.codegen.half import HalfKernel, widened
 from sparsify_compiler.codegen.kernels import (
     amx,
@@ -78,6 +81,10 @@ class Candidate:
         """Lay the weight out, build or load the variants: a Bound. Raises KernelError."""
         return rebind(self.op, self.options, self.tensors, self.attributes, bias, {}, self.target, self.siblings)
 
+    def lay(self, bias: Tensor | None = None) -> Laid:
+        """Lay the weight out for a machine that need not be this one. Raises KernelError."""
+        return lay(self.op, self.options, self.tensors, self.attributes, bias, self.target, self.siblings)
+
 
 def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
                target: Target, shared: Layouts | None = None) -> list[Candidate]:
@@ -104,12 +111,39 @@ def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], a
     shared  layouts of this weight made before, of a sparse op each with the very bias that is in it; a new one is added
     Raises KernelError when this machine cannot run it.
     """
+    with _fitting(op):
+        family, layouts = _family(op, options, shared)
+        given = (op, options, widened(tensors), attributes, bias)
+        kernel = BoundKernel(family.lay(*given, target, layouts), files) if hasattr(family, "lay") else family.bind(*given, files, target, layouts)
+        return HalfKernel(kernel, options) if options.get("half") else kernel
+
+
+def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None, target: Target,
+        shared: Layouts | None = None) -> Laid:
+    """What a candidate with these options lays out of this weight, for a machine that need not be this one; float16 as float32.
+
+    Raises KernelError, also where its family has kernels for this machine only.
+    """
+    with _fitting(op):
+        family, layouts = _family(op, options, shared)
+        if not hasattr(family, "lay"):
+            raise KernelError(f"kernels of the family {family.NAME!r} are made where they run", where=op, hint="compile the model there")
+        laid: Laid = family.lay(op, options, widened(tensors), attributes, bias, target, layouts)
+        return laid
+
+
+def _family(op: str, options: Mapping[str, Any], shared: Layouts | None) -> tuple[Any, list[Any]]:
+    """The family of a candidate with these options, and the layouts that it may share."""
     name = str(options.get("family"))
     if name not in FAMILIES:
         raise KernelError(f"there is no family of kernels called {name!r}", where=op, hint=nearest(name, FAMILIES))
-    layouts = [] if shared is None else shared.setdefault(name, [])
+    return FAMILIES[name], [] if shared is None else shared.setdefault(name, [])
+
+
+@contextmanager
+def _fitting(op: str) -> Iterator[None]:
+    """What a family raises where options do not fit their weight, as a KernelError."""
     try:
-        kernel = FAMILIES[name].bind(op, options, widened(tensors), attributes, bias, files, target, layouts)
-        return HalfKernel(kernel, options) if options.get("half") else kernel
+        yield
     except (KeyError, ValueError, TypeError, AttributeError, UnknownNameError) as error:
         raise KernelError(f"the stored kernel does not fit: {error!r}", where=op, hint="save the model again") from error

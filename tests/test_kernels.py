@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sparsify_compiler import catalog, pages
 from sparsify_compiler.codegen import build, omp, permission, runtime
-from sparsify_compiler.codegen.bound import BoundKernel, Variants
+from sparsify_compiler.codegen.bound import BoundKernel, Laid, Variants
 from sparsify_compiler.codegen.kernels import strips
 from sparsify_compiler.codegen.kernels.finish import finish_of
 from sparsify_compiler.codegen.kernels.tile_layout import prepare_tiles
@@ -275,7 +275,7 @@ def test_tiles_finish(name: str, numbers: dict[str, Any], activation: Any, r: in
     weight, mask, bias = torch.randn(76, 64).bfloat16(), mask_of("bsr", 76, 64, 0.3, r=r, c=1), torch.randn(76).bfloat16()
     stored = catalog.get("format", "bsr").encode(weight, mask, r=r, c=1)
     prepared = prepare_tiles(catalog.get("kernel", "linear_bsr").groups(stored.tensors(), stored.attributes()), bias, 76, 64)
-    kernel = BoundKernel("tiles", {}, prepared, Variants({"it": Tiles(prepared.layout, 2, 1, finish)}, lambda rows: "it", add), host())
+    kernel = BoundKernel(Laid("tiles", {}, prepared, Variants({"it": Tiles(prepared.layout, 2, 1, finish)}, lambda rows: "it", add), host()))
     for rows in (1, 16, 39):
         x, other = torch.randn(rows, 64).bfloat16(), torch.randn(rows, 76).bfloat16()
         sums = nn.functional.linear(x.float(), (weight * mask).float(), bias.float())
@@ -312,7 +312,7 @@ def test_tiles_shared_out(workers: int, c: int, across: int) -> None:
     stored = catalog.get("format", "bsr").encode(weight, mask, r=32, c=c)
     groups = catalog.get("kernel", "linear_bsr").groups(stored.tensors(), stored.attributes())
     prepared = prepare_tiles(groups, None, 160, 64)
-    kernel = BoundKernel("tiles", {}, prepared, Variants({"it": Tiles(prepared.layout, across, workers)}, lambda rows: "it"), host())
+    kernel = BoundKernel(Laid("tiles", {}, prepared, Variants({"it": Tiles(prepared.layout, across, workers)}, lambda rows: "it"), host()))
     for rows in (1, 33, 16 * across * workers, 16 * across * (workers + 1), 16 * across * (2 * workers - 1) + 3):
         assert_right(kernel, weight.double() * mask, torch.zeros(160).double(), torch.randn(rows, 64).bfloat16())
 

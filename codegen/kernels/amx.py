@@ -10,13 +10,13 @@ from torch import Tensor
 
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen import permission
-from sparsify_compiler.codegen.bound import BoundKernel, Variants, shared_layout
+from sparsify_compiler.codegen.bound import Laid, Variants, shared_layout, workers
 from sparsify_compiler.codegen.kernels.finish import Finish, finish_of, needed_finish
 from sparsify_compiler.codegen.kernels.layout import dense_groups, groups_of
 from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, SIZES, PreparedTiles, prepare_tiles, tile_rows
 from sparsify_compiler.codegen.kernels.tiles import WIDTH, Tiles
 from sparsify_compiler.errors import KernelError
-from sparsify_compiler.target import Target
+from sparsify_compiler.target import Target, host
 
 NAME = "amx"
 DENSE = "linear"
@@ -37,9 +37,9 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     return [] if r is None else [(f"{op.removeprefix('linear_')}_amx_r{r}", {})]
 
 
-def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
-         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> BoundKernel:
-    """Lay the weight out, or take the layout with this very bias from `shared`; build or load the variants. Raises KernelError."""
+def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+        target: Target, shared: list[Any]) -> Laid:
+    """The weight laid out, or its layout with this very bias from `shared`. Raises KernelError."""
     if not _runs(target):
         raise KernelError("this machine, or its operating system, does not give AMX tiles", where=op, hint="compile the model again here")
     finish = needed_finish(op, attributes, rough=True)
@@ -52,17 +52,17 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
 
     prepared = shared_layout(shared, bias, lay_out)
     name = "dense amx" if op == DENSE else f"{op.removeprefix('linear_')}_amx_r{prepared.layout.r}"
-    return BoundKernel(name, options, prepared, _variants(prepared, finish), target, files)
+    return Laid(name, options, prepared, _variants(prepared, finish, workers(target)), target)
 
 
 def _runs(target: Target) -> bool:
-    return all(target.has(feature) for feature in FEATURES) and permission.tiles()
+    return all(target.has(feature) for feature in FEATURES) and (not target.runs_on(host()) or permission.tiles())
 
 
-def _variants(prepared: PreparedTiles, finish: Finish) -> Variants:
-    layout, threads = prepared.layout, torch.get_num_threads()
+def _variants(prepared: PreparedTiles, finish: Finish, threads: int) -> Variants:
+    layout = prepared.layout
     products = prepared.values.numel() // (layout.rows * DEPTH)  # for each 16 rows of x
-    found = {f"tiles{across}-{workers}": Tiles(layout, across, workers, finish) for across in (1, 2) for workers in {1, threads}}
+    found = {f"tiles{across}-{count}": Tiles(layout, across, count, finish) for across in (1, 2) for count in {1, threads}}
 
     def choose(rows: int) -> str:
         across = 1 if rows <= WIDTH else 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler import catalog
-from sparsify_compiler.codegen.bound import BoundKernel, Variants, shared_layout
+from sparsify_compiler.codegen.bound import Laid, Variants, shared_layout
 from sparsify_compiler.codegen.kernels import strips
 from sparsify_compiler.codegen.kernels.layout import LANES, Prepared, groups_of, prepare, takes
 from sparsify_compiler.codegen.kernels.panel import Panel
@@ -36,16 +36,16 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     return [(_name(op, r, vectors), {**options, "vectors": vectors}) for vectors in (schedules[r] if wide else schedules[r][:1])]
 
 
-def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
-         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> BoundKernel:
-    """Lay the weight out, or take the layout with this very bias from `shared`; build or load the variants. Raises KernelError."""
+def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+        target: Target, shared: list[Any]) -> Laid:
+    """The weight laid out, or its layout with this very bias from `shared`. Raises KernelError."""
     def lay_out() -> Prepared:
         groups, outputs, inputs = groups_of(op, tensors, attributes)
         return prepare(groups, getattr(torch, str(options["dtype"])), bias, outputs, inputs)
 
     prepared = shared_layout(shared, bias, lay_out)
     vectors = int(options["vectors"])
-    return BoundKernel(_name(op, int(options["r"]), vectors), options, prepared, _variants(prepared, vectors, target), target, files)
+    return Laid(_name(op, int(options["r"]), vectors), options, prepared, _variants(prepared, vectors, target), target)
 
 
 def _variants(prepared: Prepared, vectors: int, target: Target) -> Variants:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler.codegen.bound import BoundKernel, Variants, shared_layout
+from sparsify_compiler.codegen.bound import Laid, Variants, shared_layout
 from sparsify_compiler.codegen.kernels.gemv import Gemv
 from sparsify_compiler.codegen.kernels.layout import groups_of, takes
 from sparsify_compiler.codegen.kernels.slice_layout import LANES, PreparedSlices, places_fit, prepare_gaps, prepare_places
@@ -35,9 +35,9 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     return [(_name(op, coding), {"dtype": str(dtype).removeprefix("torch."), "coding": coding})]
 
 
-def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
-         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> BoundKernel:
-    """Lay the weight out, or take the layout with this very bias from `shared`; build or load the variants. Raises KernelError."""
+def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+        target: Target, shared: list[Any]) -> Laid:
+    """The weight laid out, or its layout with this very bias from `shared`. Raises KernelError."""
     coding = str(options["coding"])
 
     def lay_out() -> PreparedSlices:
@@ -48,7 +48,7 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
         return prepare_gaps(groups, dtype, bias, outputs, inputs)
 
     prepared = shared_layout(shared, bias, lay_out)
-    return BoundKernel(_name(op, coding), options, prepared, _variants(prepared, coding), target, files)
+    return Laid(_name(op, coding), options, prepared, _variants(prepared, coding), target)
 
 
 def _variants(prepared: PreparedSlices, coding: str) -> Variants:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler.codegen.bound import BoundKernel, Variants, shared_layout
+from sparsify_compiler.codegen.bound import Laid, Variants, shared_layout, workers
 from sparsify_compiler.codegen.kernels.finish import Finish, finish_of, needed_finish
 from sparsify_compiler.codegen.kernels.layout import LANES, groups_of, takes
 from sparsify_compiler.codegen.kernels.strip_layout import SLICE, TILE, PreparedStrips, prepare_strips
@@ -32,9 +32,9 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     return [(_name(op), {"dtype": str(dtype).removeprefix("torch.")})]
 
 
-def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
-         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> BoundKernel:
-    """Lay the weight out, or take the layout with this very bias from `shared`; build or load the variants. Raises KernelError."""
+def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+        target: Target, shared: list[Any]) -> Laid:
+    """The weight laid out, or its layout with this very bias from `shared`. Raises KernelError."""
     finish = needed_finish(op, attributes)
 
     def lay_out() -> PreparedStrips:
@@ -42,12 +42,12 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
         return prepare_strips(groups, getattr(torch, str(options["dtype"])), bias, outputs, inputs, target.cores)
 
     prepared = shared_layout(shared, bias, lay_out)
-    return BoundKernel(_name(op), options, prepared, _variants(prepared, finish), target, files)
+    return Laid(_name(op), options, prepared, _variants(prepared, finish, workers(target)), target)
 
 
-def _variants(prepared: PreparedStrips, finish: Finish) -> Variants:
-    threads, products = torch.get_num_threads(), prepared.values.numel()
-    found = {f"strips-{workers}": StripPanel(prepared.layout, workers, finish) for workers in {1, threads}}
+def _variants(prepared: PreparedStrips, finish: Finish, threads: int) -> Variants:
+    products = prepared.values.numel()
+    found = {f"strips-{count}": StripPanel(prepared.layout, count, finish) for count in {1, threads}}
     return Variants(found, lambda rows: f"strips-{1 if products * -(-rows // LANES) < ALONE else threads}", finish.add)
 
 
