@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from sparsify_compiler.codegen import cache as store
 from sparsify_compiler.codegen import elf
-from sparsify_compiler.codegen.targets.llvm import tvm_target
+from sparsify_compiler.codegen.targets import options, tvm_target
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target, host
 
@@ -137,7 +137,7 @@ def _compile_llvm(name: str, text: str, target: Target) -> bytes:
 
 def key(schedule: Schedule, target: Target) -> str:
     """The name in the cache of this schedule's code for this target."""
-    return f"{schedule.name}-{_digest(json.dumps([repr(schedule), target.arch, target.features, version(), sources()]))}"
+    return f"{schedule.name}-{_digest(json.dumps([repr(schedule), options(target), version(), sources()]))}"
 
 
 @cache

@@ -1,6 +1,7 @@
 """A machine as data: what it does in a second, each number with its unit and its source.
 
-Data-sheet machines are JSON files in machines/; this machine is measured (codegen/micro.py) and has the same form.
+Data-sheet machines are JSON files in machines/, each of which names its target, which has its instruction sets and cores; this machine is measured
+(codegen/micro.py) and has the same form.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify_compiler.errors import TargetError, unknown
+from sparsify_compiler.target import resolve
 
 FOLDER = Path(__file__).with_name("machines")
 UNITS: Mapping[str, str] = {
@@ -130,4 +132,11 @@ def known(name: str) -> Machine:
     """One of them. Raises UnknownNameError."""
     if name not in names():
         raise unknown("machine", name, names())
-    return Machine.from_json(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
+    data = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    target = resolve(data.pop("target"))
+    return Machine.from_json({**data, "arch": target.arch, "features": target.features, "cores": target.cores})
+
+
+def sheets_of(target: str) -> tuple[str, ...]:
+    """The machines of a target, by their names: what is compiled for it runs on them."""
+    return tuple(name for name in names() if json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["target"] == target)

@@ -75,18 +75,19 @@ def targets(measure: bool) -> Group | Table:
 
 
 def _targets() -> Table:
-    from .target import NAMES, host, resolve
+    from .target import NAMES, host, resolve, title
 
     here = host()
     found = _table("target", "machine", "features", "runs here")
     for name in NAMES:
         each = resolve(name)
-        found.add_row(name, f"{each.arch} {each.mcpu}, {each.cores} cores", " ".join(each.features), "yes" if each.runs_on(here) else "no")
+        found.add_row(name, title(each), " ".join(each.features), "yes" if each.runs_on(here) else "no")
     return found
 
 
 def _machines() -> Table:
-    from .machines import HERE, machine, names
+    from .machines import machine, names
+    from .target import HERE
 
     found = _table("machine", "what it is", "float32", "bfloat16", "memory")
     for name in names():

@@ -12,41 +12,42 @@ from typing import TYPE_CHECKING, Any
 from . import catalog
 from .errors import TargetError, nearest
 from .measure import undisturbed
-from .target import NAMES, Target, fingerprint, host, resolve
+from .target import HERE, NAMES, Target, fingerprint, host, resolve
 
 if TYPE_CHECKING:
     from .cost_models.machine import Machine
 
-HERE = ("cpu", "native")
 SOURCE = "measured here, codegen/micro.py"
 
 
 def names() -> tuple[str, ...]:
-    """Every name that machine() knows."""
+    """Every name that machine() knows beside those of targets that run here."""
     sheets: tuple[str, ...] = _model().names()
     return (*HERE, *sheets)
 
 
 def machine(target: str | Target | Machine | None = None) -> Machine:
-    """A machine by its name, or that of a Target whose code runs here: this machine, with the target's features.
+    """A machine by its name or that of its target; for a Target without a data sheet whose code runs here this machine, with the target's features.
 
-    This machine is measured when it is first asked for (some ten seconds), and then read from the cache. Raises UnknownNameError, TargetError.
+    This machine is measured when it is first asked for (some ten seconds), and then read from the cache. Raises TargetError.
     """
     model = _model()
+    if isinstance(target, str) and target in model.names():
+        return model.known(target)  # type: ignore[no-any-return]
+    if isinstance(target, str) and target not in NAMES:
+        raise TargetError(f"unknown machine {target!r}", where="target", hint=nearest(target, {*names(), *NAMES}))
     if target is None or isinstance(target, str | Target):
-        if isinstance(target, str) and target not in NAMES:
-            if target not in model.names():
-                raise TargetError(f"unknown machine {target!r}", where="target", hint=nearest(target, names()))
-            sheet: Machine = model.known(target)
-            return sheet
-        return _here(resolve(target or "cpu"))
+        return _of(resolve(target or "cpu"))
     if type(target) is not model.Machine:
         raise TargetError(f"a machine is a name, a Target or a Machine, not {type(target).__name__}", where="target")
     return target
 
 
-def _here(wanted: Target) -> Machine:
-    """This machine, with no other features than the target's."""
+def _of(wanted: Target) -> Machine:
+    """The data sheet of a target, or this machine with no other features than the target's."""
+    for name in _model().sheets_of(wanted.name):
+        sheet: Machine = _model().known(name)
+        return replace(sheet, features=wanted.features, cores=wanted.cores)
     if not wanted.runs_on(host()):
         raise TargetError(f"nothing is known of the speed of {wanted.name}", where="target", hint=f"known: {', '.join(names())}")
     return replace(_host(), features=wanted.features)

@@ -1,35 +1,37 @@
-"""A target: the machine to compile for, as data that checks itself.
+"""A target: the machine to compile for, as data that checks itself. Those that have a name are in targets.json.
 
 Only `codegen` turns a Target into a compiler's own target object; the rest of the engine asks it questions.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from .errors import TargetError, nearest
+from .host_features import aarch64_features
 
-# LLVM feature names that change which kernels are worth generating, by architecture.
-FEATURES: dict[str, tuple[str, ...]] = {
-    "x86_64": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512bf16",
-               "amx-tile", "amx-bf16", "amx-int8"),
-    "aarch64": ("neon", "dotprod", "fullfp16", "i8mm", "bf16", "sve", "sve2"),
-}
-NAMES = ("cpu", "native", "x86-avx2", "x86-avx512", "x86-amx")
+_DATA: dict[str, Any] = json.loads(Path(__file__).with_name("targets.json").read_text(encoding="utf-8"))
+# By architecture: what changes which kernels are worth generating, by LLVM's names (of CUDA by ours), and LLVM's names of processors.
+FEATURES: dict[str, tuple[str, ...]] = {arch: tuple(names) for arch, names in _DATA["features"].items()}
+PROCESSORS: dict[str, tuple[str, ...]] = {arch: tuple(names) for arch, names in _DATA["processors"].items()}
+HERE = ("cpu", "native")
+NAMES = (*HERE, *_DATA["targets"])
 
 
 @dataclass(frozen=True)
 class Target:
-    """A machine.
+    """A machine. Raises TargetError where it cannot be one.
 
     name      what the user calls it
-    arch      "x86_64" or "aarch64"
-    mcpu      LLVM processor name, used for tuning only; instruction sets come from `features`
-    features  LLVM feature names, the subset of FEATURES that the machine has, sorted
-    cores     processors that kernels may use
+    arch      "x86_64", "aarch64" or "cuda"
+    mcpu      LLVM's name of the processor (of CUDA the architecture, such as "sm_90a"). On x86 the features alone decide what code there is
+    features  the subset of FEATURES that the machine has, sorted
+    cores     processors that kernels may use; a GPU counts as one
     """
 
     name: str
@@ -40,11 +42,16 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.arch not in FEATURES:
-            raise TargetError(f"unknown architecture {self.arch!r}", where=self.name, hint=nearest(self.arch, FEATURES))
+            raise TargetError(f"unknown architecture {self.arch!r}", where=self.name, hint=nearest(str(self.arch), FEATURES))
+        if self.mcpu not in PROCESSORS[self.arch]:  # LLVM would only print a warning, and compile for a generic processor
+            raise TargetError(f"unknown processor {self.mcpu!r} of {self.arch}", where=self.name, hint=nearest(str(self.mcpu), PROCESSORS[self.arch]))
+        needs = _DATA["needs"][self.arch]
         for feature in self.features:
             if feature not in FEATURES[self.arch]:
                 raise TargetError(f"unknown feature {feature!r} of {self.arch}", where=self.name,
                                   hint=nearest(feature, FEATURES[self.arch]))
+            if needs.get(feature, feature) not in self.features:
+                raise TargetError(f"no machine has {feature} without {needs[feature]}", where=self.name, hint=f"add {needs[feature]!r}")
         if self.cores < 1:
             raise TargetError(f"a target needs at least one core, got {self.cores}", where=self.name)
 
@@ -58,6 +65,11 @@ class Target:
         if self.arch == "x86_64":
             return 64 if self.has("avx512f") else 32 if self.has("avx2") else 16
         return 16
+
+    @property
+    def vector_registers(self) -> int:
+        """How many of those there are."""
+        return 16 if self.arch == "x86_64" and not self.has("avx512f") else 32
 
     def runs_on(self, host: Target) -> bool:
         """True when code for this target runs on `host` (same architecture, no feature that it lacks)."""
@@ -76,14 +88,25 @@ def host() -> Target:
     """The machine we run on, by feature flags: LLVM's processor name is wrong in some virtual machines."""
     import platform
 
-    import tvm
-
     arch = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
     if arch not in FEATURES:
         raise TargetError(f"no kernels for this processor architecture: {arch}", hint=nearest(arch, FEATURES))
-    flags = tvm.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")()
-    features = tuple(sorted(f for f in FEATURES[arch] if f in flags and bool(flags[f])))
+    flags = aarch64_features() if arch == "aarch64" else None
+    if flags is None:
+        import tvm
+
+        flags = tvm.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")()
+    features = _consistent(arch, [f for f in FEATURES[arch] if f in flags and bool(flags[f])])
     return Target("native", arch, _mcpu(arch, features), features, _cores())
+
+
+def _consistent(arch: str, found: list[str]) -> tuple[str, ...]:
+    """Those whose needs are met: a virtual machine may hide some. FEATURES has what is needed before what needs it."""
+    kept: list[str] = []
+    for feature in found:
+        if _DATA["needs"][arch].get(feature, feature) in (*kept, feature):
+            kept.append(feature)
+    return tuple(sorted(kept))
 
 
 @cache
@@ -97,7 +120,6 @@ def fingerprint() -> str:
 def _processor() -> str:
     """Its name and stepping as the system tells them."""
     import platform
-    from pathlib import Path
 
     wanted = ("model name", "cpu family", "model", "stepping", "CPU part", "CPU implementer")
     try:
@@ -129,16 +151,20 @@ def _known(name: str) -> str:
     return hint if hint.startswith("known") else f"{hint} {known}"
 
 
+def title(target: Target) -> str:
+    """What the machine is, in words."""
+    return str(_DATA["targets"].get(target.name, {}).get("title", f"{target.arch} {target.mcpu}"))
+
+
 def resolve(target: str | Target) -> Target:
     """A Target from its name ("cpu" and "native" are this machine), or the Target itself. Raises TargetError."""
     if isinstance(target, Target):
         return target
-    if target in ("cpu", "native"):
-        return host()
     if not isinstance(target, str):
         raise TargetError(f"a target is a name or a Target, not {type(target).__name__}", where="target", hint=f"known: {', '.join(NAMES)}")
+    if target in HERE:
+        return host()
     if target not in NAMES:
         raise TargetError(f"unknown target {target!r}", where="target", hint=_known(target))
-    level = {"x86-avx2": 3, "x86-avx512": 9, "x86-amx": 12}[target]
-    features = tuple(sorted(FEATURES["x86_64"][:level]))
-    return Target(target, "x86_64", _mcpu("x86_64", features), features, os.cpu_count() or 1)
+    data = _DATA["targets"][target]
+    return Target(target, data["arch"], data["mcpu"], tuple(sorted(data["features"])), data["cores"] or os.cpu_count() or 1)

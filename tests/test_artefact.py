@@ -529,7 +529,8 @@ def test_columns_out_of_range_are_refused(saved: Path) -> None:
 
 def _made_elsewhere(saved: Path) -> None:
     target = json.loads((saved / "manifest.json").read_text())["target"]
-    other = {"arch": "aarch64", "features": ["neon"]} if target["arch"] == "x86_64" else {"arch": "x86_64", "features": ["avx2"]}
+    arm, x86 = {"arch": "aarch64", "mcpu": "generic", "features": ["neon"]}, {"arch": "x86_64", "mcpu": "x86-64-v3", "features": ["avx2"]}
+    other = arm if target["arch"] == "x86_64" else x86
     edit_manifest(saved, target=target | other)
 
 

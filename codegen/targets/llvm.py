@@ -1,18 +1,16 @@
-"""Target -> tvm.target.Target for LLVM, by features and never by LLVM's own guess of the host.
+"""Target -> TVM's options for LLVM, by features and never by LLVM's own guess of the host.
 
-A virtual machine may report a processor name whose instruction set is not the one it runs: the name tunes, the features decide.
+A virtual machine may report a processor name whose instruction set is not the one it runs: the features decide, and on Arm the name tunes.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from sparsify_compiler.target import FEATURES, Target
 
-# What every machine of the architecture has, and what a feature of ours needs beside itself in LLVM.
-BASELINE = {"x86_64": "x86-64-v2", "aarch64": "generic"}
 TRIPLE = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
+BASELINE = "x86-64-v2"  # of every x86: what a feature of ours needs beside itself in LLVM follows
 IMPLIED = {"avx2": ("avx", "bmi", "bmi2", "lzcnt", "movbe"), "avx512f": ("avx512cd",)}
 
 
@@ -22,10 +20,7 @@ def attributes(target: Target) -> list[str]:
     return switched + [f"+{extra}" for feature in target.features for extra in IMPLIED.get(feature, ())]
 
 
-@cache
-def tvm_target(target: Target) -> Any:
-    """The tvm.target.Target that compiles for `target`."""
-    import tvm
-
-    return tvm.target.Target({"kind": "llvm", "mtriple": TRIPLE[target.arch], "mcpu": BASELINE[target.arch],
-                              "mattr": attributes(target), "num-cores": target.cores})
+def options(target: Target) -> dict[str, Any]:
+    """TVM's options for this target."""
+    processor = BASELINE if target.arch == "x86_64" else target.mcpu
+    return {"kind": "llvm", "mtriple": TRIPLE[target.arch], "mcpu": processor, "mattr": attributes(target)}
