@@ -61,6 +61,7 @@ KINDS: Mapping[str, Kind] = {
     "expert selector": Kind("passes/moe/selectors/*.py"),
     "expert weight": Kind("passes/moe/weights/*.py"),
     "expert repair": Kind("passes/moe/repairs/*.py"),
+    "expert score": Kind("passes/moe/expert_scores/*.py"),
     "format": Kind("formats/*.py"),
     "op": Kind("ops/*.py", holds_object=False),
     "kernel": Kind("codegen/kernels/*.py", holds_object=False, named_like="cost"),  # costs are there for our ops and for dense ones

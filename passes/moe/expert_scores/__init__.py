@@ -1,0 +1,1 @@
+"""How much an expert of a mixture does; one file each."""
