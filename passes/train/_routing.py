@@ -39,7 +39,7 @@ def _found(program: Program) -> Iterator[Routed]:
             chosen, gate = op.kwargs["chosen"], value(op.kwargs["gate"])
             assert isinstance(chosen, fx.Node)
             assert gate is not None
-            path = str(op.meta.get("site", op.meta.get("path", op.name)))
+            path = str(op.meta.get("site") or op.meta.get("path") or region.qualified(op.name))
             yield Routed(Site("moe", path, region.path, {"op": op.name}), chosen, *_behind(chosen, int(gate.shape[0])))
 
 
