@@ -97,6 +97,7 @@ class Pass:
     until_stage: ClassVar[Stage] = Stage.SPARSE  # the latest
     gives_stage: ClassVar[Stage | None] = None  # the stage that the Program is in afterwards, when that changes
     idempotent: ClassVar[bool] = True
+    layer_by_layer: ClassVar[bool] = False  # what it does to a layer depends on its weight and statistics alone, not on the layers around it
 
     @classmethod
     def name(cls) -> str:

@@ -116,15 +116,30 @@ def parts_of(work: Work, target: Any = None) -> dict[str, Seconds]:
     """The same in parts: what calling, computing and waiting for the weight take."""
     from . import machines
 
-    model, machine = catalog.get("cost model", "predict"), machines.machine(target)
+    machine = machines.machine(target)
     try:
-        found = model.forms(work.op, work.values, work.dtype, machine)
-        made = {form.name: model.seconds(form, work.values, machine, work.between) for form in found}
+        made = {form.name: _model().seconds(form, work.values, machine, work.between) for form in _forms(work, machine)}
     except KeyError as error:
         raise InputError(f"the size {error.args[0]} is missing", where=f"work of {work.op}", hint="see cost_models/symbols.py") from error
     if not made:
         raise InputError(f"no formula says how long {work.op} takes in {work.dtype}", where="work", hint="linear layers and gated FFNs have one")
     return made
+
+
+def is_predicted(work: Work, target: Any = None) -> bool:
+    """Is there a formula for what this op takes on the machine? Raises TargetError for a machine of which nothing is known."""
+    from . import machines
+
+    return bool(_forms(work, machines.machine(target)))
+
+
+def _forms(work: Work, machine: Any) -> list[Any]:
+    found: list[Any] = _model().forms(work.op, work.values, work.dtype, machine)
+    return found
+
+
+def _model() -> Any:
+    return catalog.get("cost model", "predict")
 
 
 def measure(work: Work, target: Target | None = None) -> dict[str, float]:

@@ -10,11 +10,15 @@ from sparsify_compiler.passes.prune._layers import Layer
 from sparsify_compiler.passes_api import Context, Pass
 from sparsify_compiler.shapes import example_shape
 from sparsify_compiler.survey import BYTES, SECONDS, WEIGHTS, Offer
-from sparsify_compiler.work import Work, is_dense, measure
+from sparsify_compiler.work import Work, is_dense, is_predicted, measure, predict
 
 
 class Costs:
-    """Costs of offers, computed when they are asked for; layers of one shape are measured once, at the densities `tried` of each choice."""
+    """Costs of offers, computed when they are asked for.
+
+    Seconds are predicted by the formulas of the kernels. Where a dtype has none they are measured, layers of one shape once, at the densities `tried`
+    of each choice.
+    """
 
     def __init__(self, layers: Sequence[Layer], offers: Mapping[str, Sequence[Offer]], choices: Sequence[Pass], tried: Mapping[int, Sequence[float]],
                  ctx: Context) -> None:
@@ -45,14 +49,20 @@ class Costs:
             rows = math.prod(example_shape(use.region, use.op, self._ctx.example_inputs)[:-1])
             dense = self._fastest(self._work(layer, None, 1.0, rows), dense=True)
             if offer.choice is not None:
-                at = {density: self._fastest(self._work(layer, offer.choice, density, rows), dense=False) for density in self._tried[offer.choice]}
-                dense = min(dense, between(at, offer.density))
+                dense = min(dense, self._sparse(layer, offer.choice, offer.density, rows))
             total += dense
         return total
 
+    def _sparse(self, layer: Layer, choice: int, density: float, rows: int) -> float:
+        work = self._work(layer, choice, density, rows)
+        if is_predicted(work, self._ctx.target):
+            return self._fastest(work, dense=False)
+        at = {tried: self._fastest(self._work(layer, choice, tried, rows), dense=False) for tried in self._tried[choice]}
+        return between(at, density)
+
     def _fastest(self, work: Work, *, dense: bool) -> float:
         if work not in self._known:
-            self._known[work] = measure(work, self._ctx.target)
+            self._known[work] = (predict if is_predicted(work, self._ctx.target) else measure)(work, self._ctx.target)
         return min((value for form, value in self._known[work].items() if is_dense(form) == dense), default=math.inf)
 
     def _work(self, layer: Layer, choice: int | None, density: float, rows: int) -> Work:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 
 from sparsify_compiler.calibrate import calibrate
 from sparsify_compiler.divergence import Curvature
+from sparsify_compiler.passes.plan._thinned import Thinned, can_be_thinned, thin
 from sparsify_compiler.passes.prune._layers import Layer, Use
 from sparsify_compiler.passes_api import Context, Pass, Statistics
 from sparsify_compiler.pipeline import Pipeline
@@ -40,12 +42,22 @@ class Evidence:
         self.unit = curvature.unit
         self.batches = len(ctx.batches)
 
+    def estimate(self, choice: Pass, density: float) -> dict[str, float]:
+        """Layer -> what the model's outputs would move by, to second order, if this layer alone were cut; infinite where the choice does not fit it.
+
+        Of layers of many outputs some are looked at, where the choice lets each layer be seen for itself.
+        """
+        if not can_be_thinned(_alone(choice), self.program):
+            return self.losses(self.rewritten(choice, density))
+        told, alone = with_targets(_alone(choice), dict.fromkeys((layer.path for layer in self.layers), density)), self._context()
+        alone.statistics = self.found
+        found = told.run(self._thinned.program.clone(), alone)
+        return {layer.path: self._whole(layer, found) for layer in self._thinned.layers}
+
     def rewritten(self, choice: Pass, density: float) -> Program:
         """The Program after a choice at one density in every layer, each layer by itself: its input is the dense model's."""
-        alone = replace(self.ctx, statistics=self.found, calibrate=lambda program, needs: self.found, misses=[], rewrites=0, fuel=None,
-                        progress=lambda what, done, total: None)
         told = dict.fromkeys((layer.path for layer in self.layers), density)
-        return Pipeline((with_targets(_alone(choice), told),)).run(self.program, alone, ())
+        return Pipeline((with_targets(_alone(choice), told),)).run(self.program, self._context(), ())
 
     def losses(self, rewritten: Program) -> dict[str, float]:
         """Layer -> what the model's outputs would move by, to second order, if this layer alone were as it is in `rewritten`.
@@ -53,11 +65,43 @@ class Evidence:
         Infinite where nothing became of it. ||dy||^2 over the rows is dW G dW^T where the weights alone changed, G the Gram matrix of the layer's
         input, else a sum over sampled rows; each output weighs as much as the mean square of the gradient there (see divergence).
         """
-        return {layer.path: math.fsum(self._loss(use, rewritten) for use in layer.uses) for layer in self.layers}
+        return {layer.path: math.fsum(self._loss(use, rewritten, slice(None)) for use in layer.uses) for layer in self.layers}
 
-    def _loss(self, use: Use, rewritten: Program) -> float:
+    @cached_property
+    def _thinned(self) -> Thinned:
+        return thin(self.program, self.layers)
+
+    def _context(self) -> Context:
+        """To run choices in: what they miss is nobody's affair, and nothing is calibrated again."""
+        return replace(self.ctx, statistics=self.found, calibrate=lambda program, needs: self.found, misses=[], rewrites=0, fuel=None,
+                       progress=lambda what, done, total: None)
+
+    def _whole(self, thinned: Layer, rewritten: Program) -> float:
+        """The loss of a layer by some of its outputs."""
+        rows = self._thinned.rows[thinned.path]
+        return self._shares[thinned.path] * math.fsum(self._loss(use, rewritten, rows) for use in thinned.uses)
+
+    @cached_property
+    def _shares(self) -> dict[str, float]:
+        """Layer -> what all of its outputs could lose, all weights cut and inputs taken as if nothing connected them, over what those kept could."""
+        found = {}
+        for layer in self.layers:
+            each = torch.stack([self._weighs(use) * self._all_cut(layer, use) for use in layer.uses]).sum(0)
+            rows = self._thinned.rows[layer.path]
+            kept = float(each[rows].sum())
+            found[layer.path] = float(each.sum()) / kept if kept > 0 else len(each) / max(len(rows), 1)
+        return found
+
+    def _all_cut(self, layer: Layer, use: Use) -> Tensor:
+        return layer.weight.detach().double().square() @ self.found.get(use.site.path, "gram").diagonal().double()
+
+    def _weighs(self, use: Use) -> Tensor:
+        return self.slopes.get(use.site.path, "output_gradient").double()
+
+    def _loss(self, use: Use, rewritten: Program, rows: Tensor | slice) -> float:
+        """rows: which outputs of the layer those of this use and of `rewritten` are."""
         op = rewritten.regions[use.region.path].node(use.op.name)
-        weighs = self.slopes.get(use.site.path, "output_gradient").double()
+        weighs = self._weighs(use)[rows]
         old, new = (weight_of(region, node) for region, node in ((use.region, use.op), (rewritten.regions[use.region.path], op)))
         source = use.op.kwargs["input"]
         assert isinstance(source, fx.Node)
@@ -68,8 +112,8 @@ class Evidence:
             change = (new - old).float()
             errors = ((change @ self.found.get(use.site.path, "gram").float()) * change).sum(1).double()
         else:
-            rows = self.found.get(use.site.path, "input_rows").to(old.dtype)
-            moved = _at(rewritten.regions[use.region.path], op, source.name, rows) - _at(use.region, use.op, source.name, rows)
+            seen = self.found.get(use.site.path, "input_rows").to(old.dtype)
+            moved = _at(rewritten.regions[use.region.path], op, source.name, seen) - _at(use.region, use.op, source.name, seen)
             errors = moved.double().square().mean(0) * float(self.found.get(use.site.path, "samples"))
         return float((weighs * errors).sum()) / (2 * self.batches)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from sparsify_compiler.passes.plan._curves import LEAST
@@ -16,6 +18,7 @@ from sparsify_compiler.passes_api import Context, Pass
 from sparsify_compiler.program import Program
 from sparsify_compiler.sweep_checkpoint import Checkpoint, chosen_folder
 
+EVERY = 3  # of the layers at the same place of each block, how many-th one is probed
 BOUNDS = (0.05, 20.0)  # by how much a probe may correct an estimate: beyond, it is noise of a loss next to nothing
 
 
@@ -39,19 +42,24 @@ class Losses:
     def at(self, number: int, density: float) -> dict[str, float]:
         """Layer -> its loss under a choice at a density, by the estimate; infinite where the choice does not act on it."""
         def found() -> list[float]:
-            losses = self._evidence.losses(self._evidence.rewritten(self._choices[number], density))
+            losses = self._evidence.estimate(self._choices[number], density)
             return [losses[layer.path] for layer in self._layers]
 
         return dict(zip((layer.path for layer in self._layers), self._once(f"{number} {density}", found), strict=True))
 
     def scale(self, where: tuple[int, float]) -> dict[str, float]:
-        """Layer -> what the whole model said there, over the estimate; 1 where no weight changed, so that there is nothing to probe."""
+        """Layer -> what the whole model said there, over the estimate; 1 where no weight changed, so that there is nothing to probe.
+
+        Of layers that stand at the same place of each block some are probed, the others lie between.
+        """
         def found() -> list[float]:
             estimates, rewritten = self.at(*where), self._evidence.rewritten(self._choices[where[0]], where[1])
-            known = [site for site, loss in estimates.items() if math.isfinite(loss)]
+            paths = [layer.path for layer in self._layers if math.isfinite(estimates[layer.path])]
+            chosen = probed(paths)
             assert self._ctx.batches is not None
-            moved = Probes(self._program, self._layers, self._ctx.batches[: self._probes], self._ctx).apart(rewritten, known)
-            return [ratio(moved[path], estimates[path]) if moved.get(path) else 1.0 for path in (layer.path for layer in self._layers)]
+            moved = Probes(self._program, self._layers, self._ctx.batches[: self._probes], self._ctx).apart(rewritten, chosen)
+            ratios = filled(paths, {path: ratio(moved[path], estimates[path]) for path in chosen if moved[path]})
+            return [ratios.get(layer.path, 1.0) for layer in self._layers]
 
         if not self._probes or in_parts(self._program):
             return {}
@@ -71,6 +79,34 @@ class Losses:
 def in_parts(program: Program) -> bool:
     """Was the model captured in parts? There is no whole to run from the middle on, then, and estimates must be believed."""
     return program.skeleton is not None
+
+
+def probed(paths: Sequence[str]) -> list[str]:
+    """Of each family the first two, the last two, and every EVERY-th between: at the ends of a model layers differ most."""
+    found = []
+    for family in _families(paths):
+        ends = {0, 1, len(family) - 2, len(family) - 1}
+        found += [path for number, path in enumerate(family) if number in ends or number % EVERY == 1]
+    return found
+
+
+def filled(paths: Sequence[str], known: Mapping[str, float]) -> dict[str, float]:
+    """What is known of some layers for all of their families, between two of them by the logarithm; nothing of a family of which nothing is known."""
+    found: dict[str, float] = {}
+    for family in _families(paths):
+        places = [number for number, path in enumerate(family) if path in known]
+        if places:
+            logs = np.interp(range(len(family)), places, [math.log(known[family[place]]) for place in places])
+            found |= {path: math.exp(log) for path, log in zip(family, logs.tolist(), strict=True)}
+    return found
+
+
+def _families(paths: Sequence[str]) -> list[list[str]]:
+    """Layers whose paths differ only in numbers, in the order of execution."""
+    families: dict[str, list[str]] = {}
+    for path in paths:
+        families.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", path), []).append(path)
+    return list(families.values())
 
 
 def ratio(measured: float, estimated: float) -> float:

@@ -73,6 +73,7 @@ class MaskWeights(Pass):
 
     preserves: ClassVar[Preserves] = Preserves.SIGNATURE
     gives_stage: ClassVar[Stage | None] = Stage.SPARSE
+    layer_by_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for kind, name in (("score", self.score), ("budget", self.budget), ("repair", self.repair)):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, MutableMapping
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsify_compiler.passes.prune.repairs._base import Cut, Repaired, damped, windows
 from sparsify_compiler.passes.prune.structures._base import Structure
 
 STATISTICS: tuple[str, ...] = ("patch_gram",)
 CHOOSES = True
+HALVED = 256  # a triangular matrix of more columns is inverted by halves
+LEAF = 16  # columns of which each is taken from the others one by one
+_FACTORS: MutableMapping[Tensor, dict[tuple[float, torch.dtype], tuple[Tensor, str]]] = WeakTensorKeyDictionary()
 
 
 def obs(cut: Cut, *, damping: float = 0.01, columns: int = 128) -> Repaired:
@@ -26,9 +32,25 @@ def obs(cut: Cut, *, damping: float = 0.01, columns: int = 128) -> Repaired:
 
 
 def inverse_factor(gram: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, str]:
-    """(U, note): U^T U is the inverse of the damped Gram matrix, U upper triangular."""
-    _, factor, note = damped(gram, damping, dtype)
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True), note
+    """(U, note): U^T U is the inverse of the damped Gram matrix, U upper triangular. Kept for as long as somebody holds that matrix: layers that
+    read one value share it, and so do all densities and structures that are tried of a layer."""
+    known = _FACTORS.setdefault(gram, {})
+    if (damping, dtype) not in known:
+        _, factor, note = damped(gram.flip(0, 1), damping, dtype)  # G = M M^T with M upper triangular, so that U is its inverse
+        known[damping, dtype] = _inverse(factor.flip(0, 1)), note
+    return known[damping, dtype]
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Of an upper triangular matrix, by halves: products of matrices are faster than solving for the unit matrix."""
+    size = upper.shape[0]
+    if size <= HALVED:
+        small: Tensor = torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True)
+        return small
+    half, found = size // 2, torch.zeros_like(upper)
+    found[:half, :half], found[half:, half:] = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
+    found[:half, half:] = -(found[:half, :half] @ upper[:half, half:]) @ found[half:, half:]
+    return found
 
 
 def sweep_columns(cut: Cut, weight: Tensor, upper: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -42,18 +64,37 @@ def sweep_columns(cut: Cut, weight: Tensor, upper: Tensor, columns: int) -> tupl
     while start < width:
         end = min(start + columns, width)
         end = max(end, max((stop for begin, (stop, _) in chosen.items() if start <= begin < end), default=end))
-        here, factor = weight[:, start:end], upper[start:end, start:end]
-        errors = torch.zeros_like(here)
-        for i in range(end - start):
-            if start + i in chosen:
-                stop, density = chosen[start + i]
-                saliency = (here[:, i : stop - start] / factor.diagonal()[i : stop - start]).square()
-                mask[:, start + i : stop] = choose(cut.structure, saliency, density)
-            errors[:, i] = error = here[:, i] * ~mask[:, start + i] / factor[i, i]
-            here[:, i:].addr_(error, factor[i, i:], alpha=-1)
-        weight[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
+        inside = {begin - start: (stop - start, density) for begin, (stop, density) in chosen.items() if start <= begin < end}
+        here, kept = weight[:, start:end].T.contiguous(), mask[:, start:end].T.contiguous()
+        errors = _sweep_block(here, kept, upper[start:end, start:end], cut.structure, inside)
+        weight[:, start:end], mask[:, start:end] = here.T, kept.T
+        weight[:, end:].addmm_(errors.T, upper[start:end, end:], alpha=-1)
         start = end
     return weight * mask, mask
+
+
+def _sweep_block(here: Tensor, kept: Tensor, upper: Tensor, structure: Structure, chosen: Mapping[int, tuple[int, float]]) -> Tensor:
+    """The errors [columns, out] of some columns; `here` [columns, out], a column of the weight a row, and `kept` change in place.
+
+    chosen  the first column of a window -> (its end, its density), where the mask is not given
+
+    LEAF columns at a time, or up to where the next window is chosen: what one causes behind those is left for a product of matrices.
+    """
+    errors, diagonal = torch.empty_like(here), upper.diagonal()[:, None]
+    gone = ~kept / diagonal
+    start, width = 0, here.shape[0]
+    while start < width:
+        if start in chosen:
+            stop, density = chosen[start]
+            kept[start:stop] = choose(structure, (here[start:stop] / diagonal[start:stop]).square().T, density).T
+            gone[start:stop] = ~kept[start:stop] / diagonal[start:stop]
+        end = min(start + LEAF, width, *(begin for begin in chosen if begin > start))
+        for i in range(start, end):
+            torch.mul(here[i], gone[i], out=errors[i])
+            here[i:end].addr_(upper[i, i:end], errors[i], alpha=-1)
+        here[end:].addmm_(upper[start:end, end:].T, errors[start:end], alpha=-1)
+        start = end
+    return errors
 
 
 def choose(structure: Structure, saliency: Tensor, density: float) -> Tensor:

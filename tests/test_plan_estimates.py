@@ -1,0 +1,132 @@
+"""What makes a survey short: layers with some of their outputs, factors that are shared, probes of some layers of each family."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsify_compiler.calibrate import calibrate
+from sparsify_compiler.capture import capture
+from sparsify_compiler.passes.plan._costs import Costs
+from sparsify_compiler.passes.plan._evidence import Evidence
+from sparsify_compiler.passes.plan._losses import filled, probed
+from sparsify_compiler.passes.plan._thinned import MOST, RUN, can_be_thinned, thin
+from sparsify_compiler.passes.prune._layers import find_layers
+from sparsify_compiler.passes.prune.mask_weights import MaskWeights
+from sparsify_compiler.passes.prune.repairs import obs
+from sparsify_compiler.passes.prune.repairs._base import damped
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.survey import SECONDS, Offer
+from sparsify_compiler.target import host
+from sparsify_compiler.work import Work, is_predicted, predict
+
+WIDE = 1000
+OBS = MaskWeights("repair", "16x1", repair="obs")
+NORMS = MaskWeights("weight_times_input_norm", "2:4")
+
+
+class Wide(nn.Module):
+    """A layer of many outputs, and two small ones that read the same value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, WIDE), nn.Linear(WIDE, 16)
+        self.one, self.other = nn.Linear(16, 24), nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(nn.functional.gelu(self.up(x)))
+        return torch.as_tensor(self.one(y) + self.other(y))
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(64, 32, generator=generator, dtype=torch.float32),) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def evidence(batches: list[Any]) -> Evidence:
+    torch.manual_seed(0)
+    program = capture(Wide().eval(), batches[0])
+    ctx = Context(target=host(), example_inputs=batches[0], batches=batches)
+    ctx.calibrate = lambda program, needs: calibrate(program, batches, needs, cache=False)
+    return Evidence(program, find_layers(program, ("linear",), ())[0], (OBS, NORMS), ctx)
+
+
+@pytest.mark.parametrize("choice", [OBS, NORMS], ids=["16x1", "2:4"])
+def test_some_outputs_say_what_all_would_lose(evidence: Evidence, choice: MaskWeights) -> None:
+    some, whole = evidence.estimate(choice, 0.5), evidence.losses(evidence.rewritten(choice, 0.5))
+    assert some["up"] == pytest.approx(whole["up"], rel=0.15)
+    assert some["up"] != whole["up"]
+    assert all(some[path] == pytest.approx(whole[path], rel=1e-6) for path in ("down", "one", "other")), "layers that are small are seen whole"
+    misfit = evidence.estimate(MaskWeights(structure="3:7"), 3 / 7)
+    assert all(math.isinf(loss) for loss in misfit.values())
+
+
+def test_runs_of_outputs_and_the_remainder_stay(evidence: Evidence) -> None:
+    thinned = thin(evidence.program, evidence.layers)
+    rows, layer = thinned.rows["up"], thinned.layers[0]
+    assert len(rows) == MOST + WIDE % RUN
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    assert rows[-1] == WIDE - 1
+    assert rows[:RUN].tolist() == list(range(RUN))
+    assert torch.equal(layer.weight, evidence.layers[0].weight[rows])
+    assert thinned.program.regions[""].module.up.bias.shape == rows.shape
+    assert evidence.layers[0].weight.shape == (WIDE, 32)
+
+
+def test_only_what_looks_at_a_layer_by_itself_is_shown_some_of_it(evidence: Evidence) -> None:
+    (inputs,) = Pipeline.parse("select_inputs()").passes
+    assert can_be_thinned(OBS, evidence.program)
+    assert not can_be_thinned(inputs, evidence.program)
+    assert not can_be_thinned(MaskWeights("gradient_times_weight"), evidence.program), "a statistic of each weight has the shape of all of them"
+
+
+def test_layers_that_read_one_value_share_its_factor(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(gram: Tensor, *rest: Any) -> Any:
+        asked.append(gram.shape[0])
+        return damped(gram, *rest)
+
+    monkeypatch.setattr(obs, "damped", counted)
+    monkeypatch.setattr(obs, "_FACTORS", type(obs._FACTORS)())
+    for density in (0.3, 0.6):
+        evidence.estimate(OBS, density)
+    assert sorted(asked) == [16, 32, WIDE]
+
+
+def test_ends_of_a_family_are_probed_and_the_rest_lies_between() -> None:
+    paths = [f"layer.{block}.{name}" for block in range(9) for name in ("q", "ffn.0")] + ["head"]
+    chosen = probed(paths)
+    assert [path for path in chosen if path.endswith("q")] == [f"layer.{block}.q" for block in (0, 1, 4, 7, 8)]
+    assert "head" in chosen
+    known = {"layer.0.q": 8.0, "layer.1.q": 4.0, "layer.4.q": 0.5, "layer.8.q": 0.5, "head": 3.0}
+    found = filled(paths, known)
+    assert {path: found[path] for path in known} == pytest.approx(known)
+    assert found["layer.2.q"] == pytest.approx(2.0)
+    assert found["layer.3.q"] == pytest.approx(1.0)
+    assert not any("ffn" in path for path in found), "of a family that was not probed nothing is known"
+
+
+@pytest.mark.parametrize("size", [1, 7, 700])
+def test_the_factor_is_that_of_the_inverse(size: int) -> None:
+    rows = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    upper, note = obs.inverse_factor(rows.T @ rows, 0.01, torch.float64)
+    gram = rows.T @ rows + 0.01 * (rows.T @ rows).diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    assert torch.allclose(upper, torch.linalg.cholesky(torch.linalg.inv(gram), upper=True), rtol=1e-8, atol=1e-12)
+    assert (note, torch.equal(upper, upper.triu())) == ("", True)
+
+
+def test_seconds_are_predicted_where_there_is_a_formula(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_predicted(Work.of((64, 64), 8))
+    assert not is_predicted(Work.of((64, 64), 8, dtype="float16"))
+    offers = {layer.path: [Offer("dense"), Offer("cut", 0, 0.3), Offer("other", 0, 0.31)] for layer in evidence.layers}
+    costs = Costs(evidence.layers, offers, [OBS], {0: [0.3]}, evidence.ctx)(SECONDS)
+    forms = predict(Work.of((WIDE, 32), 64, OBS.structure, 0.31, between=sum(layer.weight.numel() * 4 for layer in evidence.layers)), host())
+    assert costs["up"][2] == min(forms.values())
