@@ -168,6 +168,30 @@ def test_the_predictors_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(scores, scored(inner, state["predictor_second_folded"], state["predictor_odds_folded"]))
 
 
+def test_what_others_read_too_is_not_the_predictors() -> None:
+    """Scores of a value that the rest of the model needs anyway: computing that value is no cost of predicting."""
+    from sparsify_compiler.normal_form_edit import aten
+    from sparsify_compiler.passes.lower import _predicted
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.gate, self.down = nn.Linear(16, 16), nn.Parameter(torch.randn(32, 16)), nn.Parameter(torch.randn(32, 16))
+            self.guess = nn.Linear(16, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.first(x)
+            y: Tensor = predicted_ffn.op(x, self.guess(first), torch.tensor(0.1), self.gate, self.down, activation="relu")
+            return y + first
+
+    program = capture(Shared().eval(), (torch.randn(4, 16),))
+    ((region, node),) = [(region, node) for region, node in program.nodes() if node.target is predicted_ffn.op]
+    run: Any = _predicted._predictor(region, node, torch.randn(4, 16))
+    (given,) = run.args
+    assert given.shape == (4, 16)
+    assert not given.any(), "what stands for a value that is there already, not x"
+
+
 def test_a_models_own_choice_is_kept_where_no_kernel_pays() -> None:
     net, data = ffn(True)
     own = rewritten(PredictNeurons(density=0.25, rank=8, epochs=1), net, data)[0]

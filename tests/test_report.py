@@ -332,6 +332,14 @@ def test_a_site_stands_where_its_operations_and_time_say() -> None:
     assert roofline._place(2e9, 1e9, None) is roofline._place(2e9, 0.0, 1.0) is None
 
 
+def test_predictions_are_off_whichever_way_they_err() -> None:
+    def site(predicted: float | None, measured: float | None) -> Decision:
+        return Decision("a", "linear", predicted_ms=predicted, compiled_ms=measured)
+
+    assert words.misjudged([site(0.5, 1.0), site(1.5, 1.0), site(1.0, 1.0)]) == pytest.approx(0.5)
+    assert words.misjudged([site(None, 1.0), site(1.0, None)]) is None
+
+
 def test_the_waterfall_adds_up() -> None:
     """From 39.5 to 19.75 ms: the site saved 0.15, the rest is not accounted for by sites."""
     drawn = plots.waterfall(sample())
@@ -435,4 +443,5 @@ def test_csv_has_a_row_for_each_site(tmp_path: Path) -> None:
     assert rows[0]["shape"] == "384x384"
     assert rows[0]["compiled_ms"] == "0.05"
     assert rows[2]["dense_ms"] == ""
+    assert "options" not in rows[0]
     assert (tmp_path / "r.csv").read_text(encoding="utf-8").splitlines() == text.splitlines()
