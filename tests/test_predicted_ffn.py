@@ -170,7 +170,6 @@ def test_the_predictors_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_others_read_too_is_not_the_predictors() -> None:
     """Scores of a value that the rest of the model needs anyway: computing that value is no cost of predicting."""
-    from sparsify_compiler.normal_form_edit import aten
     from sparsify_compiler.passes.lower import _predicted
 
     class Shared(nn.Module):
