@@ -71,7 +71,8 @@ def _unpack_debian(made: Path, work: Path) -> None:
     (work / "status").touch()
     options = [f"-o{name}={value}" for name, value in {
         "APT::Architecture": "arm64", "APT::Architectures": "arm64", "APT::Sandbox::User": "root", "Dir::State": work,
-        "Dir::State::lists": work / "lists", "Dir::State::status": work / "status", "Dir::Cache": work / "cache", "Acquire::Languages": "none", "Acquire::Retries": 3}.items()]
+        "Dir::State::lists": work / "lists", "Dir::State::status": work / "status", "Dir::Cache": work / "cache",
+        "Acquire::Languages": "none", "Acquire::Retries": 3}.items()]
     sources = Path("/etc/apt/sources.list.d/debian.sources")
     if sources.exists():
         options += [f"-oDir::Etc::sourcelist={sources}", "-oDir::Etc::sourceparts=-"]
