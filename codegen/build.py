@@ -88,11 +88,20 @@ def compile_binary(function: Any, name: str, target: Target) -> bytes:
         raise KernelError(f"TVM could not compile it: {str(error).strip().splitlines()[-1]}", where=name, hint="report this as a bug") from error
 
 
+def binary(schedule: Schedule, target: Target) -> bytes:
+    """The schedule's machine code for a machine that need not be this one, from the cache when it was built before. Raises KernelError."""
+    return store.read_or_build(key(schedule, target), lambda: compile_binary(schedule.compute(), schedule.name, target))
+
+
 def export(kernel: Kernel) -> dict[str, bytes]:
+    """Files of a kernel for an artefact."""
+    return exported(kernel.schedule, kernel.target, kernel.binary)
+
+
+def exported(schedule: Schedule, target: Target, code: bytes) -> dict[str, bytes]:
     """Files for an artefact: the IR to read, the binary, and what the binary was made of, for and by."""
-    made = {"schedule": repr(kernel.schedule), "tvm": version(), "target": kernel.target.to_json(),
-            "binary": hashlib.sha256(kernel.binary).hexdigest()}
-    return {"ir.txt": kernel.schedule.compute().script().encode(), "binary": kernel.binary, "made.json": json.dumps(made, indent=1).encode()}
+    made = {"schedule": repr(schedule), "tvm": version(), "target": target.to_json(), "binary": hashlib.sha256(code).hexdigest()}
+    return {"ir.txt": schedule.compute().script().encode(), "binary": code, "made.json": json.dumps(made, indent=1).encode()}
 
 
 def load_exported(files: Mapping[str, bytes], schedule: Schedule, target: Target) -> Kernel:
@@ -142,8 +151,8 @@ def key(schedule: Schedule, target: Target) -> str:
 
 @cache
 def _loaded(schedule: Schedule, target: Target) -> Kernel:
-    binary = store.read_or_build(key(schedule, target), lambda: compile_binary(schedule.compute(), schedule.name, target))
-    return Kernel(schedule, target, binary, _function(binary, on_torch_threads=True))
+    code = binary(schedule, target)
+    return Kernel(schedule, target, code, _function(code, on_torch_threads=True))
 
 
 def _function(binary: bytes, *, on_torch_threads: bool) -> Any:

@@ -45,6 +45,8 @@ from sparsify_compiler.target import Target
 FAMILIES = {family.NAME: family for family in (linear, mkl, conv2d, repeated, planes, pixels, amx, streams, slices, strips, lanes, gather,
                                                gather_ffn, gather_inputs_ffn, gather_predicted_ffn, experts_ffn, experts_torch)}
 
+ARCHITECTURES = ("x86_64", "aarch64")    # that layers are lowered for
+
 Layouts = dict[str, list[Any]]  # one weight laid out, by family
 
 
@@ -76,6 +78,11 @@ class Candidate:
     attributes: Mapping[str, Any]
     target: Target
     siblings: Layouts = field(default_factory=dict, compare=False, repr=False)  # layouts of this weight
+
+    @property
+    def portable(self) -> bool:
+        """Can the weight be laid out for a machine that is not this one?"""
+        return is_portable(self.options)
 
     def bind(self, bias: Tensor | None = None) -> Any:
         """Lay the weight out, build or load the variants: a Bound. Raises KernelError."""
@@ -116,6 +123,11 @@ def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], a
         given = (op, options, widened(tensors), attributes, bias)
         kernel = BoundKernel(family.lay(*given, target, layouts), files) if hasattr(family, "lay") else family.bind(*given, files, target, layouts)
         return HalfKernel(kernel, options) if options.get("half") else kernel
+
+
+def is_portable(options: Mapping[str, Any]) -> bool:
+    """Has the family of a candidate with these options kernels for machines that are not this one?"""
+    return hasattr(FAMILIES.get(str(options.get("family"))), "lay")
 
 
 def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None, target: Target,

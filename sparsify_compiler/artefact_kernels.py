@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from .errors import ArtefactError, KernelError
+from .far import FarKernel, is_far
 from .operands import operands, operator_of, packed_operator, packed_weight
 from .program import Region
 from .target import Target, host, resolve
@@ -25,13 +26,15 @@ def bind_kernels(
 ) -> Target:
     """Give every node its kernel; the target that they run on.
 
-    The binaries are used on a machine that has all that they were made for, and with the same TVM; else the kernels are built again for this
-    machine. Raises ArtefactError when that cannot be done.
+    The binaries are used on a machine that has all that they were made for, and with the same TVM. On one of the same architecture that lacks a
+    feature the kernels are built again, and so they are where `target` says; on another architecture they are kept, and their nodes run by
+    reference (far.py). Raises ArtefactError where none of it can be done.
     """
-    machine = resolve(target) if target is not None else host()
     if made_for is None:
         raise ArtefactError("names kernels but no target", where=str(folder / "manifest.json"), hint="save the model again")
-    final = made_for if made_for.runs_on(machine) else machine
+    machine = host() if target is None else resolve(target)
+    keeps = made_for.runs_on(machine) or (target is None and made_for.arch != machine.arch)
+    final = made_for if keeps else machine
     for region, node, number in nodes:
         record = records[number]
         files = {} if rebuild else {name: _content(folder, manifest, file) for name, file in record["files"].items()}
@@ -54,6 +57,11 @@ def _bind(region: Region, node: fx.Node, options: Mapping[str, Any], files: Mapp
         tensors, attributes, bias = operands(region, node)
     except ValueError as error:
         raise ArtefactError(str(error), where="graph.json", hint="save the model again") from error
+    if is_far(target):
+        if not runtime.is_portable(options):
+            return FarKernel(str(options.get("family")), options, target, None, files)
+        laid = runtime.lay(operator_of(node), options, tensors, attributes, bias, target)
+        return FarKernel(laid.name, options, target, lambda: laid, files)
     return runtime.rebind(operator_of(node), options, tensors, attributes, bias, files, target)
 
 

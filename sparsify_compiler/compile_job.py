@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -22,9 +21,11 @@ from .call import call_arguments, instantiate
 from .capture import capture
 from .compiled import CompiledModel
 from .errors import TargetError
-from .held_out import split
+from .estimates import Estimate, estimate_program
+from .far import far_kernels, is_far
+from .far_times import DENSE, says
 from .instruments import Instrument
-from .machines import measured_host
+from .machines import measured_host, nearest_machine
 from .measure import interleave
 from .meet_budget import meet_budget
 from .memory import give_back
@@ -36,14 +37,14 @@ from .program import Program
 from .quality import Distance, measure, output_distance
 from .report import Form, PassTime, Quality, Refusal, Report
 from .site_cost import fill_costs
-from .target import Target, host
-from .trials import COMPILED
+from .target import Target
+from .trials import COMPILED, latency
 from .version import __version__
 from .yardstick import dense_forms
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 LOWERING = ("pack", "lower")  # what is added to a recipe that does not say it itself
-QUALITY_BATCHES = 8  # of the calibration batches, how many the distance of the outputs is measured on, where none are held out
+QUALITY_BATCHES = 8  # of the calibration batches, how many the distance of the outputs is measured on
 
 
 @dataclass
@@ -68,16 +69,23 @@ class Job:
     misses: list[Miss] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     plan: Planned | None = None
+    estimate: Estimate | None = None  # of the dense model, on a machine that is not here
 
     def run(self) -> CompiledModel:
-        if not self.target.runs_on(host()):
-            missing = sorted(set(self.target.features) - set(host().features))
-            raise TargetError(f"this machine cannot run, and so cannot measure, code for {self.target.name}", where="target",
-                              hint=f"it lacks {', '.join(missing) or 'that architecture'}; compile on such a machine, or take target='cpu'")
+        lowered = importlib.import_module(".codegen.runtime", __package__).ARCHITECTURES
+        if self.target.arch not in lowered:
+            raise TargetError(f"layers are not lowered for {self.target.arch}", where=self.target.name, hint=f"they are for {', '.join(lowered)}")
         captured = self.timed("capture", lambda: capture(self.model, self.example, self.dynamic))
+        if self.far:
+            self.estimate = estimate_program(captured, self.example, nearest_machine(self.target)[0])
         forms = self.timed("dense forms", self.dense_forms)
         program = self.timed("compile", lambda: meet_budget(self, captured, forms))
         return self.finish(captured, program, forms)
+
+    @property
+    def far(self) -> bool:
+        """Is it for a machine that is not here, of which nothing can be measured?"""
+        return is_far(self.target)
 
     def timed(self, what: str, step: Callable[[], Any]) -> Any:
         """Run one step, tell the progress display, and remember how long it took."""
@@ -89,32 +97,12 @@ class Job:
         return result
 
     def dense_forms(self) -> dict[str, Callable[[], object]]:
+        if self.far:
+            return {DENSE: lambda: None}
         args, kwargs = call_arguments(self.example)
         forms, warnings = dense_forms(self.model, args, kwargs, self.against)
         self.warnings += warnings
         return forms
-
-    # --- the batches ------------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def fitted(self) -> list[Inputs]:
-        """The batches that passes may see."""
-        return self._batches[0]
-
-    @property
-    def held(self) -> list[Inputs]:
-        """The batches that quality is measured on: of a budget of quality without a metric of the user's those that no pass has seen."""
-        return self._batches[1]
-
-    @cached_property
-    def _batches(self) -> tuple[list[Inputs], list[Inputs]]:
-        given = self.batches or [self.example]
-        if self.budget is None or not self.budget.of_quality or self.quality is not None:
-            return given, given[:QUALITY_BATCHES]
-        fitted, held = split(given)
-        if len(given) == 1:
-            self.warnings.append("quality was measured on the batch that was calibrated on: give two or more, and some are held out for it")
-        return fitted, held
 
     # --- the recipe's passes, run to a density --------------------------------------------------------------------------------------------
 
@@ -146,7 +134,7 @@ class Job:
         ctx = Context(target=self.target, density=density, example_inputs=self.example, seed=self.seed, kernels=runtime,
                       progress=self.progress, misses=self.misses)
         if self.batches is not None:
-            ctx.calibrate, ctx.batches = self.calibrate, self.fitted
+            ctx.calibrate, ctx.batches = self.calibrate, self.batches
         return ctx
 
     # --- what came of it --------------------------------------------------------------------------------------------------------------
@@ -158,9 +146,13 @@ class Job:
         fill_costs(report.sites, captured, program)
         compiled = CompiledModel(program, self.target, report, leave_in_temporary_file(program))
         give_back()
-        timings = self.timed("measure", lambda: interleave({**dense, COMPILED: lambda: compiled(*args, **kwargs)}))
-        report.dense = [Form(name, timings[name].median, timings[name].low, timings[name].high) for name in dense]
-        report.compiled = Form(COMPILED, timings[COMPILED].median, timings[COMPILED].low, timings[COMPILED].high)
+        if self.far:
+            times = latency(self, program, dense)
+            report.dense, report.compiled = [Form(DENSE, times[DENSE])], Form(COMPILED, times[COMPILED])
+        else:
+            timings = self.timed("measure", lambda: interleave({**dense, COMPILED: lambda: compiled(*args, **kwargs)}))
+            report.dense = [Form(name, timings[name].median, timings[name].low, timings[name].high) for name in dense]
+            report.compiled = Form(COMPILED, timings[COMPILED].median, timings[COMPILED].low, timings[COMPILED].high)
         report.dense_bytes = tensor_bytes(self.model)
         report.compiled_bytes = compiled.resident_bytes()
         report.quality = self.timed("measure quality", lambda: self.qualities(captured, compiled))
@@ -175,7 +167,7 @@ class Job:
             parameters=sum(p.numel() for p in self.model.parameters()),
             target=self.target.to_json(),
             versions={"sparsify_compiler": __version__, "torch": torch.__version__, "tvm": version("apache-tvm")},
-            threads=torch.get_num_threads(),
+            threads=self.target.cores if self.far else torch.get_num_threads(),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             recipe=str(self.pipeline),
             budget=str(self.budget) if self.budget else "",
@@ -184,7 +176,8 @@ class Job:
             sites=list(program.decisions.values()),
             plan=self.plan,
             left_out=list(program.left_out),
-            machine=here.to_json() if (here := measured_host()) is not None else None,
+            machine=known.to_json() if (known := nearest_machine(self.target)[0] if self.far else measured_host()) is not None else None,
+            elsewhere=says(self.target, len(far_kernels(program))) if self.far else "",
             misses=[Refusal(miss.why, miss.at) for miss in dict.fromkeys(self.misses)],
         )
 
@@ -197,7 +190,8 @@ class Job:
         return [*rows, *[Quality(f"{d.name}: cosine to dense", None, d.cosine) for d in self.distance(captured, compiled)]]
 
     def calibrate(self, program: Program, needs: Mapping[str, frozenset[str]]) -> Any:
-        return calibrate(program, self.fitted, needs, progress=self.progress, warn=self.warnings.append, loss=self.loss,
+        assert self.batches is not None
+        return calibrate(program, self.batches, needs, progress=self.progress, warn=self.warnings.append, loss=self.loss,
                          known=self.known)
 
     def measure_quality(self, model: nn.Module, captured: Program) -> float:
@@ -207,8 +201,8 @@ class Job:
         return min(d.cosine for d in self.distance(captured, model))
 
     def distance(self, captured: Program, model: nn.Module) -> list[Distance]:
-        """How far the model's outputs are from the dense ones, on the batches that are held out."""
-        return output_distance(instantiate(captured), model, self.held)
+        """How far the model's outputs are from the dense ones, on some calibration batches or else the example inputs."""
+        return output_distance(instantiate(captured), model, self.batches[:QUALITY_BATCHES] if self.batches else [self.example])
 
 
 def _lowers(item: Pass) -> bool:

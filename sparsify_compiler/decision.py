@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Decision:
-    """One site's choice. Times are medians in milliseconds at `rows` rows of input; bytes are of the weights, indices included.
+    """One site's choice. Times are medians in milliseconds at `rows` rows of input, or what `source` says; bytes are of weights and indices.
 
     A field that was never measured or does not apply stays None and is shown as a dash, never as a number.
     """
@@ -40,6 +40,7 @@ class Decision:
     flops: float | None = None
     moved_before: float | None = None  # bytes read and written
     moved: float | None = None
+    source: str = ""  # how its times came about; empty where they were measured on the machine that compiled the model
     predicted_ms: float | None = None  # what the plan assumed of the choice
     loss: float | None = None  # likewise what it costs in quality
     options: list[Option] = field(default_factory=list)  # what the plan could choose from here

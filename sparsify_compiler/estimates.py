@@ -124,8 +124,11 @@ def estimate(model: nn.Module, example_inputs: Any, target: Any = "cpu") -> Esti
     """
     from .capture import capture
 
-    machine = machines.machine(target)
-    program = capture(model, example_inputs)
+    return estimate_program(capture(model, example_inputs), example_inputs, machines.machine(target))
+
+
+def estimate_program(program: Program, example_inputs: Any, machine: Machine) -> Estimate:
+    """The same of a Program as it was captured."""
     paths = _paths(program)
     layers = [(region, node) for region, node in program.nodes() if (region.path, node.name) in paths]
     between = int(sum(_weight_bytes(node) for _, node in layers))

@@ -15,6 +15,7 @@ from torch import fx
 
 from .direct import DIRECT
 from .epilogue import META, epilogue_of
+from .far import runs_here
 from .operands import inputs_of, is_stored
 from .program import Region, get_tensor
 
@@ -190,7 +191,7 @@ def kernel_calls(graph: fx.Graph) -> tuple[dict[fx.Node, tuple[Any, tuple[fx.Nod
     calls: dict[fx.Node, tuple[Any, tuple[fx.Node, ...]]] = {}
     skipped: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.meta.get("kernel") is None:
+        if not runs_here(node):
             continue
         inputs = inputs_of(node)
         later = [node]
@@ -201,7 +202,7 @@ def kernel_calls(graph: fx.Graph) -> tuple[dict[fx.Node, tuple[Any, tuple[fx.Nod
         calls[later[-1]] = node.meta["kernel"], inputs
         skipped.update(later[:-1])
     for node in reversed(graph.nodes):  # views of stored tensors that only kernels read
-        if is_stored(node) and node.op != "get_attr" and all(user in skipped or user.meta.get("kernel") is not None for user in node.users):
+        if is_stored(node) and node.op != "get_attr" and all(user in skipped or runs_here(user) for user in node.users):
             skipped.add(node)
     return calls, skipped
 

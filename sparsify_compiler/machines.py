@@ -53,6 +53,20 @@ def _of(wanted: Target) -> Machine:
     return replace(_host(), features=wanted.features)
 
 
+def nearest_machine(target: Target) -> tuple[Machine, bool]:
+    """machine() of a target, and whether it is its own; where nothing is known of that one, the machine of its architecture that is most like it.
+
+    Raises TargetError where there is none.
+    """
+    own = _model().sheets_of(target.name) or target.runs_on(host())
+    sheets = [_model().known(name) for name in _model().names()]
+    alike = [sheet for sheet in sheets if sheet.arch == target.arch] + ([_host()] if host().arch == target.arch else [])
+    if own or not alike:
+        return _of(target), True
+    found = min(alike, key=lambda sheet: (len(set(sheet.features) ^ set(target.features)), abs(sheet.cores - target.cores)))
+    return replace(found, features=target.features, cores=target.cores), False
+
+
 def measured_host() -> Machine | None:
     """This machine, if it was ever measured; nothing is measured now."""
     from .codegen import cache as store

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .call import instantiate
-from .measure import interleave
 from .pipeline import Pipeline
 from .plan import Attempt, search
 from .plan_loop import PlanLoop
 from .program import Program
 from .survey import Planner
-from .trials import COMPILED, idle, latency, loss_of_quality, resident_bytes
+from .trials import COMPILED, dense_latency, idle, latency, loss_of_quality, resident_bytes
 
 if TYPE_CHECKING:
     from .compile_job import Job
@@ -46,7 +45,7 @@ def latency_limit(job: Job, dense: Forms) -> float:
     if job.budget.latency_ms is not None:
         return job.budget.latency_ms
     assert job.budget.speedup is not None
-    return min(timing.median for timing in interleave(dense).values()) / job.budget.speedup
+    return min(dense_latency(job, dense).values()) / job.budget.speedup
 
 
 def _try_quality(job: Job, captured: Program, density: float, lost: Callable[[nn.Module], float]) -> Attempt[Program]:

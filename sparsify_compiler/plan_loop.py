@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from .call import instantiate
 from .decision import Decision
 from .errors import BudgetError
-from .measure import interleave
 from .pipeline import Pipeline
 from .program import Program
 from .survey import BYTES, SECONDS, SHOWN, Offer, Plan, Planner, Survey
-from .trials import COMPILED, idle, latency, loss_of_quality, resident_bytes
+from .trials import COMPILED, dense_latency, idle, latency, loss_of_quality, resident_bytes
 
 if TYPE_CHECKING:
     from .compile_job import Job
@@ -62,7 +61,7 @@ class PlanLoop:
         if budget.bytes is not None:
             size = partial(resident_bytes, job)
             return self.of_cost(BYTES, float(budget.bytes), size, lambda row: row.bytes, lambda row: row.dense_bytes)
-        best, fastest = min(((timing.median, name) for name, timing in interleave(self.dense).items()))
+        best, fastest = min((median, name) for name, median in dense_latency(job, self.dense).items())
         limit = budget.latency_ms if budget.latency_ms is not None else best / (budget.speedup or 1.0)
         seconds = partial(self._seconds, fastest=fastest, reference=best)
         return self.of_cost(SECONDS, limit / 1e3, seconds, lambda row: _in_seconds(row.compiled_ms), lambda row: _in_seconds(row.dense_ms))

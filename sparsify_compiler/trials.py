@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .call import call_arguments, instantiate
 from .compiled import CompiledModel
-from .held_out import upper
+from .far_times import compiled_ms
 from .measure import interleave
 from .packed_storage import leave_in_temporary_file
 from .program import Program
-from .quality import MAX_LOSS, batch_losses, output_distance
+from .quality import perplexity
 
 if TYPE_CHECKING:
     from .compile_job import Job
@@ -24,30 +22,13 @@ COMPILED = "compiled"
 
 
 def loss_of_quality(job: Job, captured: Program) -> Callable[[nn.Module], float]:
-    """How much of the dense model's quality a model has lost, in the unit of the budget.
-
-    By the user's metric; else on the batches that are held out, as much as may be lost on others like them (held_out.upper).
-    """
+    """How much of the dense model's quality a model has lost, in the unit of the budget."""
     assert job.budget is not None
-    reference = instantiate(captured)
     if job.budget.perplexity_rise is not None:
-        return partial(_rise, job, *batch_losses(reference, job.held, job.loss))
-    if job.quality is not None:
-        baseline = job.measure_quality(reference, captured)
-        return lambda model: baseline - job.measure_quality(model, captured)
-    return partial(_moved, job, reference)
-
-
-def _rise(job: Job, dense: Sequence[float], tokens: Sequence[int], model: nn.Module) -> float:
-    """By which share the perplexity rises: losses are compared batch by batch."""
-    losses, _ = batch_losses(model, job.held, job.loss)
-    return math.exp(min(upper([new - old for new, old in zip(losses, dense, strict=True)], tokens), MAX_LOSS)) - 1
-
-
-def _moved(job: Job, reference: nn.Module, model: nn.Module) -> float:
-    """1 - cosine of the outputs to the dense ones, the largest of several."""
-    each = [[1 - distance.cosine for distance in output_distance(reference, model, [batch])] for batch in job.held]
-    return max(upper(values, [1.0] * len(values)) for values in zip(*each, strict=True))
+        lowest = perplexity(instantiate(captured), job.batches or (), job.loss)
+        return lambda model: perplexity(model, job.batches or (), job.loss) / lowest - 1
+    baseline = job.measure_quality(instantiate(captured), captured)
+    return lambda model: baseline - job.measure_quality(model, captured)
 
 
 def resident_bytes(job: Job, lowered: Program) -> float:
@@ -60,8 +41,17 @@ def idle(lowered: Program) -> tuple[str, ...]:
     return tuple(row.site for row in lowered.decisions.values() if row.format == "dense" and row.structure != "dense")
 
 
-def latency(job: Job, lowered: Program, beside: dict[str, Callable[[], object]] | None = None) -> dict[str, float]:
-    """Milliseconds of the whole model on the example, as "compiled", and of other forms that take turns with it."""
+def dense_latency(job: Job, dense: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Milliseconds of each dense form of the whole model."""
+    if job.estimate is not None:
+        return dict.fromkeys(dense, job.estimate.ms)
+    return {name: timing.median for name, timing in interleave(dense).items()}
+
+
+def latency(job: Job, lowered: Program, beside: Mapping[str, Callable[[], object]] | None = None) -> dict[str, float]:
+    """Milliseconds of the whole model on the example, as "compiled", and of other forms that take turns with it; or predicted."""
+    if job.estimate is not None:
+        return dict.fromkeys(beside or (), job.estimate.ms) | {COMPILED: compiled_ms(job.estimate, lowered)}
     args, kwargs = call_arguments(job.example)
     compiled = CompiledModel(lowered, job.target)
     timings = interleave({**(beside or {}), COMPILED: lambda: compiled(*args, **kwargs)})

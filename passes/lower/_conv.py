@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.operands import CONVOLUTIONS, DENSE, GEOMETRY, input_of, operands, operator_of, packed_operator, packed_weight
-from sparsify_compiler.passes.lower._layer import EAGER, NOTHING, Form, Layer, Source, fused, noise, row_of, say
+from sparsify_compiler.passes.lower._layer import EAGER, NOTHING, Form, Layer, Source, bound, fused, noise, row_of, say
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
 from sparsify_compiler.shapes import example_shape
@@ -172,7 +172,7 @@ def conv(region: Region, node: fx.Node, program: Program, ctx: Context, taken: s
         layer.add(TORCH[layout], eager, *inputs[layout], form)
         layer.layouts[TORCH[layout]] = ""
     for epilogue, candidate in found:
-        kernel, name = candidate.bind(bias), candidate.name + epilogue.label
+        kernel, name = bound(candidate, bias, ctx), candidate.name + epilogue.label
         layer.layouts[name] = layout_of(candidate)
         layer.add(name, kernel, *inputs[layer.layouts[name]], Form("weight" in candidate.tensors, kernel, epilogue))
     return layer

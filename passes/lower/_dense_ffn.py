@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from sparsify_compiler.normal_form_edit import aten, insert, take_place
 from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import select_ffn
-from sparsify_compiler.passes.lower._layer import EAGER, Form, row_of
+from sparsify_compiler.passes.lower._layer import EAGER, Form, bound, row_of, usable
 from sparsify_compiler.passes.lower._linear import Linear, eager
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
@@ -60,10 +60,10 @@ def add_dense(layer: Linear, linears: Mapping[str, tuple[Tensor, Tensor | None]]
     assert ctx.kernels is not None
     assert ctx.target is not None
     layer.add(EAGER, partial(whole, {name: partial(eager, *pair) for name, pair in linears.items()}, activation), x, None, Form())
-    found = {name: ctx.kernels.candidates("linear", {"weight": weight}, {"any_rows": True}, x.dtype, (layer.rows,), ctx.target)
+    found = {name: usable(ctx.kernels.candidates("linear", {"weight": weight}, {"any_rows": True}, x.dtype, (layer.rows,), ctx.target), ctx)
              for name, (weight, _) in linears.items()}
     if all(found.values()):
-        packed = {name: candidates[0].bind(linears[name][1]) for name, candidates in found.items()}
+        packed = {name: bound(candidates[0], linears[name][1], ctx) for name, candidates in found.items()}
         layer.add(next(iter(found.values()))[0].name, partial(whole, packed, activation), x, None, Form())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.epilogue import META, Epilogue, epilogues
 from sparsify_compiler.fakes import fake_like, mode_of
+from sparsify_compiler.far import FarKernel, is_far
 from sparsify_compiler.operands import input_of, with_dense_weight
 from sparsify_compiler.ops import put_rows, take_rows
 from sparsify_compiler.passes_api import Context
@@ -79,6 +80,8 @@ class Layer:
         form = self.forms[name]
         if form.kernel is not None:
             self.node.meta["kernel"] = form.kernel
+            if isinstance(form.kernel, FarKernel):
+                form.kernel.laid  # noqa: B018 — now, so that what does not fit is said here
             if form.epilogue.nodes:
                 self.node.meta[META] = " ".join(form.epilogue.names)
 
@@ -105,10 +108,22 @@ def fused(node: fx.Node, sources: Sequence[Source], dtype: torch.dtype, rows: tu
     for epilogue in epilogues(node, taken):
         for (operator, tensors, attributes), made in zip(sources, shared, strict=True):
             given = attributes | epilogue.attributes()
-            found += [(epilogue, candidate) for candidate in ctx.kernels.candidates(operator, tensors, given, dtype, rows, ctx.target, made)]
+            found += [(epilogue, one) for one in usable(ctx.kernels.candidates(operator, tensors, given, dtype, rows, ctx.target, made), ctx)]
     if found:
         taken.update(found[-1][0].nodes)
     return found
+
+
+def usable(candidates: Iterable[Any], ctx: Context) -> list[Any]:
+    """The candidates that the target can be given: for a machine that is not here those whose weight can be laid out for it."""
+    return [one for one in candidates if one.portable or not is_far(ctx.target)]
+
+
+def bound(candidate: Any, bias: Tensor | None, ctx: Context) -> Any:
+    """A candidate's kernel with its weight: built and ready to run, or for a machine that is not here to be laid out once it is chosen."""
+    if ctx.target is not None and is_far(ctx.target):
+        return FarKernel(candidate.name, candidate.options, ctx.target, partial(candidate.lay, bias))
+    return candidate.bind(bias)
 
 
 def row_of(region: Region, node: fx.Node, kind: str, weight: Tensor, program: Program) -> Decision:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from sparsify_compiler.call import call_arguments, flatten_call
 from sparsify_compiler.epilogue import META
 from sparsify_compiler.executor import flat_function
+from sparsify_compiler.far import is_far
 from sparsify_compiler.measure import interleave
 from sparsify_compiler.passes.lower._conv import LAST, PLANES, Conv, as_captured, is_contiguous
 from sparsify_compiler.passes.lower._layer import EAGER, noise
@@ -71,8 +72,9 @@ def _settle(region: Region, layers: Sequence[Conv], forms: dict[Conv, str], ctx:
 
 
 def _measure(region: Region, layers: Sequence[Conv], layouts: Sequence[str], ctx: Context) -> dict[str, float]:
-    """Milliseconds of the region as it is (EAGER) and in each layout; sums over its convolutions where nobody knows inputs to run it on."""
-    inputs = _inputs(region, ctx)
+    """Milliseconds of the region as it is (EAGER) and in each layout; sums over its convolutions where
+    nobody knows inputs to run it on, or the machine is not here."""
+    inputs = None if is_far(ctx.target) else _inputs(region, ctx)
     if inputs is None:
         return {EAGER: sum(layer.own for layer in layers)} | {
             layout: sum(layer.times.get(layout, layer.own) for layer in layers) for layout in layouts}

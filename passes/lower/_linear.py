@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler import catalog
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.operands import input_of, operands, operator_of, packed_operator, packed_weight
-from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, Source, fused, noise, on_taken_rows, row_of, rows_of, say
+from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, Source, bound, fused, noise, on_taken_rows, row_of, rows_of, say
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
 
@@ -62,7 +62,7 @@ def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken:
     other = None if layer.chain.other is None else noise(region, node, ctx).reshape(-1, weight.shape[0])[:rows].reshape(*x.shape[:-1], -1)
     layer.add(EAGER, partial(eager, weight, bias), x, other, Form())
     for epilogue, candidate in found:
-        kernel = candidate.bind(bias)
+        kernel = bound(candidate, bias, ctx)
         layer.add(candidate.name + epilogue.label, kernel, x, other, Form(candidate.op == "linear", kernel, epilogue))
     if packed and all(form.dense for form in layer.forms.values()):
         layer.add(REFERENCE, partial(catalog.get("op", op).op, **tensors, bias=bias, **attributes), x, other, Form(False))

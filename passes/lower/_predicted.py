@@ -15,7 +15,7 @@ from sparsify_compiler.normal_form_edit import take_place
 from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import predicted_ffn, select
 from sparsify_compiler.passes.lower._dense_ffn import ffn_layer, insert_ffn, size_of
-from sparsify_compiler.passes.lower._layer import Form, row_of, rows_of, say
+from sparsify_compiler.passes.lower._layer import Form, bound, row_of, rows_of, say, usable
 from sparsify_compiler.passes.lower._linear import Linear
 from sparsify_compiler.passes.lower._selected import as_selected, by_input, choose, dense_weight
 from sparsify_compiler.passes.lower._selected_ffn import Ffn, selecting
@@ -62,8 +62,8 @@ def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Line
     predict = _predictor(region, node, x)
     scores = torch.rand(x.shape[0], layer.weight.shape[1], generator=torch.Generator().manual_seed(ctx.seed), dtype=torch.float32)
     limit = torch.full((x.shape[0], 1), 1 - layer.decision.density, dtype=torch.float32)
-    for candidate in ctx.kernels.candidates("predicted_ffn", tensors, attributes, x.dtype, (layer.rows,), ctx.target):
-        kernel = candidate.bind(bias)
+    for candidate in usable(ctx.kernels.candidates("predicted_ffn", tensors, attributes, x.dtype, (layer.rows,), ctx.target), ctx):
+        kernel = bound(candidate, bias, ctx)
         layer.add(candidate.name, partial(_after, predict, kernel, scores, limit), x, None, Form(False, kernel))
     return layer
 

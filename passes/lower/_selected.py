@@ -15,7 +15,7 @@ from sparsify_compiler.normal_form_edit import insert, take_place
 from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import select, select_linear
 from sparsify_compiler.pages import resident
-from sparsify_compiler.passes.lower._layer import EAGER, Form, Source, fused, row_of, rows_of, say
+from sparsify_compiler.passes.lower._layer import EAGER, Form, Source, bound, fused, row_of, rows_of, say, usable
 from sparsify_compiler.passes.lower._linear import Linear, eager
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, get_tensor, set_tensor
@@ -92,11 +92,11 @@ def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Line
     dense = [(epilogue, one) for epilogue, one in fused(node, sources, x.dtype, (layer.rows,), ctx, set()) if not epilogue.nodes]
     layer.add(EAGER, partial(eager, weight, bias), x, None, Form())
     for epilogue, candidate in dense:
-        kernel = candidate.bind(bias)
+        kernel = bound(candidate, bias, ctx)
         layer.add(candidate.name, kernel, x, None, Form(True, kernel, epilogue))
     dynamic = () if "limit" in tensors else (limit,)
-    for candidate in ctx.kernels.candidates("select_linear", tensors, {}, x.dtype, (layer.rows,), ctx.target):
-        kernel = candidate.bind(bias)
+    for candidate in usable(ctx.kernels.candidates("select_linear", tensors, {}, x.dtype, (layer.rows,), ctx.target), ctx):
+        kernel = bound(candidate, bias, ctx)
         layer.add(candidate.name, partial(_call, kernel, dynamic), x, None, Form(False, kernel))
     return layer
 

@@ -12,7 +12,7 @@ from sparsify_compiler.normal_form_edit import aten, is_call, only_user, take_pl
 from sparsify_compiler.operands import operands
 from sparsify_compiler.ops import select, select_ffn
 from sparsify_compiler.passes.lower._dense_ffn import ffn_layer, insert_ffn, size_of
-from sparsify_compiler.passes.lower._layer import Form, row_of, rows_of
+from sparsify_compiler.passes.lower._layer import Form, bound, row_of, rows_of, usable
 from sparsify_compiler.passes.lower._linear import Linear, eager
 from sparsify_compiler.passes.lower._selected import as_selected, by_input, choose, dense_weight
 from sparsify_compiler.passes_api import Context
@@ -112,9 +112,9 @@ def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Line
     scores = select.score(select_ffn.hidden(str(attributes["activation"]), gates), tensors.get("scale")).flatten()
     skipped = round((1 - layer.decision.density) * scores.numel())
     limit = scores.kthvalue(min(skipped + 1, scores.numel())).values.float()
-    for candidate, rival in zip(*(ctx.kernels.candidates("select_ffn", tensors | other, attributes, x.dtype, (layer.rows,), ctx.target)
+    for candidate, rival in zip(*(usable(ctx.kernels.candidates("select_ffn", tensors | other, attributes, x.dtype, (layer.rows,), ctx.target), ctx)
                                   for other in ({}, {"limit": limit})), strict=True):
-        layer.add(candidate.name, rival.bind(bias), x, None, Form(False, candidate.bind(bias)))
+        layer.add(candidate.name, bound(rival, bias, ctx), x, None, Form(False, bound(candidate, bias, ctx)))
     return layer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.errors import ParseError, TargetError
-from sparsify_compiler.measure import round_robin
+from sparsify_compiler.far import is_far
+from sparsify_compiler.measure import Timing, round_robin
 from sparsify_compiler.memory import give_back
 from sparsify_compiler.operands import packed_operator
 from sparsify_compiler.passes.lower import (
     _attention,
     _conv,
     _experts,
+    _far,
     _held,
     _inputs_ffn,
     _layout,
@@ -26,11 +28,12 @@ from sparsify_compiler.passes.lower import (
     _selected,
     _selected_ffn,
 )
-from sparsify_compiler.passes.lower._layer import chunks
+from sparsify_compiler.passes.lower._layer import Layer, chunks
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage
 
 Found = tuple[Region, fx.Node]
+Times = Callable[[Sequence[Layer]], dict[str, dict[str, Timing]]]
 # What does not compute all of its weights: is_packed, size_of, layer, choose, make_dense.
 SELECTING = (_selected, _selected_ffn, _predicted, _held, _experts)
 
@@ -38,6 +41,8 @@ SELECTING = (_selected, _selected_ffn, _predicted, _held, _experts)
 @dataclass(frozen=True)
 class Lower(Pass):
     """Choose how every linear layer and every convolution runs, by measuring its kernels against the dense forms of the same layer.
+
+    For a machine that is not here what they take is predicted, and kernels are laid out for it; this machine runs them by reference.
 
     Matches    sparsify.linear_<format>(x, <format tensors>, bias), sparsify.conv2d_<format>(x, <format tensors>, bias, ...);
                sparsify.select_linear(x, ..., weight, bias), sparsify.select_ffn(x, ..., gate, up, down), sparsify.held_ffn(x, ...),
@@ -79,33 +84,44 @@ class Lower(Pass):
         linears = [(region, node) for region, node in program.nodes() if _linear.is_packed(node) or _linear.is_linear(node)]
         selecting = [(region, node) for region, node in program.nodes() if any(kind.is_packed(node) for kind in SELECTING)]
         convs = [(region, node) for region, node in program.nodes() if _conv.is_conv(node)]
+        far = _far.Elsewhere(ctx.target, _far.weight_bytes(program)) if is_far(ctx.target) else None
+        times: Times = self._measured if far is None else far.timings
+        selecting = selecting if far is None else _far.leave(selecting, program, ctx.target)
         taken: set[fx.Node] = set()
         total = len(selecting) + len(linears) + len(convs)
         ctx.progress("lower", 0, total)
         with torch.no_grad():
-            for chunk, _ in chunks([found for found in selecting if _inputs_ffn.find(found[1]) is not None], _inputs_ffn.size_of):
+            wholes = [found for found in selecting if far is None and _inputs_ffn.find(found[1]) is not None]
+            for chunk, _ in chunks(wholes, _inputs_ffn.size_of):
                 whole = self._lower_ffns(chunk, program, ctx)
                 selecting = [found for found in selecting if found[1] not in whole]
                 give_back()
             for chunk, done in chunks(selecting, _size_of):
-                linears += self._lower_selecting(chunk, program, ctx)
+                linears += self._lower_selecting(chunk, program, ctx, times)
                 give_back()
                 ctx.progress("lower", done, total)
             linears = [found for found in linears if not found[1]._erased]  # a predictor goes with its selection
             for chunk, done in chunks(linears, _linear.size_of):
-                self._lower(chunk, program, ctx, taken)
+                self._lower(chunk, program, ctx, taken, times)
                 give_back()
                 ctx.progress("lower", done, total)
             for region in program.regions.values():
-                self._lower_convs([found for found in convs if found[0] is region], program, ctx, taken)
+                self._lower_convs([found for found in convs if found[0] is region], program, ctx, taken, times)
             ctx.progress("lower", total, total)
-            _attention.lower(program, ctx, self.rounds, self.margin)
+            if far is None:
+                _attention.lower(program, ctx, self.rounds, self.margin)
+            else:
+                far.note()
+                _far.leave_attentions(program, ctx.target)
         return program
 
-    def _lower(self, chunk: Iterable[Found], program: Program, ctx: Context, taken: set[fx.Node]) -> None:
+    def _measured(self, layers: Sequence[Layer]) -> dict[str, dict[str, Timing]]:
+        return round_robin({layer.key: layer.runs for layer in layers}, rounds=self.rounds)
+
+    def _lower(self, chunk: Iterable[Found], program: Program, ctx: Context, taken: set[fx.Node], times: Times) -> None:
         """Measure some layers together. The forms that lose are freed on return, before the next layers are laid out."""
         layers = [_linear.linear(region, node, program, ctx, taken) for region, node in chunk]
-        timings = round_robin({layer.key: layer.runs for layer in layers}, rounds=self.rounds)
+        timings = times(layers)
         for layer in layers:
             if ctx.spend():
                 _linear.choose(layer, timings[layer.key], self.margin, self.prefer)
@@ -113,24 +129,24 @@ class Lower(Pass):
     def _lower_ffns(self, chunk: Iterable[Found], program: Program, ctx: Context) -> set[fx.Node]:
         """FFNs of which every linear selects its inputs, in one call where that is the fastest. Returns the linears that are done with."""
         layers = [_inputs_ffn.whole(region, node, program, ctx) for region, node in chunk]
-        timings = round_robin({layer.key: layer.runs for layer in layers}, rounds=self.rounds)
+        timings = self._measured(layers)
         whole = [layer for layer in layers if ctx.spend() and _inputs_ffn.choose(layer, timings[layer.key], self.margin, program)]
         return {node for layer in whole for node in layer.ffn.linears.values()}
 
-    def _lower_selecting(self, chunk: Iterable[Found], program: Program, ctx: Context) -> list[Found]:
+    def _lower_selecting(self, chunk: Iterable[Found], program: Program, ctx: Context, times: Times) -> list[Found]:
         """The same for layers that select their inputs. Those where that does not pay are made dense and handed back."""
         layers = [_kind(node).layer(region, node, program, ctx) for region, node in chunk]
-        timings = round_robin({layer.key: layer.runs for layer in layers}, rounds=self.rounds)
+        timings = times(layers)
         refused = [layer for layer in layers if ctx.spend() and not _kind(layer.node).choose(layer, timings[layer.key], self.margin)]
         return [(layer.region, node) for layer in refused for node in _kind(layer.node).make_dense(layer)]
 
-    def _lower_convs(self, found: list[Found], program: Program, ctx: Context, taken: set[fx.Node]) -> None:
+    def _lower_convs(self, found: list[Found], program: Program, ctx: Context, taken: set[fx.Node], times: Times) -> None:
         """The same for the convolutions of a region, which then choose a layout together."""
         picked: list[_conv.Conv] = []
         sparse = any(packed_operator(node) for _, node in found)
         for chunk, _ in chunks(found, partial(_conv.size_of, ctx=ctx)):
             layers = [_conv.conv(region, node, program, ctx, taken, self.prefer == "speed", sparse) for region, node in chunk]
-            timings = round_robin({layer.key: layer.runs for layer in layers}, rounds=self.rounds)
+            timings = times(layers)
             for layer in layers:
                 layer.pick(timings[layer.key], self.margin, self.prefer)
             picked += layers

@@ -74,6 +74,7 @@ class Report:
     date: str = ""
     recipe: str = ""
     budget: str = ""
+    elsewhere: str = ""  # of a machine that did not compile the model: where its times come from, and what runs by reference here
     seed: int | None = None
     example: str = ""  # the inputs that latency was measured on, as text
     dense: list[Form] = field(default_factory=list)

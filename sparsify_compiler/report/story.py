@@ -42,7 +42,7 @@ def _find(report: Report, name: str) -> Decision:
 def _head(site: Decision) -> str:
     weight = f" with a weight of {words.shape(site)} {site.dtype}, {words.size(site.dense_bytes)}" if site.shape else ""
     timed = words.timed(site)
-    return f"{site.site}: {site.kind}{weight}" + (f", timed with {timed}" if timed else "")
+    return f"{site.site}: {site.kind}{weight}" + (f", {site.source or 'timed'} with {timed}" if timed else "")
 
 
 def _dense(site: Decision) -> str:
@@ -71,7 +71,7 @@ def _now(site: Decision) -> list[str]:
 def _plan(report: Report, site: Decision) -> list[str]:
     if site.predicted_ms is None:
         return []
-    off = "" if not site.compiled_ms else f", measured {words.ms(site.compiled_ms)}"
+    off = "" if not site.compiled_ms or site.source else f", measured {words.ms(site.compiled_ms)}"
     unit = f" {report.plan.loss_unit}" if report.plan is not None and report.plan.loss_unit else ""
     whole = report.plan.loss if report.plan is not None else None
     total = f", {words.percent(site.loss / whole)} of the plan's" if whole and site.loss is not None else ""

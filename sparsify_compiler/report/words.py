@@ -169,7 +169,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
     rows = [
         ("model", ", ".join(part for part in (report.model, weights) if part)),
         ("target", "" if not report.target else target(report) + (f", {report.threads} threads used" if report.threads else "")),
-        ("recipe", report.recipe), ("budget", report.budget), ("inputs", report.example),
+        ("elsewhere", report.elsewhere), ("recipe", report.recipe), ("budget", report.budget), ("inputs", report.example),
         ("latency", "" if best is None and compiled is None else _latency(report)),
         ("memory", _bytes(report.dense_bytes, report.compiled_bytes)), ("on disk", _bytes(report.dense_disk_bytes, report.compiled_disk_bytes)),
         *((row.name, quality(row) + (f" ({row.note})" if row.note else "")) for row in report.quality),
@@ -201,7 +201,8 @@ def plan(report: Report) -> list[tuple[str, str]]:
 
 def misjudged(sites: Sequence[Decision]) -> float | None:
     """The median of |predicted - measured| / measured over the sites; None where nothing was predicted."""
-    off = [abs(site.predicted_ms - site.compiled_ms) / site.compiled_ms for site in sites if site.predicted_ms is not None and site.compiled_ms]
+    off = [abs(site.predicted_ms - site.compiled_ms) / site.compiled_ms for site in sites if site.predicted_ms is not None and site.compiled_ms
+           and not site.source]
     return statistics.median(off) if off else None
 
 
