@@ -5,7 +5,9 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench peers clean help
+ARM ?= cortex-a53 cortex-a72 cortex-a76 neoverse-n1 neoverse-v1 neoverse-v2
+
+.PHONY: demo test test-slow test-arm lint bench peers clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -19,6 +21,12 @@ test: $(READY)  ## the default test suite, on all cores
 
 test-slow: $(READY)  ## the tests that need minutes
 	$(BIN)/python -m pytest -m slow
+
+# What needs qemu: Debian's qemu-user. Kernels are built and run for each of the processors in ARM, by the tests that run here for this one.
+test-arm: $(READY)  ## the tests of kernels, for 64-bit Arm processors under qemu
+	$(BIN)/python scripts/arm/sysroot.py
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "arm or not arm and not slow" tests/test_arm.py tests/test_targets.py
+	for target in $(ARM); do $(BIN)/python -m pytest -n auto --dist loadfile --target $$target tests/test_kernels.py || exit 1; done
 
 lint: $(READY)  ## style, types and who may import whom
 	$(BIN)/ruff check .

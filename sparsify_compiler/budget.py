@@ -16,8 +16,9 @@ class Budget:
     speedup       whole-model latency of the fastest dense form / latency of the compiled model, >= 1
     latency_ms    whole-model latency on the example inputs, milliseconds
     bytes         bytes of all weights in memory, indices included
-    quality_drop  largest loss of quality: in units of the user's `quality` metric; without one, 1 - cosine of the outputs to dense
-    perplexity_rise  largest relative rise of exp(loss) over the calibration batches: 0.01 for one per cent. The loss is that of calibration
+    quality_drop  largest loss of quality: in units of the user's `quality` metric; without one, 1 - cosine of the outputs to dense,
+                  on calibration batches that are held out
+    perplexity_rise  largest relative rise of exp(loss), likewise: 0.01 for one per cent. The loss is that of calibration
 
     Raises BudgetError when none or several are given, or one is out of its range.
     """

@@ -49,7 +49,8 @@ def compile(
     target          "cpu" (this machine), another name of `sparsify targets`, or a Target
     budget          Budget(density= | speedup= | latency_ms= | bytes= | quality_drop= | perplexity_rise=); None where the recipe says its densities
                     itself
-    calibration     batches like example_inputs, for recipes that need statistics and for the quality of the outputs
+    calibration     batches like example_inputs, for recipes that need statistics and for the quality of the outputs. A budget of quality holds
+                    out a part of them, which no pass sees, and is met there
     dynamic         {"input_ids": {0: "batch", 1: "seq"}}, or by position: dimensions that may change between calls
     loss            loss(the model's output, the batch) -> one number, for scores that need gradients (snip, taylor); by default next-token cross
                     entropy for a language model, else the mean square of the outputs

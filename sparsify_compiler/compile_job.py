@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -24,6 +25,7 @@ from .errors import TargetError
 from .estimates import Estimate, estimate_program
 from .far import far_kernels, is_far
 from .far_times import DENSE, says
+from .held_out import split
 from .instruments import Instrument
 from .machines import measured_host, nearest_machine
 from .measure import interleave
@@ -44,7 +46,7 @@ from .yardstick import dense_forms
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 LOWERING = ("pack", "lower")  # what is added to a recipe that does not say it itself
-QUALITY_BATCHES = 8  # of the calibration batches, how many the distance of the outputs is measured on
+QUALITY_BATCHES = 8  # of the calibration batches, how many the distance of the outputs is measured on, where none are held out
 
 
 @dataclass
@@ -104,6 +106,28 @@ class Job:
         self.warnings += warnings
         return forms
 
+    # --- the batches ------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def fitted(self) -> list[Inputs]:
+        """The batches that passes may see."""
+        return self._batches[0]
+
+    @property
+    def held(self) -> list[Inputs]:
+        """The batches that quality is measured on: of a budget of quality without a metric of the user's those that no pass has seen."""
+        return self._batches[1]
+
+    @cached_property
+    def _batches(self) -> tuple[list[Inputs], list[Inputs]]:
+        given = self.batches or [self.example]
+        if self.budget is None or not self.budget.of_quality or self.quality is not None:
+            return given, given[:QUALITY_BATCHES]
+        fitted, held = split(given)
+        if len(given) == 1:
+            self.warnings.append("quality was measured on the batch that was calibrated on: give two or more, and some are held out for it")
+        return fitted, held
+
     # --- the recipe's passes, run to a density --------------------------------------------------------------------------------------------
 
     def build(self, captured: Program, density: float | None, ignore: tuple[str, ...] = ()) -> Program:
@@ -134,7 +158,7 @@ class Job:
         ctx = Context(target=self.target, density=density, example_inputs=self.example, seed=self.seed, kernels=runtime,
                       progress=self.progress, misses=self.misses)
         if self.batches is not None:
-            ctx.calibrate, ctx.batches = self.calibrate, self.batches
+            ctx.calibrate, ctx.batches = self.calibrate, self.fitted
         return ctx
 
     # --- what came of it --------------------------------------------------------------------------------------------------------------
@@ -190,8 +214,7 @@ class Job:
         return [*rows, *[Quality(f"{d.name}: cosine to dense", None, d.cosine) for d in self.distance(captured, compiled)]]
 
     def calibrate(self, program: Program, needs: Mapping[str, frozenset[str]]) -> Any:
-        assert self.batches is not None
-        return calibrate(program, self.batches, needs, progress=self.progress, warn=self.warnings.append, loss=self.loss,
+        return calibrate(program, self.fitted, needs, progress=self.progress, warn=self.warnings.append, loss=self.loss,
                          known=self.known)
 
     def measure_quality(self, model: nn.Module, captured: Program) -> float:
@@ -201,8 +224,8 @@ class Job:
         return min(d.cosine for d in self.distance(captured, model))
 
     def distance(self, captured: Program, model: nn.Module) -> list[Distance]:
-        """How far the model's outputs are from the dense ones, on some calibration batches or else the example inputs."""
-        return output_distance(instantiate(captured), model, self.batches[:QUALITY_BATCHES] if self.batches else [self.example])
+        """How far the model's outputs are from the dense ones, on the batches that are held out."""
+        return output_distance(instantiate(captured), model, self.held)
 
 
 def _lowers(item: Pass) -> bool:

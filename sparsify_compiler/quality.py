@@ -103,15 +103,23 @@ def perplexity(model: nn.Module, batches: Iterable[Inputs], loss: Loss | None = 
 
     Raises CalibrationError for no batch, and without a loss for outputs that are no logits of token numbers in the batch.
     """
-    total = count = 0.0
+    values, counts = batch_losses(model, batches, loss)
+    return math.exp(min(math.fsum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts), MAX_LOSS))
+
+
+def batch_losses(model: nn.Module, batches: Iterable[Inputs], loss: Loss | None = None) -> tuple[list[float], list[int]]:
+    """(mean loss, tokens that it is the mean of) of each batch that has tokens; a loss of one's own counts as one. Raises as perplexity does."""
+    values, counts = [], []
     with torch.no_grad():
         for batch in batches:
             output = model(*batch) if isinstance(batch, tuple) else model(**batch)
             value, tokens = (loss(output, batch), 1) if loss is not None else next_token_loss(output, batch)
-            total, count = total + float(value) * tokens, count + tokens
-    if not count:
+            if tokens:
+                values.append(float(value))
+                counts.append(tokens)
+    if not counts:
         raise CalibrationError("there is no token to measure a perplexity on", where="calibration", hint="give calibration=batches of token numbers")
-    return math.exp(min(total / count, MAX_LOSS))
+    return values, counts
 
 
 def _outputs(module: nn.Module, batch: Inputs) -> list[tuple[str, Tensor]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -10,10 +12,11 @@ from torch import nn
 from .call import call_arguments, instantiate
 from .compiled import CompiledModel
 from .far_times import compiled_ms
+from .held_out import upper
 from .measure import interleave
 from .packed_storage import leave_in_temporary_file
 from .program import Program
-from .quality import perplexity
+from .quality import MAX_LOSS, batch_losses, output_distance
 
 if TYPE_CHECKING:
     from .compile_job import Job
@@ -22,13 +25,30 @@ COMPILED = "compiled"
 
 
 def loss_of_quality(job: Job, captured: Program) -> Callable[[nn.Module], float]:
-    """How much of the dense model's quality a model has lost, in the unit of the budget."""
+    """How much of the dense model's quality a model has lost, in the unit of the budget.
+
+    By the user's metric; else on the batches that are held out, as much as may be lost on others like them (held_out.upper).
+    """
     assert job.budget is not None
+    reference = instantiate(captured)
     if job.budget.perplexity_rise is not None:
-        lowest = perplexity(instantiate(captured), job.batches or (), job.loss)
-        return lambda model: perplexity(model, job.batches or (), job.loss) / lowest - 1
-    baseline = job.measure_quality(instantiate(captured), captured)
-    return lambda model: baseline - job.measure_quality(model, captured)
+        return partial(_rise, job, *batch_losses(reference, job.held, job.loss))
+    if job.quality is not None:
+        baseline = job.measure_quality(reference, captured)
+        return lambda model: baseline - job.measure_quality(model, captured)
+    return partial(_moved, job, reference)
+
+
+def _rise(job: Job, dense: Sequence[float], tokens: Sequence[int], model: nn.Module) -> float:
+    """By which share the perplexity rises: losses are compared batch by batch."""
+    losses, _ = batch_losses(model, job.held, job.loss)
+    return math.exp(min(upper([new - old for new, old in zip(losses, dense, strict=True)], tokens), MAX_LOSS)) - 1
+
+
+def _moved(job: Job, reference: nn.Module, model: nn.Module) -> float:
+    """1 - cosine of the outputs to the dense ones, the largest of several."""
+    each = [[1 - distance.cosine for distance in output_distance(reference, model, [batch])] for batch in job.held]
+    return max(upper(values, [1.0] * len(values)) for values in zip(*each, strict=True))
 
 
 def resident_bytes(job: Job, lowered: Program) -> float:

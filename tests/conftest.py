@@ -14,7 +14,17 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--target", help="run kernels for this 64-bit Arm target, under qemu, wherever tests take this machine's")
     parser.addoption("--update-golden", action="store_true", help="write what the tests got as the new golden texts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if name := config.getoption("--target"):
+        from emulator import emulated
+
+        machine = emulated(name)
+        machine.__enter__()
+        config.add_cleanup(lambda: machine.__exit__(None, None, None))
 
 
 @pytest.fixture

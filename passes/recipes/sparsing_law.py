@@ -9,7 +9,7 @@ from sparsify_compiler.pipeline import Pipeline
 def sparsing_law(density: float | None = None, targets: tuple[str, ...] = ("ffn:down",), ignore: tuple[str, ...] = ()) -> Pipeline:
     """Skip the hidden neurons of every FFN below a threshold of its own, such that all FFNs have the same relative error; needs calibration.
 
-    With Budget(perplexity_rise=0.01) it is PPL-1%: as sparse as raises the perplexity of the calibration by one per cent.
+    With Budget(perplexity_rise=0.01) it is PPL-1%: as sparse as raises the perplexity by one per cent, on held-out batches.
 
     Paper      Sparsing Law: Towards Large Language Models with Greater Activation Sparsity, Luo et al., arXiv:2411.02335
     """
