@@ -365,3 +365,45 @@ def test_upcycled_models_are_mixtral(tmp_path: Any) -> None:
     other, _ = sc.attach(lm, ids, SplitExperts(4, density=0.5), calibration=[ids])
     with pytest.raises(InputError, match="Mixtral has no place"):
         to_mixtral(other, lm.config, 2)
+
+
+@pytest.mark.parametrize(("kind", "bias"), [("plain", True), ("gated", False), ("fused", True), ("fused, gate second", False)])
+@torch.no_grad()
+def test_where_the_dense_ffn_is_faster_it_is_back(kind: str, bias: bool) -> None:
+    """A margin of almost all makes any mixture too slow: what is compiled is the model that was given."""
+    torch.manual_seed(0)
+    model, x = Net(kind, 16, 96, bias, "silu").eval(), torch.randn(2, 40, 16)
+    pipeline = Pipeline.parse("split_experts(experts=4, repair='least_squares', weight='scaled') | pack() | lower(margin=0.999, rounds=3)")
+    compiled = sc.compile(model, (x,), recipe=pipeline, budget=sc.Budget(density=0.5), calibration=[(x,)], dynamic={"x": {1: "rows"}})
+    assert not ops(compiled.program)
+    torch.testing.assert_close(compiled(x), model(x))
+    row = next(row for row in compiled.report().sites if row.kind == "ffn")
+    assert (row.density, row.format) == (1.0, "dense")
+    assert "stays dense: with router and shared expert" in row.reason
+    if not kind.startswith("fused"):
+        assert dict(compiled.state_dict()).keys() == dict(model.state_dict()).keys()
+
+
+@torch.no_grad()
+def test_a_mixture_is_timed_with_what_is_around_it() -> None:
+    from sparsify_compiler.codegen import runtime
+    from sparsify_compiler.passes.lower import _experts
+    from sparsify_compiler.target import host
+
+    torch.manual_seed(0)
+    model, x = Net("gated", 32, 192, False, "silu").eval(), torch.randn(1, 40, 32)
+    given = capture(model, (x,), {"x": {1: "rows"}})
+    ctx = Context(batches=[(x,)], density=0.5, target=host(), kernels=runtime, example_inputs=(x,))
+    program = Pipeline((SplitExperts(4, repair="none"),)).run(given, ctx)
+    (region, node), = ((region, node) for region, node in program.nodes() if node.target is experts_ffn.op)
+    made = _experts.layer(region, node, program, ctx)
+    assert "dense eager" in made.whole
+    assert {f"{name}, many rows" for name in made.forms} <= set(made.runs)
+    for name in made.forms:
+        many = made.runs[f"{name}, many rows"]
+        assert many().reshape(40, 32).shape == (40, 32)  # type: ignore[attr-defined]
+    whole = {name: made.runs[f"{name}, many rows"]().reshape(40, 32) for name in made.forms}  # type: ignore[attr-defined]
+    split = [whole[name] for name in made.forms if name not in made.whole]
+    for one in split[1:]:
+        torch.testing.assert_close(one, split[0], rtol=1e-4, atol=1e-5)
+    assert float((whole["dense eager"] - split[0]).norm()) > 0

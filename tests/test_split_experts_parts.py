@@ -14,7 +14,7 @@ from sparsify_compiler.errors import ParseError, UnknownNameError
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.moe._criteria import CRITERIA
 from sparsify_compiler.passes.moe._evidence import Evidence, Ffn
-from sparsify_compiler.passes.moe._split import Split, divided
+from sparsify_compiler.passes.moe._split import Split, divided, filled, whole
 from sparsify_compiler.passes.moe.routers._base import Task
 from sparsify_compiler.passes.train._penalty import Penalty, check_weight
 
@@ -42,7 +42,7 @@ def test_importances(name: str, expected: list[float]) -> None:
 
 def test_the_most_important_neurons_are_shared() -> None:
     ffn = Ffn(torch.randn(4, 2), torch.randn(2, 4), "relu")
-    always, routed = divided(Evidence(ffn, numbers(), numbers()), torch.tensor([3.0, 1.0, 2.0, 5.0]), 0.5)
+    always, routed = divided(Evidence(ffn, numbers(), numbers()), torch.tensor([3.0, 1.0, 2.0, 5.0]), 0.5, 2)
     assert (always.tolist(), routed.tolist()) == ([0, 3], [1, 2])
 
 
@@ -170,3 +170,17 @@ def test_a_penalty_is_the_mean_of_its_terms_by_a_schedule() -> None:
 def test_weights_of_penalties_are_checked(weight: float, schedule: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         check_weight(weight, schedule, "here")
+
+
+@pytest.mark.parametrize(("size", "expected"), [(72.0, 64), (63.0, 64), (30.5, 32), (48.0, 48), (12.0, 12), (11.2, 12), (1408.0, 1408)])
+def test_sizes_of_whole_vectors(size: float, expected: int) -> None:
+    assert whole(size) == expected
+
+
+def test_more_is_shared_where_experts_then_are_whole_vectors() -> None:
+    ffn = Ffn(torch.randn(200, 2), torch.randn(2, 200), "relu")
+    always, routed = divided(Evidence(ffn, numbers(), numbers()), torch.arange(200.0), 0.3, 4)
+    assert (always.numel(), routed.numel()) == (72, 128)
+    assert divided(Evidence(ffn, numbers(), numbers()), torch.arange(200.0), 0.0, 4)[1].numel() == 200
+    assert filled(torch.zeros(4, 30, dtype=torch.int64))[:, 30:].tolist() == [[-1, -1]] * 4
+    assert filled(torch.zeros(4, 50, dtype=torch.int64)).shape == (4, 50)

@@ -13,8 +13,10 @@ from torch import Tensor, fx
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.operands import input_of, is_stored, operands
 from sparsify_compiler.ops import experts_ffn
+from sparsify_compiler.passes.lower._dense_ffn import add_dense, whole
 from sparsify_compiler.passes.lower._layer import DECODE, Form, noise, row_of, say
-from sparsify_compiler.passes.lower._linear import Linear
+from sparsify_compiler.passes.lower._linear import Linear, eager
+from sparsify_compiler.passes.lower._origin import Origin, around, linears_of, origin_of, restore
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
 
@@ -23,9 +25,15 @@ EAGER = "one by one"  # an expert after the other, each by torch's own linears
 
 @dataclass(eq=False)
 class Mixture(Linear):
-    """One mixture; `many` is the number of rows that it is measured with besides, 0 where it is always called with the same."""
+    """One mixture.
+
+    many    number of rows that it is measured with besides, 0 where it is always called with the same
+    origin  the dense FFN that it was made of: all forms are then timed with router and shared expert, beside that FFN's own, named in `whole`
+    """
 
     many: int = 0
+    origin: Origin | None = None
+    whole: tuple[str, ...] = ()
 
 
 def is_packed(node: fx.Node) -> bool:
@@ -56,9 +64,25 @@ def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Mixt
         row.structure, row.density = f"{chosen} of {experts} experts", chosen / max(experts, 1)
     row.format = "experts"
     plain = partial(_plain, {**tensors, **attributes, **({} if bias is None else {"bias": bias})})
+    made.origin = origin_of(region, node, ctx)
     for name, kernel in {EAGER: None, **_kernels(made, tensors, attributes, bias, x, ctx)}.items():
-        _add(made, name, kernel, plain, x, given)
+        function = plain if kernel is None else kernel
+        if made.origin is None:
+            _add(made, name, kernel, function, x, given)
+        else:
+            _add(made, name, kernel, around(region, node, made.origin.end, function), x.reshape(*[1] * (node.meta["val"].dim() - 2), *x.shape), [])
+    if made.origin is not None:
+        _add_origin(made, made.origin, x, ctx)
     return made
+
+
+def _add_origin(made: Mixture, origin: Origin, x: Tensor, ctx: Context) -> None:
+    """The dense FFN in its forms."""
+    before, linears = set(made.forms), linears_of(origin)
+    add_dense(made, linears, origin.dense.activation, x[: made.rows], ctx)
+    made.whole = tuple(name for name in made.forms if name not in before)
+    for name in made.whole if made.many else ():
+        made.runs[_many(name)] = partial(whole, {part: partial(eager, *pair) for part, pair in linears.items()}, origin.dense.activation, x)
 
 
 def _kernels(made: Mixture, tensors: dict[str, Tensor], attributes: dict[str, Any], bias: Tensor | None, x: Tensor, ctx: Context) -> dict[str, Any]:
@@ -66,11 +90,10 @@ def _kernels(made: Mixture, tensors: dict[str, Tensor], attributes: dict[str, An
     return {candidate.name: candidate.bind(bias) for candidate in found}
 
 
-def _add(made: Mixture, name: str, kernel: Any, plain: Any, x: Tensor, given: list[Tensor]) -> None:
+def _add(made: Mixture, name: str, kernel: Any, function: Any, x: Tensor, given: list[Tensor]) -> None:
     """A form at both numbers of rows: what is timed with many of them has a name of its own."""
-    function = plain if kernel is None else kernel
     form = Form(kernel is None or not hasattr(kernel, "target"), kernel)
-    made.forms[name], made.runs[name] = form, partial(function, x[: made.rows], *[tensor[: made.rows] for tensor in given])
+    made.forms[name], made.runs[name] = form, partial(function, x[..., : made.rows, :], *[tensor[: made.rows] for tensor in given])
     if made.many:
         made.runs[_many(name)] = partial(function, x, *given)
 
@@ -96,25 +119,36 @@ def _routed(node: fx.Node, experts: int, rows: int, ctx: Context) -> list[Tensor
 
 
 def choose(made: Mixture, timings: Mapping[str, Timing], margin: float) -> bool:
-    """Bind the form whose worse time, at one row or at many, is the nearest to the fastest there; what was measured is written down."""
+    """Bind the form whose worse time, at one row or at many, is the nearest to the fastest there; what was measured is written down.
+
+    False where that is the dense FFN that the mixture was made of.
+    """
     times = {name: timing.median for name, timing in timings.items()}
     kinds = [lambda name: name, _many] if made.many else [lambda name: name]
 
     def loss(name: str) -> float:
-        return max(times[kind(name)] / min(times[kind(one)] for one in made.forms) for kind in kinds)
+        worst = max(times[kind(name)] / min(times[kind(one)] for one in made.forms) for kind in kinds)
+        return worst * (1 - margin) if name in made.whole else worst
 
     dense = [name for name, form in made.forms.items() if form.dense]
     ours = next((name for name, form in made.forms.items() if not form.dense), None)
     best = ours if ours is not None and margin < 0 else min(made.forms, key=loss)
-    row, rival = made.decision, min(dense, key=times.__getitem__)
+    row, rival = made.decision, min(made.whole or dense, key=times.__getitem__)
     row.rows, row.dense_form, row.dense_ms, row.compiled_ms, row.kernel = made.rows, rival, times[rival], times[best], best
     row.sparse_ms = None if ours is None else times[ours]
-    more = f", {min(times[_many(name)] for name in dense) / times[_many(best)]:.2f} times at {made.many} rows" if made.many else ""
-    say(row, f"{times[rival] / times[best]:.2f} times the speed of {rival} at {made.rows} row{'s' if made.rows != 1 else ''}{more}")
+    split = min((name for name in made.forms if name not in made.whole), key=loss) if best in made.whole else best
+    more = f", {min(times[_many(name)] for name in made.whole or dense) / times[_many(split)]:.2f} times at {made.many} rows" if made.many else ""
+    gain = f"{times[rival] / times[split]:.2f} times the speed of {rival} at {made.rows} row{'s' if made.rows != 1 else ''}{more}"
+    if best in made.whole:
+        row.format, row.density, row.bytes = "dense", 1.0, row.dense_bytes
+        say(row, f"stays dense: with router and shared expert {gain}")
+        return False
+    say(row, gain)
     made.bind(best)
     return True
 
 
 def make_dense(made: Mixture) -> list[fx.Node]:
-    """Never asked for: a mixture always has a form."""
-    return []
+    """The FFN that the mixture was made of, in its place. Returns its linears."""
+    assert made.origin is not None
+    return restore(made.region, made.origin, input_of(made.node))

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from sparsify_compiler.passes.moe._evidence import Evidence, Ffn
 
+VECTORS = (32, 16)  # neurons of which kernels read an expert whole: of every dtype, of float32 alone
+NEAR = 0.15  # an expert may have as many more or fewer neurons for that
+
 
 @dataclass(frozen=True)
 class Split:
@@ -54,8 +57,29 @@ def times(chosen: Tensor, experts: int) -> Tensor:
     return found.scatter_add_(1, chosen + 1, torch.ones(chosen.shape, dtype=torch.float32))[:, 1:]
 
 
-def divided(evidence: Evidence, importance: Tensor, shared: float) -> tuple[Tensor, Tensor]:
-    """(neurons that are always computed, neurons that are routed), int64, ascending: the first are the most important ones, `shared` of all."""
-    count = min(round(shared * evidence.ffn.neurons), evidence.ffn.neurons)
+def divided(evidence: Evidence, importance: Tensor, shared: float, experts: int) -> tuple[Tensor, Tensor]:
+    """(neurons that are always computed, neurons that are routed), int64, ascending: the first are the most important ones, `shared` of all.
+
+    Some more are shared where an expert of the others then is a whole number of vectors: kernels read no others.
+    """
+    neurons = evidence.ffn.neurons
+    count = min(round(shared * neurons), neurons)
+    size = (neurons - count) / experts
+    if count and (fewer := whole(size)) < size:
+        count = neurons - fewer * experts
     order = importance.argsort(descending=True, stable=True)
     return order[:count].sort().values, order[count:].sort().values
+
+
+def whole(size: float) -> int:
+    """The number of neurons near this one that makes whole vectors; rounded up itself where there is none."""
+    for vector in VECTORS:
+        found = round(size / vector) * vector
+        if abs(found - size) <= NEAR * size:
+            return found
+    return -int(-size // 1)
+
+
+def filled(table: Tensor) -> Tensor:
+    """The table [E, S] of neurons with more -1 behind, where an expert of whole vectors is a little larger."""
+    return torch.nn.functional.pad(table, (0, max(0, whole(table.shape[1]) - table.shape[1])), value=-1)

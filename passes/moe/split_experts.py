@@ -16,7 +16,7 @@ from sparsify_compiler.named import Named
 from sparsify_compiler.passes.moe._criteria import CRITERIA, wanted
 from sparsify_compiler.passes.moe._evidence import Evidence, Formula
 from sparsify_compiler.passes.moe._sites import Dense, dense_of, gather
-from sparsify_compiler.passes.moe._split import Split, divided
+from sparsify_compiler.passes.moe._split import Split, divided, filled
 from sparsify_compiler.passes.moe._write import Routing, write
 from sparsify_compiler.passes.moe.routers._base import Task
 from sparsify_compiler.passes_api import Context, Pass, Preserves
@@ -41,7 +41,7 @@ class SplitExperts(Pass):
     partition   a file of passes/moe/partitions: which neurons make an expert
     router      a file of passes/moe/routers, of what the FFN reads
     selector    a file of passes/moe/selectors; "top_k(k=4)" fixes the number, whatever the density
-    shared      share of the neurons that every row computes
+    shared      share of the neurons that every row computes; a little more where the others then make experts of whole vectors
     importance  a file of passes/moe/importances, which says which neurons those are
     weight      a file of passes/moe/weights: what an expert's output is multiplied with
     repair      a file of passes/moe/repairs: what makes up for the experts that are skipped
@@ -135,8 +135,8 @@ class SplitExperts(Pass):
         """(the neurons that are always computed, the table of the others)."""
         count = evidence.ffn.neurons
         importance = self._named("importance")(evidence) if self.shared else torch.zeros(count, dtype=torch.float32)
-        always, routed = divided(evidence, importance, self.shared)
-        return always, self._named("partition")(evidence, routed, self.experts)
+        always, routed = divided(evidence, importance, self.shared, self.experts)
+        return always, filled(self._named("partition")(evidence, routed, self.experts))
 
     def _share(self, split: Split, neurons: int, density: float | None) -> float:
         """Of the experts, how many make the density: at least one."""
