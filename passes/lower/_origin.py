@@ -67,7 +67,7 @@ def restore(region: Region, origin: Origin, x: fx.Node) -> list[fx.Node]:
 
     def linear(name: str, source: fx.Node) -> fx.Node:
         old = origin.dense.parts[name][0]
-        place = {key: old.meta[key] for key in ("path", "module", "site") if key in old.meta}
+        place: dict[str, Any] = {key: old.meta[key] for key in ("path", "module", "site") if key in old.meta}
         pair = dict(zip(("weight", "bias"), linears_of(origin)[name], strict=True))
         stored = {key: _stored(region, origin, name, key, value) for key, value in pair.items() if value is not None}
         made[name] = insert(end, aten.linear.default, input=source, **stored)
