@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
@@ -87,9 +89,22 @@ class Laid:
     target: Target
 
 
+_elsewhere: ContextVar[bool] = ContextVar("elsewhere", default=False)
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """What is laid out meanwhile runs without torch, if maybe on this machine."""
+    token = _elsewhere.set(True)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
 def workers(target: Target) -> int:
     """Threads among which a kernel for this machine divides its work: torch's own here, elsewhere one for each core."""
-    return torch.get_num_threads() if target.runs_on(host()) else target.cores
+    return torch.get_num_threads() if not _elsewhere.get() and target.runs_on(host()) else target.cores
 
 
 @dataclass(frozen=True, slots=True)

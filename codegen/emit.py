@@ -14,6 +14,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as builder
 
+from sparsify_compiler.codegen import host
+
 Expr = Any
 Buffer = Any
 let, cast, minimum, maximum = builder.Bind, tirx.Cast, tirx.min, tirx.max
@@ -22,7 +24,9 @@ floordiv, floormod = tirx.floordiv, tirx.floormod
 
 
 def function(name: str, body: Callable[[], None]) -> Any:
-    """The PrimFunc that `body` emits."""
+    """The PrimFunc that `body` emits; nothing where it is emitted into another one (host.py)."""
+    if host.hosting():
+        return body()
     with IRBuilder() as ib, builder.prim_func():
         builder.func_name(name)
         builder.func_attr({"global_symbol": name, "tirx.noalias": True})
@@ -32,7 +36,10 @@ def function(name: str, body: Callable[[], None]) -> Any:
 
 def argument(shape: Sequence[Expr], dtype: str) -> Buffer:
     """The next parameter: a tensor of this shape, whose free variables it defines, aligned to its elements and no more (it may be a view)."""
-    return builder.match_buffer(builder.arg("", builder.handle()), tuple(shape), dtype, align=2 if "16" in dtype else 4)
+    align = 2 if "16" in dtype else 4
+    if host.hosting():
+        return host.parameter(tuple(shape), dtype, align)
+    return builder.match_buffer(builder.arg("", builder.handle()), tuple(shape), dtype, align=align)
 
 
 def llvm(text: str) -> Any:

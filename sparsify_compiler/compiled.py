@@ -79,6 +79,15 @@ class CompiledModel(nn.Module):
 
         save(self, path)
 
+    def export(self, path: str | Path, target: str | Target | None = None) -> None:
+        """Write the model as one library and its weights, which run without PyTorch, from Python, C or C++, on the target: by default this model's.
+
+        Raises ModelError, KernelError, TargetError, StorageError.
+        """
+        from .artefact_library import export
+
+        export(self, path, target)
+
     def train(self, mode: bool = True) -> CompiledModel:
         """Stays in eval mode. Raises ModelError for mode=True."""
         if mode:

@@ -101,21 +101,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], aligned: int = 8) -> None:
     """Contiguous CPU tensors as a safetensors file, one at a time; those of wider elements come first, so that each is aligned to its own.
+
+    aligned  bytes at a multiple of which the first tensor starts, and all others that come before those whose size is none
 
     The library's own writer holds every tensor's bytes at once, which would break the bound on peak memory, and reports a full disk as
     an error of its own.
     """
     header: dict[str, object] = {}
     offset = 0
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    ordered = sorted(tensors.items(), key=lambda item: (aligned > 8 and item[1].nbytes % aligned > 0, -item[1].element_size()))
     for name, tensor in ordered:
         size = tensor.numel() * tensor.element_size()
         header[name] = {"dtype": SAFETENSORS_DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % aligned)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:

@@ -1,0 +1,269 @@
+#!/usr/bin/env python3
+"""Run an exported model without PyTorch: the packages apache-tvm-ffi and numpy, and libtvm_runtime.so, are all that it takes.
+
+    from run import Model
+    model = Model("folder")                                     # checks the files, the machine and its instructions before any code runs
+    outputs = model.run(input_ids=ids, attention_mask=mask)     # anything with DLPack or a buffer -> {name: numpy array}
+
+    python run.py folder --input input_ids=ids.npy --input attention_mask=mask.npy --output out/
+    python run.py folder --size batch=1 --size length=64        # zeros of these sizes: does it run, and how long does that take?
+    python run.py folder --describe                             # functions, inputs, outputs, symbols
+
+libtvm_runtime.so is looked for in $TVM_LIBRARY_PATH, beside this file, in an installed apache-tvm, and where the system looks. Its threads are as
+many as the processors that this process may use, at most as many as the model was compiled for; TVM_NUM_THREADS sets another number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+FORMAT, KIND = 1, "library"
+ALIGNED = 64
+ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
+# Where Linux tells features: of x86 by name in /proc/cpuinfo, of aarch64 as bits of AT_HWCAP (16) and AT_HWCAP2 (26).
+X86_NAMES = {"amx-tile": "amx_tile", "amx-bf16": "amx_bf16", "amx-int8": "amx_int8", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16"}
+ARM_BITS = {"neon": (16, 1), "fullfp16": (16, 10), "dotprod": (16, 20), "sve": (16, 22), "sve2": (26, 1), "i8mm": (26, 13), "bf16": (26, 14)}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+          "U8": "uint8", "BOOL": "bool"}
+
+
+class LibraryError(RuntimeError):
+    """The folder is damaged, was made for another machine, or a call does not fit; the message says what to do."""
+
+
+class Model:
+    """An exported model.
+
+    folder   what export() wrote
+    threads  that it runs on; None: as many as there are processors, at most as many as it was compiled for
+    check    compare every file with its hash: about 0.3 s for 100 MB
+    """
+
+    def __init__(self, folder: str | Path, threads: int | None = None, check: bool = True) -> None:
+        import numpy
+        import tvm_ffi
+
+        self.folder, self._numpy, self._ffi = Path(folder), numpy, tvm_ffi
+        self.manifest = read_manifest(self.folder)
+        check_machine(self.manifest["target"])
+        for name, digest in self.manifest["files"].items():
+            check_file(self.folder / name, digest if check else None)
+        load_runtime(self.manifest["target"], threads)
+        try:
+            module = tvm_ffi.load_module(str((self.folder / "model.so").resolve()))
+            self._vm = module["vm_load_executable"]()
+            self._vm["vm_initialization"](1, 0, 2)      # the CPU, its only device, pooled memory
+        except (RuntimeError, OSError, AttributeError) as error:
+            raise LibraryError(f"{self.folder / 'model.so'} cannot be loaded: {error}") from error
+        weights = read_weights(self.folder / "weights.safetensors", numpy)
+        self._parameters: dict[str, Any] = {}
+        for name, function in self.manifest["functions"].items():
+            missing = [one for one in function["parameters"] if one not in weights]
+            if missing:
+                raise LibraryError(f"{self.folder / 'weights.safetensors'} lacks {missing[0]}: copy the whole folder again")
+            self._parameters[name] = tvm_ffi.convert([tvm_ffi.from_dlpack(weights[one]) for one in function["parameters"]])
+        self._functions = {name: self._vm[name] for name in self._parameters}
+
+    def run(self, function: str = "main", /, **inputs: Any) -> dict[str, Any]:
+        """The outputs of a function by name, as numpy arrays. Raises LibraryError for a name, dtype or shape that does not fit."""
+        facts = self._facts(function)
+        result = self.call(function, self._checked(facts, inputs))
+        return {one["name"]: self._numpy.from_dlpack(value) for one, value in zip(facts["outputs"], result, strict=True)}
+
+    def call(self, function: str, tensors: Sequence[Any]) -> list[Any]:
+        """The same without any check: tensors of tvm_ffi, in the order of the function's inputs and of its outputs."""
+        found = self._functions[function](*tensors, self._parameters[function])
+        return list(found) if len(self.manifest["functions"][function]["outputs"]) > 1 else [found]
+
+    def tensor(self, value: Any) -> Any:
+        """An array as a tensor that functions take, aligned; the same memory where that is possible."""
+        array = self._numpy.ascontiguousarray(value)
+        return self._ffi.from_dlpack(aligned(array, self._numpy))
+
+    def _facts(self, function: str) -> dict[str, Any]:
+        functions: dict[str, Any] = self.manifest["functions"]
+        if function not in functions:
+            raise LibraryError(f"there is no function {function!r}; there are {', '.join(functions)}")
+        return functions[function]  # type: ignore[no-any-return]
+
+    def _checked(self, facts: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[Any]:
+        names = [one["name"] for one in facts["inputs"]]
+        if set(names) != set(inputs):
+            raise LibraryError(f"inputs are {', '.join(names)}; got {', '.join(inputs) or 'none'}")
+        sizes: dict[str, int] = {}
+        return [self._one(one, inputs[one["name"]], sizes) for one in facts["inputs"]]
+
+    def _one(self, wanted: Mapping[str, Any], value: Any, sizes: dict[str, int]) -> Any:
+        array, name = self._numpy.asarray(value), wanted["name"]
+        if str(array.dtype) != wanted["dtype"]:
+            raise LibraryError(f"{name} has dtype {array.dtype}, expected {wanted['dtype']}")
+        if array.ndim != len(wanted["shape"]):
+            raise LibraryError(f"{name} has shape {list(array.shape)}, expected {wanted['shape']}")
+        for size, expected in zip(array.shape, wanted["shape"], strict=True):
+            low, high = self.manifest["symbols"].get(expected, (0, None)) if isinstance(expected, str) else (expected, expected)
+            if size < low or (high is not None and size > high) or sizes.setdefault(str(expected), size) != size:
+                raise LibraryError(f"{name} has shape {list(array.shape)}, expected {wanted['shape']}"
+                                   + (f" with {expected} from {low} to {high}" if isinstance(expected, str) else ""))
+        return self.tensor(array)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json of a folder that export() wrote. Raises LibraryError."""
+    try:
+        data = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LibraryError(f"{folder} is no exported model: {error}") from error
+    if not isinstance(data, dict) or data.get("kind") != KIND:
+        raise LibraryError(f"{folder} is no exported library")
+    if data.get("format") != FORMAT:
+        raise LibraryError(f"{folder} has format {data.get('format')!r}, this runner reads {FORMAT}: use the run.py in that folder")
+    return data
+
+
+def check_machine(target: Mapping[str, Any]) -> None:
+    """Refuse code that this machine cannot run, before it could raise an illegal instruction. Raises LibraryError."""
+    machine = platform.machine().lower()
+    here = ARCHITECTURES.get(machine, machine)
+    if here != target["arch"]:
+        raise LibraryError(f"made for {target['name']} ({target['arch']}), this machine is {here}: export the model for it")
+    missing = [feature for feature in target["features"] if not has_feature(here, feature)]
+    if missing:
+        raise LibraryError(f"made for {target['name']}; this machine lacks {', '.join(missing)}: export the model for a target without")
+
+
+def has_feature(arch: str, feature: str) -> bool:
+    """Does this processor have an instruction set, and does the system let programs use it?"""
+    if arch == "aarch64":
+        kind, bit = ARM_BITS.get(feature, (0, 0))
+        getauxval = ctypes.CDLL(None).getauxval
+        getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+        return kind > 0 and bool(getauxval(kind) >> bit & 1)
+    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "").split()
+    return X86_NAMES.get(feature, feature) in flags
+
+
+def check_file(path: Path, digest: str | None) -> None:
+    """Is it there, and undamaged? Raises LibraryError."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest() if digest else None
+    except OSError as error:
+        raise LibraryError(f"{path} cannot be read: {error}") from error
+    if found != digest:
+        raise LibraryError(f"{path} is damaged or was changed: copy the whole folder again, or export the model again")
+
+
+def load_runtime(target: Mapping[str, Any], threads: int | None) -> None:
+    """libtvm_runtime.so, once in a process, with its number of threads. Raises LibraryError."""
+    import tvm_ffi  # noqa: F401 (its library must be there first)
+
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads is not None or "TVM_NUM_THREADS" not in os.environ:
+        os.environ["TVM_NUM_THREADS"] = str(threads or min(here, int(target["cores"])))
+    name, spec = "libtvm_runtime.so", find_spec("tvm")
+    places = [Path(one) for one in os.environ.get("TVM_LIBRARY_PATH", "").split(os.pathsep) if one] + [Path(__file__).resolve().parent]
+    places += [Path(one) / "lib" for one in (spec.submodule_search_locations if spec and spec.submodule_search_locations else [])]
+    for path in (*(place / name for place in places if (place / name).exists()), name):
+        try:
+            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+            return
+        except OSError as error:
+            last = error
+    raise LibraryError(f"{name} cannot be loaded ({last}): put it beside run.py, or its folder into TVM_LIBRARY_PATH")
+
+
+def read_weights(path: Path, numpy: Any) -> dict[str, Any]:
+    """Every tensor of a safetensors file, mapped, not read; bfloat16 as its bits. Raises LibraryError."""
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + int.from_bytes(mapped[:8], "little")
+        header = json.loads(mapped[8:start])
+        found = {}
+        for name, facts in header.items():
+            if name != "__metadata__":
+                first, end = facts["data_offsets"]
+                if not 0 <= first <= end <= len(mapped) - start:
+                    raise ValueError(f"{name} lies outside of the file")
+                raw = numpy.frombuffer(mapped, dtype=DTYPES[facts["dtype"]], count=(end - first) // numpy.dtype(DTYPES[facts["dtype"]]).itemsize,
+                                       offset=start + first)
+                found[name] = aligned(raw.reshape(facts["shape"]), numpy)
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LibraryError(f"{path} is damaged: {error}") from error
+
+
+def aligned(array: Any, numpy: Any) -> Any:
+    """The array, or a copy of it, at a multiple of 64 bytes, which compiled code may rely on."""
+    if array.ctypes.data % ALIGNED == 0 and array.flags.writeable:
+        return array
+    room = numpy.empty(array.nbytes + ALIGNED, dtype=numpy.uint8)
+    start = -room.ctypes.data % ALIGNED
+    copy = room[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default=str(Path(__file__).resolve().parent))
+    parser.add_argument("--function", default="main")
+    parser.add_argument("--input", action="append", default=[], metavar="NAME=FILE.npy")
+    parser.add_argument("--size", action="append", default=[], metavar="SYMBOL=SIZE", help="sizes of inputs that are not given: these are zeros")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write each output as NAME.npy")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--describe", action="store_true")
+    options = parser.parse_args(arguments)
+    try:
+        if options.describe:
+            manifest = read_manifest(Path(options.folder))
+            print(json.dumps({name: manifest[name] for name in ("target", "symbols", "functions", "reference")}, indent=1))
+            return 0
+        return run(options)
+    except LibraryError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 1
+
+
+def run(options: argparse.Namespace) -> int:
+    """One call or several, its outputs and its time."""
+    import numpy
+
+    started = time.perf_counter()
+    model = Model(options.folder, options.threads)
+    loaded = time.perf_counter() - started
+    given = {name: numpy.load(file) for name, _, file in (one.partition("=") for one in options.input)}
+    sizes = {name: int(size) for name, _, size in (one.partition("=") for one in options.size)}
+    for one in model._facts(options.function)["inputs"]:
+        if one["name"] not in given:
+            given[one["name"]] = numpy.zeros([sizes.get(size, 1) if isinstance(size, str) else size for size in one["shape"]], dtype=one["dtype"])
+    times = []
+    for _ in range(max(1, options.repeat)):
+        started = time.perf_counter()
+        outputs = model.run(options.function, **given)
+        times.append(time.perf_counter() - started)
+    print(f"loaded in {loaded * 1e3:.1f} ms, first run {times[0] * 1e3:.2f} ms, median {sorted(times)[len(times) // 2] * 1e3:.3f} ms")
+    for name, value in outputs.items():
+        print(f"{name}: {value.dtype} {list(value.shape)}, mean {value.mean():.6g}")
+        if options.output:
+            options.output.mkdir(parents=True, exist_ok=True)
+            numpy.save(options.output / f"{name}.npy", value)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""softmax(q kᵀ scale + mask) v over all keys, in float32, on any processor: for graphs that run without torch.
+
+A task is up to `lanes` × `vectors` rows, query positions of the heads that share keys, which lie along vectors: a key or a value is read once for all
+of them, and broadcast. Blocks of keys come one after the other, with the running maximum of online softmax (Milakov and Gimelshein, arXiv:1805.02867;
+FlashAttention, arXiv:2205.14135), so that nothing of the size of queries × keys is ever in memory.
+
+Bound by: the FMA rate for many rows; for few, as in decoding, a load for every `lanes` multiply-adds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from tvm import tirx
+
+from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen.kernels.mask_dense import Mask, add_mask, hide_later_keys
+from sparsify_compiler.codegen.kernels.powers import exp2, larger, powers
+
+BLOCK = 64          # keys of a block: its scores for 32 rows are 8 KiB
+ALONE = 1 << 16     # multiply-adds below which waking other threads costs more than they bring
+
+
+@dataclass(frozen=True)
+class AttendDense:
+    """How: sizes, what is masked, how the tensors lie, registers.
+
+    width, value_width   of a head's queries and keys, and of its values
+    heads, groups        of queries, and of keys and values: heads // groups neighbours share one
+    lie                  of query, key, value and out: "bhsd" or "bshd", which is how a linear layer leaves them
+    past                 is there an int64 [1] of how many tokens the caches hold before these? Then those and as many keys as queries are read
+    lanes, vectors       rows that are computed together; together: keys, or columns of values, that are
+    """
+
+    width: int
+    value_width: int
+    heads: int
+    groups: int
+    scale: float
+    causal: bool
+    mask: Mask
+    lie: tuple[str, str, str, str]
+    past: bool
+    lanes: int
+    vectors: int
+    together: int
+    workers: int
+    name = "attend_dense"
+
+    def compute(self) -> Any:
+        """The PrimFunc f(query, key, value, (mask [B or 1, H or 1, Q or 1, K],) (past [1],) out)."""
+        return e.function("main", lambda: _body(self))
+
+    @property
+    def rows(self) -> int:
+        """Of a task."""
+        return self.lanes * self.vectors
+
+
+def _operand(lie: str, sizes: tuple[Any, Any, Any, Any]) -> Any:
+    batch, heads, places, width = sizes
+    turned = lie == "bshd"
+    buffer = e.argument((batch, places, heads, width) if turned else (batch, heads, places, width), "float32")
+    return SimpleNamespace(buffer=buffer, at=lambda b, h, s: (b, s, h) if turned else (b, h, s))
+
+
+def _body(how: AttendDense) -> None:
+    a = SimpleNamespace(**{name: e.int32() for name in ("B", "Q", "K", "H", "G", "D", "V")})
+    a.query = _operand(how.lie[0], (a.B, a.H, a.Q, a.D))
+    a.key = _operand(how.lie[1], (a.B, a.G, a.K, a.D))
+    a.value = _operand(how.lie[2], (a.B, a.G, a.K, a.V))
+    a.mask = e.argument(tuple(e.int32() for _ in range(4)), how.mask.dtype) if how.mask.dtype else None
+    past = e.argument((e.int32(),), "int64") if how.past else None
+    a.out = _operand(how.lie[3], (a.B, a.H, a.Q, a.V))
+    a.past = e.opaque(e.cast("int32", e.load(past, 0))) if how.past else e.constant(0, "int32")
+    a.keys = e.opaque(e.minimum(a.past + a.Q, a.K)) if how.past else a.K
+    a.lines = e.opaque(a.Q * (how.heads // how.groups))
+    a.blocks = e.opaque(tirx.truncdiv(a.lines + (how.rows - 1), how.rows))
+    tasks = e.opaque(a.B * how.groups * a.blocks)
+
+    def run(parallel: bool) -> None:
+        with e.loop(tasks, parallel=parallel) as task, powers(how.lanes):
+            _task(how, a, task)
+
+    if how.workers == 1:
+        return run(False)
+    work = e.cast("int64", a.lines) * e.cast("int64", a.keys) * (how.width + how.value_width)
+    return e.choose(work * e.cast("int64", a.B * how.groups) < ALONE, lambda: run(False), lambda: run(True))
+
+
+def _task(how: AttendDense, a: Any, task: Any) -> None:
+    """Some rows of one batch and group."""
+    pair = e.opaque(tirx.truncdiv(task, a.blocks))
+    t = SimpleNamespace(batch=e.opaque(tirx.truncdiv(pair, how.groups)))
+    t.group = e.opaque(pair - t.batch * how.groups)
+    t.first = e.opaque((task - pair * a.blocks) * how.rows)
+    t.queries, t.scores = e.scratch(how.width * how.rows, "float32"), e.scratch(BLOCK * how.rows, "float32")
+    t.sums = e.scratch(how.value_width * how.rows, "float32")
+    t.tops, t.totals, t.places = (e.stack(how.rows, dtype) for dtype in ("float32", "float32", "int32"))
+    t.line = lambda i: _line(how, a, t, i)
+    _pack(how, a, t)
+    for start in range(0, how.rows, how.lanes):
+        e.store(t.tops, _lanes(how, -math.inf), start, lanes=how.lanes)
+        e.store(t.totals, _lanes(how, 0.0), start, lanes=how.lanes)
+    with e.loop(how.value_width * how.vectors) as i:
+        e.store(t.sums, _lanes(how, 0.0), i * how.lanes, lanes=how.lanes)
+    end = _last_key(how, a, t)
+    with e.loop(tirx.truncdiv(end + (BLOCK - 1), BLOCK)) as block:
+        t.key = e.opaque(block * BLOCK)
+        t.count = e.opaque(e.minimum(end - t.key, BLOCK))
+        _scores(how, a, t)
+        add_mask(how, a, t)
+        if how.causal:
+            hide_later_keys(how, a, t)
+        _values(how, a, t, _shares(how, t))
+    _write(how, a, t)
+
+
+def _line(how: AttendDense, a: Any, t: Any, i: Any) -> tuple[Any, Any]:
+    """Head and query of a row of the task; rows past the last repeat it: they are not stored."""
+    row = e.opaque(e.minimum(t.first + i, a.lines - 1))
+    head = e.opaque(tirx.truncdiv(row, a.Q))
+    return e.opaque(t.group * (how.heads // how.groups) + head), e.opaque(row - head * a.Q)
+
+
+def _last_key(how: AttendDense, a: Any, t: Any) -> Any:
+    """Behind the last key that some row reads."""
+    if not how.causal:
+        return a.keys
+    last = e.opaque(e.minimum(t.first + (how.rows - 1), a.lines - 1))
+    head, other = (e.opaque(tirx.truncdiv(row, a.Q)) for row in (t.first, last))
+    return e.opaque(e.minimum(e.either(tirx.EQ(head, other), a.past + last - other * a.Q + 1, a.past + a.Q), a.keys))
+
+
+def _pack(how: AttendDense, a: Any, t: Any) -> None:
+    """queries[d][row], scaled so that scores are powers of two; and which query each row is."""
+    lanes, factor = how.lanes, how.scale * math.log2(math.e)
+    with e.loop(how.vectors) as v:
+        lines = [t.line(v * lanes + i) for i in range(lanes)]
+        for i, (_, query) in enumerate(lines):
+            e.store(t.places, query, v * lanes + i)
+        starts = [a.query.at(t.batch, head, query) for head, query in lines]
+        with e.loop(how.width // lanes) as chunk:
+            rows = [e.let(e.load(a.query.buffer, *start, chunk * lanes, lanes=lanes) * _lanes(how, factor)) for start in starts]
+            for d, column in enumerate(e.transpose(rows)):
+                e.store(t.queries, column, (chunk * lanes + d) * how.rows + v * lanes, lanes=lanes)
+        for d in range(how.width // lanes * lanes, how.width):
+            for i, start in enumerate(starts):
+                e.store(t.queries, e.load(a.query.buffer, *start, d) * e.constant(factor, "float32"), d * how.rows + v * lanes + i)
+
+
+def _scores(how: AttendDense, a: Any, t: Any) -> None:
+    """scores[key][row] of a block; keys past the last repeat it, and are left out of all that follows."""
+    with e.loop(tirx.truncdiv(t.count + (how.together - 1), how.together)) as some:
+        first = e.opaque(some * how.together)
+        keys = [a.key.at(t.batch, t.group, e.opaque(e.minimum(t.key + first + i, a.keys - 1))) for i in range(how.together)]
+        sums = [[e.Register(how.lanes, _lanes(how, 0.0)) for _ in range(how.vectors)] for _ in keys]
+        with e.loop(how.width) as d:
+            queries = [e.let(e.load(t.queries, d * how.rows + v * how.lanes, lanes=how.lanes)) for v in range(how.vectors)]
+            for key, registers in zip(keys, sums, strict=True):
+                number = e.let(e.broadcast(e.load(a.key.buffer, *key, d), how.lanes))
+                for register, query in zip(registers, queries, strict=True):
+                    register.multiply_add(query, number)
+        for i, registers in enumerate(sums):
+            for v, register in enumerate(registers):
+                e.store(t.scores, register.get(), (first + i) * how.rows + v * how.lanes, lanes=how.lanes)
+
+
+def _shares(how: AttendDense, t: Any) -> list[Any]:
+    """Scores become 2 ** (score - largest so far); by how much what was summed before fades with that, a vector a register of rows."""
+    fades = []
+    for v in range(how.vectors):
+        start = v * how.lanes
+        before = e.let(e.load(t.tops, start, lanes=how.lanes))
+        top, total = e.Register(how.lanes, before), e.Register(how.lanes, _lanes(how, 0.0))
+        with e.loop(t.count) as key:
+            top.set(larger(e.load(t.scores, key * how.rows + start, lanes=how.lanes), top.get(), how.lanes))
+        limit = e.let(top.get())
+        finite = e.let(tirx.Select(tirx.EQ(limit, _lanes(how, -math.inf)), _lanes(how, 0.0), limit))
+        with e.loop(t.count) as key:
+            at = e.opaque(key * how.rows + start)
+            share = exp2(e.load(t.scores, at, lanes=how.lanes) - finite, how.lanes)
+            total.set(total.get() + share)
+            e.store(t.scores, share, at, lanes=how.lanes)
+        fade = exp2(before - finite, how.lanes)
+        fades.append(fade)
+        e.store(t.tops, limit, start, lanes=how.lanes)
+        e.store(t.totals, e.load(t.totals, start, lanes=how.lanes) * fade + total.get(), start, lanes=how.lanes)
+    return fades
+
+
+def _values(how: AttendDense, a: Any, t: Any, fades: list[Any]) -> None:
+    """sums[column][row] = sums * fade + shares * values."""
+    columns = max(size for size in range(1, how.together + 1) if how.value_width % size == 0)
+    with e.loop(how.value_width // columns) as some:
+        first = e.opaque(some * columns)
+        places = [[(first + i) * how.rows + v * how.lanes for v in range(how.vectors)] for i in range(columns)]
+        sums = [[e.Register(how.lanes, e.load(t.sums, place, lanes=how.lanes) * fade) for place, fade in zip(row, fades, strict=True)]
+                for row in places]
+        with e.loop(t.count) as key:
+            shares = [e.let(e.load(t.scores, key * how.rows + v * how.lanes, lanes=how.lanes)) for v in range(how.vectors)]
+            value = a.value.at(t.batch, t.group, t.key + key)
+            for i, registers in enumerate(sums):
+                number = e.let(e.broadcast(e.load(a.value.buffer, *value, first + i), how.lanes))
+                for register, share in zip(registers, shares, strict=True):
+                    register.multiply_add(share, number)
+        for row, registers in zip(places, sums, strict=True):
+            for place, register in zip(row, registers, strict=True):
+                e.store(t.sums, register.get(), place, lanes=how.lanes)
+
+
+def _write(how: AttendDense, a: Any, t: Any) -> None:
+    """out, of the rows that there are; zeros for one that reads no key."""
+    lanes = how.lanes
+    with e.loop(how.vectors) as v:
+        total = e.let(e.load(t.totals, v * lanes, lanes=lanes))
+        inverse = e.let(tirx.Select(tirx.EQ(total, _lanes(how, 0.0)), _lanes(how, 0.0), _lanes(how, 1.0) / total))
+        with e.loop(how.value_width) as d:
+            at = e.opaque(d * how.rows + v * lanes)
+            e.store(t.sums, e.load(t.sums, at, lanes=lanes) * inverse, at, lanes=lanes)
+        lines = [t.line(v * lanes + i) for i in range(lanes)]
+        with e.loop(how.value_width // lanes) as chunk:
+            rows = e.transpose([e.let(e.load(t.sums, (chunk * lanes + i) * how.rows + v * lanes, lanes=lanes)) for i in range(lanes)])
+            for i, ((head, query), row) in enumerate(zip(lines, rows, strict=True)):
+                with e.when(t.first + v * lanes + i < a.lines):
+                    e.store(a.out.buffer, row, *a.out.at(t.batch, head, query), chunk * lanes, lanes=lanes)
+        for i, (head, query) in enumerate(lines):
+            for d in range(how.value_width // lanes * lanes, how.value_width):
+                with e.when(t.first + v * lanes + i < a.lines):
+                    e.store(a.out.buffer, e.load(t.sums, d * how.rows + v * lanes + i), *a.out.at(t.batch, head, query), d)
+
+
+def _lanes(how: AttendDense, value: float) -> Any:
+    return e.broadcast(e.constant(value, "float32"), how.lanes)

@@ -1,0 +1,172 @@
+"""Operators that whole graphs compute by kernels of ours, or translate better than TVM's importer: sizes come from the captured graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from tvm import relax
+
+from sparsify_compiler.codegen.host import within
+from sparsify_compiler.codegen.kernels.finish import finish_of
+from sparsify_compiler.codegen.kernels.norm_rows import NormRows
+from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
+from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
+from sparsify_compiler.codegen.whole_graph_attention import attend
+from sparsify_compiler.codegen.whole_graph_functions import Parameter, chosen, intervals
+
+if TYPE_CHECKING:
+    from sparsify_compiler.codegen.whole_graph_import import GraphImporter
+
+ACTIVATIONS = ("relu", "relu6", "hardtanh", "leaky_relu", "hardsigmoid", "hardswish", "sigmoid", "silu", "gelu")
+
+
+def _declared(value: Any) -> Parameter:
+    from sparsify_compiler.codegen.whole_graph_import import declared
+
+    return declared(value)
+
+
+def one_kernel(graph: GraphImporter, schedule: Any, inputs: list[Any], shape: list[Any], dtype: str = "float32") -> Any:
+    """The result of one kernel on these values."""
+    out = Parameter(tuple(size if isinstance(size, int) else None for size in shape), dtype)
+
+    def emit(buffers: list[Any]) -> None:
+        with within(buffers):
+            schedule.compute()
+
+    kernel = graph.parts.kernel(repr(schedule), [*map(_declared, inputs), out], emit, schedule.name)
+    return graph.call(kernel, inputs, shape, dtype)
+
+
+def product(graph: GraphImporter, node: fx.Node) -> Any:
+    """A linear layer, by the variant of its kernels for the number of rows."""
+    found = graph.source.products[node]
+    laid = found.laid
+    x = graph.value(found.x)
+    state = [graph.parameter(f"{found.name}:{part}", getattr(laid.prepared, part)) for part in laid.prepared.STATE]
+    inputs = [x, *state, *(() if found.other is None else (graph.value(found.other),))]
+    shape = graph.shape(node)
+    low, high = _rows(graph, found.x)
+    pieces = intervals(laid.variants, low, high)
+    key = tuple((repr(laid.variants.schedules[variant]), first, last) for variant, first, last in pieces)
+    out = Parameter(tuple(size if isinstance(size, int) else None for size in shape), str(laid.prepared.dtype).removeprefix("torch."))
+    kernel = graph.parts.kernel(key, [*map(_declared, inputs), out], lambda buffers: chosen(laid.variants, buffers, low, high), "product")
+    return graph.call(kernel, inputs, shape, out.dtype)
+
+
+def _rows(graph: GraphImporter, x: fx.Node) -> tuple[int, int | None]:
+    """Least and largest number of rows that a layer's input has."""
+    sizes = x.meta["val"].shape[:-1]
+    if all(isinstance(size, int) for size in sizes):
+        return math.prod(sizes), math.prod(sizes)
+    return 1, None
+
+
+def _is_float(node: fx.Node) -> bool:
+    return node.meta["val"].dtype is torch.float32
+
+
+def _norm(centred: bool) -> Callable[[GraphImporter, fx.Node], Any]:
+    def convert(graph: GraphImporter, node: fx.Node) -> Any:
+        x, sizes, weight, bias, eps = _norm_arguments(node, centred)
+        given = [one for one in (weight, bias) if one is not None]
+        if len(sizes) != 1 or not _is_float(node):
+            return graph.plain(node)
+        schedule = NormRows(int(sizes[0]), eps, centred, weight is not None, bias is not None, graph.parts.target.cores)
+        return one_kernel(graph, schedule, [graph.value(one) for one in (x, *given)], graph.shape(node))
+
+    return convert
+
+
+def _norm_arguments(node: fx.Node, centred: bool) -> tuple[fx.Node, Any, Any, Any, float]:
+    given: list[Any] = list(node.args)
+    x, sizes, *rest = given + [None] * (5 - len(given))
+    if centred:
+        return x, sizes, rest[0], rest[1], float(1e-5 if rest[2] is None else rest[2])
+    eps = rest[1] if rest[1] is not None else torch.finfo(node.meta["val"].dtype).eps
+    return x, sizes, rest[0], None, float(eps)
+
+
+def _softmax(graph: GraphImporter, node: fx.Node) -> Any:
+    x, dim = node.args[:2]
+    assert isinstance(x, fx.Node)
+    shape = x.meta["val"].shape
+    if dim not in (-1, len(shape) - 1) or not isinstance(shape[-1], int) or not (_is_float(node) and _is_float(x)):
+        return graph.plain(node)
+    return one_kernel(graph, SoftmaxRows(shape[-1], graph.parts.target.cores), [graph.value(x)], graph.shape(node))
+
+
+def _activation(graph: GraphImporter, node: fx.Node) -> Any:
+    name = str(node.target).split(".")[1]
+    operator: Any = node.target
+    arguments = {argument.name: node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else argument.default_value)
+                 for i, argument in enumerate(operator._schema.arguments) if i}
+    finish = finish_of({"activation": name, "arguments": arguments}) if _is_float(node) else None
+    if finish is None:
+        return graph.plain(node)
+    return one_kernel(graph, PointwiseFlat(finish, graph.parts.target.cores), [graph.value(node.args[0])], graph.shape(node))
+
+
+def _view(graph: GraphImporter, node: fx.Node) -> Any:
+    """The same elements in another shape."""
+    return graph.block_builder.emit(relax.op.reshape(graph.value(node.args[0]), graph.shape(node)))
+
+
+def _expand(graph: GraphImporter, node: fx.Node) -> Any:
+    return graph.block_builder.emit(relax.op.broadcast_to(graph.value(node.args[0]), graph.shape(node)))
+
+
+def _size_of(graph: GraphImporter, node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    if value is None:
+        return graph.shape(node.args[0])[node.args[1]]  # type: ignore[arg-type, index]
+    return graph.size(value)
+
+
+def _select(graph: GraphImporter, node: fx.Node) -> Any:
+    x, dim, index = node.args
+    source = graph.shape(x)  # type: ignore[arg-type]
+    dim, start = int(dim) % len(source), int(index)  # type: ignore[arg-type]
+    begin = start if start >= 0 else source[dim] + start
+    sliced = graph.block_builder.emit(relax.op.strided_slice(graph.value(x), [dim], [begin], [begin + 1], assume_inbound=True))
+    return graph.block_builder.emit(relax.op.reshape(sliced, graph.shape(node)))
+
+
+def _slice(graph: GraphImporter, node: fx.Node) -> Any:
+    given: list[Any] = list(node.args)
+    x, dim, start, _, step = given + [0, None, None, 1][len(given) - 1:]
+    sizes, wanted = graph.shape(x), graph.shape(node)
+    dim = int(dim) % len(sizes)
+    begin = 0 if start is None else graph.value(start)
+    if isinstance(begin, int) and begin < 0:
+        begin = sizes[dim] + begin
+    if isinstance(begin, int) and begin == 0 and step == 1 and _same(sizes[dim], wanted[dim]):
+        return graph.value(x)
+    end = begin + wanted[dim] * step
+    return graph.block_builder.emit(relax.op.strided_slice(graph.value(x), [dim], [begin], [end], [step], assume_inbound=True))
+
+
+def _embedding(graph: GraphImporter, node: fx.Node) -> Any:
+    """Rows of a table. An index outside of it reads the nearest row: there is no way to tell the caller, and nothing else may be read."""
+    table, indices = (graph.value(one) for one in node.args[:2])
+    flat = graph.block_builder.emit(relax.op.reshape(indices, [-1])) if len(indices.ty.shape) > 1 else indices
+    rows = graph.block_builder.emit(relax.op.take(table, flat, axis=0, mode="clip"))
+    return graph.block_builder.emit(relax.op.reshape(rows, graph.shape(node)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(a == b) if isinstance(a, int) and isinstance(b, int) else a is b or (hasattr(a, "same_as") and a.same_as(b))
+
+
+CONVERTERS: Mapping[str, Callable[[GraphImporter, fx.Node], Any]] = {
+    "product": product,
+    "layer_norm.default": _norm(True), "rms_norm.default": _norm(False), "softmax.int": _softmax, "_softmax.default": _softmax,
+    **{f"{name}.default": _activation for name in ACTIVATIONS},
+    "reshape.default": _view, "view.default": _view, "flatten.using_ints": _view, "unflatten.int": _view, "unsqueeze.default": _view,
+    "squeeze.dim": _view, "squeeze.dims": _view, "squeeze.default": _view, "expand.default": _expand, "sym_size.int": _size_of, "select.int": _select,
+    "slice.Tensor": _slice, "embedding.default": _embedding, "scaled_dot_product_attention.default": attend,
+}  # fmt: skip

@@ -1,0 +1,125 @@
+"""The linear layers of a Program, laid out for a target that need not be here: what a whole graph without torch computes them with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from .epilogue import Epilogue, epilogue_of, epilogues
+from .errors import KernelError
+from .formats.bsr import Bsr
+from .operands import input_of, is_stored, operands, operator_of, packed_operator, packed_weight
+from .program import Region
+from .target import Target
+
+if TYPE_CHECKING:
+    from .codegen.bound import Laid
+    from .codegen.whole_graph import Product
+
+aten = torch.ops.aten
+ROWS = (1, 128)     # numbers of rows of x that a layer is laid out for where they vary
+DENSE_ROWS = {"x86_64": 16, "aarch64": 4}   # outputs that share a load of x in the dense form: their sums fit in the registers
+
+
+@dataclass
+class Products:
+    """Every linear layer of a region with its kernels; `computed` are the nodes that these compute on their way."""
+
+    region: Region
+    target: Target
+    found: dict[fx.Node, Product] = field(default_factory=dict)
+    computed: set[fx.Node] = field(default_factory=set)
+    _layouts: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    _names: dict[int, tuple[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from .codegen.bound import elsewhere
+
+        with torch.no_grad(), elsewhere():
+            for node in list(self.region.graph.nodes):
+                if _is_linear(node):
+                    self._add(node)
+
+    def _add(self, node: fx.Node) -> None:
+        from .codegen.whole_graph import Product
+
+        epilogue, laid = self._laid(node)
+        last = epilogue.nodes[-1] if epilogue.nodes else node
+        self.found[last] = Product(self._name(node, laid), laid, input_of(node), epilogue.other)
+        self.computed.update((node, *epilogue.nodes))
+        self.computed.discard(last)
+
+    def _laid(self, node: fx.Node) -> tuple[Epilogue, Laid]:
+        kernel = node.meta.get("kernel")
+        laid = getattr(kernel, "laid", None)
+        if laid is not None and laid.target == self.target and laid.target.name != "native":
+            return epilogue_of(node), laid
+        for epilogue in reversed(epilogues(node, self.computed)):
+            for candidate in self._candidates(node, epilogue):
+                try:
+                    return epilogue, candidate.lay(operands(self.region, node)[2])
+                except KernelError:
+                    continue  # its kernels are made where they run
+        raise KernelError(f"no kernel for {operator_of(node)} on x of {input_of(node).meta['val'].dtype} for this target",
+                          where=f"{node.name} on {self.target.name}", hint="whole graphs compute linear layers in float32 and bfloat16")
+
+    def _candidates(self, node: fx.Node, epilogue: Epilogue) -> Iterator[Any]:
+        from .codegen.runtime import candidates
+
+        tensors, attributes, _ = operands(self.region, node)
+        dtype, rows = node.meta["val"].dtype, _rows(node)
+        shared = self._layouts.setdefault(self._weight(node), {})
+        sources = [(operator_of(node), tensors, attributes, shared)] if packed_operator(node) else []
+        weight = packed_weight(self.region, node) if packed_operator(node) else tensors["weight"]
+        sources.append((*_dense(weight, self.target), self._layouts.setdefault(f"{self._weight(node)} dense", {})))
+        for operator, stored, facts, layouts in sources:
+            plain = {name: value for name, value in facts.items() if name not in ("add", "activation", "arguments")}
+            yield from candidates(operator, stored, plain | epilogue.attributes(), dtype, rows, self.target, layouts)
+
+    def _weight(self, node: fx.Node) -> str:
+        """The name of the layer's weight in the model."""
+        first: Any = next(value for key, value in node.kwargs.items() if is_stored(value) and key != "bias")
+        parts: list[str] = []
+        while first.op != "get_attr":   # a view of a stored tensor: half of a gate and up in one
+            parts.append(first.name)
+            first = first.kwargs["self"]
+        return "/".join((str(first.target).partition("_packed.")[0], *parts))
+
+    def _name(self, node: fx.Node, laid: Laid) -> str:
+        """A name for the laid out weight, the same wherever that is shared; it is held so that no other takes its place in memory."""
+        name, _ = self._names.get(id(laid.prepared), ("", None))
+        if not name:
+            taken = {one for one, _ in self._names.values()}
+            name = wanted = self._weight(node)
+            for number in range(2, len(taken) + 3):
+                if name not in taken:
+                    break
+                name = f"{wanted}#{number}"
+            self._names[id(laid.prepared)] = name, laid.prepared
+        return name
+
+
+def _is_linear(node: fx.Node) -> bool:
+    """A layer with a stored weight, dense or packed."""
+    if packed_operator(node) == "linear":
+        return True
+    return node.target is aten.linear.default and is_stored(node.kwargs.get("weight"))
+
+
+def _rows(node: fx.Node) -> tuple[int, ...]:
+    """Numbers of rows of x to expect."""
+    sizes = input_of(node).meta["val"].shape[:-1]
+    if all(isinstance(size, int) for size in sizes):
+        return (int(torch.Size(sizes).numel()),)
+    return ROWS
+
+
+def _dense(weight: Tensor, target: Target) -> tuple[str, dict[str, Tensor], dict[str, int]]:
+    """A dense weight as blocks of which all are kept: our kernels of blocks are those of dense layers too."""
+    weight = weight.detach()
+    packed = Bsr._encode(weight, torch.ones(weight.shape, dtype=torch.bool), r=DENSE_ROWS[target.arch], c=1)
+    return "linear_bsr", {name: getattr(packed, name) for name in Bsr.TENSORS}, {name: getattr(packed, name) for name in Bsr.ATTRIBUTES}

@@ -1,0 +1,228 @@
+"""Models exported as one library, run without torch by their own run.py: equal to torch's own, and polite where something does not fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsify_compiler as sc
+from sparsify_compiler.capture import capture
+from sparsify_compiler.codegen.whole_graph import compiler_for
+from sparsify_compiler.compiled import CompiledModel
+from sparsify_compiler.errors import KernelError, ModelError, StorageError
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.target import host
+
+try:
+    compiler_for(host())
+except KernelError as error:
+    pytest.skip(f"needs a linker: {error}", allow_module_level=True)
+
+
+class Encoder(nn.Module):
+    """One layer of an encoder: embeddings, attention under a mask of keys, a gated and a plain activation, norms of both kinds, an odd size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(50, 32), nn.Parameter(torch.randn(20, 32))
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.before, self.after = nn.LayerNorm(32), nn.RMSNorm(32)
+        self.up, self.gate, self.down, self.head = nn.Linear(32, 48), nn.Linear(32, 48, bias=False), nn.Linear(48, 32), nn.Linear(32, 5)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        x = self.before(self.words(ids) + self.places[: ids.shape[1]])
+        q, k, v = (layer(x).unflatten(-1, (2, 16)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        x = self.after(x + self.o(mixed.transpose(1, 2).flatten(2)))
+        x = x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return {"hidden": x, "scores": self.head(x[:, 0]).softmax(-1)}
+
+
+def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    mask = torch.arange(length) < torch.arange(length, 0, -1)[:batch, None].clamp(min=1)
+    return torch.randint(0, 50, (batch, length)), mask
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    return Encoder().eval()
+
+
+@pytest.fixture(scope="module")
+def compiled(encoder: Encoder) -> CompiledModel:
+    """Half of its layers sparse, in blocks, the others dense."""
+    both = {0: "batch", 1: "length"}
+    program = capture(encoder, inputs(2, 6), {"ids": both, "mask": both})
+    passes = sc.Pipeline.parse("mask_weights(score=magnitude, structure='16x1', density=0.5, targets=('up', 'gate', 'o')) | pack()")
+    return CompiledModel(passes.run(program, Context()))
+
+
+@pytest.fixture(scope="module")
+def folder(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "encoder"
+    compiled.export(path)
+    return path
+
+
+def runner(folder: Path) -> ModuleType:
+    """The folder's own run.py."""
+    spec = importlib.util.spec_from_file_location("exported_run", folder / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def close(found: Any, expected: Tensor) -> None:
+    assert tuple(found.shape) == tuple(expected.shape)
+    assert float((torch.from_numpy(numpy.array(found)) - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 6), (1, 1), (5, 19), (3, 20)])
+def test_what_it_computes(folder: Path, compiled: CompiledModel, batch: int, length: int) -> None:
+    model = runner(folder).Model(folder)
+    ids, mask = inputs(batch, length)
+    found = model.run(ids=ids.numpy(), mask=mask.numpy())
+    with torch.no_grad():
+        expected = compiled(ids, mask)
+    assert set(found) == {"hidden", "scores"}
+    for name, value in expected.items():
+        close(found[name], value)
+
+
+def test_nothing_runs_without_a_kernel_of_ours(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["reference"] == []
+    assert manifest["symbols"] == {"batch": [1, None], "length": [1, 20]}
+    assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+
+
+def test_an_index_outside_of_its_table_reads_nothing_else(folder: Path) -> None:
+    model = runner(folder).Model(folder)
+    ids, mask = inputs(2, 6)
+    wild = [model.run(ids=ids.numpy() * 0 + value, mask=mask.numpy())["hidden"] for value in (1 << 40, 49)]
+    numpy.testing.assert_array_equal(*wild)
+
+
+def test_it_runs_alone(folder: Path, tmp_path: Path) -> None:
+    """In a process of its own, without torch and without the compiler; the command line too."""
+    code = ("import sys; sys.modules |= dict.fromkeys(('torch', 'tvm', 'sparsify_compiler')); sys.path.insert(0, sys.argv[1]); import run;"
+            "sys.exit(run.main([sys.argv[1], '--size', 'length=4', '--output', sys.argv[2]]))")
+    runtime = Path(importlib.util.find_spec("tvm").origin).parent / "lib"  # type: ignore[arg-type, union-attr]
+    plain = {**os.environ, "PYTHONPATH": "", "TVM_LIBRARY_PATH": str(runtime)}
+    done = subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path)], capture_output=True, text=True, env=plain)
+    assert done.returncode == 0, done.stderr
+    assert numpy.load(tmp_path / "hidden.npy").shape == (1, 4, 32)
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"ids": lambda ids: ids.astype(numpy.int32)}, "ids has dtype int32, expected int64"),
+    ({"ids": lambda ids: ids[0]}, "ids has shape [6], expected ['batch', 'length']"),
+    ({"ids": lambda ids: ids[:, :5]}, "mask has shape [2, 6]"),
+    ({"ids": lambda ids: numpy.zeros((2, 21), numpy.int64), "mask": lambda mask: numpy.zeros((2, 21), bool)}, "with length from 1 to 20"),
+    ({"ids": lambda ids: ids[:0], "mask": lambda mask: mask[:0]}, "with batch from 1 to None"),
+    ({"tokens": lambda _: numpy.zeros(1)}, "inputs are ids, mask; got ids, mask, tokens"),
+])  # fmt: skip
+def test_calls_that_do_not_fit(folder: Path, change: dict[str, Any], told: str) -> None:
+    module = runner(folder)
+    given: dict[str, Any] = dict(zip(("ids", "mask"), (one.numpy() for one in inputs(2, 6)), strict=True))
+    given |= {name: make(given.get(name)) for name, make in change.items()}
+    with pytest.raises(module.LibraryError) as refused:
+        module.Model(folder).run(**given)
+    assert told in str(refused.value)
+
+
+def test_memory_that_is_not_aligned(folder: Path) -> None:
+    ids, mask = inputs(2, 6)
+    shifted = numpy.empty(ids.numel() * 8 + 8, numpy.uint8)[8 - 1:-1].view(numpy.int64).reshape(2, 6)
+    shifted[...] = ids.numpy()
+    model = runner(folder).Model(folder)
+    numpy.testing.assert_array_equal(*(model.run(ids=one, mask=mask.numpy())["hidden"] for one in (shifted, ids.numpy())))
+
+
+def _damage(folder: Path, name: str, kind: str) -> None:
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    if kind == "truncated":
+        data = data[: len(data) // 2]
+    elif kind == "changed":
+        data[len(data) // 2] ^= 1
+    path.unlink() if kind == "missing" else path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("model.so", "truncated"), ("model.so", "changed"), ("weights.safetensors", "changed"),
+                                            ("weights.safetensors", "missing"), ("manifest.json", "truncated")])
+def test_damaged_folders(folder: Path, tmp_path: Path, name: str, kind: str) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    _damage(copy, name, kind)
+    module = runner(copy)
+    with pytest.raises(module.LibraryError, match=r"damaged|cannot be read|no exported model"):
+        module.Model(copy)
+
+
+@pytest.mark.parametrize(("facts", "told"), [({"arch": "aarch64" if host().arch == "x86_64" else "x86_64"}, "this machine is"),
+                                             ({"features": ["avx1024"]}, "lacks avx1024")])
+def test_machines_that_cannot_run_it(folder: Path, tmp_path: Path, facts: dict[str, Any], told: str) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["target"] |= facts
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    module = runner(copy)
+    with pytest.raises(module.LibraryError, match=told):
+        module.Model(copy)
+
+
+def test_weights_that_are_cut_off(folder: Path, tmp_path: Path) -> None:
+    """Also where nobody compares hashes."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    _damage(copy, "weights.safetensors", "truncated")
+    module = runner(copy)
+    with pytest.raises(module.LibraryError, match="damaged"):
+        module.Model(copy, check=False)
+
+
+def test_what_export_refuses(compiled: CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious.txt").write_text("mine")
+    program = compiled.program.clone()
+    program.skeleton = nn.Module()
+    with pytest.raises(ModelError, match="captured in parts"):
+        CompiledModel.export(_with(compiled, program), tmp_path / "out")
+    monkeypatch.setenv("SPARSIFY_CC", "no-such-compiler")
+    with pytest.raises(KernelError, match="no-such-compiler"):
+        compiled.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "taken" / "precious.txt").read_text() == "mine"
+
+
+def _with(compiled: CompiledModel, program: Any) -> Any:
+    """Something with another program, which cannot be run."""
+    class Stub:
+        target = compiled.target
+    stub = Stub()
+    stub.program = program  # type: ignore[attr-defined]
+    return stub
+
+
+def test_a_folder_of_something_else_is_left_alone(compiled: CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsify_compiler import artefact_library
+
+    (tmp_path / "precious.txt").write_text("mine")
+    monkeypatch.setattr(artefact_library, "_compile", lambda *_: None)
+    with pytest.raises(StorageError):
+        compiled.export(tmp_path)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
