@@ -53,8 +53,9 @@ def product(graph: GraphImporter, node: fx.Node) -> Any:
     low, high = _rows(graph, found.x)
     pieces = intervals(laid.variants, low, high)
     key = tuple((repr(laid.variants.schedules[variant]), first, last) for variant, first, last in pieces)
-    out = Parameter(tuple(size if isinstance(size, int) else None for size in shape), str(laid.prepared.dtype).removeprefix("torch."))
-    kernel = graph.parts.kernel(key, [*map(_declared, inputs), out], lambda buffers: chosen(laid.variants, buffers, low, high), "product")
+    out = Parameter((None,) * len(shape), str(laid.prepared.dtype).removeprefix("torch."))
+    any_size = [Parameter((None,) * len(one.shape), one.dtype) for one in map(_declared, inputs)]    # layers of all sizes share their code
+    kernel = graph.parts.kernel(key, [*any_size, out], lambda buffers: chosen(laid.variants, buffers, low, high), "product")
     return graph.call(kernel, inputs, shape, out.dtype)
 
 
