@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 ARM ?= cortex-a53 cortex-a72 cortex-a76 neoverse-n1 neoverse-v1 neoverse-v2
 
-.PHONY: demo test test-slow test-arm lint bench peers clean help
+.PHONY: demo test test-slow test-arm test-cuda lint bench peers clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -27,6 +27,10 @@ test-arm: $(READY)  ## the tests of kernels, for 64-bit Arm processors under qem
 	$(BIN)/python scripts/arm/sysroot.py
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "arm or not arm and not slow" tests/test_arm.py tests/test_targets.py
 	for target in $(ARM); do $(BIN)/python -m pytest -n auto --dist loadfile --target $$target tests/test_kernels.py || exit 1; done
+
+# What needs nvcc on PATH, and no GPU: every kernel compiled for sm_80 and sm_90, and emulated by the host's C++ compiler.
+test-cuda: $(READY)  ## the tests of kernels for NVIDIA GPUs, without one
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "cuda or not cuda" tests/test_cuda_*.py
 
 lint: $(READY)  ## style, types and who may import whom
 	$(BIN)/ruff check .

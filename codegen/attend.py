@@ -21,7 +21,7 @@ from sparsify_compiler.codegen.kernels.attend_panel import AttendPanel
 from sparsify_compiler.codegen.kernels.attend_tiles import AttendTiles
 from sparsify_compiler.codegen.kernels.attend_values import DEPTH
 from sparsify_compiler.errors import TargetError
-from sparsify_compiler.ops.attend_blocks import scale_of
+from sparsify_compiler.ops.attend_blocks import reference, scale_of
 from sparsify_compiler.target import host
 
 LANES = 16
@@ -102,6 +102,10 @@ def known(form: tuple[Any, ...]) -> Plan | None:
 
 def refusal(query: Tensor, key: Tensor, value: Tensor) -> str:
     """Why no kernel runs such a call, and the reference does; "" where one does."""
+    if query.is_cuda and key.is_cuda and value.is_cuda:
+        from sparsify_compiler.codegen.cuda import attend as on_gpu
+
+        return on_gpu.refusal(query, key, value)
     if not query.is_cpu or query.dtype not in (*NEEDS, *WIDENED):
         return f"no kernel for {query.dtype} on {query.device}"
     if key.dtype is not query.dtype or value.dtype is not query.dtype:
@@ -122,8 +126,22 @@ def _missing(dtype: torch.dtype) -> str:
     return "" if dtype is torch.float32 or permission.tiles() else "the operating system does not give AMX tiles"
 
 
-def plan(call: Call, form: tuple[Any, ...]) -> Plan:
+class GpuPlan:
+    """How calls on a GPU run: with a bias by the reference."""
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor]:
+        """out and lse."""
+        from sparsify_compiler.codegen.cuda import attend as on_gpu
+
+        if call.bias is not None:
+            return reference(*call[:9], block_q=call.block_q, block_k=call.block_k, causal=call.causal, scale=call.scale)
+        return on_gpu.run(call)
+
+
+def plan(call: Call, form: tuple[Any, ...]) -> Plan | GpuPlan:
     """How to run a call that is not refused; float16, and bfloat16 without tiles, in float32. Raises KernelError where the kernel cannot be built."""
+    if call.query.is_cuda:
+        return GpuPlan()
     batch, heads, queries, width = call.query.shape
     dtype, last = call.query.dtype, call.value.shape[-1]
     if dtype in WIDENED or (dtype is torch.bfloat16 and _missing(dtype)):

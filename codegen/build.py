@@ -124,7 +124,7 @@ def load_exported(files: Mapping[str, bytes], schedule: Schedule, target: Target
 def load_llvm(name: str, text: str) -> Any:
     """The function `__tvm_ffi_main` of LLVM IR written by hand, for this machine, cached like a kernel. It has no parallel loops."""
     machine = host()
-    binary = store.read_or_build(f"{name}-{_digest(text + version() + str(machine))}", lambda: _compile_llvm(name, text, machine))
+    binary = store.read_or_build(f"{name}-{digest(text + version() + str(machine))}", lambda: _compile_llvm(name, text, machine))
     return _function(binary, on_torch_threads=False)
 
 
@@ -146,7 +146,7 @@ def _compile_llvm(name: str, text: str, target: Target) -> bytes:
 
 def key(schedule: Schedule, target: Target) -> str:
     """The name in the cache of this schedule's code for this target."""
-    return f"{schedule.name}-{_digest(json.dumps([repr(schedule), options(target), version(), sources()]))}"
+    return f"{schedule.name}-{digest(json.dumps([repr(schedule), options(target), version(), sources()]))}"
 
 
 @cache
@@ -164,7 +164,7 @@ def _function(binary: bytes, *, on_torch_threads: bool) -> Any:
 
     address = launch_address() if on_torch_threads else None
     is_library = binary[:4] == b"\x7fELF"
-    with _loading, _as_file(binary, ".so" if is_library else ".ll") as path:
+    with _loading, as_file(binary, ".so" if is_library else ".ll") as path:
         if is_library:
             module = tvm_ffi.get_global_func("ffi.Module.load_from_file.so")(path, "so")
             if address is not None:
@@ -193,7 +193,7 @@ def _launch_symbol(address: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _as_file(data: bytes, suffix: str) -> Iterator[str]:
+def as_file(data: bytes, suffix: str) -> Iterator[str]:
     """A path under which these bytes can be opened: in memory where the system can, else a temporary file.
 
     The descriptor stays open: the loader knows a library by its path, and would take a reused number for this one.
@@ -229,8 +229,9 @@ def _written(library: Any, folder: Path, kind: str) -> bytes:
 def sources() -> str:
     """Digest of this package's text: any change of a kernel makes new keys."""
     home = Path(__file__).parent
-    return _digest("".join(path.read_text() for path in sorted(home.rglob("*.py")) + sorted(home.rglob("*.ll"))))
+    return digest("".join(path.read_text() for path in sorted(home.rglob("*.py")) + sorted(home.rglob("*.ll"))))
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """Of text, for the name of a file."""
     return hashlib.sha256(text.encode()).hexdigest()[:40]

@@ -103,12 +103,31 @@ def candidates(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, 
     rows                  numbers of rows of x to expect, e.g. (1, 128); of a convolution the shape of x
     shared                layouts of this very weight, made before; new ones are added
     """
-    if any(tensor.device.type != "cpu" for tensor in tensors.values()):
-        return []
     layouts: Layouts = {} if shared is None else shared
+    where = {tensor.device.type for tensor in tensors.values()}
+    if where == {"cuda"}:
+        return _on_gpu(op, tensors, attributes, dtype, rows, layouts)
+    if where - {"cpu"}:
+        return []
     tensors, half = widened(tensors), {"half": True} if dtype is torch.float16 and "values" in tensors else {}
     return [Candidate(name, {"family": family.NAME, **options, **half}, op, tensors, attributes, target, layouts) for family in FAMILIES.values()
             for name, options in family.offer(op, tensors, attributes, torch.float32 if half else dtype, rows, target)]
+
+
+def _on_gpu(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
+            layouts: Layouts) -> list[Candidate]:
+    """The same for weights on a GPU, whatever the target is; none where there are no kernels for it, or no compiler of kernels."""
+    from sparsify_compiler.codegen.cuda import build, device, families
+
+    devices = {tensor.device for tensor in tensors.values()}
+    try:
+        target = device.target_of(devices.pop())
+    except KernelError:
+        return []
+    if devices or build.nvcc() is None:
+        return []
+    return [Candidate(name, {"family": family.NAME, **options}, op, tensors, attributes, target, layouts) for family in families.FAMILIES.values()
+            for name, options in family.offer(op, tensors, attributes, dtype, rows, target)]
 
 
 def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
@@ -120,7 +139,7 @@ def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], a
     """
     with _fitting(op):
         family, layouts = _family(op, options, shared)
-        given = (op, options, widened(tensors), attributes, bias)
+        given = (op, options, widened(tensors) if options.get("half") or family.NAME in FAMILIES else tensors, attributes, bias)
         kernel = BoundKernel(family.lay(*given, target, layouts), files) if hasattr(family, "lay") else family.bind(*given, files, target, layouts)
         return HalfKernel(kernel, options) if options.get("half") else kernel
 
@@ -146,10 +165,14 @@ def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
 
 def _family(op: str, options: Mapping[str, Any], shared: Layouts | None) -> tuple[Any, list[Any]]:
     """The family of a candidate with these options, and the layouts that it may share."""
-    name = str(options.get("family"))
-    if name not in FAMILIES:
-        raise KernelError(f"there is no family of kernels called {name!r}", where=op, hint=nearest(name, FAMILIES))
-    return FAMILIES[name], [] if shared is None else shared.setdefault(name, [])
+    name, known = str(options.get("family")), dict(FAMILIES)
+    if name.startswith("cuda_"):
+        from sparsify_compiler.codegen.cuda.families import FAMILIES as ON_GPU
+
+        known |= ON_GPU
+    if name not in known:
+        raise KernelError(f"there is no family of kernels called {name!r}", where=op, hint=nearest(name, known))
+    return known[name], [] if shared is None else shared.setdefault(name, [])
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def computed(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts:
 
     call = attend.Call(query, key, value, indices, counts, tile_of, tiles, key_mask, bias, block_q, block_k, causal, scale)
     form = attend.form_of(call)
-    plan = attend.known(form)
+    plan: attend.Plan | attend.GpuPlan | None = attend.known(form)
     if plan is None:
         check(query, key, value, indices, counts, tile_of, tiles, key_mask, bias, block_q=block_q, block_k=block_k)
         if attend.refusal(query, key, value):

@@ -1,0 +1,135 @@
+// What kernels call beside plain C++: the part that is the same for nvcc and for the emulator of the tests, which each define the
+// instructions in another file (ptx.cuh here, tests/emulator/instructions.h there). Numbers of 16 bits are their bits.
+
+#define CUDART_INF_F float_of_bits(0x7F800000u)  // TVM's names
+#define CUDART_NAN_F float_of_bits(0x7FC00000u)
+
+DEVICE float low_bf16(unsigned word) { return float_of_bits(word << 16); }
+DEVICE float high_bf16(unsigned word) { return float_of_bits(word & 0xFFFF0000u); }
+DEVICE float low_fp16(unsigned word) { return float_of_fp16((unsigned short)word); }
+DEVICE float high_fp16(unsigned word) { return float_of_fp16((unsigned short)(word >> 16)); }
+
+DEVICE float read_fp32(const void* from) { return *(const float*)from; }
+DEVICE float read_bf16(const void* from) { return float_of_bits((unsigned)*(const unsigned short*)from << 16); }
+DEVICE float read_fp16(const void* from) { return float_of_fp16(*(const unsigned short*)from); }
+DEVICE void write_fp32(void* to, float value) { *(float*)to = value; }
+DEVICE void write_bf16(void* to, float value) { *(unsigned short*)to = bf16_of_float(value); }
+DEVICE void write_fp16(void* to, float value) { *(unsigned short*)to = fp16_of_float(value); }
+// Two neighbours at once: `to` is aligned to both.
+DEVICE unsigned pair_bf16(float low, float high) { return bf16_of_float(low) | (unsigned)bf16_of_float(high) << 16; }
+DEVICE unsigned pair_fp16(float low, float high) { return fp16_of_float(low) | (unsigned)fp16_of_float(high) << 16; }
+DEVICE void write_word(void* to, unsigned word) { *(unsigned*)to = word; }
+
+// The numbers in four words.
+DEVICE void unpack_fp32(float* to, const unsigned* words) {
+  UNROLL for (int i = 0; i < 4; ++i) to[i] = float_of_bits(words[i]);
+}
+DEVICE void unpack_bf16(float* to, const unsigned* words) {
+  UNROLL for (int i = 0; i < 4; ++i) { to[2 * i] = low_bf16(words[i]); to[2 * i + 1] = high_bf16(words[i]); }
+}
+DEVICE void unpack_fp16(float* to, const unsigned* words) {
+  UNROLL for (int i = 0; i < 4; ++i) { to[2 * i] = low_fp16(words[i]); to[2 * i + 1] = high_fp16(words[i]); }
+}
+
+// sums[i] += factor * numbers[i], for 16 bytes of numbers.
+DEVICE void add_fp32(float* sums, const unsigned* words, float factor) {
+  UNROLL for (int i = 0; i < 4; ++i) sums[i] = fused(factor, float_of_bits(words[i]), sums[i]);
+}
+DEVICE void add_bf16(float* sums, const unsigned* words, float factor) {
+  UNROLL for (int i = 0; i < 4; ++i) {
+    sums[2 * i] = fused(factor, low_bf16(words[i]), sums[2 * i]);
+    sums[2 * i + 1] = fused(factor, high_bf16(words[i]), sums[2 * i + 1]);
+  }
+}
+DEVICE void add_fp16(float* sums, const unsigned* words, float factor) {
+  UNROLL for (int i = 0; i < 4; ++i) {
+    sums[2 * i] = fused(factor, low_fp16(words[i]), sums[2 * i]);
+    sums[2 * i + 1] = fused(factor, high_fp16(words[i]), sums[2 * i + 1]);
+  }
+}
+
+// sum + the inner product of 16 bytes of numbers and as many floats.
+DEVICE float dot_fp32(const unsigned* words, const float* x, float sum) {
+  UNROLL for (int i = 0; i < 4; ++i) sum = fused(float_of_bits(words[i]), x[i], sum);
+  return sum;
+}
+DEVICE float dot_bf16(const unsigned* words, const float* x, float sum) {
+  UNROLL for (int i = 0; i < 4; ++i) sum = fused(high_bf16(words[i]), x[2 * i + 1], fused(low_bf16(words[i]), x[2 * i], sum));
+  return sum;
+}
+DEVICE float dot_fp16(const unsigned* words, const float* x, float sum) {
+  UNROLL for (int i = 0; i < 4; ++i) sum = fused(high_fp16(words[i]), x[2 * i + 1], fused(low_fp16(words[i]), x[2 * i], sum));
+  return sum;
+}
+
+// The sum over the lanes of a warp, in all of them; and over the lanes before this one and itself.
+DEVICE float warp_sum(float value) {
+  UNROLL for (int bit = 16; bit; bit >>= 1) value += shuffle_xor(value, bit);
+  return value;
+}
+DEVICE int warp_scan(int value) {
+  UNROLL for (int step = 1; step < 32; step <<= 1) { int before = shuffle_up(value, step); if (lane() >= step) value += before; }
+  return value;
+}
+DEVICE float quad_sum(float value) { value += shuffle_xor(value, 1); return value + shuffle_xor(value, 2); }
+// The larger of two, a NaN where one is.
+DEVICE float larger(float a, float b) { return a != a ? a : (a > b ? a : b); }
+DEVICE float quad_max(float value) { value = larger(value, shuffle_xor(value, 1)); return larger(value, shuffle_xor(value, 2)); }
+
+// Is it selected: not |x - center| * scale < limit, so that a NaN is.
+DEVICE bool selected(float x, float center, float scale, float limit) { return !(absolute(x - center) * scale < limit); }
+
+// Activations of ops/select_ffn.py and of epilogues; a NaN stays one.
+DEVICE float relu(float x) { return x < 0.f ? 0.f : x; }
+DEVICE float clamped(float x, float low, float high) { x = x < low ? low : x; return x > high ? high : x; }
+DEVICE float relu2(float x) { x = relu(x); return x * x; }
+DEVICE float leaky_relu(float x, float slope) { return x < 0.f ? x * slope : x; }
+DEVICE float hardsigmoid(float x) { return clamped(x + 3.f, 0.f, 6.f) * (1.f / 6.f); }
+DEVICE float hardswish(float x) { return x * hardsigmoid(x); }
+DEVICE float sigmoid(float x) { return 1.f / (1.f + exp2_of(x * -1.44269504f)); }
+DEVICE float silu(float x) { return x * sigmoid(x); }
+DEVICE float gelu(float x) { return 0.5f * x * (1.f + erf_of(x * 0.70710678f)); }
+DEVICE float gelu_tanh(float x) { return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x)); }
+
+// The numbers of a dtype, for templates: what one is stored as, and as a float.
+struct Fp32 { typedef float Bits; DEVICE float value(float x) { return x; } };
+struct Bf16 { typedef unsigned short Bits; DEVICE float value(unsigned short x) { return float_of_bits((unsigned)x << 16); } };
+struct Fp16 { typedef unsigned short Bits; DEVICE float value(unsigned short x) { return float_of_fp16(x); } };
+
+// Eight neighbours of `Bits`, one or two loads of 16 bytes.
+template <typename Bits> DEVICE void load_eight(Bits* to, const void* from) {
+  UNROLL for (int i = 0; i < (int)sizeof(Bits) / 2; ++i) load16((unsigned*)to + 4 * i, (const char*)from + 16 * i);
+}
+// sums[m] += values[i] * x[m][columns[i]], for those of eight places that are `valid`.
+template <typename Type, typename Index, int ROWS>
+DEVICE void add_listed(float* sums, const void* values, const void* columns, const void* x, int stride, int valid) {
+  alignas(16) typename Type::Bits value[8]; alignas(16) Index column[8];
+  load_eight(value, values); load_eight(column, columns);
+  UNROLL for (int i = 0; i < 8; ++i) if (i < valid)
+    UNROLL for (int m = 0; m < ROWS; ++m)
+      sums[m] = fused(Type::value(value[i]), Type::value(((const typename Type::Bits*)x)[m * stride + column[i]]), sums[m]);
+}
+// The same for the eight kept of sixteen inputs from x on, two of each four, told by two bits each.
+template <typename Type, int ROWS>
+DEVICE void add_placed(float* sums, const void* values, unsigned places, const void* x, int stride) {
+  alignas(16) typename Type::Bits value[8];
+  load_eight(value, values);
+  UNROLL for (int i = 0; i < 8; ++i)
+    UNROLL for (int m = 0; m < ROWS; ++m)
+      sums[m] = fused(Type::value(value[i]), Type::value(((const typename Type::Bits*)x)[m * stride + i / 2 * 4 + (places >> 2 * i & 3)]), sums[m]);
+}
+// sum + the inner product of eight weights and eight numbers that several threads read.
+template <typename Type, typename Other> DEVICE float dot_eight(const void* weights, const void* numbers, float sum) {
+  alignas(16) typename Type::Bits weight[8]; alignas(16) typename Other::Bits number[8];
+  load_eight(weight, weights);
+  UNROLL for (int i = 0; i < (int)sizeof(typename Other::Bits) / 2; ++i)
+    load16_shared_by_many((unsigned*)number + 4 * i, (const char*)numbers + 16 * i);
+  UNROLL for (int i = 0; i < 8; ++i) sum = fused(Type::value(weight[i]), Other::value(number[i]), sum);
+  return sum;
+}
+// Copy 16 bytes to shared memory, through registers.
+DEVICE void stage16(void* to, const void* from) {
+  unsigned words[4];
+  load16_shared_by_many(words, from);
+  UNROLL for (int i = 0; i < 4; ++i) ((unsigned*)to)[i] = words[i];
+}

@@ -1,0 +1,81 @@
+"""The GPU at hand: what it is called as a target, how many processors it has, and kernels loaded for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+
+from sparsify_compiler.codegen import build as cpu
+from sparsify_compiler.codegen.cuda import build
+from sparsify_compiler.errors import KernelError
+from sparsify_compiler.target import Target, resolve
+
+BY_GENERATION = {8: "sm_80", 9: "sm_90"}    # of compute capability: code of one runs on all that follow it in the same generation
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """The target whose code this GPU runs. Raises KernelError."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] not in BY_GENERATION:
+        raise KernelError(f"no kernels for compute capability {'.'.join(map(str, capability))}", where=str(device),
+                          hint=f"there are kernels for {', '.join(f'{generation}.x' for generation in BY_GENERATION)}")
+    return resolve(BY_GENERATION[capability[0]])
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many there are."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def stream(device: torch.device) -> int:
+    """The one that work is given to now."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+@cache
+def function(schedule: cpu.Schedule, device: torch.device) -> Any:
+    """The kernel, called with tensors of that device, on torch's current stream. Raises KernelError."""
+    return build.load_function(build.load(schedule, target_of(device)))
+
+
+class Kernels:
+    """Those of one layer, each loaded when it is first needed: out of an artefact's files where they fit, without TVM's compiler and nvcc."""
+
+    def __init__(self, device: torch.device, files: Mapping[str, bytes]) -> None:
+        self.device, self._files, self._loaded = device, dict(files), dict[cpu.Schedule, Any]()
+
+    def __call__(self, schedule: cpu.Schedule, *arguments: Any) -> None:
+        """Launch it."""
+        found = self._loaded.get(schedule)
+        if found is None:
+            found = self._loaded[schedule] = self._load(schedule)
+        found(*arguments)
+
+    def _load(self, schedule: cpu.Schedule) -> Any:
+        stored = self._files.get(f"{_label(schedule)}.archive")
+        if stored is not None and json.loads(self._files[f"{_label(schedule)}.json"]) == _made(schedule, target_of(self.device)):
+            return build.load_function(stored)
+        return function(schedule, self.device)
+
+    def files(self) -> dict[str, bytes]:
+        """Of those that were needed so far."""
+        kept = {}
+        for schedule in self._loaded:
+            target = target_of(self.device)
+            kept[f"{_label(schedule)}.archive"] = build.load(schedule, target)
+            kept[f"{_label(schedule)}.json"] = json.dumps(_made(schedule, target)).encode()
+        return kept
+
+
+def _label(schedule: cpu.Schedule) -> str:
+    return f"{schedule.name}-{cpu.digest(repr(schedule))[:12]}"
+
+
+def _made(schedule: cpu.Schedule, target: Target) -> dict[str, str]:
+    return {"schedule": repr(schedule), "architecture": target.mcpu, "tvm": cpu.version()}

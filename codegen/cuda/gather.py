@@ -1,0 +1,87 @@
+"""The family of kernels for layers on GPUs whose rows of x select their inputs: a few rows read the selected weights only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.codegen.cuda import device as gpu
+from sparsify_compiler.codegen.cuda.gather_rows import CudaGatherRows
+from sparsify_compiler.codegen.cuda.layer import DTYPES, CudaLayer, device_of, lanes_of, name_of
+from sparsify_compiler.errors import KernelError
+from sparsify_compiler.ops import select
+from sparsify_compiler.target import Target
+
+NAME, OP, LABEL = "cuda_gather", "select_linear", "gather by input"
+FEW = (1, 2, 4)     # rows of x that read the union of what they select
+BLOCKS = 4          # of threads, for each processor
+PART = 256          # inputs of a part, at least
+
+
+def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
+          target: Target) -> list[tuple[str, dict[str, Any]]]:
+    """Name and options of the kernel, for rows of weights that begin where 16 bytes do."""
+    if op != OP or dtype not in DTYPES:
+        return []
+    weight = tensors["weight"]
+    fits = weight.dim() == 2 and weight.dtype is dtype and min(weight.shape) >= 1 and weight.shape[1] % lanes_of(dtype) == 0
+    return [(LABEL, {"dtype": name_of(dtype)})] if fits else []
+
+
+def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> CudaGatherLinear:
+    """The kernel with this weight, limit, scale and centre. Raises KernelError."""
+    weight = tensors["weight"]
+    if not offer(op, tensors, attributes, getattr(torch, str(options["dtype"])), (1,), target):
+        raise KernelError("the stored weight does not fit this kernel", where=op, hint="save the model again")
+    for name in ("scale", "center"):
+        if name in tensors and tuple(tensors[name].shape) != (weight.shape[0],):
+            raise KernelError(f"{name} has shape {list(tensors[name].shape)}, the weight {weight.shape[0]} inputs", where=op)
+    return CudaGatherLinear(options, tensors, bias, files)
+
+
+def parts_of(inputs: int, outputs: int, lanes: int, device: torch.device) -> tuple[int, int]:
+    """Tiles of outputs, and parts of the inputs that there are blocks for."""
+    tiles = -(-outputs // (32 * lanes))
+    return tiles, max(1, min(-(-BLOCKS * gpu.processors(device) // tiles), inputs // PART))
+
+
+class CudaGatherLinear(CudaLayer):
+    """A layer bound to its weight [K, N]: x [..., K] -> y [..., N], select(x) W + bias.
+
+    Where the limit is not stored it comes with every call, [..., 1].
+    """
+
+    def __init__(self, options: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: Tensor | None, files: Mapping[str, bytes]) -> None:
+        weight = tensors["weight"].detach().contiguous()
+        super().__init__(LABEL, options, weight.dtype, device_of(tensors), (weight.shape[0], weight.shape[1]), files)
+        self._bias = None if bias is None else bias.detach()
+        none = torch.zeros(1, dtype=torch.float32, device=self.device)
+        self._given = {name: tensors[name].detach() for name in ("limit", "scale", "center") if name in tensors}
+        total = torch.zeros(self.out_features, dtype=torch.float32, device=self.device) if bias is None else self._bias.float()  # type: ignore[union-attr]
+        if "center" in tensors:
+            total = total + self._given["center"].float() @ weight.float()
+        wide = {name: self._given[name].float().contiguous() if name in self._given else none for name in ("scale", "center")}
+        self._held = {"weight": weight, "sums": total.contiguous(), **wide}
+        self._limit = self._given["limit"].float().reshape(1) if "limit" in self._given else None
+
+    def __call__(self, x: Tensor, limit: Tensor | None = None) -> Tensor:
+        """x [..., K] of the weight's dtype, any strides -> a new y [..., N]. Raises InputError."""
+        matrix, shape = self.matrix(x), (*x.shape[:-1], self.out_features)
+        rows, held = matrix.shape[0], self._held
+        if rows > FEW[-1]:
+            given = self._given
+            chosen = select.op(x, given["limit"] if limit is None else limit, given.get("scale"), given.get("center"))
+            return torch.nn.functional.linear(chosen, held["weight"].t(), self._bias)
+        y = x.new_empty((rows, self.out_features))
+        if rows:
+            limits = self._limit if limit is None else limit.detach().float().reshape(-1).contiguous()
+            tiles, parts = parts_of(self.in_features, self.out_features, lanes_of(self._dtype), self.device)
+            most = next(size for size in FEW if size >= rows)
+            schedule = CudaGatherRows(name_of(self._dtype), most, "scale" in self._given, "center" in self._given)
+            self.kernels(schedule, matrix, limits, held["scale"], held["center"], held["weight"], held["sums"],
+                         self.floats(parts, rows, self.out_features), self.counters(tiles), y, parts)
+        return y.view(shape)
