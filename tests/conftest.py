@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if name := config.getoption("--target"):
-        from emulator import emulated
+        from arm_emulator import emulated
 
         machine = emulated(name)
         machine.__enter__()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulator import Emulator, emulated, needs_emulator
+from arm_emulator import Emulator, emulated, needs_emulator
 from test_kernels import assert_right, mask_of
 
 from sparsify_compiler import catalog
