@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -49,12 +49,12 @@ class PreparedWeight:
         return sum(t.numel() * t.element_size() for t in (getattr(self, name) for name in self.STATE))
 
 
-def shared_layout(shared: list[Any], bias: Tensor | None, lay_out: Callable[[], Weight]) -> Weight:
-    """The layout with this very bias from `shared`; made and added where there is none."""
-    for held, made in shared:
-        if held is bias:
+def shared_layout(shared: list[Any], bias: Tensor | None, lay_out: Callable[[], Weight], cut: Any = None) -> Weight:
+    """The layout with this very bias, cut in this way, from `shared`; made and added where there is none."""
+    for held, how, made in shared:
+        if held is bias and how == cut:
             return made  # type: ignore[no-any-return]
-    shared.append((bias, made := lay_out().settled()))
+    shared.append((bias, cut, made := lay_out().settled()))
     return made
 
 
@@ -100,6 +100,20 @@ def elsewhere() -> Iterator[None]:
         yield
     finally:
         _elsewhere.reset(token)
+
+
+def chosen_by(laid: Laid, table: Sequence[Sequence[Any]]) -> Laid:
+    """The same weight whose kernels are chosen as it was measured: [most rows, variant], by rising rows; beyond the last by the family's own rule.
+
+    A variant that there is none of (on another number of threads) is left to that rule too.
+    """
+    known = [(int(most), str(name)) for most, name in table if name in laid.variants.schedules]
+    usual = laid.variants.choose
+
+    def choose(rows: int) -> str:
+        return next((name for most, name in known if rows <= most), None) or usual(rows)
+
+    return replace(laid, variants=replace(laid.variants, choose=choose))
 
 
 def workers(target: Target) -> int:
@@ -206,6 +220,12 @@ class BoundKernel(BoundLayer):
             plan.run(x, *added, y)
         elif plan.rows and self.out_features:
             plan.run(x.view(plan.rows, -1), *added, y.view(plan.rows, -1))
+        return y
+
+    def by(self, variant: str, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """y [rows, N] of matrices x [rows, K] and other [rows, N] by one of the variants, whoever would be chosen: for tuning. They must fit."""
+        y = torch.empty(x.shape[0], self.out_features, dtype=self._dtype)
+        self._kernels[variant].function(x, *self._arguments, *((other,) if other is not None else ()), y)
         return y
 
     def _added(self, other: Tensor | None, plan: _Plan) -> Tensor:

@@ -59,6 +59,25 @@ def read(key: str) -> bytes | None:
     return _read(folder() / f"{key}.kernel")
 
 
+def write(key: str, payload: bytes) -> bool:
+    """Keep a payload under its key, in the place of what was there; whether it was kept. A folder that cannot be written is a warning."""
+    from filelock import FileLock, Timeout
+
+    path = folder() / f"{key}.kernel"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock"), timeout=LOCK_SECONDS):
+            return _write(path, payload)
+    except (OSError, Timeout) as error:
+        _warnings[f"a result could not be kept: {error}"] = None
+        return False
+
+
+def keys(prefix: str) -> tuple[str, ...]:
+    """What there is of a kind."""
+    return tuple(sorted(file.stem for file in folder().glob(f"{prefix}-*.kernel")))
+
+
 def forget(key: str) -> None:
     """Build it anew when it is asked for next."""
     (folder() / f"{key}.kernel").unlink(missing_ok=True)
@@ -73,8 +92,8 @@ def _read(path: Path) -> bytes | None:
     return payload if payload and hashlib.sha256(payload).digest() == data[:DIGEST] else None
 
 
-def _write(path: Path, payload: bytes) -> None:
-    """Beside, then renamed into place: a reader sees all of it or nothing. A full disk is a warning. The caller holds the key's lock."""
+def _write(path: Path, payload: bytes) -> bool:
+    """Beside, then renamed into place: a reader sees all of it or nothing; whether it is. A full disk is a warning. The caller holds the lock."""
     for stale in path.parent.glob(f".{path.stem}.*"):
         stale.unlink(missing_ok=True)
     name = None
@@ -87,3 +106,5 @@ def _write(path: Path, payload: bytes) -> None:
         if name is not None:
             Path(name).unlink(missing_ok=True)
         _warnings[f"a kernel could not be cached: {error}"] = None
+        return False
+    return True

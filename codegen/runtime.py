@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sparsify_compiler.codegen import pixels, planes
-from sparsify_compiler.codegen.bound import BoundKernel, Laid
+from sparsify_compiler.codegen import pixels, planes, tuned
+from sparsify_compiler.codegen.bound import BoundKernel, Laid, chosen_by, workers
 from sparsify_compiler.codegen.half import HalfKernel, widened
 from sparsify_compiler.codegen.kernels import (
     amx,
@@ -46,6 +46,8 @@ FAMILIES = {family.NAME: family for family in (linear, mkl, conv2d, repeated, pl
                                                gather_ffn, gather_inputs_ffn, gather_predicted_ffn, experts_ffn, experts_torch)}
 
 ARCHITECTURES = ("x86_64", "aarch64")    # that layers are lowered for
+
+VARIANTS = "variants"                     # the option that says which variant runs on how many rows
 
 Layouts = dict[str, list[Any]]  # one weight laid out, by family
 
@@ -130,6 +132,34 @@ def _on_gpu(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any
             for name, options in family.offer(op, tensors, attributes, dtype, rows, target)]
 
 
+def known(op: str, shape: tuple[int, int], rows: int, density: float, attributes: Mapping[str, Any], chain: str, dtype: str,
+          target: Target) -> tuple[tuned.Key, tuned.Record | None]:
+    """The key of a linear layer in the database of tuned results, and what is known of such layers. The target is a processor."""
+    key = tuned.Key.of(op, shape, rows, density, attributes, chain, dtype.removeprefix("torch."), target, workers(target))
+    return key, tuned.find(key)
+
+
+def as_tuned(found: Sequence[tuple[Any, Candidate]], record: tuned.Record) -> list[tuple[Any, Candidate]]:
+    """The candidates that are worth trying, each with the label of what it computes besides, cut as was found to be the best."""
+    families = {(one.op, one.options["family"], label): one for label, one in reversed(found)}
+    names = {(one.name, label) for label, one in found}
+    made = [(label, replace(one, options={**one.options, **record.options.get(one.name, {})})) for label, one in found]
+    made += [(label, replace(one, name=name, options={**one.options, **options})) for name, options in record.options.items()
+             for (_, family, label), one in families.items() if family == options.get("family") and (name, label) not in names]
+    return [(label, one) for label, one in made if record.worth(one.name + label.label)]
+
+
+def space(found: Sequence[Candidate]) -> list[Candidate]:
+    """The same kernels cut in other ways that their families know, for tuning to try; none that is among them already."""
+    names, made = {candidate.name for candidate in found}, dict[str, Candidate]()
+    for candidate in found:
+        others = getattr(FAMILIES.get(str(candidate.options["family"])), "space", None)
+        for name, options in () if others is None else others(candidate.op, candidate.options):
+            if name not in names:
+                made.setdefault(name, replace(candidate, name=name, options=options))
+    return list(made.values())
+
+
 def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
            files: Mapping[str, bytes], target: Target, shared: Layouts | None = None) -> Any:
     """The kernel (a Bound) that a candidate with these options binds to this weight; `files` of an artefact spare building it.
@@ -140,7 +170,8 @@ def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], a
     with _fitting(op):
         family, layouts = _family(op, options, shared)
         given = (op, options, widened(tensors) if options.get("half") or family.NAME in FAMILIES else tensors, attributes, bias)
-        kernel = BoundKernel(family.lay(*given, target, layouts), files) if hasattr(family, "lay") else family.bind(*given, files, target, layouts)
+        kernel = (BoundKernel(_laid(family, *given, target, layouts), files) if hasattr(family, "lay")
+                  else family.bind(*given, files, target, layouts))
         return HalfKernel(kernel, options) if options.get("half") else kernel
 
 
@@ -159,8 +190,13 @@ def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
         family, layouts = _family(op, options, shared)
         if not hasattr(family, "lay"):
             raise KernelError(f"kernels of the family {family.NAME!r} are made where they run", where=op, hint="compile the model there")
-        laid: Laid = family.lay(op, options, widened(tensors), attributes, bias, target, layouts)
-        return laid
+        return _laid(family, op, options, widened(tensors), attributes, bias, target, layouts)
+
+
+def _laid(family: Any, op: str, options: Mapping[str, Any], *rest: Any) -> Laid:
+    """By the family, and with its kernels chosen as the options say, where tuning has found out."""
+    made: Laid = family.lay(op, options, *rest)
+    return chosen_by(made, options[VARIANTS]) if VARIANTS in options else made
 
 
 def _family(op: str, options: Mapping[str, Any], shared: Layouts | None) -> tuple[Any, list[Any]]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import cli_tune
 from .errors import SparsifyError
 
 MODEL_HELP = "package.module:callable or file.py:callable returning (model, example_inputs[, calibration]), or hf:PATH of a Hugging Face folder."
@@ -243,6 +244,9 @@ def bench(folder: Folder, model: MaybeModel = None,
     sizes = parse_sizes(size or [])
     _set_threads(threads)
     _print(timings(run(folder, model, sizes, rounds)))
+
+
+app.command("tune")(cli_tune.tune)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

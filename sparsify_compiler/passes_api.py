@@ -52,6 +52,13 @@ class KernelProvider(Protocol):
     def candidates(self, op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype,
                    rows: Sequence[int], target: Target, shared: dict[str, list[Any]] | None = None) -> Sequence[Any]: ...
 
+    def known(self, op: str, shape: tuple[int, int], rows: int, density: float, attributes: Mapping[str, Any], chain: str, dtype: str,
+              target: Target) -> tuple[Any, Any]: ...
+
+    def as_tuned(self, found: Sequence[tuple[Any, Any]], record: Any) -> list[tuple[Any, Any]]: ...
+
+    def space(self, found: Sequence[Any]) -> list[Any]: ...
+
 
 @dataclass
 class Context:

@@ -177,12 +177,12 @@ def _measured(work: Work, target: Target) -> dict[str, float]:
 
     with torch.inference_mode():
         forms, x = forms_of(work, target)
-        others = _others(work.between, x)
-        timings, _ = undisturbed(lambda: interleave(forms, rounds=ROUNDS, at_most=SECONDS, repeats=2, before=others))
+        displace = others(work.between, x)
+        timings, _ = undisturbed(lambda: interleave(forms, rounds=ROUNDS, at_most=SECONDS, repeats=2, before=displace))
     return {name: timing.median / 1e3 for name, timing in timings.items()}
 
 
-def _others(between: int, x: Any) -> Callable[[Callable[[], object]], object]:
+def others(between: int, x: Any) -> Callable[[Callable[[], object]], object]:
     """What happens in a model between two calls of a form: others read so many bytes, and the one before it writes x."""
     import torch
 

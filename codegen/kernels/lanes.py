@@ -36,16 +36,23 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     return [(_name(op, r, vectors), {**options, "vectors": vectors}) for vectors in (schedules[r] if wide else schedules[r][:1])]
 
 
+def space(op: str, options: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """How else the same weight could be cut: smaller groups, other numbers of vectors. Which is the best is for tuning to find out."""
+    groups = {int(options["r"]), max(int(options["r"]) // 2, 1)}
+    return [(_name(op, r, vectors), {**options, "r": r, "vectors": vectors}) for r in sorted(groups) for vectors in (1, 2, 4)]
+
+
 def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
         target: Target, shared: list[Any]) -> Laid:
     """The weight laid out, or its layout with this very bias from `shared`. Raises KernelError."""
+    r, vectors = int(options["r"]), int(options["vectors"])
+
     def lay_out() -> Prepared:
         groups, outputs, inputs = groups_of(op, tensors, attributes)
-        return prepare(groups, getattr(torch, str(options["dtype"])), bias, outputs, inputs)
+        return prepare(groups, getattr(torch, str(options["dtype"])), bias, outputs, inputs, r)
 
-    prepared = shared_layout(shared, bias, lay_out)
-    vectors = int(options["vectors"])
-    return Laid(_name(op, int(options["r"]), vectors), options, prepared, _variants(prepared, vectors, target), target)
+    prepared = shared_layout(shared, bias, lay_out, r)
+    return Laid(_name(op, r, vectors), options, prepared, _variants(prepared, vectors, target), target)
 
 
 def _variants(prepared: Prepared, vectors: int, target: Target) -> Variants:

@@ -104,9 +104,12 @@ def padded_bias(bias: Tensor | None, outputs: int, places: int) -> Tensor:
     return full
 
 
-def prepare(groups: Groups, dtype: torch.dtype, bias: Tensor | None, out_features: int, in_features: int) -> Prepared:
-    """Lay a weight out for the kernels of x in `dtype`. The last group may hang over out_features; what it computes there is not stored."""
-    r = max(size for size in (1, 2, 4, 8, 16) if groups.values.shape[1] % size == 0)
+def prepare(groups: Groups, dtype: torch.dtype, bias: Tensor | None, out_features: int, in_features: int, most: int = OUTPUTS) -> Prepared:
+    """Lay a weight out for the kernels of x in `dtype`, in groups of at most so many outputs.
+
+    The last group may hang over out_features; what it computes there is not stored.
+    """
+    r = max(size for size in (1, 2, 4, 8, 16) if groups.values.shape[1] % size == 0 and size <= max(most, 1))
     layout = Layout(r, str(dtype).removeprefix("torch."), index_dtype(in_features))
     strips = -(-out_features // OUTPUTS)
     full_values, full_columns, ends = padded_groups(groups, r, strips * (OUTPUTS // r), layout.unroll, in_features)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import catalog
+from sparsify_compiler.epilogue import Epilogue
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.operands import input_of, operands, operator_of, packed_operator, packed_weight
 from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, Source, bound, fused, noise, on_taken_rows, row_of, rows_of, say
@@ -44,8 +46,20 @@ def size_of(region: Region, node: fx.Node) -> int:
     return int(input_of(node).meta["val"].shape[-1]) * int(y.shape[-1]) * int(y.element_size())
 
 
-def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken: set[fx.Node]) -> Linear:
-    """The layer at a node, its kernels built and ready to run."""
+@dataclass(frozen=True)
+class Offered:
+    """A layer before its kernels are built: what they are called with, those that could run it, and what is known of such layers."""
+
+    layer: Linear
+    x: Tensor
+    other: Tensor | None
+    found: list[tuple[Epilogue, Any]]
+    key: Any
+    record: Any
+
+
+def offered(region: Region, node: fx.Node, program: Program, ctx: Context, taken: set[fx.Node]) -> Offered:
+    """The layer at a node, and its kernels, none of them built."""
     assert ctx.kernels is not None
     assert ctx.target is not None
     tensors, attributes, bias = operands(region, node)
@@ -60,12 +74,25 @@ def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken:
     found = fused(node, sources, x.dtype, (rows,), ctx, taken)
     layer.chain = found[-1][0] if found else layer.chain
     other = None if layer.chain.other is None else noise(region, node, ctx).reshape(-1, weight.shape[0])[:rows].reshape(*x.shape[:-1], -1)
-    layer.add(EAGER, partial(eager, weight, bias), x, other, Form())
-    for epilogue, candidate in found:
+    kept = tensors["values"].numel() / max(weight.numel(), 1) if packed else 1.0
+    about = (op, (weight.shape[0], weight.shape[1]), rows, kept, attributes, layer.chain.label, str(x.dtype), ctx.target)
+    key, record = ctx.kernels.known(*about) if weight.is_cpu else (None, None)
+    return Offered(layer, x, other, found, key, record)
+
+
+def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken: set[fx.Node]) -> Linear:
+    """The layer at a node, its kernels built and ready to run: those that tuning has found worth trying, where it has."""
+    offer = offered(region, node, program, ctx, taken)
+    layer, x, other = offer.layer, offer.x, offer.other
+    tensors, attributes, bias = operands(region, node)
+    layer.tuned = offer.record is not None
+    layer.add(EAGER, partial(eager, layer.weight, bias), x, other, Form())
+    for epilogue, candidate in offer.found if offer.record is None else ctx.kernels.as_tuned(offer.found, offer.record):  # type: ignore[union-attr]
         kernel = bound(candidate, bias, ctx)
         layer.add(candidate.name + epilogue.label, kernel, x, other, Form(candidate.op == "linear", kernel, epilogue))
-    if packed and all(form.dense for form in layer.forms.values()):
-        layer.add(REFERENCE, partial(catalog.get("op", op).op, **tensors, bias=bias, **attributes), x, other, Form(False))
+    if layer.packed and all(form.dense for form in layer.forms.values()):
+        run = partial(catalog.get("op", operator_of(node)).op, **tensors, bias=bias, **attributes)
+        layer.add(REFERENCE, run, x, other, Form(False))
     return layer
 
 

@@ -27,11 +27,13 @@ from sparsify_compiler.passes.lower import (
     _predicted,
     _selected,
     _selected_ffn,
+    _tuning,
 )
 from sparsify_compiler.passes.lower._layer import Layer, chunks
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage
 
+SEEN = 5    # rounds in which a form is timed that tuning has found to be the best
 Found = tuple[Region, fx.Node]
 Times = Callable[[Sequence[Layer]], dict[str, dict[str, Timing]]]
 # What does not compute all of its weights: is_packed, size_of, layer, choose, make_dense.
@@ -58,6 +60,8 @@ class Lower(Pass):
 
     margin  part of the fastest dense time that a kernel must save to be taken: below it, noise would decide
     rounds  how often each form is timed; layers take turns in each round, so that caches are met as in the model
+    tune    "" for what is known already; "new" searches first for the best cut of the kernels of layers of which nothing is, "again" of all. What is
+            found is kept on disk, for later compiles: `sparsify tune`
     prefer  "speed", or "bytes": a packed layer then keeps its fastest sparse kernel even where dense would be faster, and no convolution
             holds its weight a second time
 
@@ -67,6 +71,7 @@ class Lower(Pass):
     margin: float = 0.05
     rounds: int = 15
     prefer: Literal["speed", "bytes"] = "speed"
+    tune: Literal["", "new", "again"] = ""
 
     preserves: ClassVar[Preserves] = Preserves.VALUES
     needs_stage: ClassVar[Stage] = Stage.TRACED
@@ -76,6 +81,8 @@ class Lower(Pass):
     def __post_init__(self) -> None:
         if self.prefer not in ("speed", "bytes"):
             raise ParseError(f"prefer is 'speed' or 'bytes', not {self.prefer!r}", where="lower")
+        if self.tune not in ("", "new", "again"):
+            raise ParseError(f"tune is '', 'new' or 'again', not {self.tune!r}", where="lower")
 
     def run(self, program: Program, ctx: Context) -> Program:
         if ctx.target is None or ctx.kernels is None:
@@ -101,6 +108,8 @@ class Lower(Pass):
                 give_back()
                 ctx.progress("lower", done, total)
             linears = [found for found in linears if not found[1]._erased]  # a predictor goes with its selection
+            if self.tune:
+                _tuning.search(linears, program, ctx, self.tune == "again")
             for chunk, done in chunks(linears, _linear.size_of):
                 self._lower(chunk, program, ctx, taken, times)
                 give_back()
@@ -116,7 +125,11 @@ class Lower(Pass):
         return program
 
     def _measured(self, layers: Sequence[Layer]) -> dict[str, dict[str, Timing]]:
-        return round_robin({layer.key: layer.runs for layer in layers}, rounds=self.rounds)
+        """Times of all forms; where tuning has found out already which are the best, it only has to be seen that they pay."""
+        tuned = [layer for layer in layers if layer.tuned]
+        groups = [(tuned, min(self.rounds, SEEN)), ([layer for layer in layers if not layer.tuned], self.rounds)]
+        return {key: times for chosen, rounds in groups if chosen
+                for key, times in round_robin({layer.key: layer.runs for layer in chosen}, rounds=rounds).items()}
 
     def _lower(self, chunk: Iterable[Found], program: Program, ctx: Context, taken: set[fx.Node], times: Times) -> None:
         """Measure some layers together. The forms that lose are freed on return, before the next layers are laid out."""

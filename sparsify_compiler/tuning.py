@@ -1,0 +1,74 @@
+"""Tuning: the kernels of a model's layers raced against each other on the machine that they are for, and what was found kept for every later compile.
+
+    found = sc.tune(model, example_inputs, recipe="wanda", density=0.3)     # minutes; sc.compile() then tries what is worth trying only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import catalog
+from .budget import Budget
+from .capture import capture
+from .compile import as_pipeline, read_batches
+from .compile_job import Inputs, Job
+from .errors import StorageError, TargetError
+from .far import is_far
+from .pipeline import Pipeline
+from .progress import display
+from .storage import atomic_path
+from .target import Target, resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .codegen.tuned import Record
+
+
+def tune(model: nn.Module, example_inputs: Inputs, *, recipe: Any = "wanda", target: str | Target = "cpu", density: float | None = None,
+         calibration: Iterable[Inputs] | None = None, dynamic: Any = None, again: bool = False,
+         progress: bool | Callable[[str, int, int], None] = False) -> list[Record]:
+    """Find the fastest kernels, and their best cuts, for the layers that a recipe makes of a model; what was found now.
+
+    model, example_inputs, recipe, target, calibration, dynamic, progress   as of compile()
+    density   the budget of a recipe that does not say it itself
+    again     also layers of which something is known
+
+    Nothing else should run meanwhile. Killed at any point, it goes on where it stopped when it is called again. Raises what compile() raises.
+    """
+    from .codegen import tuned
+
+    machine, batches = resolve(target), read_batches(calibration)
+    if is_far(machine):
+        raise TargetError(f"{machine.name} is not this machine, nothing can be measured for it here", where="target",
+                          hint="run it there, and bring the results with --export and --import")
+    known = {record.key: record for record in tuned.records()}
+    budget = None if density is None else Budget(density=density)
+    with display(progress) as show, torch.no_grad():
+        job = Job(model, example_inputs, as_pipeline(recipe), machine, budget, batches, dynamic, None, ("eager",), 0, show, None)
+        passes = catalog.get("pass", "pack")(), catalog.get("pass", "lower")(tune="again" if again else "new")
+        (job.rewriting() | Pipeline(passes)).run(capture(model, example_inputs, dynamic), job.context(density), ())
+    return [record for record in tuned.records() if record != known.get(record.key)]
+
+
+def export_tuned(path: str | Path) -> int:
+    """Write everything that is known as one JSON file, for other machines of the kind; how many results. Raises StorageError."""
+    from .codegen import tuned
+
+    with atomic_path(Path(path)) as file:
+        return tuned.export(file)
+
+
+def import_tuned(path: str | Path) -> int:
+    """Take over what such a file holds; how many results. Raises ArtefactError where it is none, StorageError where they cannot be kept."""
+    from .codegen import cache, tuned
+
+    found = tuned.read_export(Path(path))
+    kept = sum(tuned.store(record) for record in found)
+    if kept < len(found):
+        raise StorageError(cache.warnings()[-1], where=str(cache.folder()), hint="make room, or set SPARSIFY_CACHE to a folder that can be written")
+    return kept
