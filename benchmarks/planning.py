@@ -1,4 +1,4 @@
-"""Planned against uniform, ERK and OWL: measured quality at measured latency, and a speed-up that is asked for.
+"""Planned against uniform, ERK, OWL, greedy, evolutionary and random search: measured quality at measured latency, and a speed-up that is asked for.
 
     python benchmarks/planning.py build --brown FOLDER --model minilm --out FOLDER     # minutes: prunes, plans, lowers, measures quality
     python benchmarks/planning.py time --out FOLDER                                    # needs the machine for itself: all models take turns
@@ -6,10 +6,10 @@
     python benchmarks/planning.py speedup --brown FOLDER --model mpnet --speedup 1.5   # one budget, end to end
 
 subjects.py tells where models and data come from; quality is that of prune_quality.py, on texts that no method has seen. Every method has the same
-repair (OBS, layer by layer in the pruned model), the same calibration and the same two structures, one for all layers where the method does not
-choose: uniform, ERK and OWL. A plan chooses among both for each layer, by the losses that it measures and by the seconds of the kernels. Lowering is
-the same for all: what does not pay stays dense, and keeps its own weights. Latency is that of 8 × 128 tokens against eager torch. A killed run goes
-on where --out has got to; where SPARSIFY_CHECKPOINT names a folder, the survey does as well.
+repair (OBS), the same calibration, the same structures and the same share of the layers' dense seconds, as predicted: uniform, ERK and OWL take one
+structure for all layers, the searches of rivals.py choose among the offers that the solver has, by the same estimates. Lowering is the same for all:
+what does not pay stays dense, and keeps its own weights. Latency is that of --sentences of 128 tokens, or of 512 tokens of SmolLM2, against eager
+torch. A killed run goes on where --out has got to; where SPARSIFY_CHECKPOINT names a folder, the survey does as well.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import rivals
 import torch
 from rich.console import Console
 from rich.table import Table
-from subjects import MiniLM, MPNet, Subject, options
+from subjects import MiniLM, MPNet, SmolLM2, Subject, options, smollm2
 
 import sparsify_compiler as sc
 from sparsify_compiler.calibrate import calibrate
@@ -37,19 +37,17 @@ from sparsify_compiler.measure import interleave
 from sparsify_compiler.passes.lower.lower import Lower
 from sparsify_compiler.passes.lower.pack import Pack
 from sparsify_compiler.passes.plan.choose_layers import ChooseLayers
-from sparsify_compiler.passes.prune.mask_weights import MaskWeights
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
-from sparsify_compiler.program import Program
-from sparsify_compiler.survey import SECONDS, Survey
+from sparsify_compiler.survey import SECONDS, Offer, Survey
 from sparsify_compiler.target import host
 from sparsify_compiler.trials import idle
 
-SUBJECTS: dict[str, Callable[[argparse.Namespace], Subject]] = {"minilm": MiniLM, "mpnet": MPNet}
+SUBJECTS: dict[str, Callable[[argparse.Namespace], Subject]] = {"minilm": MiniLM, "mpnet": MPNet, "smollm2": SmolLM2}
 STRUCTURES = ("16x1", "unstructured")
-BUDGETS = ("uniform", "erk", "owl")
-DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.15)
-SHARES = (0.85, 0.7, 0.58, 0.48, 0.4)
+RULES = tuple(f"{rule} {structure}" for rule in ("uniform", "erk", "owl") for structure in STRUCTURES)
+METHODS = ("planned", *RULES, "greedy", "evolutionary", "randomly")
+SHARES = (0.85, 0.75, 0.65, 0.55, 0.45)
 ROUNDS, WARM = 11, 2
 LOWERING = Pipeline((Pack(), Lower(rounds=7)))
 
@@ -61,12 +59,13 @@ def main() -> None:
         action.required = action.required and action.dest != "brown"
     parser.add_argument("--model", choices=list(SUBJECTS), default="minilm")
     parser.add_argument("--out", type=Path, default=Path("planning_out"))
-    parser.add_argument("--methods", nargs="+", default=["planned", *BUDGETS])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
-    parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES), help="of the rivals")
-    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the layers' dense seconds, that a plan may take")
-    parser.add_argument("--probes", type=int, default=2)
+    parser.add_argument("--inputs", choices=["pruned", "dense"], default="pruned", help="of the repair: the pruned model's, or the dense one's")
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the layers' dense seconds, that the layers may take")
+    parser.add_argument("--probes", type=int, default=1)
     parser.add_argument("--speedup", type=float, default=1.5)
+    parser.add_argument("--sentences", type=int, default=8, help="of 128 tokens, that are timed")
     parser.add_argument("--group", type=int, default=8, help="models that take turns at a time")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -78,60 +77,53 @@ def build(arguments: argparse.Namespace) -> None:
     subject = SUBJECTS[arguments.model](arguments)
     out = arguments.out / arguments.model
     out.mkdir(parents=True, exist_ok=True)
-    ctx = Context(target=host(), example_inputs=subject.timed, batches=subject.batches, kernels=runtime)  # type: ignore[attr-defined]
+    ctx = Context(target=host(), example_inputs=timed(subject, arguments), batches=subject.batches, kernels=runtime)
     ctx.calibrate = lambda program, needs: calibrate(program, subject.batches, needs)
     if not (out / "dense.json").exists():
         (out / "dense.json").write_text(json.dumps({"method": "dense", **subject.measure(subject.model)}))
-    if "planned" in arguments.methods:
-        planned(arguments, subject, ctx, out)
-    for density in arguments.densities:
-        for method in [method for method in arguments.methods if method in BUDGETS]:
-            for structure in arguments.structures:
-                name = f"{method} {structure} {density}"
-                if not (out / f"{name}.json").exists():
-                    item = MaskWeights("repair", structure, method, density, repair="obs", inputs="pruned")
-                    about = {"method": f"{method} {structure}", "asked": density}
-                    keep(subject, ctx, out, name, Pipeline((item,)), about, lambda sites, item=item: Pipeline((replace(item, ignore=sites),)))
-
-
-def planned(arguments: argparse.Namespace, subject: Subject, ctx: Context, out: Path) -> None:
-    """Plans for several shares of the layers' time, all from one survey."""
-    names = [f"planned {share}" for share in arguments.shares]
-    if all((out / f"{name}.json").exists() for name in names):
-        return
     start = time.process_time()
-    planner = planner_of(arguments)
-    survey = planner.survey(subject.captured, ctx)
+    survey = planner_of(arguments).survey(subject.captured, ctx)
     dense = survey.as_it_is(SECONDS).cost
-    correct(survey, subject.captured, ctx)
-    told({"survey": time.process_time() - start, "sites": len(survey.offers)})
-    for name, share in zip(names, arguments.shares, strict=True):
-        if not (out / f"{name}.json").exists():
-            plan = survey.plan(SECONDS, share * survey.as_it_is(SECONDS).cost)
-            about = {"method": "planned", "asked": share, "loss": plan.loss, "bound": plan.bound, "predicted": plan.cost / dense}
-            keep(subject, ctx, out, name, plan.pipeline, about, lambda sites, plan=plan: survey.without(SECONDS, plan, sites).pipeline)
+    told({"survey": time.process_time() - start, "sites": len(survey.offers), "layers, ms": dense * 1e3})
+    for share in arguments.shares:
+        for method in arguments.methods:
+            if (out / f"{method} {share}.json").exists():
+                continue
+            if method == "planned":
+                taken = survey.plan(SECONDS, share * dense).taken
+            else:
+                taken = rivals.made(method, survey, share * dense, subject.captured, ctx, arguments.structures)
+            about = {"method": method, "asked": share, "sentences": arguments.sentences, "lost": lost(survey, taken)}
+            keep(subject, ctx, out, f"{method} {share}", survey, taken, about)
+
+
+def lost(survey: Survey, taken: Mapping[str, Offer]) -> float | None:
+    """What an allocation is thought to lose; None of one that lies between the offers."""
+    known = all(offer in survey.offers[site] for site, offer in taken.items())
+    return survey.lost(taken) if known else None
+
+
+def timed(subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What latency is measured on."""
+    if isinstance(subject, SmolLM2):
+        return subject.batches[0]
+    example: dict[str, Any] = subject.timed  # type: ignore[attr-defined]
+    return {name: value[: arguments.sentences] for name, value in example.items()}
 
 
 def planner_of(arguments: argparse.Namespace) -> ChooseLayers:
-    chosen = tuple(f"mask_weights(score=repair, structure={structure!r}, repair=obs, inputs=pruned)" for structure in arguments.structures)
-    return ChooseLayers(choices=chosen, probes=arguments.probes)
+    masks = [f"mask_weights(score=repair, structure={structure!r}, repair=obs, inputs={arguments.inputs})" for structure in arguments.structures]
+    return ChooseLayers(choices=tuple(masks), probes=arguments.probes)
 
 
-def correct(survey: Survey, captured: Program, ctx: Context) -> None:
-    """Dense layers as lowering measures them, as compile() does first."""
-    rows = LOWERING.run(captured, ctx, ()).decisions
-    dense = {site: (rows[site].dense_ms or 0) / 1e3 for site in survey.offers if site in rows and rows[site].dense_ms}
-    survey.correct(SECONDS, dense, survey.as_it_is(SECONDS).taken, dense)
-
-
-def keep(subject: Subject, ctx: Context, out: Path, name: str, pipeline: Pipeline, about: dict[str, Any],
-         without: Callable[[tuple[str, ...]], Pipeline]) -> None:
+def keep(subject: Subject, ctx: Context, out: Path, name: str, survey: Survey, taken: Mapping[str, Offer], about: dict[str, Any]) -> None:
     """Prune and lower; layers that do not pay keep their own weights, so that it is done once more without them."""
     start = time.process_time()
-    lowered = (pipeline | LOWERING).run(subject.captured, ctx, ())
+    lowered = (survey.pipeline(taken) | LOWERING).run(subject.captured, ctx, ())
     for_nothing = idle(lowered)
     if for_nothing:
-        lowered = (without(for_nothing) | LOWERING).run(subject.captured, ctx, ())
+        rest = {site: survey.offers[site][0] if site in for_nothing else offer for site, offer in taken.items()}
+        lowered = (survey.pipeline(rest) | LOWERING).run(subject.captured, ctx, ())
     compiled = CompiledModel(lowered, host())
     compiled.save(out / f"{name}.model")
     kept = [(row.density, row.shape[0] * row.shape[1]) for row in lowered.decisions.values() if row.kind == "linear"]
@@ -147,8 +139,8 @@ def clock(arguments: argparse.Namespace) -> None:
     waiting = [file for file in sorted(out.glob("*.json")) if file.stem != "dense" and "ms" not in json.loads(file.read_text())]
     if not waiting:
         return
-    subject_dense, example = dense_of(arguments)
     group = waiting[: arguments.group]
+    subject_dense, example = dense_of(arguments, json.loads(group[0].read_text())["sentences"])
     models = {"dense": subject_dense} | {file.stem: sc.load(out / f"{file.stem}.model") for file in group}
     forms = {name: (lambda model=model: model(**example)) for name, model in models.items()}
     with torch.inference_mode():
@@ -162,13 +154,16 @@ def clock(arguments: argparse.Namespace) -> None:
     told({"left": len(waiting) - len(group)})
 
 
-def dense_of(arguments: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """The dense model, and 8 × 128 token numbers."""
+def dense_of(arguments: argparse.Namespace, sentences: int) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The dense model, and so many times 128 token numbers, or 512 for SmolLM2."""
     from transformers import AutoModel
 
+    drawn = torch.Generator().manual_seed(0)
+    if arguments.model == "smollm2":
+        return smollm2(arguments.cache)[0], {"input_ids": torch.randint(1000, 20000, (1, 512), generator=drawn), "use_cache": False}
     place = object.__new__(SUBJECTS[arguments.model]).place(arguments.cache)  # type: ignore[call-overload, type-var, attr-defined]
     model = AutoModel.from_pretrained(place, dtype=torch.float32).eval()
-    tokens = torch.randint(1000, 20000, (8, 128), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(1000, 20000, (sentences, 128), generator=drawn)
     return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
@@ -176,20 +171,20 @@ def show(arguments: argparse.Namespace) -> None:
     """The curves as a table, and for each planned point the best that a rival reaches at its latency."""
     out = arguments.out / arguments.model
     rows = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
-    timed = sorted((row for row in rows if "speedup" in row), key=lambda row: (row["method"], row["speedup"]))
-    measures = [key for key in rows[0] if key.startswith(("Pearson", "cosine"))] or ["cosine Brown"]
-    table = Table(title=f"{arguments.model}, 8 × 128 tokens, {timed[0]['threads'] if timed else '?'} threads")
+    clocked = sorted((row for row in rows if "speedup" in row), key=lambda row: (row["method"], row["speedup"]))
+    measures = [key for key in rows[0] if key.startswith(("Pearson", "cosine", "perplexity"))]
+    table = Table(title=f"{arguments.model}, {clocked[0]['sentences']} sentences, {clocked[0]['threads']} threads" if clocked else arguments.model)
     for column in ("method", "asked", "density", "speed-up", *measures):
         table.add_column(column, justify="left" if column == "method" else "right")
     dense = next(row for row in rows if row["method"] == "dense")
     table.add_row("dense", "", "1.000", "1.00", *[f"{dense[key]:.4f}" for key in measures])
-    for row in timed:
+    for row in clocked:
         table.add_row(row["method"], f"{row['asked']:g}", f"{row['density']:.3f}", f"{row['speedup']:.2f}", *[f"{row[key]:.4f}" for key in measures])
     Console(width=110).print(table)
-    curves = {row["method"] for row in timed} - {"planned"}
-    for row in [row for row in timed if row["method"] == "planned"]:
+    curves = {row["method"] for row in clocked} - {"planned"}
+    for row in [row for row in clocked if row["method"] == "planned"]:
         for key in measures:
-            curve_of = {name: [{**dense, "speedup": 1.0}, *[one for one in timed if one["method"] == name]] for name in sorted(curves)}
+            curve_of = {name: [{**dense, "speedup": 1.0}, *[one for one in clocked if one["method"] == name]] for name in sorted(curves)}
             at = {name: quality_at(curve, row["speedup"], key) for name, curve in curve_of.items()}
             rivals = ", ".join(f"{name} {value:.4f}" if value is not None else f"{name} not so fast" for name, value in at.items())
             Console(width=150).print(f"{row['speedup']:.2f} times, {key}: planned {row[key]:.4f}; {rivals}")
@@ -209,11 +204,11 @@ def quality_at(curve: list[dict[str, Any]], at: float, key: str) -> float | None
 def speedup(arguments: argparse.Namespace) -> None:
     """One compile() to a speed-up, and what came of it."""
     subject = SUBJECTS[arguments.model](arguments)
-    both = {0: "batch", 1: "length"}
-    example = subject.timed  # type: ignore[attr-defined]
+    example = timed(subject, arguments)
+    dynamic = {name: {0: "batch", 1: "length"} for name, value in example.items() if isinstance(value, torch.Tensor)}
     start = time.perf_counter()
     compiled = sc.compile(subject.model, example, recipe=Pipeline((planner_of(arguments),)), budget=sc.Budget(speedup=arguments.speedup),
-                          calibration=subject.batches, dynamic=dict.fromkeys(example, both), progress=True)
+                          calibration=subject.batches, dynamic=dynamic, progress=True)
     report = compiled.report()
     assert report.plan is not None
     asked = {"asked": arguments.speedup, "measured": report.speedup, "rounds": report.plan.rounds, "solver": report.plan.seconds,

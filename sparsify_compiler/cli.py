@@ -46,6 +46,8 @@ def compile_(
     speedup: Annotated[float | None, typer.Option(help="Budget: times the speed of the fastest dense form.", show_default=False)] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Budget: milliseconds on the example inputs.", show_default=False)] = None,
     size: Annotated[int | None, typer.Option("--bytes", help="Budget: bytes of all weights in memory.", show_default=False)] = None,
+    flops: Annotated[float | None, typer.Option(help="Budget: operations of a call on the example inputs.", show_default=False)] = None,
+    joules: Annotated[float | None, typer.Option(help="Budget: a proxy of the energy of such a call.", show_default=False)] = None,
     quality_drop: Annotated[float | None, typer.Option(help="Budget: largest loss of quality (1 - cosine to dense).", show_default=False)] = None,
     perplexity_rise: Annotated[float | None, typer.Option(help="Budget: rise of the perplexity, 0.01 is 1 %.", show_default=False)] = None,
     dynamic: Dynamic = None,
@@ -76,8 +78,8 @@ def compile_(
     from .compile import as_pipeline
     from .compile import compile as run
 
-    budget = make_budget(density=density, speedup=speedup, latency_ms=latency_ms, bytes=size, quality_drop=quality_drop,
-                         perplexity_rise=perplexity_rise)
+    budget = make_budget(density=density, speedup=speedup, latency_ms=latency_ms, bytes=size, flops=flops, joules=joules,
+                         quality_drop=quality_drop, perplexity_rise=perplexity_rise)
     pipeline, dimensions = as_pipeline(recipe), parse_dynamic(dynamic or [])
     check_outputs(out, (html, json, csv))
     _set_threads(threads)

@@ -47,8 +47,8 @@ def compile(
     example_inputs  a tuple of positional or a dict of named arguments; latency is measured on them
     recipe          a name ("wanda"), recipes.wanda(structure="2:4"), a Pipeline, a Pass, pipeline text, or the path of a YAML file
     target          "cpu" (this machine), another name of `sparsify targets`, or a Target
-    budget          Budget(density= | speedup= | latency_ms= | bytes= | quality_drop= | perplexity_rise=); None where the recipe says its densities
-                    itself
+    budget          Budget(density= | speedup= | latency_ms= | bytes= | flops= | joules= | quality_drop= | perplexity_rise=); None where the recipe
+                    says its densities itself
     calibration     batches like example_inputs, for recipes that need statistics and for the quality of the outputs. A budget of quality holds
                     out a part of them, which no pass sees, and is met there
     dynamic         {"input_ids": {0: "batch", 1: "seq"}}, or by position: dimensions that may change between calls

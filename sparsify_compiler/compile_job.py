@@ -150,7 +150,7 @@ class Job:
     def lowering(self) -> Pipeline:
         """pack() and lower(), with the options that the recipe gives them where it names them."""
         named = {p.name(): p for p in self.pipeline.passes if _lowers(p)}
-        prefer = {"prefer": "bytes"} if self.budget is not None and self.budget.bytes is not None else {}
+        prefer = {"prefer": "bytes"} if self.budget is not None and self.budget.counted is not None else {}
         return Pipeline(tuple(named.get(name) or catalog.get("pass", name)(**(prefer if name == "lower" else {})) for name in LOWERING))
 
     def context(self, density: float | None) -> Context:

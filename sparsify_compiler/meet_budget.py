@@ -13,7 +13,7 @@ from .plan import Attempt, search
 from .plan_loop import PlanLoop
 from .program import Program
 from .survey import Planner
-from .trials import COMPILED, dense_latency, idle, latency, loss_of_quality, resident_bytes
+from .trials import COMPILED, counted, dense_latency, idle, latency, loss_of_quality
 
 if TYPE_CHECKING:
     from .compile_job import Job
@@ -33,8 +33,10 @@ def meet_budget(job: Job, captured: Program, dense: Forms) -> Program:
         lost = loss_of_quality(job, captured)
         most = next(iter(budget.given().values()))
         return job.lower(search(budget, most, lambda density: _try_quality(job, captured, density, lost), fixed=fixed).taken.result)
-    if budget.bytes is not None:
-        return search(budget, float(budget.bytes), lambda density: _try_bytes(job, captured, density), fixed=fixed).taken.result
+    if budget.counted is not None:
+        kind, limit = budget.counted
+        whole = counted(job, captured, kind).whole
+        return search(budget, limit, lambda density: _try_counted(job, captured, density, whole), fixed=fixed).taken.result
     limit = latency_limit(job, dense)
     return search(budget, limit, lambda density: _try_latency(job, captured, density), fixed=fixed).taken.result
 
@@ -53,9 +55,9 @@ def _try_quality(job: Job, captured: Program, density: float, lost: Callable[[nn
     return Attempt(density, lost(instantiate(rewritten)), rewritten)
 
 
-def _try_bytes(job: Job, captured: Program, density: float) -> Attempt[Program]:
+def _try_counted(job: Job, captured: Program, density: float, whole: Callable[[Program], float]) -> Attempt[Program]:
     lowered = job.build(captured, density)
-    return Attempt(density, resident_bytes(job, lowered), lowered)
+    return Attempt(density, whole(lowered), lowered)
 
 
 def _try_latency(job: Job, captured: Program, density: float) -> Attempt[Program]:

@@ -13,8 +13,8 @@ from .decision import Decision
 from .errors import BudgetError
 from .pipeline import Pipeline
 from .program import Program
-from .survey import BYTES, SECONDS, SHOWN, Offer, Plan, Planner, Survey
-from .trials import COMPILED, dense_latency, idle, latency, loss_of_quality, resident_bytes
+from .survey import SECONDS, SHOWN, Offer, Plan, Planner, Survey
+from .trials import COMPILED, counted, dense_latency, idle, latency, loss_of_quality
 
 if TYPE_CHECKING:
     from .compile_job import Job
@@ -28,7 +28,7 @@ SAFETY = 0.97  # of a limit of quality, which another set of data sees a little 
 
 @dataclass(frozen=True)
 class Trial:
-    """A plan as it was lowered, and its value in the unit of the limit: seconds, bytes, or quality lost."""
+    """A plan as it was lowered, and its value in the unit of the limit: seconds, bytes, operations, joules, or quality lost."""
 
     plan: Plan
     value: float
@@ -58,9 +58,10 @@ class PlanLoop:
         self.survey: Survey = self.planner.survey(self.base, job.context(None))
         if budget.of_quality:
             return self.of_quality(next(iter(budget.given().values())))
-        if budget.bytes is not None:
-            size = partial(resident_bytes, job)
-            return self.of_cost(BYTES, float(budget.bytes), size, lambda row: row.bytes, lambda row: row.dense_bytes)
+        if budget.counted is not None:
+            kind, most = budget.counted
+            by = counted(job, self.captured, kind)
+            return self.of_cost(kind, most, by.whole, by.now, by.was)
         best, fastest = min((median, name) for name, median in dense_latency(job, self.dense).items())
         limit = budget.latency_ms if budget.latency_ms is not None else best / (budget.speedup or 1.0)
         seconds = partial(self._seconds, fastest=fastest, reference=best)

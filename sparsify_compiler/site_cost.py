@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from . import catalog
 from .cost import Cost, conv_cost, node_cost
 from .decision import Decision
 from .pattern import op_name
@@ -35,6 +36,35 @@ def fill_costs(rows: Iterable[Decision], captured: Program, lowered: Program) ->
         if row.format != "dense":
             read = row.density * row.dense_bytes if row.format.startswith(BY_CALL) or row.bytes is None else row.bytes
             row.flops, row.moved = row.density * dense.flops, dense.bytes - row.dense_bytes + read
+
+
+def flops_of(captured: Program, lowered: Program) -> float:
+    """Operations of a call of the lowered Program: those of every node as it was captured, less what its rows no longer do."""
+    fill_costs(lowered.decisions.values(), captured, lowered)
+    return math.fsum([*(node_cost(node).flops for _, node in captured.nodes()),
+                      *((row.flops or 0) - (row.flops_before or 0) for row in lowered.decisions.values())])
+
+
+def joules_of(captured: Program, lowered: Program) -> float:
+    """The same in joules (cost_models/energy.py)."""
+    fill_costs(lowered.decisions.values(), captured, lowered)
+    nodes = [(node_cost(node), node.meta["val"]) for _, node in captured.nodes() if isinstance(node.meta.get("val"), torch.Tensor)]
+    return math.fsum([*(_joules(cost.flops, cost.bytes, str(value.dtype).removeprefix("torch.")) for cost, value in nodes),
+                      *((row_joules(row) or 0) - (row_joules_before(row) or 0) for row in lowered.decisions.values())])
+
+
+def row_joules(row: Decision) -> float | None:
+    """What a row takes as it runs now; None where its operations are not known."""
+    return None if row.flops is None or row.moved is None else _joules(row.flops, row.moved, row.dtype)
+
+
+def row_joules_before(row: Decision) -> float | None:
+    """What it took dense."""
+    return None if row.flops_before is None or row.moved_before is None else _joules(row.flops_before, row.moved_before, row.dtype)
+
+
+def _joules(flops: float, moved: float, dtype: str) -> float:
+    return float(catalog.get("cost model", "energy").joules(flops, moved, dtype))
 
 
 def _dense(row: Decision, convs: dict[str, fx.Node]) -> Cost | None:

@@ -16,8 +16,9 @@ from .planned import Option, Planned, Point
 from .program import Program
 
 DENSE = "dense"
-SECONDS, BYTES, WEIGHTS = "seconds", "bytes", "weights"
-SHOWN = {SECONDS: ("ms", 1e3), BYTES: ("bytes", 1.0), WEIGHTS: ("weights", 1.0)}  # unit in a report, and how many of it one of ours is
+SECONDS, BYTES, WEIGHTS, FLOPS, JOULES = "seconds", "bytes", "weights", "flops", "joules"
+# Unit in a report, and how many of it one of ours is.
+SHOWN = {SECONDS: ("ms", 1e3), BYTES: ("bytes", 1.0), WEIGHTS: ("weights", 1.0), FLOPS: ("MFLOP", 1e-6), JOULES: ("mJ", 1e3)}
 
 
 @dataclass(frozen=True)

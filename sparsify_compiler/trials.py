@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,14 @@ from torch import nn
 
 from .call import call_arguments, instantiate
 from .compiled import CompiledModel
+from .decision import Decision
 from .far_times import compiled_ms
 from .held_out import upper
 from .measure import interleave
 from .packed_storage import leave_in_temporary_file
 from .program import Program
 from .quality import MAX_LOSS, batch_losses, output_distance
+from .site_cost import flops_of, joules_of, row_joules, row_joules_before
 
 if TYPE_CHECKING:
     from .compile_job import Job
@@ -54,6 +57,22 @@ def _moved(job: Job, reference: nn.Module, model: nn.Module) -> float:
 def resident_bytes(job: Job, lowered: Program) -> float:
     """Bytes of all weights in memory."""
     return float(CompiledModel(lowered, job.target, mapped=leave_in_temporary_file(lowered)).resident_bytes())
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A cost that is counted of a lowered Program: of the whole, and of a row as it is and as it was; None where a row does not tell."""
+
+    whole: Callable[[Program], float]
+    now: Callable[[Decision], float | None]
+    was: Callable[[Decision], float | None]
+
+
+def counted(job: Job, captured: Program, kind: str) -> Counted:
+    """How a budget's "bytes", "flops" or "joules" are counted."""
+    return {"bytes": Counted(partial(resident_bytes, job), lambda row: row.bytes, lambda row: row.dense_bytes),
+            "flops": Counted(partial(flops_of, captured), lambda row: row.flops, lambda row: row.flops_before),
+            "joules": Counted(partial(joules_of, captured), row_joules, row_joules_before)}[kind]
 
 
 def idle(lowered: Program) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from sparsify_compiler import plan_loop
 from sparsify_compiler.calibrate import calibrate
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
+from sparsify_compiler.cost_models import energy
 from sparsify_compiler.divergence import NATS, Curvature, divergence
 from sparsify_compiler.errors import BudgetError, CalibrationError, ParseError
 from sparsify_compiler.passes.plan import _costs
@@ -27,6 +28,7 @@ from sparsify_compiler.passes.prune.mask_weights import MaskWeights
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
+from sparsify_compiler.site_cost import flops_of, joules_of
 from sparsify_compiler.survey import SECONDS, WEIGHTS, Offer, Survey
 from sparsify_compiler.target import host
 from sparsify_compiler.work import Work
@@ -282,6 +284,27 @@ def test_bytes_hold_as_measured(net: Net, batches: list[Any]) -> None:
     assert (report.plan.unit, report.plan.limit) == ("bytes", most)
     with pytest.raises(BudgetError, match="best that a plan reaches"):
         sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(bytes=1000), calibration=batches)
+
+
+@pytest.mark.parametrize("recipe", [PLANNER, MaskWeights()], ids=["planned", "searched"])
+@pytest.mark.parametrize("kind", ["flops", "joules"])
+def test_operations_and_energy_hold_as_counted(net: Net, batches: list[Any], kind: str, recipe: Any) -> None:
+    rows, program = batches[0][0].shape[0], capture(net, batches[0])
+    dense = {"flops": flops_of, "joules": joules_of}[kind](program, program)
+    most = {"flops": 0.6, "joules": 0.93}[kind] * dense
+    compiled = sc.compile(net, batches[0], recipe=recipe, budget=sc.Budget(**{kind: most}), calibration=batches)
+    sites = compiled.report().sites
+    assert all(site.flops == pytest.approx(site.density * 2 * rows * math.prod(site.shape)) for site in sites)
+    saved = [(site.flops_before - site.flops, site.moved_before - site.moved) for site in sites]  # type: ignore[operator]
+    spent = dense - sum(flops if kind == "flops" else energy.joules(flops, moved) for flops, moved in saved)
+    assert 0.9 * most < spent <= most
+    report = compiled.report()
+    if recipe is PLANNER:
+        assert report.plan is not None
+        assert report.plan.unit == {"flops": "MFLOP", "joules": "mJ"}[kind]
+        assert report.plan.limit == pytest.approx(most * {"flops": 1e-6, "joules": 1e3}[kind])
+    with pytest.raises(BudgetError, match="cannot be met"):
+        sc.compile(net, batches[0], recipe=recipe, budget=sc.Budget(**{kind: most / 1e4}), calibration=batches)
 
 
 @pytest.mark.usefixtures("priced")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from sparsify_compiler import catalog
 from sparsify_compiler.passes.plan._curves import between
-from sparsify_compiler.passes.prune._layers import Layer
+from sparsify_compiler.passes.prune._layers import Layer, Use
 from sparsify_compiler.passes_api import Context, Pass
 from sparsify_compiler.shapes import example_shape
-from sparsify_compiler.survey import BYTES, SECONDS, WEIGHTS, Offer
+from sparsify_compiler.survey import BYTES, FLOPS, JOULES, SECONDS, WEIGHTS, Offer
 from sparsify_compiler.work import Work, is_dense, is_predicted, measure, predict
 
 
@@ -28,7 +29,8 @@ class Costs:
 
     def __call__(self, kind: str) -> dict[str, list[float]]:
         """Site -> what each of its offers costs."""
-        of: Callable[[Layer, Offer], float] = {SECONDS: self._seconds, BYTES: self._bytes, WEIGHTS: self._weights}[kind]
+        of: Callable[[Layer, Offer], float] = {SECONDS: self._seconds, BYTES: self._bytes, WEIGHTS: self._weights,
+                                                   FLOPS: self._flops, JOULES: self._joules}[kind]
         found = {}
         for done, layer in enumerate(self._layers):
             found[layer.path] = [of(layer, offer) for offer in self._offers[layer.path]]
@@ -42,11 +44,22 @@ class Costs:
         """Of the weight alone, whose formulas count activations by the rows."""
         return self._work(layer, offer.choice, offer.density, 0).cost.bytes
 
+    def _flops(self, layer: Layer, offer: Offer) -> float:
+        return math.fsum(self._work(layer, offer.choice, offer.density, self._rows(use)).cost.flops for use in layer.uses)
+
+    def _joules(self, layer: Layer, offer: Offer) -> float:
+        works = [self._work(layer, offer.choice, offer.density, self._rows(use)) for use in layer.uses]
+        energy = catalog.get("cost model", "energy")
+        return math.fsum(energy.joules(work.cost.flops, work.cost.bytes, work.dtype) for work in works)
+
+    def _rows(self, use: Use) -> int:
+        return math.prod(example_shape(use.region, use.op, self._ctx.example_inputs)[:-1])
+
     def _seconds(self, layer: Layer, offer: Offer) -> float:
         """Of all calls of a layer, each in its fastest form: where none is faster sparse, it stays dense."""
         total = 0.0
         for use in layer.uses:
-            rows = math.prod(example_shape(use.region, use.op, self._ctx.example_inputs)[:-1])
+            rows = self._rows(use)
             dense = self._fastest(self._work(layer, None, 1.0, rows), dense=True)
             if offer.choice is not None:
                 dense = min(dense, self._sparse(layer, offer.choice, offer.density, rows))
