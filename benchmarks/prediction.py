@@ -2,6 +2,7 @@
 
     python benchmarks/prediction.py --build && python benchmarks/prediction.py [--seed 1] [--points 90] [--json FILE]
     python benchmarks/prediction.py --fit --seed 100 --points 400       # writes cost_models/forms/costs.json
+    python benchmarks/prediction.py --kinds others                      # torch's elementwise ops, norms, convolutions and attention
 
 A point is a layer (op, sizes, density, rows, dtype, how much other memory is read between two calls) with all of its forms, dense ones included,
 each timed as `sparsify_compiler.work.measure` does. Errors are |predicted / measured - 1|; Kendall's tau is that of the order of a point's forms.
@@ -18,7 +19,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,23 +41,46 @@ SIZES = (192, 256, 384, 576, 768, 1024, 1536, 2048, 3072, 4096)
 ROWS = (1, 1, 1, 2, 4, 8, 16, 32, 64, 128, 128, 256, 512)
 DENSITIES = (0.05, 0.1, 0.1, 0.2, 0.3, 0.5)
 BETWEEN = (0, 1 << 24, 1 << 26, 1 << 28)
-KINDS = ("bsr", "bsr", "bsr", "nm", "csr", "csr", "condensed", "select_linear", "select_ffn", "select_inputs_ffn")
+LINEARS = ("bsr", "bsr", "bsr", "nm", "csr", "csr", "condensed", "select_linear", "select_ffn", "select_inputs_ffn")
+
 LARGEST = 5_000_000         # weights of a layer
 FITTING = range(100, 200)   # seeds of layers that costs are fitted on; no others are
 # What a cost is thought to be where few points say anything of it, and how strongly: a factor of e away counts as much as an error of that.
-PRIOR = {"calls": 8.0, "displaced": 2.0, "late": 1.0, "product": 1.5, "loaded": 1.0, "packing": 2.0, "taken": 2.0, "put": 2.0}
+PRIOR = {"calls": 8.0, "displaced": 2.0, "late": 1.0, "product": 1.5, "loaded": 1.0, "packing": 2.0, "taken": 2.0, "put": 2.0, "operation": 1.5,
+         "exponential": 10.0, "moved": 2.0}
 PULL = {"late": 0.2}
 PULL_OTHERS = 0.02
 Point = tuple[Work, str, float]
 
 
-def draw(seed: int, count: int) -> list[Work]:
-    """Layers of the shapes, structures and densities that people prune."""
+def elementwise(rng: random.Random) -> dict[str, float]:
+    written, taps = 64 * rng.choice((64, 512, 2048, 8192, 32768)), rng.choice((1, 1, 8, 20))
+    return {"taps": taps, "written": written, "read": written * rng.choice((1, 2)) if taps == 1 else written}
+
+
+def convolution(rng: random.Random) -> dict[str, float]:
+    side, taken, outputs = rng.choice((7, 14, 28, 56)), rng.choice((16, 32, 64, 128, 256)), rng.choice((16, 32, 64, 128, 256))
+    return {"M": side**2, "N": outputs, "K": taken, "taps": rng.choice((1, 9, 9, 25)), "read": taken * side**2, "written": outputs * side**2}
+
+
+def attention(rng: random.Random) -> dict[str, float]:
+    tokens, heads, width = rng.choice((32, 64, 128, 256, 512)), rng.choice((4, 8, 12)), rng.choice((32, 64))
+    rows = tokens * heads
+    return {"M": rows, "K": width, "E": width, "pairs": rows * tokens, "block_q": 1, "block_k": 1, "listed": 0, "read": 3 * rows * width,
+            "written": rows * width}
+
+
+EAGER = {"elementwise": elementwise, "conv2d": convolution, "attend": attention}
+KINDS = {"linears": LINEARS, "others": tuple(EAGER)}
+
+
+def draw(seed: int, count: int, kinds: Sequence[str] = LINEARS) -> list[Work]:
+    """Layers of the shapes, structures and densities that people prune, or torch's other operators."""
     rng = random.Random(seed)
     found: list[Work] = []
     while len(found) < count:
         outputs, inputs, rows = rng.choice(SIZES), rng.choice(SIZES), rng.choice(ROWS)
-        dtype, between, density, kind = rng.choice(("float32", "float32", "bfloat16")), rng.choice(BETWEEN), rng.choice(DENSITIES), rng.choice(KINDS)
+        dtype, between, density, kind = rng.choice(("float32", "float32", "bfloat16")), rng.choice(BETWEEN), rng.choice(DENSITIES), rng.choice(kinds)
         sizes: dict[str, float] = {"M": rows, "N": outputs, "K": inputs, "density": density}
         op = f"linear_{kind}"
         if kind == "bsr":
@@ -69,6 +93,8 @@ def draw(seed: int, count: int) -> list[Work]:
             op = "linear_csr" if density < 1 / 16 else "linear_bitmap"
         elif kind == "select_linear":
             op, sizes["M"] = kind, rng.choice((1, 1, 1, 2, 4, 16))
+        elif kind in EAGER:
+            op, sizes = kind, EAGER[kind](rng)
         elif kind != "condensed":
             op, width = kind, rng.choice((384, 576, 768))
             sizes |= {"M": rng.choice((1, 1, 1, 2, 16)), "K": width, "N": width, "hidden": rng.choice((768, 1536, 2048))}
@@ -161,12 +187,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--kinds", choices=list(KINDS), default="linears")
     parser.add_argument("--worst", type=int, default=5)
     parser.add_argument("--json", help="also write points and errors to this file")
     options = parser.parse_args()
     if options.fit != (options.seed in FITTING):
         parser.error(f"costs are fitted on seeds {FITTING.start} to {FITTING.stop - 1}, and judged on others")
-    works = draw(options.seed, options.points)
+    works = draw(options.seed, options.points, KINDS[options.kinds])
     if options.build:
         for work in works:
             for form in forms_of(work, host())[0].values():

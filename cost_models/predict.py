@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sparsify_compiler.cost_models.forms import dense, gather, lanes, slices, streams, strips, tiles
+from sparsify_compiler.cost_models.forms import dense, eager, gather, lanes, slices, streams, strips, tiles
 from sparsify_compiler.cost_models.forms._base import Form, Values, fitted
 from sparsify_compiler.cost_models.machine import Machine
 from sparsify_compiler.cost_models.symbols import compiled
@@ -48,7 +48,8 @@ def forms(op: str, values: Values, dtype: str, machine: Machine) -> list[Form]:
     """Every form that an op of these sizes has on the machine, the dense ones first; none for an op that no family computes. GPUs have torch's."""
     if dtype not in DTYPES:
         return []
-    return [form for family in (FAMILIES if machine.arch != "cuda" else (dense,)) for form in family.offer(op, values, dtype, machine)]
+    families = (eager,) if op in eager.FORMULAS else (dense,) if machine.arch == "cuda" else FAMILIES
+    return [form for family in families for form in family.offer(op, values, dtype, machine)]
 
 
 def numbers(form: Form, values: Values, machine: Machine, between: float) -> dict[str, float]:

@@ -64,26 +64,32 @@ def total(nodes: Iterable[fx.Node]) -> Cost:
 
 def node_cost(node: fx.Node) -> Cost:
     """Operations and bytes of one node, by the shapes that it carries; a dynamic size counts as it was at capture."""
+    found = node_sizes(node)
+    return Cost() if found is None else cost_of(*found)
+
+
+def node_sizes(node: fx.Node) -> tuple[str, dict[str, float]] | None:
+    """(name of the op's formulas, the numbers that they ask for) of one node; None of one that computes and moves nothing."""
     name = op_name(node)
     if node.op != "call_function" or name in VIEWS or not isinstance(node.meta.get("val"), Tensor):
-        return Cost()
+        return None
     out: Tensor = node.meta["val"]
     if name == "linear" or name in CONVS:
         source, weight = _value(node.kwargs["input"]), _value(node.kwargs["weight"])
-        return conv_cost(source, weight, out, transposed="transpose" in name)
+        return "conv2d", _conv_sizes(source, weight, out, "transpose" in name)
     if name == "scaled_dot_product_attention":
-        return _attention_cost(_value(node.kwargs["query"]), _value(node.kwargs["key"]), _value(node.kwargs["value"]), out)
+        return "attend", _attention_sizes(_value(node.kwargs["query"]), _value(node.kwargs["key"]), _value(node.kwargs["value"]), out)
     if name in LOOKUPS:
-        return elementwise_cost(size(out), size(out), out.element_size(), 0)
+        return "elementwise", _sizes(size(out), size(out), out.element_size(), 0)
     inputs = [_value(one) for one in node.all_input_nodes]
-    return elementwise_cost(sum(size(value) for value in inputs), size(out), out.element_size(), _operations(name, node, inputs))
+    return "elementwise", _sizes(sum(size(value) for value in inputs), size(out), out.element_size(), _operations(name, node, inputs))
 
 
-def _attention_cost(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> Cost:
+def _attention_sizes(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> dict[str, float]:
     """Of every query with every key, whatever a mask leaves out."""
     rows, width = size(query) // max(_hint(query.shape[-1]), 1), _hint(value.shape[-1])
-    return cost_of("attend", {"M": rows, "K": _hint(query.shape[-1]), "E": width, "pairs": rows * _hint(key.shape[-2]), "block_q": 1, "block_k": 1,
-                              "listed": 0, "read": size(query) + size(key) + size(value), "written": size(out), "x_bytes": out.element_size()})
+    return {"M": rows, "K": _hint(query.shape[-1]), "E": width, "pairs": rows * _hint(key.shape[-2]), "block_q": 1, "block_k": 1, "listed": 0,
+            "read": size(query) + size(key) + size(value), "written": size(out), "x_bytes": out.element_size()}
 
 
 def _operations(name: str, node: fx.Node, inputs: list[Any]) -> int:
@@ -98,17 +104,24 @@ def _operations(name: str, node: fx.Node, inputs: list[Any]) -> int:
 
 def conv_cost(source: Any, weight: Any, out: Any, transposed: bool = False) -> Cost:
     """Of a linear (weight [N, K]) or a conv (weight [N, K / groups, ...]) from its input, weight and output, or whatever has their shapes."""
+    return cost_of("conv2d", _conv_sizes(source, weight, out, transposed))
+
+
+def _conv_sizes(source: Any, weight: Any, out: Any, transposed: bool) -> dict[str, float]:
     outputs, taken = int(weight.shape[0]), int(weight.shape[1])
     taps = math.prod(int(s) for s in weight.shape[2:])
     places = size(source) // max(int(weight.shape[0]), 1) if transposed else size(out) // max(outputs, 1)
-    values = {"M": places, "N": outputs, "K": taken, "taps": taps, "read": size(source), "written": size(out),
-              "x_bytes": out.dtype.itemsize, "value_bytes": out.dtype.itemsize}
-    return cost_of("conv2d", values)
+    return {"M": places, "N": outputs, "K": taken, "taps": taps, "read": size(source), "written": size(out),
+            "x_bytes": out.dtype.itemsize, "value_bytes": out.dtype.itemsize}
 
 
 def elementwise_cost(read: int, written: int, itemsize: int, taps: int = 1) -> Cost:
     """Of one pass over tensors, from element counts."""
-    return cost_of("elementwise", {"read": read, "written": written, "taps": taps, "x_bytes": itemsize})
+    return cost_of("elementwise", _sizes(read, written, itemsize, taps))
+
+
+def _sizes(read: int, written: int, itemsize: int, taps: int) -> dict[str, float]:
+    return {"read": read, "written": written, "taps": taps, "x_bytes": itemsize}
 
 
 def size(value: Any) -> int:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import catalog, machines
-from .cost import Cost, node_cost
+from .cost import CONVS, PRODUCTS, Cost, node_cost, node_sizes
 from .normal_form_edit import aten
 from .operands import input_of
+from .pattern import op_name
 from .shapes import example_shape
 from .storage import write_file
 from .work import Work, is_dense, parts_of
@@ -32,6 +33,9 @@ TRIED: Mapping[float, tuple[str, ...]] = {0.5: ("2:4", "unstructured", "16x1"), 
                                           0.1: ("unstructured", "4x1", "16x1", "32x1")}
 SELECTED = "selected inputs"
 IDEAL = "ideal"                             # where there are no sparse kernels: the time of the dense form, but for calling, times the density
+# Operations for each element, about, of ops that do more than one: what their time is predicted by.
+OPERATIONS: Mapping[str, int] = {**dict.fromkeys(("layer_norm", "rms_norm", "softmax", "group_norm", "native_layer_norm"), 8),
+                                 **dict.fromkeys(("gelu", "silu", "tanh", "sigmoid", "exp", "mish", "softplus"), 20)}
 FORMULAS = ("float32", "bfloat16")          # dtypes of x that have formulas of their own
 
 
@@ -157,8 +161,9 @@ def _site(region: Region, node: fx.Node, path: str, example: Any, between: int, 
     rows = math.prod(places[:-1]) if node.target is aten.linear.default else math.prod(example_shape(region, node, example)) // max(shape[0], 1)
     if node.target is aten.linear.default and dtype in FORMULAS:
         return _linear(path, Work.of((shape[0], shape[1]), rows, dtype=dtype, between=between), machine)
-    kind, seconds = "linear" if node.target is aten.linear.default else "conv", _rough(cost, machine)
-    return SiteEstimate(path, kind, shape, rows, dtype, cost.flops, cost.bytes, "dense eager", seconds.total * 1e3, seconds.bound, rough=True)
+    seconds, rough = _by_node(node, cost, between, machine)
+    kind = "linear" if node.target is aten.linear.default else "conv"
+    return SiteEstimate(path, kind, shape, rows, dtype, cost.flops, cost.bytes, "dense eager", seconds.total * 1e3, seconds.bound, rough)
 
 
 def _linear(path: str, work: Work, machine: Machine) -> SiteEstimate:
@@ -192,16 +197,26 @@ def _choices(work: Work, density: float, machine: Machine) -> Iterator[Best]:
 
 def _others(program: Program, paths: Mapping[tuple[str, str], str], machine: Machine) -> SiteEstimate:
     """All other ops of the graphs together."""
-    total, ms, bounds, count = Cost(), 0.0, Counter[str](), 0
+    total, ms, bounds, count, all_known = Cost(), 0.0, Counter[str](), 0, True
     for region, node in program.nodes():
         cost = node_cost(node)
         if (region.path, node.name) not in paths and cost.bytes:
-            seconds = _rough(cost, machine)
+            seconds, rough = _by_node(node, cost, 0, machine)
+            all_known = all_known and not rough
             total, ms, count = total + cost, ms + seconds.total * 1e3, count + 1
             bounds[seconds.bound] += 1
     bound = bounds.most_common(1)[0][0] if bounds else ""
-    return SiteEstimate(f"{count} other ops", "others", (), 0, "", total.flops, total.bytes, "dense eager", ms, bound, rough=True)
+    return SiteEstimate(f"{count} other ops", "others", (), 0, "", total.flops, total.bytes, "dense eager", ms, bound, rough=not all_known)
 
 
-def _rough(cost: Cost, machine: Machine) -> Any:
-    return catalog.get("cost model", "predict").rough(cost.flops, cost.bytes, machine)
+def _by_node(node: fx.Node, cost: Cost, between: int, machine: Machine) -> tuple[Any, bool]:
+    """(seconds in parts, whether they are but a roofline's) of an op of torch's own. What other ops have just written lies near."""
+    found, dtype = node_sizes(node), str(node.meta["val"].dtype).removeprefix("torch.")
+    name = op_name(node)
+    grouped = name in CONVS and (name != "conv2d" or node.kwargs.get("groups", 1) != 1)
+    if found is None or dtype not in FORMULAS or name in PRODUCTS or name == "linear" or grouped:
+        return catalog.get("cost model", "predict").rough(cost.flops, cost.bytes, machine), True
+    op, sizes = found
+    taps = {"taps": OPERATIONS.get(name, sizes["taps"])} if op == "elementwise" else {}
+    parts = parts_of(Work.make(op, dtype, between, **{**{key: value for key, value in sizes.items() if not key.endswith("_bytes")}, **taps}), machine)
+    return parts["dense eager"], False

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .planned import Planned
     from .target import Target
+    from .work import Work
 
 
 class Preserves(StrEnum):
@@ -122,6 +123,15 @@ class Pass:
         """The density that this pass's options fix, whatever the budget says; None where the budget decides, or there is nothing to decide."""
         density: float | None = getattr(self, "density", None)
         return density
+
+    def work(self, shape: tuple[int, int], rows: int, density: float, dtype: str, between: int) -> tuple[Work, ...]:
+        """What a call of a linear layer [N, K] has to do after this pass took it to a density: a planner asks. As before, by default.
+
+        between  bytes that the model reads between two calls (see Work)
+        """
+        from .work import Work
+
+        return (Work.of(shape, rows, dtype=dtype, between=between),)
 
     def density_of(self, ctx: Context) -> float:
         """own_density(), or the budget's. Raises BudgetError where neither is given."""

@@ -45,6 +45,7 @@ class PlanLoop:
     dense: Mapping[str, Callable[[], object]]
     rounds: int = 0
     trials: list[Trial] = field(default_factory=list)
+    dtypes: dict[str, str] = field(default_factory=dict)  # of the sites, as the first trial found them: nothing was changed in it
     predicted: dict[tuple[str, Offer], float] = field(default_factory=dict)  # what each offer of a site was thought to cost before it was measured
 
     def run(self) -> Program:
@@ -111,7 +112,10 @@ class PlanLoop:
         value = measured(lowered)
         self.rounds += 1
         rows = {site: lowered.decisions[site] for site in plan.taken if site in lowered.decisions}
-        of_sites, dense = _known(rows, now), _known(rows, was)
+        for site, row in rows.items():
+            self.dtypes.setdefault(site, row.dtype)
+        as_it_was = {site: row for site, row in rows.items() if row.dtype == self.dtypes[site]}  # another dtype's dense form is not the layer's own
+        of_sites, dense = _known(rows, now), _known(as_it_was, was)
         if kind == SECONDS:
             for site, row in rows.items():
                 offer = plan.taken[site]

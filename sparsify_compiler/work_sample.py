@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 EAGER = "dense eager"
 ACTIVATION = "silu"
+WIDTH = 64              # of the rows of an elementwise op
+OF_GELU = 20            # operations for each element, about
 LINEARS = {"gate": ("hidden", "K"), "up": ("hidden", "K"), "down": ("N", "hidden")}     # of a gated FFN: outputs and inputs
 Form = Callable[[], object]
 Tensors = dict[str, Tensor]
@@ -34,11 +37,13 @@ def require_here(target: Target) -> Target:
 
 def forms_of(work: Work, target: Target) -> tuple[dict[str, Form], Tensor]:
     """Every form of the layer, the dense ones first, and the x that all of them read. Raises InputError for an op that is not made up here."""
-    maker = {"select_linear": _select_linear, "select_ffn": _select_ffn, "select_inputs_ffn": _select_inputs_ffn}.get(work.op)
+    maker = {"elementwise": _elementwise, "conv2d": _conv2d, "attend": _attend, "select_linear": _select_linear, "select_ffn": _select_ffn,
+             "select_inputs_ffn": _select_inputs_ffn}.get(work.op)
     if maker is None and work.op.partition("_")[0] == "linear":
         maker = _linear
     if maker is None:
-        raise InputError(f"{work.op} cannot be made up from its sizes", where="work", hint="linear layers and gated FFNs can")
+        raise InputError(f"{work.op} cannot be made up from its sizes", where="work",
+                         hint="linear layers, gated FFNs, elementwise, conv2d and attend can")
     generator = torch.Generator().manual_seed(0)
     return maker(work, target, lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32))
 
@@ -60,6 +65,38 @@ def _linear(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Form], 
     for op, tensors, about in sources:
         forms |= _bound(op, tensors, about, x, bias, target)
     return forms, x
+
+
+def _elementwise(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Form], Tensor]:
+    """An addition of two tensors, a cast, a norm or a GELU, by how much is read and how many operations there are for each element."""
+    sizes, dtype = dict(work.sizes), getattr(torch, work.dtype)
+    written, taps = int(sizes["written"]), sizes["taps"]
+    x = noise(written // WIDTH, WIDTH).to(dtype)
+    if sizes["read"] > written:
+        return {EAGER: partial(torch.add, x, x.clone())}, x
+    if taps <= 1:
+        return {EAGER: partial(x.to, torch.bfloat16 if dtype == torch.float32 else torch.float32)}, x
+    if taps < OF_GELU:
+        return {EAGER: partial(torch.nn.functional.layer_norm, x, (WIDTH,), torch.ones(WIDTH, dtype=dtype), torch.zeros(WIDTH, dtype=dtype))}, x
+    return {EAGER: partial(torch.nn.functional.gelu, x)}, x
+
+
+def _conv2d(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Form], Tensor]:
+    """Over a square image, which it leaves as large as it was."""
+    sizes, dtype = dict(work.sizes), getattr(torch, work.dtype)
+    side, kernel = math.isqrt(int(sizes["M"])), math.isqrt(int(sizes["taps"]))
+    x = noise(1, int(sizes["K"]), side, side).to(dtype)
+    weight = noise(int(sizes["N"]), int(sizes["K"]), kernel, kernel).to(dtype)
+    return {EAGER: partial(torch.nn.functional.conv2d, x, weight, padding=kernel // 2)}, x
+
+
+def _attend(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Form], Tensor]:
+    """Every query with as many keys, over as many heads as there are rows for."""
+    sizes, dtype = dict(work.sizes), getattr(torch, work.dtype)
+    keys = int(sizes["pairs"] / sizes["M"])
+    x, key = (noise(1, int(sizes["M"]) // keys, keys, int(sizes["K"])).to(dtype) for _ in range(2))
+    value = noise(1, x.shape[1], keys, int(sizes["E"])).to(dtype)
+    return {EAGER: partial(torch.nn.functional.scaled_dot_product_attention, x, key, value)}, x
 
 
 def random_mask(work: Work, outputs: int, inputs: int) -> Tensor:

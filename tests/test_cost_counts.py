@@ -29,8 +29,9 @@ from sparsify_compiler.codegen.kernels.strip_layout import prepare_strips
 from sparsify_compiler.codegen.kernels.strip_panel import StripPanel
 from sparsify_compiler.codegen.kernels.tile_layout import prepare_tiles
 from sparsify_compiler.codegen.kernels.tiles import Tiles
-from sparsify_compiler.cost_models.forms import gather, lanes, slices, streams, strips, tiles
+from sparsify_compiler.cost_models.forms import eager, gather, lanes, slices, streams, strips, tiles
 from sparsify_compiler.cost_models.symbols import compiled
+from sparsify_compiler.work import Work, predict
 
 pytestmark = needs_avx512
 INTEGERS = (torch.int16, torch.int32, torch.uint8)
@@ -184,3 +185,28 @@ def test_gathered_ffns(dtype: torch.dtype) -> None:
     arguments = [((1, inputs), None), *linear(inputs, hidden), *linear(inputs, hidden), *linear(hidden, outputs), ((1, outputs), None)]
     counts = count(schedule.compute(), arguments, ALL_16)
     is_count(gather.INPUTS_READ, numbers, counts.lanes)
+
+
+def test_torchs_own_operators() -> None:
+    """What the forms count is half of the operations that the ops' formulas count, 16 at a time."""
+    conv = {"M": 49, "N": 24, "K": 8, "taps": 9, "read": 392, "written": 1176, "value_bytes": 4, "x_bytes": 4}
+    is_count(eager.FMAS * 16 * 2, conv, compiled(catalog.get("cost", "conv2d").FLOPS)(conv))
+    attention = {"M": 64, "K": 32, "E": 48, "pairs": 64 * 16, "block_q": 1, "block_k": 1, "listed": 0, "read": 1, "written": 1, "x_bytes": 4}
+    is_count(eager.PRODUCTS * 16 * 2, attention, compiled(catalog.get("cost", "attend").FLOPS)(attention))
+    moved = {"read": 200, "written": 100, "taps": 1, "x_bytes": 2, "moved": 1, "near": 1, "threads": 1}
+    is_count(eager.PASSES, moved, compiled(catalog.get("cost", "elementwise").BYTES)(moved))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("op", "sizes"), [("elementwise", {"read": 1e6, "written": 1e6, "taps": taps}) for taps in (1, 8, 20)]
+                         + [("conv2d", {"M": 784, "N": 64, "K": 32, "taps": taps, "read": 25088, "written": 50176}) for taps in (1, 9)]
+                         + [("attend", {"M": 1024, "K": 64, "E": 64, "pairs": 131072, "block_q": 1, "block_k": 1, "listed": 0, "read": 196608,
+                                        "written": 65536})])
+def test_torchs_own_operators_have_a_time_on_every_machine(op: str, sizes: Mapping[str, float], dtype: str) -> None:
+    work = Work.make(op, dtype, **sizes)
+    for machine in ("cortex-a76", "neoverse-v2", "h100"):
+        times = predict(work, machine)
+        assert set(times) == {"dense eager"}
+        assert 1e-7 < times["dense eager"] < 1
+    twice = {name: 2 * value if name in ("M", "pairs", "read", "written") else value for name, value in sizes.items()}
+    assert predict(Work.make(op, dtype, **twice), "cortex-a76")["dense eager"] > predict(work, "cortex-a76")["dense eager"]

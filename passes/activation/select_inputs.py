@@ -23,6 +23,7 @@ from sparsify_compiler.passes.prune._low_rank import add_low_rank
 from sparsify_compiler.passes.prune.budgets._base import told
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Stage
+from sparsify_compiler.work import Work
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ class SelectInputs(Pass):
 
     def own_density(self) -> float | None:
         return self.density if self.density is not None else told(Named.parse("input budget", self.budget).options)
+
+    def work(self, shape: tuple[int, int], rows: int, density: float, dtype: str, between: int) -> tuple[Work, ...]:
+        return (Work.make("select_linear", dtype, between, M=rows, N=shape[0], K=shape[1], density=density),)
 
     def run(self, program: Program, ctx: Context) -> Program:
         density = 1.0 if exact(Named.parse("selector", self.selector)) else self.density_of(ctx)

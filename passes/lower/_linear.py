@@ -101,7 +101,7 @@ def choose(layer: Linear, timings: Mapping[str, Timing], margin: float, prefer: 
     dense = {name: t.median for name, t in timings.items() if layer.forms[name].dense}
     sparse = {name: t.median for name, t in timings.items() if not layer.forms[name].dense}
     yardstick = min(dense, key=lambda name: dense[name])
-    if dense[yardstick] > dense[EAGER] * (1 - margin):
+    if prefer == "bytes" or dense[yardstick] > dense[EAGER] * (1 - margin):
         yardstick = EAGER  # packing another copy of the weight has to pay too
     best = min(sparse, key=lambda name: sparse[name], default=None)
     gain = dense[yardstick] / sparse[best] if best is not None else 0.0

@@ -11,7 +11,7 @@ from sparsify_compiler.passes.prune._layers import Layer, Use
 from sparsify_compiler.passes_api import Context, Pass
 from sparsify_compiler.shapes import example_shape
 from sparsify_compiler.survey import BYTES, FLOPS, JOULES, SECONDS, WEIGHTS, Offer
-from sparsify_compiler.work import Work, is_dense, is_predicted, measure, predict
+from sparsify_compiler.work import Work, is_predicted, measure, predict
 
 
 class Costs:
@@ -42,47 +42,43 @@ class Costs:
 
     def _bytes(self, layer: Layer, offer: Offer) -> float:
         """Of the weight alone, whose formulas count activations by the rows."""
-        return self._work(layer, offer.choice, offer.density, 0).cost.bytes
+        return self._works(layer, offer.choice, offer.density, 0)[0].cost.bytes
 
     def _flops(self, layer: Layer, offer: Offer) -> float:
-        return math.fsum(self._work(layer, offer.choice, offer.density, self._rows(use)).cost.flops for use in layer.uses)
+        return math.fsum(work.cost.flops for use in layer.uses for work in self._works(layer, offer.choice, offer.density, self._rows(use)))
 
     def _joules(self, layer: Layer, offer: Offer) -> float:
-        works = [self._work(layer, offer.choice, offer.density, self._rows(use)) for use in layer.uses]
+        works = [work for use in layer.uses for work in self._works(layer, offer.choice, offer.density, self._rows(use))]
         energy = catalog.get("cost model", "energy")
         return math.fsum(energy.joules(work.cost.flops, work.cost.bytes, work.dtype) for work in works)
 
-    def _rows(self, use: Use) -> int:
-        return math.prod(example_shape(use.region, use.op, self._ctx.example_inputs)[:-1])
-
     def _seconds(self, layer: Layer, offer: Offer) -> float:
-        """Of all calls of a layer, each in its fastest form: where none is faster sparse, it stays dense."""
+        """Of all calls of a layer, each in its fastest form: where none is faster, it stays dense."""
         total = 0.0
         for use in layer.uses:
             rows = self._rows(use)
-            dense = self._fastest(self._work(layer, None, 1.0, rows), dense=True)
-            if offer.choice is not None:
-                dense = min(dense, self._sparse(layer, offer.choice, offer.density, rows))
-            total += dense
+            dense = self._fastest(self._works(layer, None, 1.0, rows))
+            total += dense if offer.choice is None else min(dense, self._changed(layer, offer.choice, offer.density, rows))
         return total
 
-    def _sparse(self, layer: Layer, choice: int, density: float, rows: int) -> float:
-        work = self._work(layer, choice, density, rows)
-        if is_predicted(work, self._ctx.target):
-            return self._fastest(work, dense=False)
-        at = {tried: self._fastest(self._work(layer, choice, tried, rows), dense=False) for tried in self._tried[choice]}
-        return between(at, density)
+    def _changed(self, layer: Layer, choice: int, density: float, rows: int) -> float:
+        works = self._works(layer, choice, density, rows)
+        if all(is_predicted(work, self._ctx.target) for work in works):
+            return self._fastest(works)
+        return between({tried: self._fastest(self._works(layer, choice, tried, rows)) for tried in self._tried[choice]}, density)
 
-    def _fastest(self, work: Work, *, dense: bool) -> float:
-        if work not in self._known:
-            self._known[work] = (predict if is_predicted(work, self._ctx.target) else measure)(work, self._ctx.target)
-        return min((value for form, value in self._known[work].items() if is_dense(form) == dense), default=math.inf)
+    def _fastest(self, works: Sequence[Work]) -> float:
+        """Of each its fastest form."""
+        for work in works:
+            if work not in self._known:
+                self._known[work] = (predict if is_predicted(work, self._ctx.target) else measure)(work, self._ctx.target)
+        return math.fsum(min(self._known[work].values()) for work in works)
 
-    def _work(self, layer: Layer, choice: int | None, density: float, rows: int) -> Work:
+    def _works(self, layer: Layer, choice: int | None, density: float, rows: int) -> tuple[Work, ...]:
         (outputs, inputs), dtype = layer.weight.shape, str(layer.weight.dtype)
         if choice is None:
-            return Work.of((outputs, inputs), rows, dtype=dtype, between=self._read)
-        structure = getattr(self._choices[choice], "structure", None)
-        if structure is not None:
-            return Work.of((outputs, inputs), rows, structure, density, dtype, self._read)
-        return Work.make("select_linear", dtype, self._read, M=rows, N=outputs, K=inputs, density=density)
+            return (Work.of((outputs, inputs), rows, dtype=dtype, between=self._read),)
+        return self._choices[choice].work((outputs, inputs), rows, density, dtype, self._read)
+
+    def _rows(self, use: Use) -> int:
+        return math.prod(example_shape(use.region, use.op, self._ctx.example_inputs)[:-1])

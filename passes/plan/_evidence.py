@@ -49,15 +49,14 @@ class Evidence:
         """
         if not can_be_thinned(_alone(choice), self.program):
             return self.losses(self.rewritten(choice, density))
-        told, alone = with_targets(_alone(choice), dict.fromkeys((layer.path for layer in self.layers), density)), self._context()
+        told, alone = with_targets(_alone(choice), self._everywhere(density)), self._context()
         alone.statistics = self.found
         found = told.run(self._thinned.program.clone(), alone)
         return {layer.path: self._whole(layer, found) for layer in self._thinned.layers}
 
     def rewritten(self, choice: Pass, density: float) -> Program:
         """The Program after a choice at one density in every layer, each layer by itself: its input is the dense model's."""
-        told = dict.fromkeys((layer.path for layer in self.layers), density)
-        return Pipeline((with_targets(_alone(choice), told),)).run(self.program, self._context(), ())
+        return Pipeline((with_targets(_alone(choice), self._everywhere(density)),)).run(self.program, self._context(), ())
 
     def losses(self, rewritten: Program) -> dict[str, float]:
         """Layer -> what the model's outputs would move by, to second order, if this layer alone were as it is in `rewritten`.
@@ -66,6 +65,9 @@ class Evidence:
         input, else a sum over sampled rows; each output weighs as much as the mean square of the gradient there (see divergence).
         """
         return {layer.path: math.fsum(self._loss(use, rewritten, slice(None)) for use in layer.uses) for layer in self.layers}
+
+    def _everywhere(self, density: float) -> dict[str, float]:
+        return {use.site.path: density for layer in self.layers for use in layer.uses}
 
     @cached_property
     def _thinned(self) -> Thinned:

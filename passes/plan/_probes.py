@@ -70,6 +70,7 @@ class Probes:
 
 
 def _weights(layer: Layer, rewritten: Program) -> Mapping[fx.Node, Tensor]:
+    """What its get_attr nodes would give. Of a layer that computes in another dtype, the weight's rounding is seen."""
     use = layer.uses[0]
     region = rewritten.regions[use.region.path]
-    return dict.fromkeys(sources_of(layer), weight_of(region, region.node(use.op.name)))
+    return dict.fromkeys(sources_of(layer), weight_of(region, region.node(use.op.name)).to(layer.weight.dtype))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
@@ -83,7 +83,8 @@ class ChooseLayers(Planner):
         layers = self._layers(program, ctx)
         offers: dict[str, list[Offer]] = {layer.path: [Offer(DENSE)] for layer in layers}
         tried = {number: self._tried(choice) for number, choice in enumerate(self._passes)}
-        survey = Survey(offers, Costs(layers, offers, self._passes, tried, ctx), self._pipeline, alike=self._alike(program, layers))
+        uses = {layer.path: [use.site.path for use in layer.uses] for layer in layers}
+        survey = Survey(offers, Costs(layers, offers, self._passes, tried, ctx), partial(self._pipeline, uses), alike=self._alike(program, layers))
         if not layers:
             return survey
         losses = Losses(self._passes, program, layers, ctx, self.probes, f"{self.choices} {self.probes} {self.targets} {self.ignore}")
@@ -140,15 +141,14 @@ class ChooseLayers(Planner):
             if not all(math.isfinite(loss) for loss in at.values()):
                 continue  # it does not fit this layer
             wanted = list(at) if choice.own_density() is not None else list(self.densities)
-            named = f"{getattr(choice, 'structure', choice.name())}"
-            offers += [Offer(f"{named} {density:.0%}", number, density, between(at, density)) for density in wanted]
+            offers += [Offer(f"{_called(choice)} {density:.0%}", number, density, between(at, density)) for density in wanted]
         return offers
 
-    def _pipeline(self, taken: Mapping[str, Offer]) -> Pipeline:
-        """The passes that were chosen, each with its layers and their densities."""
+    def _pipeline(self, uses: Mapping[str, Sequence[str]], taken: Mapping[str, Offer]) -> Pipeline:
+        """The passes that were chosen, each with the sites of its layers and their densities."""
         made = []
         for number, choice in enumerate(self._passes):
-            targets = {site: offer.density for site, offer in taken.items() if offer.choice == number}
+            targets = {use: offer.density for site, offer in taken.items() if offer.choice == number for use in uses[site]}
             if targets:
                 made.append(with_targets(choice, targets))
         return Pipeline(tuple(made))
@@ -168,6 +168,11 @@ class ChooseLayers(Planner):
                     by_block.setdefault(blocks.get((place.region.path, place.op.name), ""), []).append(layer.path)
             groups += [group for group in by_block.values() if len(group) > 1]
         return groups
+
+
+def _called(choice: Pass) -> str:
+    """In a report: by its structure or its dtype, where it has one."""
+    return str(getattr(choice, "structure", None) or getattr(choice, "dtype", None) or choice.name())
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

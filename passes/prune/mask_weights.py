@@ -25,6 +25,7 @@ from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Stage
 from sparsify_compiler.sweep_checkpoint import Checkpoint, chosen_folder
 from sparsify_compiler.sweep_gather import patches_of
+from sparsify_compiler.work import Work
 
 CHOSEN_BY_REPAIR = "repair"
 RANKING = "weight_times_input_norm"  # what budgets compare where the repair chooses the masks
@@ -102,6 +103,9 @@ class MaskWeights(Pass):
     def own_density(self) -> float | None:
         own = self.density if self.density is not None else self._structure.density
         return own if own is not None else told(self._shared.options)
+
+    def work(self, shape: tuple[int, int], rows: int, density: float, dtype: str, between: int) -> tuple[Work, ...]:
+        return (Work.of(shape, rows, self._structure, density, dtype, between),)
 
     def run(self, program: Program, ctx: Context) -> Program:
         density = self._density(ctx)

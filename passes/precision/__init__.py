@@ -1,0 +1,1 @@
+"""Precision: in which dtype a layer computes."""
