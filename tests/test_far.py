@@ -168,9 +168,9 @@ def test_budgets_hold_as_predicted(budget: sc.Budget) -> None:
 
 @only_x86
 def test_a_plan_is_made_for_the_machine() -> None:
-    model, _ = compiled_for(BOARD, recipe="auto", budget=sc.Budget(speedup=1.3))
+    model, _ = compiled_for(BOARD, recipe="auto", budget=sc.Budget(speedup=1.15))
     report = model.report()
-    assert (report.speedup or 0) >= 1.3
+    assert (report.speedup or 0) >= 1.15
     assert report.plan is not None
     assert far_kernels(model.program)
 
