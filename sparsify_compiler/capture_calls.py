@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .call import forward_parameters
-from .capture_inputs import ExampleCall, bind, leaf_names
+from .capture_inputs import ExampleCall, bind, leaf_names, left_out
 from .capture_verify import unchanged
 from .errors import InputError
 
@@ -159,7 +159,8 @@ def learned_call(module: nn.Module, found: Record) -> ExampleCall | str:
         leaves.append(_example(first))
         axes.append(_varying([x.shape for x in column], found.sizes, dims))
     parameters = _positional_names(module)
-    return ExampleCall(tuple(leaves), names, tuple(axes), found.structures[0], parameters)
+    defaults = left_out(module, forward_parameters(module), found.structures[0].children()[1].context)
+    return ExampleCall(tuple(leaves), names, tuple(axes), found.structures[0], parameters, defaults)
 
 
 def _varying(shapes: list[tuple[int, ...]], sizes: list[Mapping[str, int]], dims: dict[tuple[int, ...], str]) -> dict[int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from .call import forward_parameters
 from .errors import InputError, nearest
 
 Axes = dict[int, str]  # axis -> name of the dynamic dimension
+SETTINGS = ("return_dict", "output_attentions", "output_hidden_states", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ExampleCall:
     axes        for each leaf its dynamic dimensions
     structure   tree of (args, kwargs); all that has a parameter name is in kwargs, in the order of the signature
     parameters  names that positional arguments bind to; empty where forward() takes *args
-    defaults    plain defaults of the parameters that this call leaves out
+    defaults    plain defaults of the parameters that this call leaves out, and what the model's configuration says of them
     """
 
     leaves: tuple[Any, ...]
@@ -80,8 +81,7 @@ def read_call(model: nn.Module, example_inputs: Any, dynamic: Any) -> ExampleCal
     tops = tuple(str(path[1].key) if path[0].idx == 1 else f"{path[1].idx}" for path, _ in paths)  # type: ignore[attr-defined]
     parameters = tuple(p.name for p in signature if p.kind is p.POSITIONAL_OR_KEYWORD) if by_position else ()
     axes = _dynamic_axes(dynamic, tops, names, leaves, parameters)
-    defaults = {p.name: p.default for p in signature if p.name not in kwargs and isinstance(p.default, bool | int | float | str)}
-    call = ExampleCall(leaves, names, axes, structure, parameters, defaults)
+    call = ExampleCall(leaves, names, axes, structure, parameters, left_out(model, signature, kwargs))
     _same_sizes(call)
     return call
 
@@ -105,6 +105,16 @@ def bind(signature: list[inspect.Parameter], given: tuple[Any, ...], named: dict
         if p.kind is p.VAR_KEYWORD:
             kwargs.update(kwargs.pop(p.name, {}))
     return (), kwargs
+
+
+def left_out(model: nn.Module, signature: list[inspect.Parameter], given: Container[str]) -> dict[str, bool | int | float | str]:
+    """The plain defaults of what a call leaves out; of a model of Hugging Face also what it then reads in its configuration."""
+    asked = {p.name for p in signature if p.default is None}
+    asked = set(SETTINGS) if any(p.kind is p.VAR_KEYWORD for p in signature) else asked.intersection(SETTINGS)
+    config = getattr(model, "config", None)
+    found: dict[str, bool | int | float | str] = {name: value for name in SETTINGS if name in asked and isinstance(value := getattr(config, name, None), bool)}
+    found |= {p.name: p.default for p in signature if isinstance(p.default, bool | int | float | str)}
+    return {name: value for name, value in found.items() if name not in given}
 
 
 def _plain(tensor: Tensor) -> Tensor:

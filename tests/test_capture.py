@@ -339,3 +339,20 @@ def test_neighbours_may_read_what_a_class_says() -> None:
     program = capture(model, (x,))
     assert list(program.regions) == ["part"]
     torch.testing.assert_close(instantiate(program)(x), model(x))
+
+
+def test_a_model_with_an_encoder_generates() -> None:
+    """generate() tells the encoder settings that the example left to the configuration: the same ones are no reason to refuse, others are."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)).eval()
+    ids = torch.randint(3, 64, (2, 7))
+    program = capture(model, {"input_ids": ids, "decoder_input_ids": ids[:, :4]},
+                      {"input_ids": {0: "batch", 1: "tokens"}, "decoder_input_ids": {0: "batch", 1: "said"}})
+    assert "encoder" in program.regions
+    copy, prompt = instantiate(program), torch.randint(3, 64, (3, 5))
+    assert torch.equal(copy.generate(prompt, max_new_tokens=6), model.generate(prompt, max_new_tokens=6))  # type: ignore[operator]
+    with pytest.raises(InputError, match="not among the example inputs"):
+        copy.get_encoder()(input_ids=prompt, output_hidden_states=True)  # type: ignore[operator]
