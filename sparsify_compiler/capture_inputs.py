@@ -112,7 +112,8 @@ def left_out(model: nn.Module, signature: list[inspect.Parameter], given: Contai
     asked = {p.name for p in signature if p.default is None}
     asked = set(SETTINGS) if any(p.kind is p.VAR_KEYWORD for p in signature) else asked.intersection(SETTINGS)
     config = getattr(model, "config", None)
-    found: dict[str, bool | int | float | str] = {name: value for name in SETTINGS if name in asked and isinstance(value := getattr(config, name, None), bool)}
+    settings = {name: getattr(config, name, None) for name in SETTINGS if name in asked}
+    found: dict[str, bool | int | float | str] = {name: value for name, value in settings.items() if isinstance(value, bool)}
     found |= {p.name: p.default for p in signature if isinstance(p.default, bool | int | float | str)}
     return {name: value for name, value in found.items() if name not in given}
 

@@ -116,6 +116,9 @@ class CompiledModel(nn.Module):
             model = self.__dict__.get("_modules", {}).get("model")
             if model is None or name.startswith("__"):
                 raise
+            if self.program.skeleton is None and not hasattr(model, name):
+                how = "; call it with use_cache=True in the example inputs, and it is compiled in parts, which generate" if name == "generate" else ""
+                raise AttributeError(f"no attribute {name!r}: the model was captured whole, as a graph from its inputs to its outputs{how}") from None
             return getattr(model, name)
 
 

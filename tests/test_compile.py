@@ -258,3 +258,11 @@ def test_tied_and_non_contiguous_weights() -> None:
     assert len(tied) == 2
     assert any("shares the weight" in site.reason for site in tied)
     assert pruned(x).shape == (16, 32)
+
+
+def test_what_a_graph_does_not_have_is_said() -> None:
+    compiled = sc.compile(nn.Linear(8, 8).eval(), (torch.randn(2, 8),), recipe=sc.Pipeline.parse("mask_weights(density=1.0)"))
+    with pytest.raises(AttributeError, match=r"captured whole.*use_cache=True"):
+        _ = compiled.generate
+    assert not hasattr(compiled, "config")
+    assert compiled.weight.shape == (8, 8)
