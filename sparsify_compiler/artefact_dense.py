@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from . import catalog
 from .artefact_tensors import TensorStore
+from .branches import Branches, parse
 from .call import Hole
 from .compiled import CompiledModel
 from .epilogue import META as EPILOGUE
+from .normal_form_edit import insert, replace
 from .operands import operands, packed_operator, packed_weight, with_dense_weight
+from .ops import attend
 from .program import Program, Region, Stage, get_tensor, prune_unused, set_tensor
 from .storage import atomic_path, write_safetensors
 
@@ -52,13 +57,15 @@ def dense_program(program: Program) -> Program:
 
 
 def densify(region: Region) -> Region:
-    """A copy of the region whose linear and conv nodes read plain dense weights."""
+    """A copy of the region whose linear and conv nodes read plain dense weights, and whose attentions over all keys are torch's."""
     dense = region.clone()
     for node in list(dense.graph.nodes):
         if packed_operator(node):
             _unpack(dense, node)
         elif node.target is aten.mul.Tensor:
             _apply_mask(dense, node)
+        elif node.target is attend.op:
+            _attend_plainly(node)
     prune_unused(dense)
     return dense
 
@@ -72,6 +79,17 @@ def _unpack(region: Region, node: fx.Node) -> None:
     dense.meta = {key: value for key, value in node.meta.items() if key not in ("kernel", EPILOGUE)}
     node.replace_all_uses_with(dense)
     region.graph.erase_node(node)
+
+
+def _attend_plainly(node: fx.Node) -> None:
+    """attend(query, key, value, ...) with an indexer that reads every key -> scaled_dot_product_attention; any other stays as it is."""
+    everything, indexer = catalog.get("attention pattern", "everything"), parse(str(node.kwargs["indexer"]))
+    if isinstance(indexer, Branches) or indexer.choices or not any(isinstance(pattern, everything) for pattern in indexer.always):
+        return
+    given: dict[str, Any] = {name: value for name, value in node.kwargs.items() if name not in ("indexer", "learned")}
+    if given["query"].meta["val"].shape[1] != given["key"].meta["val"].shape[1]:
+        given["enable_gqa"] = True
+    replace(node, insert(node, aten.scaled_dot_product_attention.default, node.meta["val"], **given))
 
 
 def _apply_mask(region: Region, product: fx.Node) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_tune
+from . import cli_export, cli_tune
 from .errors import SparsifyError
 
 MODEL_HELP = "package.module:callable or file.py:callable returning (model, example_inputs[, calibration]), or hf:PATH of a Hugging Face folder."
@@ -249,6 +249,7 @@ def bench(folder: Folder, model: MaybeModel = None,
 
 
 app.command("tune")(cli_tune.tune)
+app.command("export")(cli_export.export)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

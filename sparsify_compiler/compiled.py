@@ -88,6 +88,24 @@ class CompiledModel(nn.Module):
 
         export(self, path, target)
 
+    def export_onnx(self, path: str | Path) -> None:
+        """Write the model as one ONNX file, weights dense.
+
+        Raises ModelError where a package is missing or an op has no form in ONNX, StorageError.
+        """
+        from .export_onnx import export_onnx
+
+        export_onnx(self, path)
+
+    def export_huggingface(self, path: str | Path, like: Any = None) -> None:
+        """Write config.json and model.safetensors, which from_pretrained loads; `like` is the model that was compiled, or its folder.
+
+        Raises ModelError where no configuration of its class has such weights, InputError, StorageError.
+        """
+        from .export_huggingface import export_huggingface
+
+        export_huggingface(self, path, like)
+
     def train(self, mode: bool = True) -> CompiledModel:
         """Stays in eval mode. Raises ModelError for mode=True."""
         if mode:

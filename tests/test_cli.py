@@ -85,7 +85,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_are_the_promised_verbs() -> None:
-    assert sorted(VERBS) == sorted(["compile", "report", "show", "why", "passes", "recipes", "targets", "estimate", "bench", "explain", "tune"])
+    there = ["compile", "report", "show", "why", "passes", "recipes", "targets", "estimate", "bench", "explain", "tune", "export"]
+    assert sorted(VERBS) == sorted(there)
 
 
 @pytest.mark.parametrize("verb", VERBS)

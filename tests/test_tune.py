@@ -81,8 +81,8 @@ def test_what_loses_early_is_timed_less_often(monkeypatch: pytest.MonkeyPatch) -
     forms: dict[str, Any] = dict.fromkeys(seconds, lambda: None)
     times = _tuning.race(forms, {"dense eager", "packed", "slow packed"})
     assert {name: timing.median for name, timing in times.items()} == seconds
-    assert [names for _, names in laps] == [list(seconds), ["dense eager", "packed", "fast", "close", "slow"],
-                                            ["dense eager", "packed", "fast", "close"]]
+    second = ["dense eager", "packed", "fast", "close", "slow"]
+    assert [names for _, names in laps] == [list(seconds), second, second[:-1]]
     assert [rounds for rounds, _ in laps] == [3, 5, 12]
 
 
