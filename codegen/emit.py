@@ -42,6 +42,13 @@ def argument(shape: Sequence[Expr], dtype: str) -> Buffer:
     return builder.match_buffer(builder.arg("", builder.handle()), tuple(shape), dtype, align=align)
 
 
+def strided(shape: Sequence[Expr], strides: Sequence[Expr]) -> Buffer:
+    """The next parameter: a float32 tensor of this shape and these strides, whose free variables it defines."""
+    if host.hosting():
+        return host.parameter(tuple(shape), "float32", 4, strides)
+    return builder.match_buffer(builder.arg("", builder.handle()), tuple(shape), "float32", strides=list(strides), align=4)
+
+
 def llvm(text: str) -> Any:
     """`with llvm(text):` the functions of this LLVM IR can be called by name, and are inlined where marked so."""
     return builder.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)

@@ -32,16 +32,20 @@ def hosting() -> bool:
     return _given.get() is not None
 
 
-def parameter(shape: tuple[Any, ...], dtype: str, align: int) -> Any:
-    """The next buffer, seen in this shape, whose free variables are defined here as int32."""
+def parameter(shape: tuple[Any, ...], dtype: str, align: int, strides: Sequence[Any] = ()) -> Any:
+    """The next buffer, seen in this shape, whose free variables are defined here as int32, as are its strides."""
     given = _given.get()
     assert given is not None
     buffers, defined = given
     buffer = next(buffers)
     for size, found in zip(shape, _seen(list(buffer.shape), len(shape)), strict=True):
-        if not any(size.same_as(one) for one in defined):
+        if not isinstance(size, int) and not any(size.same_as(one) for one in defined):
             builder.Bind(_int32(found), var=size)
             defined.append(size)
+    step = tirx.const(1, "int32")
+    for stride, size in reversed(list(zip(strides, shape, strict=True)) if strides else []):
+        builder.Bind(step, var=stride)
+        step = stride * size
     return builder.decl_buffer(shape, dtype, data=buffer.data, align=align)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from sparsify_compiler.codegen.bound import Laid
 from sparsify_compiler.codegen.targets import tvm_target
+from sparsify_compiler.codegen.whole_graph_planes import LaidPlanes
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
 
@@ -36,6 +37,16 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """A convolution with what follows it: laid out for the target and for images of one size, its input, and what is added to it."""
+
+    name: str
+    laid: LaidPlanes
+    x: fx.Node
+    other: fx.Node | None = None
+
+
+@dataclass(frozen=True)
 class Input:
     """A tensor that a function is called with; each dimension a number or the name of a symbol."""
 
@@ -49,7 +60,7 @@ class Function:
     """A graph in normal form, to become a function of the library. It is changed: give a private copy.
 
     tensors    name of a stored tensor, as get_attr nodes have it -> the tensor
-    products   node -> the product that gives its value
+    products   node -> the product or the convolution that gives its value
     computed   nodes whose values products compute on their way
     """
 
@@ -58,7 +69,7 @@ class Function:
     tensors: Callable[[str], Tensor]
     inputs: Sequence[Input]
     outputs: Sequence[str]
-    products: Mapping[fx.Node, Product] = field(default_factory=dict)
+    products: Mapping[fx.Node, Product | Convolution] = field(default_factory=dict)
     computed: frozenset[fx.Node] = frozenset()
 
 

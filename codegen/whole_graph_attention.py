@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from tvm import tirx
+from tvm import relax, tirx
 
 from sparsify_compiler.codegen.kernels.attend_dense import AttendDense
+from sparsify_compiler.codegen.kernels.cache_write import CacheWrite
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
 from sparsify_compiler.target import Target
 
@@ -24,6 +25,9 @@ def attend(graph: GraphImporter, node: fx.Node) -> Any:
     """scaled_dot_product_attention in float32."""
     query, key, value, mask, dropout, causal, scale, grouped = _arguments(node)
     sizes = [one.meta["val"] for one in (query, key, value)]
+    if all(one.dim() == 4 for one in sizes):
+        key, value, grouped = _before_repeats(key, value, grouped)
+        sizes = [one.meta["val"] for one in (query, key, value)]
     heads, groups, width, value_width = sizes[0].shape[1], sizes[1].shape[1], sizes[0].shape[-1], sizes[2].shape[-1]
     static = all(isinstance(size, int) for size in (heads, groups, width, value_width))
     if not static or dropout or any(one.dtype is not torch.float32 or one.dim() != 4 for one in sizes) or (heads != groups and not grouped):
@@ -44,6 +48,34 @@ def attend(graph: GraphImporter, node: fx.Node) -> Any:
     return result
 
 
+def attend_cached(graph: GraphImporter, node: fx.Node) -> Any:
+    """Causal attention of new tokens over a cache that they are written into, in place: (query, key, value, past, key cache, value cache, scale)."""
+    query, key, value, past, *caches, scale = node.args
+    target, given = graph.parts.target, [_as_it_lies(one) for one in (query, key, value)]  # type: ignore[arg-type]
+    sizes: list[Any] = [one.meta["val"].shape for one in (query, key, value)]  # type: ignore[union-attr]
+    heads, groups, width, value_width = sizes[0][1], sizes[1][1], sizes[0][3], sizes[2][3]
+    written = [_written(graph, cache, one, past, groups, size[3]) for cache, one, size in zip(caches, given[1:], sizes[1:], strict=True)]
+    out = _turned(node)
+    lies = given[0][1], "bhsd", "bhsd", "bhsd" if out is node else "bshd"
+    schedule = AttendDense(width, value_width, heads, groups, 1 / math.sqrt(width) if scale is None else float(scale), True,  # type: ignore[arg-type]
+                           Mask(), lies, True, *registers(target), workers=target.cores)
+    from sparsify_compiler.codegen.whole_graph_convert import one_kernel
+
+    result = one_kernel(graph, schedule, [graph.value(given[0][0]), *written, graph.value(past)], graph.shape(out))
+    if out is not node:
+        graph.env[out] = result
+    return result
+
+
+def _written(graph: GraphImporter, cache: Any, new: tuple[fx.Node, str], past: Any, groups: int, width: int) -> Any:
+    """The cache with new rows in it."""
+    from sparsify_compiler.codegen.whole_graph_convert import kernel_of
+
+    inputs = [graph.value(one) for one in (cache, new[0], past)]
+    kernel = kernel_of(graph, CacheWrite(width, groups, new[1], graph.parts.target.cores), inputs, ())
+    return graph.block_builder.emit(relax.op.call_tir_inplace(kernel, inputs, 0, inputs[0].ty))
+
+
 def registers(target: Target) -> tuple[int, int, int]:
     """Lanes, vectors of rows, and keys together, that fill the registers of a target: sums in about half of them."""
     lanes = target.vector_bytes // 4
@@ -60,6 +92,23 @@ def _as_it_lies(node: fx.Node) -> tuple[fx.Node, str]:
     if node.target is aten.transpose.int and {dim % 4 for dim in _transposed(node)} == {1, 2}:
         return node.args[0] if node.args else node.kwargs["self"], "bshd"  # type: ignore[return-value]
     return node, "bhsd"
+
+
+def _before_repeats(key: fx.Node, value: fx.Node, grouped: bool) -> tuple[fx.Node, fx.Node, bool]:
+    """Keys and values before each was repeated for the heads that share it, where both were."""
+    found = [_repeated(one) for one in (key, value)]
+    return (key, value, grouped) if None in found else (found[0], found[1], True)  # type: ignore[return-value]
+
+
+def _repeated(node: fx.Node) -> fx.Node | None:
+    """x [B, G, S, D] of reshape(expand(unsqueeze(x, 2)))."""
+    chain = [node]
+    for target in (aten.reshape.default, aten.expand.default, aten.unsqueeze.default):
+        if chain[-1].target is not target:
+            return None
+        chain.append(chain[-1].all_input_nodes[0])
+    source, wide = chain[-1].meta["val"].shape, chain[1].meta["val"].shape
+    return chain[-1] if len(source) == 4 and len(wide) == 5 and wide[1] == source[1] and wide[4] == source[3] else None
 
 
 def _transposed(node: fx.Node) -> tuple[int, int]:

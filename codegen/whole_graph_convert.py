@@ -12,10 +12,12 @@ from tvm import relax
 
 from sparsify_compiler.codegen.host import within
 from sparsify_compiler.codegen.kernels.finish import finish_of
+from sparsify_compiler.codegen.kernels.mean_rows import MeanRows
 from sparsify_compiler.codegen.kernels.norm_rows import NormRows
 from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
 from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
-from sparsify_compiler.codegen.whole_graph_attention import attend
+from sparsify_compiler.codegen.whole_graph import Convolution
+from sparsify_compiler.codegen.whole_graph_attention import attend, attend_cached
 from sparsify_compiler.codegen.whole_graph_functions import Parameter, chosen, intervals
 
 if TYPE_CHECKING:
@@ -33,18 +35,23 @@ def _declared(value: Any) -> Parameter:
 def one_kernel(graph: GraphImporter, schedule: Any, inputs: list[Any], shape: list[Any], dtype: str = "float32") -> Any:
     """The result of one kernel on these values."""
     out = Parameter(tuple(size if isinstance(size, int) else None for size in shape), dtype)
+    return graph.call(kernel_of(graph, schedule, inputs, (out,)), inputs, shape, dtype)
 
+
+def kernel_of(graph: GraphImporter, schedule: Any, inputs: list[Any], outputs: tuple[Parameter, ...]) -> Any:
+    """The function of the module that is this one kernel."""
     def emit(buffers: list[Any]) -> None:
         with within(buffers):
             schedule.compute()
 
-    kernel = graph.parts.kernel(repr(schedule), [*map(_declared, inputs), out], emit, schedule.name)
-    return graph.call(kernel, inputs, shape, dtype)
+    return graph.parts.kernel(repr(schedule), [*map(_declared, inputs), *outputs], emit, schedule.name)
 
 
 def product(graph: GraphImporter, node: fx.Node) -> Any:
-    """A linear layer, by the variant of its kernels for the number of rows."""
+    """A linear layer, by the variant of its kernels for the number of rows; or a convolution."""
     found = graph.source.products[node]
+    if isinstance(found, Convolution):
+        return _convolution(graph, node, found)
     laid = found.laid
     x = graph.value(found.x)
     state = [graph.parameter(f"{found.name}:{part}", getattr(laid.prepared, part)) for part in laid.prepared.STATE]
@@ -57,6 +64,50 @@ def product(graph: GraphImporter, node: fx.Node) -> Any:
     any_size = [Parameter((None,) * len(one.shape), one.dtype) for one in map(_declared, inputs)]    # layers of all sizes share their code
     kernel = graph.parts.kernel(key, [*any_size, out], lambda buffers: chosen(laid.variants, buffers, low, high), "product")
     return graph.call(kernel, inputs, shape, out.dtype)
+
+
+def _convolution(graph: GraphImporter, node: fx.Node, found: Convolution) -> Any:
+    state = [graph.parameter(f"{found.name}:{part}", tensor) for part, tensor in found.laid.state.items()]
+    x = graph.value(found.x)
+    inputs = [*state, x, *(() if found.other is None else (graph.value(found.other),))]
+    any_size = [Parameter((None,) * len(one.shape), one.dtype) for one in map(_declared, inputs)]
+    schedule = found.laid.schedule
+
+    def emit(buffers: list[Any]) -> None:
+        with within(buffers):
+            schedule.compute()
+
+    kernel = graph.parts.kernel(repr(schedule), [*any_size, Parameter((None,) * 4, "float32")], emit, "convolution")
+    return graph.call(kernel, inputs, graph.shape(node))
+
+
+def _mean(graph: GraphImporter, node: fx.Node) -> Any:
+    """The mean over the last dimensions."""
+    x, given = node.args[0], node.args[1] if len(node.args) > 1 else None
+    shape: list[Any] = graph.shape(x)  # type: ignore[arg-type]
+    dims = sorted(dim % len(shape) for dim in (given if isinstance(given, list | tuple) else range(len(shape))))
+    sizes = [shape[dim] for dim in dims]
+    if not dims or dims != list(range(dims[0], len(shape))) or not all(isinstance(size, int) for size in sizes) or not _is_float(node):
+        return graph.plain(node)
+    return _pooled(graph, x, math.prod(sizes), shape[: dims[0]], graph.shape(node))
+
+
+def _pool(graph: GraphImporter, node: fx.Node) -> Any:
+    """Adaptive pooling to one pixel is the mean of a plane."""
+    x, out = node.args[:2]
+    shape: list[Any] = graph.shape(x)  # type: ignore[arg-type]
+    if list(out if isinstance(out, list | tuple) else [out]) not in ([1, 1], [1]) or not all(isinstance(n, int) for n in shape[-2:]):  # type: ignore[comparison-overlap]
+        return graph.plain(node)
+    return _pooled(graph, x, math.prod(shape[-2:]), shape[:-2], graph.shape(node))
+
+
+def _pooled(graph: GraphImporter, x: Any, size: int, outer: list[Any], shape: list[Any]) -> Any:
+    rows = graph.block_builder.emit(relax.op.reshape(graph.value(x), [*outer, size]))
+    return _in_shape(graph, one_kernel(graph, MeanRows(size, graph.parts.target.cores), [rows], outer), shape)
+
+
+def _in_shape(graph: GraphImporter, value: Any, shape: list[Any]) -> Any:
+    return graph.block_builder.emit(relax.op.reshape(value, shape))
 
 
 def _rows(graph: GraphImporter, x: fx.Node) -> tuple[int, int | None]:
@@ -169,5 +220,6 @@ CONVERTERS: Mapping[str, Callable[[GraphImporter, fx.Node], Any]] = {
     **{f"{name}.default": _activation for name in ACTIVATIONS},
     "reshape.default": _view, "view.default": _view, "flatten.using_ints": _view, "unflatten.int": _view, "unsqueeze.default": _view,
     "squeeze.dim": _view, "squeeze.dims": _view, "squeeze.default": _view, "expand.default": _expand, "sym_size.int": _size_of, "select.int": _select,
-    "slice.Tensor": _slice, "embedding.default": _embedding, "scaled_dot_product_attention.default": attend,
+    "slice.Tensor": _slice, "embedding.default": _embedding, "mean.dim": _mean, "adaptive_avg_pool2d.default": _pool,
+    "scaled_dot_product_attention.default": attend, "attend_cached": attend_cached,
 }  # fmt: skip

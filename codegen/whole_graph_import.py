@@ -75,6 +75,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
             for size, seen in zip(given.shape, node.meta["val"].shape, strict=True):
                 if isinstance(size, str):
                     size = self.named.setdefault(size, tirx.Var(size, "int64"))
+                if isinstance(seen, torch.SymInt):
                     self.symbols[seen.node.expr] = size
                 shape.append(size)
             var = relax.Var(given.name, relax.TensorType(shape, given.dtype))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,8 @@ from torch.utils import _pytree as pytree
 from .artefact_manifest import MANIFEST, versions
 from .compiled import CompiledModel
 from .errors import ModelError
-from .library_products import Products
+from .library_cached import CAPACITY, PAST, with_cache
+from .library_products import ROWS, Products
 from .program import InputSpec, Program, Region, TensorSpec, get_tensor
 from .storage import sha256, write_safetensors, writing
 from .target import Target, host, resolve
@@ -28,20 +31,23 @@ if TYPE_CHECKING:
     from .codegen.whole_graph import Library
 
 LIBRARY, WEIGHTS, RUNNER, KIND, FORMAT = "model.so", "weights.safetensors", "run.py", "library", 1
+DECODED = (1,)      # rows of x that the layers of a model with a cache are laid out for: most are those of one token
 ALIGNED = 64        # bytes that the kernels' tensors start at multiples of
 
 
-def export(compiled: CompiledModel, path: str | Path, target: str | Target | None = None) -> None:
+def export(compiled: CompiledModel, path: str | Path, target: str | Target | None = None, *, cache: bool = False) -> None:
     """Write the folder `path`, whole or not at all, replacing a library that is there.
 
     target  the machine to run on, which need not be this one; by default the one that the model was compiled for
+    cache   a language model with its key-value cache as arguments, which are changed in place: functions "prefill" and "decode" instead of "main",
+            which give the logits of the last token (library_cached.py)
 
     Raises ModelError (captured in parts, an input that is no tensor), KernelError (an operator without a translation, no C compiler), TargetError,
     StorageError.
     """
     for_target = resolve(target) if target is not None else compiled.target or host()
     with torch.no_grad():
-        library = _compile(compiled.program, for_target)
+        library = _compile(compiled.program, for_target, cache)
         with writing(Path(path), replaceable=is_library) as folder:
             _write(library, compiled.program, folder)
 
@@ -54,15 +60,32 @@ def is_library(folder: Path) -> bool:
         return False
 
 
-def _compile(program: Program, target: Target) -> Library:
-    from .codegen.whole_graph import Function, compile_graphs
+def _compile(program: Program, target: Target, cache: bool) -> Library:
+    from .codegen.whole_graph import Input, compile_graphs
 
-    region = _whole(program).clone()
-    products = Products(region, target)
-    spec = region.spec
-    function = Function("main", region.graph, lambda name: get_tensor(region.module, name), _inputs(spec), output_names(spec), products.found,
-                        frozenset(products.computed))
-    return compile_graphs([function], spec.ranges, target)
+    whole = _whole(program)
+    if not cache:
+        functions = _functions(whole, target, {"main": _inputs(whole.spec)}, output_names(whole.spec), ROWS)
+        return compile_graphs(functions, whole.spec.ranges, target)
+    made, ids = with_cache(whole), _inputs(whole.spec)[0]
+    batch = ids.shape[0]
+    more = [Input(PAST, (1,), "int64"),
+            *(Input(name, (batch, groups, CAPACITY, width), "float32") for name, (groups, width) in made.caches.items())]
+    given = {"prefill": [ids, *more], "decode": [replace(ids, shape=(batch, 1)), *more]}
+    return compile_graphs(_functions(made.region, target, given, ["logits"], DECODED), whole.spec.ranges, target)
+
+
+def _functions(region: Region, target: Target, inputs: Mapping[str, list[Any]], outputs: list[str], rows: tuple[int, ...]) -> list[Any]:
+    """Functions of the same graph, for inputs of several shapes; they share their laid out weights."""
+    from .codegen.whole_graph import Function
+
+    region = region.clone()
+    products, functions = Products(region, target, rows), []
+    for name, given in inputs.items():
+        copy = region.clone()
+        found, computed = products.within(copy)
+        functions.append(Function(name, copy.graph, lambda tensor: get_tensor(region.module, tensor), given, outputs, found, computed))
+    return functions
 
 
 def _whole(program: Program) -> Region:
@@ -95,7 +118,9 @@ def _write(library: Library, program: Program, folder: Path) -> None:
     library.write(folder / LIBRARY)
     write_safetensors(folder / WEIGHTS, library.parameters, ALIGNED)
     shutil.copyfile(Path(__file__).parent / "codegen" / "deploy" / RUNNER, folder / RUNNER)
-    ranges = program.regions[""].spec.ranges
+    ranges = dict(program.regions[""].spec.ranges)
+    if "prefill" in library.functions:
+        ranges[CAPACITY] = (1, None)
     data = {
         "format": FORMAT, "kind": KIND, "target": library.target.to_json(), "versions": versions(), "functions": library.functions,
         "symbols": {name: list(limits) for name, limits in ranges.items()}, "reference": list(library.reference),

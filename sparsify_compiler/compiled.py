@@ -79,14 +79,16 @@ class CompiledModel(nn.Module):
 
         save(self, path)
 
-    def export(self, path: str | Path, target: str | Target | None = None) -> None:
+    def export(self, path: str | Path, target: str | Target | None = None, *, cache: bool = False) -> None:
         """Write the model as one library and its weights, which run without PyTorch, from Python, C or C++, on the target: by default this model's.
+
+        cache  a language model with its key-value cache as arguments: functions "prefill" and "decode"
 
         Raises ModelError, KernelError, TargetError, StorageError.
         """
         from .artefact_library import export
 
-        export(self, path, target)
+        export(self, path, target, cache=cache)
 
     def export_onnx(self, path: str | Path) -> None:
         """Write the model as one ONNX file, weights dense.

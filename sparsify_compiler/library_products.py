@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from .epilogue import Epilogue, epilogue_of, epilogues
 from .errors import KernelError
 from .formats.bsr import Bsr
+from .normal_form_edit import argument
 from .operands import input_of, is_stored, operands, operator_of, packed_operator, packed_weight
 from .program import Region
 from .target import Target
@@ -21,16 +22,20 @@ if TYPE_CHECKING:
     from .codegen.whole_graph import Product
 
 aten = torch.ops.aten
-ROWS = (1, 128)     # numbers of rows of x that a layer is laid out for where they vary
+ROWS = (1, 128)
 DENSE_ROWS = {"x86_64": 16, "aarch64": 4}   # outputs that share a load of x in the dense form: their sums fit in the registers
 
 
 @dataclass
 class Products:
-    """Every linear layer of a region with its kernels; `computed` are the nodes that these compute on their way."""
+    """Every linear layer and convolution of a region with its kernels; `computed` are the nodes that these compute on their way.
+
+    rows   numbers of rows of x that a layer is laid out for, where they vary
+    """
 
     region: Region
     target: Target
+    rows: tuple[int, ...] = ROWS
     found: dict[fx.Node, Product] = field(default_factory=dict)
     computed: set[fx.Node] = field(default_factory=set)
     _layouts: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
@@ -43,6 +48,15 @@ class Products:
             for node in list(self.region.graph.nodes):
                 if _is_linear(node):
                     self._add(node)
+                elif _is_convolution(node):
+                    self._add_convolution(node)
+
+    def within(self, region: Region) -> tuple[dict[fx.Node, Any], frozenset[fx.Node]]:
+        """The same for a copy of the region: `found` and `computed` of its nodes."""
+        nodes = {node.name: node for node in region.graph.nodes}
+        moved = {nodes[node.name]: replace(one, x=nodes[one.x.name], other=None if one.other is None else nodes[one.other.name])
+                 for node, one in self.found.items()}
+        return moved, frozenset(nodes[node.name] for node in self.computed)
 
     def _add(self, node: fx.Node) -> None:
         from .codegen.whole_graph import Product
@@ -51,6 +65,30 @@ class Products:
         last = epilogue.nodes[-1] if epilogue.nodes else node
         self.found[last] = Product(self._name(node, laid), laid, input_of(node), epilogue.other)
         self.computed.update((node, *epilogue.nodes))
+        self.computed.discard(last)
+
+    def _add_convolution(self, node: fx.Node) -> None:
+        from .codegen.whole_graph import Convolution
+        from .codegen.whole_graph_planes import lay
+
+        x, pads = _padded(node)
+        size = x.meta["val"].shape[1:]
+        if not all(isinstance(one, int) for one in size) or node.meta["val"].dtype is not torch.float32:
+            return
+        tensors, attributes, bias = operands(self.region, node)
+        plain = {name: value for name, value in attributes.items() if name not in ("add", "activation", "arguments")}
+        for epilogue in reversed(epilogues(node, self.computed)):
+            try:
+                laid = lay(operator_of(node), tensors, plain | epilogue.attributes(), bias, self.target, size, pads)
+                break
+            except KernelError:
+                continue  # no kernel has this activation
+        else:
+            return
+        last = epilogue.nodes[-1] if epilogue.nodes else node
+        self.found[last] = Convolution(f"{self._weight(node)}/{node.name}", laid, x, epilogue.other)
+        given = input_of(node)
+        self.computed.update((node, *epilogue.nodes), (given,) if given is not x and len(given.users) == 1 else ())
         self.computed.discard(last)
 
     def _laid(self, node: fx.Node) -> tuple[Epilogue, Laid]:
@@ -71,7 +109,7 @@ class Products:
         from .codegen.runtime import candidates
 
         tensors, attributes, _ = operands(self.region, node)
-        dtype, rows = node.meta["val"].dtype, _rows(node)
+        dtype, rows = node.meta["val"].dtype, _rows(node) or self.rows
         shared = self._layouts.setdefault(self._weight(node), {})
         sources = [(operator_of(node), tensors, attributes, shared)] if packed_operator(node) else []
         weight = packed_weight(self.region, node) if packed_operator(node) else tensors["weight"]
@@ -110,12 +148,30 @@ def _is_linear(node: fx.Node) -> bool:
     return node.target is aten.linear.default and is_stored(node.kwargs.get("weight"))
 
 
+def _is_convolution(node: fx.Node) -> bool:
+    """Of images, with a stored weight, dense or packed."""
+    if packed_operator(node) == "conv2d":
+        return True
+    return node.target is aten.conv2d.default and is_stored(node.kwargs.get("weight"))
+
+
+def _padded(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
+    """What a convolution reads before it is padded with zeros, and by how much at the left, right, top and bottom."""
+    given = input_of(node)
+    if given.target is not aten.pad.default or argument(given, "mode") != "constant" or argument(given, "value") not in (None, 0.0):
+        return given, (0, 0, 0, 0)
+    pads: Any = given.kwargs["pad"]
+    if len(pads) != 4 or min(pads) < 0:
+        return given, (0, 0, 0, 0)
+    return given.kwargs["self"], tuple(pads)  # type: ignore[return-value]
+
+
 def _rows(node: fx.Node) -> tuple[int, ...]:
-    """Numbers of rows of x to expect."""
+    """The number of rows of x, where that is fixed."""
     sizes = input_of(node).meta["val"].shape[:-1]
     if all(isinstance(size, int) for size in sizes):
         return (int(torch.Size(sizes).numel()),)
-    return ROWS
+    return ()
 
 
 def _dense(weight: Tensor, target: Target) -> tuple[str, dict[str, Tensor], dict[str, int]]:

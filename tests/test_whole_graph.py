@@ -9,20 +9,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from whole_graph_help import build_example, compiled_encoder, example, inputs, runner
 
-import sparsify_compiler as sc
-from sparsify_compiler.capture import capture
 from sparsify_compiler.codegen.whole_graph import compiler_for
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.errors import KernelError, ModelError, StorageError
-from sparsify_compiler.passes_api import Context
 from sparsify_compiler.target import host
 
 try:
@@ -31,43 +28,9 @@ except KernelError as error:
     pytest.skip(f"needs a linker: {error}", allow_module_level=True)
 
 
-class Encoder(nn.Module):
-    """One layer of an encoder: embeddings, attention under a mask of keys, a gated and a plain activation, norms of both kinds, an odd size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.places = nn.Embedding(50, 32), nn.Parameter(torch.randn(20, 32))
-        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
-        self.before, self.after = nn.LayerNorm(32), nn.RMSNorm(32)
-        self.up, self.gate, self.down, self.head = nn.Linear(32, 48), nn.Linear(32, 48, bias=False), nn.Linear(48, 32), nn.Linear(32, 5)
-
-    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        x = self.before(self.words(ids) + self.places[: ids.shape[1]])
-        q, k, v = (layer(x).unflatten(-1, (2, 16)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        x = self.after(x + self.o(mixed.transpose(1, 2).flatten(2)))
-        x = x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
-        return {"hidden": x, "scores": self.head(x[:, 0]).softmax(-1)}
-
-
-def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    mask = torch.arange(length) < torch.arange(length, 0, -1)[:batch, None].clamp(min=1)
-    return torch.randint(0, 50, (batch, length)), mask
-
-
 @pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    torch.manual_seed(0)
-    return Encoder().eval()
-
-
-@pytest.fixture(scope="module")
-def compiled(encoder: Encoder) -> CompiledModel:
-    """Half of its layers sparse, in blocks, the others dense."""
-    both = {0: "batch", 1: "length"}
-    program = capture(encoder, inputs(2, 6), {"ids": both, "mask": both})
-    passes = sc.Pipeline.parse("mask_weights(score=magnitude, structure='16x1', density=0.5, targets=('up', 'gate', 'o')) | pack()")
-    return CompiledModel(passes.run(program, Context()))
+def compiled() -> CompiledModel:
+    return compiled_encoder()
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +38,6 @@ def folder(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("whole") / "encoder"
     compiled.export(path)
     return path
-
-
-def runner(folder: Path) -> ModuleType:
-    """The folder's own run.py."""
-    spec = importlib.util.spec_from_file_location("exported_run", folder / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def close(found: Any, expected: Tensor) -> None:
@@ -226,3 +179,39 @@ def test_a_folder_of_something_else_is_left_alone(compiled: CompiledModel, tmp_p
     with pytest.raises(StorageError):
         compiled.export(tmp_path)
     assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ example program."""
+    if shutil.which("make") is None or shutil.which("g++") is None:
+        pytest.skip("needs make and g++")
+    return build_example(tmp_path_factory.mktemp("cpp"), host())
+
+
+def test_from_c_plus_plus(program: Path, folder: Path, compiled: CompiledModel, tmp_path: Path) -> None:
+    ids, mask = inputs(3, 7)
+    found = example(program, folder, {"ids": ids, "mask": mask}, tmp_path)
+    with torch.no_grad():
+        expected = compiled(ids, mask)
+    for name, value in expected.items():
+        close(found[name], value)
+
+
+def test_what_c_plus_plus_refuses(program: Path, folder: Path, tmp_path: Path) -> None:
+    ids, mask = inputs(2, 6)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    for given, told in (({"ids": ids.int(), "mask": mask}, "ids has dtype int32, expected int64"), ({"ids": ids[0], "mask": mask}, "1 dimensions"),
+                        ({"ids": ids[:, :5], "mask": mask}, "dimension 1 of mask is 6, expected length"), ({"words": ids}, "no input words")):
+        with pytest.raises(RuntimeError, match=told):
+            example(program, copy, given, tmp_path)
+    for name, kind in (("weights.safetensors", "changed"), ("model.so", "truncated"), ("manifest.json", "truncated"), ("model.so", "missing")):
+        damaged = Path(shutil.copytree(folder, tmp_path / f"{name} {kind}"))
+        _damage(damaged, name, kind)
+        with pytest.raises(RuntimeError, match=r"damaged|cannot be read"):
+            example(program, damaged, {}, tmp_path)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for facts, told in (({"arch": "riscv64"}, "this machine is"), ({"features": ["avx1024"]}, "lacks avx1024")):
+        (copy / "manifest.json").write_text(json.dumps({**manifest, "target": {**manifest["target"], **facts}}))
+        with pytest.raises(RuntimeError, match=told):
+            example(program, copy, {}, tmp_path)

@@ -100,8 +100,7 @@ def images(*sizes: Sequence[Any] | None) -> list[Images | None]:
     made = []
     for size in sizes:
         strides = [e.int32() for _ in range(4)]
-        made.append(None if size is None else (size, strides, e.builder.match_buffer(
-            e.builder.arg("", e.builder.handle()), tuple(size), "float32", strides=strides, align=4)))
+        made.append(None if size is None else (size, strides, e.strided(tuple(size), strides)))
     return [None if one is None else Images(e.builder.decl_buffer((one[0][0] * one[1][0],), "float32", data=one[2].data, align=4), *one[1][:2])
             for one in made]
 

@@ -48,8 +48,8 @@ def _body(how: NormRows) -> None:
 
 
 def _row(how: NormRows, x: Any, weight: Any, bias: Any, y: Any, row: Any) -> None:
-    mean = _mean(how, x, row, None) if how.centred else None
-    variance = _mean(how, x, row, e.zero() if mean is None else mean)
+    mean = mean_of(how.size, x, row) if how.centred else None
+    variance = mean_of(how.size, x, row, e.zero() if mean is None else mean)
     scale = e.let(e.constant(1.0, "float32") / tirx.sqrt(variance + e.constant(how.eps, "float32")))
 
     def value(place: Any, lanes: int) -> Any:
@@ -66,7 +66,7 @@ def _row(how: NormRows, x: Any, weight: Any, bias: Any, y: Any, row: Any) -> Non
     over_row(how.size, vectors, lambda place: e.store(y, value(place, 1), row, place))
 
 
-def _mean(how: NormRows, x: Any, row: Any, around: Any) -> Any:
+def mean_of(size: int, x: Any, row: Any, around: Any = None) -> Any:
     """The mean of a row, or of its squared distances from a number."""
     sums = [e.Register(LANES, e.broadcast(e.zero(), LANES)) for _ in range(4)]
     rest = e.stack(1, "float32")
@@ -83,6 +83,6 @@ def _mean(how: NormRows, x: Any, row: Any, around: Any) -> Any:
         for register, place in zip(sums, places, strict=False):
             register.set(register.get() + found(place, LANES))
 
-    over_row(how.size, vectors, lambda place: e.store(rest, e.load(rest, 0) + found(place, 1), 0))
+    over_row(size, vectors, lambda place: e.store(rest, e.load(rest, 0) + found(place, 1), 0))
     whole = (sums[0].get() + sums[1].get()) + (sums[2].get() + sums[3].get())
-    return e.let((total(whole, LANES) + e.load(rest, 0)) * e.constant(1.0 / how.size, "float32"))
+    return e.let((total(whole, LANES) + e.load(rest, 0)) * e.constant(1.0 / size, "float32"))

@@ -1,0 +1,184 @@
+"""A language model with its key-value cache as arguments: what a whole graph decodes with, where no library keeps a cache for it.
+
+The graph of a whole forward pass, in which positions and the causal mask are made from numbers of tokens, becomes one that takes how many tokens came
+before and every layer's cache: positions begin there, new keys and values are written into the caches in place, and attention reads those of all
+tokens so far. Nothing is taken on trust: the mask is compared with causality, and the rewritten graph, fed in pieces, with the whole one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .errors import ModelError
+from .executor import flat_function, part_function
+from .normal_form_edit import argument
+from .program import Region, TensorSpec
+
+aten = torch.ops.aten
+PAST, CAPACITY = "past", "capacity"
+SIZES = ((1, 1), (2, 5))    # (batch, tokens) at which masks are looked at
+TOLERANCE = 1e-4
+HINT = "export it without its cache, or compile it with input_ids alone, use_cache=False and dynamic tokens"
+
+
+def attend_cached(query: Tensor, key: Tensor, value: Tensor, past: Tensor, key_cache: Tensor, value_cache: Tensor, scale: float | None) -> Tensor:
+    """Causal attention of new tokens over all so far; the caches get the new keys and values, in place.
+
+    query [B, H, n, D], key [B, G, n, D], value [B, G, n, E], past [1] int64, key_cache [B, G, capacity, D], value_cache [B, G, capacity, E]
+    -> [B, H, n, E]
+    """
+    before, new = int(past[0]), query.shape[2]
+    key_cache[:, :, before:before + new], value_cache[:, :, before:before + new] = key, value
+    keys, values = (cache[:, :, : before + new].repeat_interleave(query.shape[1] // cache.shape[1], 1) for cache in (key_cache, value_cache))
+    mask = torch.arange(before + new) <= torch.arange(before, before + new)[:, None]
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+
+
+@dataclass
+class Cached:
+    """The rewritten region: its inputs are those of before, then `past` and the caches.
+
+    caches   name -> (groups, width) of each cache, in the order of the inputs
+    """
+
+    region: Region
+    caches: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def with_cache(original: Region) -> Cached:
+    """A copy of the region with caches. Raises ModelError where it is no causal language model of one input that can be rewritten."""
+    tensors = [leaf for leaf in original.spec.leaves if isinstance(leaf, TensorSpec)]
+    if len(tensors) != 1 or len(tensors[0].shape) != 2 or tensors[0].dtype is not torch.int64 or isinstance(tensors[0].shape[1], int):
+        raise ModelError("a cache is for models whose only input is token ids [batch, tokens], with tokens dynamic", hint=HINT)
+    made = Cached(original.clone())
+    region, graph = made.region, made.region.graph
+    attentions = [node for node in graph.nodes if node.target is aten.scaled_dot_product_attention.default]
+    if not attentions:
+        raise ModelError("there is no attention whose keys could be kept", hint=HINT)
+    place = next(node for node in reversed(graph.nodes) if node.op == "placeholder")
+    with graph.inserting_after(place):
+        past = place = _placeholder(graph, PAST, torch.empty(1, dtype=torch.int64, device="meta"))
+    for number, node in enumerate(attentions):
+        _check_causal(region, node)
+        place = _replace(made, node, number, past, place)
+    graph.eliminate_dead_code()
+    _move_positions(graph, past)
+    _keep_last_token(graph)
+    graph.lint()
+    _check_numbers(original, made)
+    return made
+
+
+def _placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
+    node = graph.placeholder(name)
+    node.meta = {"val": value, "by": "with_cache"}
+    return node
+
+
+def _check_causal(region: Region, node: fx.Node) -> None:
+    """Is the mask causality and nothing else, whatever the tokens are?"""
+    mask = argument(node, "attn_mask")
+    if mask is None:
+        if not argument(node, "is_causal"):
+            raise ModelError("an attention reads tokens that are still to come", where=node.name, hint=HINT)
+        return
+    source = [one for one in region.graph.nodes if one.op == "placeholder" and one.name != PAST][:1]
+    run = part_function(region, source, [mask])
+    for batch, tokens in SIZES:
+        for fill in (0, 1):
+            found = run(torch.full((batch, tokens), fill, dtype=torch.int64))[0]
+            allowed = found if found.dtype is torch.bool else found == 0
+            causal = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(*allowed.shape[:2], tokens, tokens)
+            if not torch.equal(allowed.expand_as(causal), causal):
+                raise ModelError("the mask of an attention is not causality alone", where=node.name, hint=HINT)
+
+
+def _replace(made: Cached, node: fx.Node, number: int, past: fx.Node, place: fx.Node) -> fx.Node:
+    """Put an attention with caches in the place of one without; the last placeholder."""
+    graph = made.region.graph
+    query, key, value = (argument(node, name) for name in ("query", "key", "value"))
+    caches, plain = [], []
+    for name, one in (("key", _ungrouped(key)), ("value", _ungrouped(value))):
+        _, groups, _, width = one.meta["val"].shape
+        if not (isinstance(groups, int) and isinstance(width, int)):
+            raise ModelError("heads or their widths vary", where=node.name, hint=HINT)
+        with graph.inserting_after(place):
+            place = _placeholder(graph, f"{name}_{number}", torch.empty((1, groups, 1, width), dtype=one.meta["val"].dtype, device="meta"))
+        made.caches[place.name] = groups, width
+        caches.append(place)
+        plain.append(one)
+    with graph.inserting_before(node):
+        new = graph.call_function(attend_cached, (query, *plain, past, *caches, argument(node, "scale")))
+    new.meta = {key: given for key, given in node.meta.items() if key in ("val", "path", "module")} | {"by": "with_cache"}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return place
+
+
+def _ungrouped(node: fx.Node) -> fx.Node:
+    """Keys or values before each was repeated for the heads that share it."""
+    expanded = node.kwargs.get("self") if node.target is aten.reshape.default else None
+    single = expanded.kwargs.get("self") if isinstance(expanded, fx.Node) and expanded.target is aten.expand.default else None
+    if not isinstance(single, fx.Node) or single.target is not aten.unsqueeze.default or single.kwargs["dim"] != 2:
+        return node
+    source = single.kwargs["self"]
+    assert isinstance(source, fx.Node)
+    return source if node.meta["val"].dim() == source.meta["val"].dim() == 4 else node
+
+
+def _move_positions(graph: fx.Graph, past: fx.Node) -> None:
+    """What counts tokens from 0 on counts from `past` on."""
+    for node in list(graph.nodes):
+        if node.target is aten.arange.default and isinstance(node.kwargs.get("end"), fx.Node) and argument(node.kwargs["end"], "dim") == 1:
+            with graph.inserting_after(node):
+                moved = graph.call_function(aten.add.Tensor, (), {"self": node, "other": past})
+            moved.meta = {"val": node.meta["val"], "by": "with_cache"}
+            node.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)  # type: ignore[misc]
+
+
+def _keep_last_token(graph: fx.Graph) -> None:
+    """The only output is what the last layer says of the last token: the layer computes nothing else."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    logits = output.args[0][0]  # type: ignore[index]
+    if not isinstance(logits, fx.Node) or logits.target is not aten.linear.default or logits.meta["val"].dim() != 3:
+        raise ModelError("the first output is not [batch, tokens, vocabulary] of a linear layer", where="output", hint=HINT)
+    source: Any = logits.kwargs["input"]
+    with graph.inserting_before(logits):
+        last = graph.call_function(aten.select.int, (), {"self": source, "dim": 1, "index": -1})
+    last.meta = {"val": source.meta["val"][:, -1], "by": "with_cache"}
+    logits.kwargs = {**logits.kwargs, "input": last}
+    logits.meta = {**logits.meta, "val": logits.meta["val"][:, -1]}
+    logits.meta.pop("kernel", None)
+    output.args = ((logits,),)
+
+
+def empty_caches(caches: Mapping[str, tuple[int, int]], batch: int, capacity: int) -> list[Tensor]:
+    """Caches of no token yet, float32."""
+    return [torch.zeros(batch, groups, capacity, width, dtype=torch.float32) for groups, width in caches.values()]
+
+
+def _check_numbers(original: Region, made: Cached) -> None:
+    """Does the model, fed in pieces, say what it says of the whole? Raises ModelError."""
+    tables = [node.kwargs["weight"].meta["val"].shape[0] for node in original.graph.nodes if node.target is aten.embedding.default]
+    ids = torch.randint(0, min(tables, default=2), (1, 7), generator=torch.Generator().manual_seed(0))
+    whole, cached = flat_function(_without_kernels(original)), flat_function(_without_kernels(made.region))
+    caches, past = empty_caches(made.caches, 1, 8), 0
+    for size in (4, 1, 2):
+        found = cached(ids[:, past:past + size], torch.tensor([past]), *caches)[0]
+        past += size
+        expected = whole(ids[:, :past])[0][:, -1]
+        if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.abs().max())):
+            raise ModelError("its positions or its mask depend on more than the number of tokens", where=f"token {past}", hint=HINT)
+
+
+def _without_kernels(region: Region) -> Region:
+    """The same graph by its portable operators."""
+    plain = region.clone()
+    for node in plain.graph.nodes:
+        node.meta.pop("kernel", None)
+    return plain

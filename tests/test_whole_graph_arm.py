@@ -1,0 +1,88 @@
+"""Exported libraries on 64-bit Arm under qemu, from Python and from C++: equal to torch here, small, and polite to processors that lack something."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from arm_emulator import PROCESSORS, missing, sysroot
+from whole_graph_help import build_example, compiled_encoder, example, inputs, libraries
+
+from sparsify_compiler.target import resolve
+
+pytestmark = pytest.mark.arm
+TARGET = "cortex-a76"
+MOST = 10_000_000   # bytes of the program and the libraries that it needs beside the model
+
+
+@pytest.fixture(scope="module")
+def site() -> Path:
+    if missing() or shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip(missing() or "needs aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)")
+    return sysroot.root() / "site"
+
+
+@pytest.fixture(scope="module")
+def folder(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("arm") / "encoder"
+    compiled_encoder().export(path, TARGET)
+    return path
+
+
+@pytest.fixture(scope="module")
+def program(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_example(tmp_path_factory.mktemp("arm_cpp"), resolve(TARGET), site)
+
+
+def emulated(processor: str, site: Path) -> list[Any]:
+    """The command that runs a program of that processor's."""
+    path = ":".join(str(one / "lib") for one in libraries(site))
+    variables = {"LD_LIBRARY_PATH": path, "PYTHONPATH": site, "PYTHONDONTWRITEBYTECODE": 1, "PYTHONNOUSERSITE": 1, "TVM_NUM_THREADS": 2}
+    return ["qemu-aarch64", "-cpu", processor, "-L", sysroot.root(), *(part for one in variables.items() for part in ("-E", f"{one[0]}={one[1]}"))]
+
+
+def expected(ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return compiled_encoder()(ids, mask)  # type: ignore[no-any-return]
+
+
+def agrees(found: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor) -> None:
+    for name, value in expected(ids, mask).items():
+        assert float((torch.from_numpy(found[name]) - value).abs().max()) <= 1e-4 * float(value.abs().max())
+
+
+def test_from_c_plus_plus(program: Path, folder: Path, site: Path, tmp_path: Path) -> None:
+    ids, mask = inputs(3, 7)
+    agrees(example(program, folder, {"ids": ids, "mask": mask}, tmp_path, emulated(PROCESSORS[TARGET], site), site), ids, mask)
+    assert sum(os.path.getsize(one) for one in (program, *(place / "lib" / f"lib{name}.so" for place, name in zip(libraries(site), (
+        "tvm_ffi", "tvm_runtime"), strict=True)))) < MOST
+
+
+def test_from_python(folder: Path, site: Path, tmp_path: Path) -> None:
+    ids, mask = inputs(2, 5)
+    python = sysroot.root() / f"usr/bin/python{sysroot.PYTHON}"
+    found = example(python, folder / "run.py", {"ids": ids, "mask": mask}, tmp_path, emulated(PROCESSORS[TARGET], site), site, [str(folder)])
+    agrees(found, ids, mask)
+
+
+def test_a_processor_that_lacks_instructions_says_so(program: Path, folder: Path, site: Path) -> None:
+    done = subprocess.run([*emulated("cortex-a53", site), program, folder], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "this machine lacks dotprod, fullfp16" in done.stderr
+    with pytest.raises(RuntimeError, match="this machine is aarch64"):
+        _here(folder, program, site)
+
+
+def _here(folder: Path, program: Path, site: Path) -> None:
+    """A library of this machine's kind, on the other one."""
+    copy = Path(shutil.copytree(folder, folder.parent / "other", dirs_exist_ok=True))
+    manifest = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(manifest.replace('"arch": "aarch64"', '"arch": "x86_64"'))
+    done = subprocess.run([*emulated(PROCESSORS[TARGET], site), program, copy], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
