@@ -48,11 +48,12 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor that a function is called with; each dimension a number or the name of a symbol."""
+    """A tensor that a function is called with; each dimension a number or the name of a symbol. `updated`: the function writes into it."""
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+    updated: bool = False
 
 
 @dataclass(frozen=True)

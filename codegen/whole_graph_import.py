@@ -64,8 +64,9 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
             self.block_builder.emit_func_output(output, [*inputs, *self.params_read.values()])
         outputs = [{"name": name, "dtype": _dtype_of(result), "shape": shape}
                    for name, result, shape in zip(self.source.outputs, results, shapes, strict=True)]
-        return {"inputs": [{"name": one.name, "dtype": one.dtype, "shape": list(one.shape)} for one in self.source.inputs], "outputs": outputs,
-                "parameters": list(self.params_read)}
+        given = [{"name": one.name, "dtype": one.dtype, "shape": list(one.shape)} | ({"updated": True} if one.updated else {})
+                 for one in self.source.inputs]
+        return {"inputs": given, "outputs": outputs, "parameters": list(self.params_read)}
 
     def _inputs(self) -> list[Any]:
         found = []

@@ -70,7 +70,7 @@ def _compile(program: Program, target: Target, cache: bool) -> Library:
     made, ids = with_cache(whole), _inputs(whole.spec)[0]
     batch = ids.shape[0]
     more = [Input(PAST, (1,), "int64"),
-            *(Input(name, (batch, groups, CAPACITY, width), "float32") for name, (groups, width) in made.caches.items())]
+            *(Input(name, (batch, groups, CAPACITY, width), "float32", updated=True) for name, (groups, width) in made.caches.items())]
     given = {"prefill": [ids, *more], "decode": [replace(ids, shape=(batch, 1)), *more]}
     return compile_graphs(_functions(made.region, target, given, ["logits"], DECODED), whole.spec.ranges, target)
 

@@ -87,6 +87,34 @@ class Model:
         found = self._functions[function](*tensors, self._parameters[function])
         return list(found) if len(self.manifest["functions"][function]["outputs"]) > 1 else [found]
 
+    def generate(self, ids: Any, tokens: int, stop: Sequence[int] = ()) -> Any:
+        """Greedy decoding with a model that was exported with its cache: ids [batch, n] int64 -> the new ones, [batch, up to `tokens`].
+
+        It ends early where every row has come to one of `stop`. The caches are as long as is needed, and are written in place.
+        """
+        facts = self._facts("prefill")
+        first, ids = facts["inputs"][0], self._numpy.ascontiguousarray(ids)
+        caches = self.caches(ids.shape[0], ids.shape[1] + tokens)
+        self._checked(facts, {first["name"]: ids, "past": self._numpy.zeros(1, dtype="int64"), **caches})
+        room, made = [self.tensor(one) for one in caches.values()], list[Any]()
+        past, given, function = self._numpy.zeros(1, dtype="int64"), ids, "prefill"
+        for _ in range(tokens):
+            logits = self._numpy.from_dlpack(self.call(function, [self.tensor(given), self.tensor(past), *room])[0])
+            past, given, function = past + given.shape[1], logits.argmax(-1).astype(first["dtype"])[:, None], "decode"
+            made.append(given)
+            if stop and self._numpy.isin(self._numpy.concatenate(made, 1), stop).any(1).all():
+                break
+        return self._numpy.concatenate(made, 1) if made else ids[:, :0]
+
+    def caches(self, batch: int, capacity: int) -> dict[str, Any]:
+        """Empty caches for so many rows of so many tokens, by name: arguments of "prefill" and "decode", which write into them."""
+        found = {}
+        for one in self._facts("decode")["inputs"]:
+            if one.get("updated"):
+                sizes = [{"capacity": capacity}.get(size, batch) if isinstance(size, str) else size for size in one["shape"]]
+                found[one["name"]] = aligned(self._numpy.zeros(sizes, dtype=one["dtype"]), self._numpy)
+        return found
+
     def tensor(self, value: Any) -> Any:
         """An array as a tensor that functions take, aligned; the same memory where that is possible."""
         array = self._numpy.ascontiguousarray(value)
@@ -106,7 +134,8 @@ class Model:
         return [self._one(one, inputs[one["name"]], sizes) for one in facts["inputs"]]
 
     def _one(self, wanted: Mapping[str, Any], value: Any, sizes: dict[str, int]) -> Any:
-        array, name = self._numpy.asarray(value), wanted["name"]
+        array, name = value if isinstance(value, self._numpy.ndarray) else self._numpy.from_dlpack(value) if hasattr(
+            value, "__dlpack__") else self._numpy.asarray(value), wanted["name"]
         if str(array.dtype) != wanted["dtype"]:
             raise LibraryError(f"{name} has dtype {array.dtype}, expected {wanted['dtype']}")
         if array.ndim != len(wanted["shape"]):
@@ -116,6 +145,9 @@ class Model:
             if size < low or (high is not None and size > high) or sizes.setdefault(str(expected), size) != size:
                 raise LibraryError(f"{name} has shape {list(array.shape)}, expected {wanted['shape']}"
                                    + (f" with {expected} from {low} to {high}" if isinstance(expected, str) else ""))
+        if wanted.get("updated") and (array.ctypes.data % ALIGNED or not array.flags.c_contiguous or not array.flags.writeable):
+            raise LibraryError(f"{name} is changed in place: it must be contiguous, start at a multiple of {ALIGNED} bytes, and be writeable; "
+                               "caches() makes such arrays")
         return self.tensor(array)
 
 
@@ -225,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", action="append", default=[], metavar="SYMBOL=SIZE", help="sizes of inputs that are not given: these are zeros")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write each output as NAME.npy")
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--generate", type=int, metavar="TOKENS", help="decode greedily, from --input input_ids=FILE.npy or one token 0")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--describe", action="store_true")
     options = parser.parse_args(arguments)
@@ -247,10 +280,9 @@ def run(options: argparse.Namespace) -> int:
     model = Model(options.folder, options.threads)
     loaded = time.perf_counter() - started
     given = {name: numpy.load(file) for name, _, file in (one.partition("=") for one in options.input)}
-    sizes = {name: int(size) for name, _, size in (one.partition("=") for one in options.size)}
-    for one in model._facts(options.function)["inputs"]:
-        if one["name"] not in given:
-            given[one["name"]] = numpy.zeros([sizes.get(size, 1) if isinstance(size, str) else size for size in one["shape"]], dtype=one["dtype"])
+    if options.generate:
+        return show_tokens(model, given, options.generate)
+    fill_in(model._facts(options.function)["inputs"], given, {name: int(size) for name, _, size in (one.partition("=") for one in options.size)})
     times = []
     for _ in range(max(1, options.repeat)):
         started = time.perf_counter()
@@ -262,6 +294,31 @@ def run(options: argparse.Namespace) -> int:
         if options.output:
             options.output.mkdir(parents=True, exist_ok=True)
             numpy.save(options.output / f"{name}.npy", value)
+    return 0
+
+
+def fill_in(inputs: Sequence[Mapping[str, Any]], given: dict[str, Any], sizes: Mapping[str, int]) -> None:
+    """Zeros for inputs that are not given."""
+    import numpy
+
+    for one in inputs:
+        if one["name"] not in given:
+            given[one["name"]] = numpy.zeros([sizes.get(size, 1) if isinstance(size, str) else size for size in one["shape"]], dtype=one["dtype"])
+
+
+def show_tokens(model: Model, given: Mapping[str, Any], tokens: int) -> int:
+    """Decode, and say how fast that was."""
+    import numpy
+
+    ids = next(iter(given.values()), numpy.zeros((1, 1), dtype="int64"))
+    model.generate(ids, 1)      # the first call allocates
+    times = []
+    for count in (1, tokens):
+        started = time.perf_counter()
+        made = model.generate(ids, count)
+        times.append(time.perf_counter() - started)
+    print(f"prompt of {ids.shape[1]} tokens {times[0] * 1e3:.1f} ms, then {max(0, tokens - 1) / max(times[1] - times[0], 1e-9):.1f} tokens/s")
+    print(" ".join(str(one) for one in made[0]))
     return 0
 
 

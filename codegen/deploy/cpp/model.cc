@@ -69,7 +69,7 @@ std::vector<Tensor> tensors(const ffi::Any& described) {
   std::vector<Tensor> found;
   for (const ffi::Any& one : described.cast<List>()) {
     Object facts = one.cast<Object>();
-    Tensor tensor{text(at(facts, "name")), dtype_of(text(at(facts, "dtype"))), {}};
+    Tensor tensor{text(at(facts, "name")), dtype_of(text(at(facts, "dtype"))), {}, facts.find(ffi::String("updated")) != facts.end()};
     for (const ffi::Any& size : at(facts, "shape").cast<List>()) {
       Dimension dimension;
       if (auto fixed = size.as<int64_t>()) dimension.size = *fixed;
@@ -205,6 +205,8 @@ ffi::Tensor Model::checked(const Tensor& wanted, const sparsify_tensor& given, s
       expected += " (from " + std::to_string(limits->second.low) + " to " + std::to_string(*limits->second.high) + ")";
     throw std::runtime_error("dimension " + std::to_string(i) + " of " + wanted.name + " is " + std::to_string(size) + ", expected " + expected);
   }
+  if (wanted.updated && reinterpret_cast<uintptr_t>(given.data) % ALIGNED)
+    throw std::runtime_error(wanted.name + " is changed in place: it must start at a multiple of 64 bytes");
   return tensor(given.data, ffi::ShapeView(given.shape, given.dimensions), dlpack(given.dtype), nullptr);
 }
 

@@ -25,6 +25,7 @@ struct Tensor {
   std::string name;
   int32_t dtype = 0;
   std::vector<Dimension> shape;
+  bool updated = false;  // the function writes into it
 };
 
 struct Limits {

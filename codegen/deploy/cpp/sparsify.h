@@ -64,7 +64,8 @@ const char* sparsify_output(const sparsify_model* model, const char* function, i
 const char* sparsify_symbol(const sparsify_model* model, const char* function, int input, int dimension);
 
 /* Run a function on inputs, in any order, told by their names. Outputs come in the function's own order, to be given to sparsify_release.
- * Inputs that start at a multiple of 64 bytes are read where they lie; others are copied first. Returns 0, or -1: see sparsify_last_error. */
+ * Inputs that start at a multiple of 64 bytes are read where they lie; others are copied first, but for caches, which functions change in place and
+ * which are refused. Returns 0, or -1: see sparsify_last_error. */
 int sparsify_run(sparsify_model* model, const char* function, const char* const* names, const sparsify_tensor* inputs, int input_count,
                  sparsify_tensor* outputs, int output_count);
 void sparsify_release(sparsify_tensor* outputs, int count);

@@ -1,0 +1,105 @@
+"""Kernels that only whole graphs use, each against torch: norms, softmax, means, activations, dense attention, caches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsify_compiler.codegen import build
+from sparsify_compiler.codegen.kernels.attend_dense import AttendDense
+from sparsify_compiler.codegen.kernels.cache_write import CacheWrite
+from sparsify_compiler.codegen.kernels.finish import Finish
+from sparsify_compiler.codegen.kernels.mask_dense import Mask
+from sparsify_compiler.codegen.kernels.mean_rows import MeanRows
+from sparsify_compiler.codegen.kernels.norm_rows import NormRows
+from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
+from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
+from sparsify_compiler.target import host
+
+
+def run(schedule: Any, *given: Tensor, like: Tensor) -> Tensor:
+    made = torch.full_like(like, math.nan)
+    build.load(schedule, host()).function(*given, made)
+    return made
+
+
+@pytest.mark.parametrize("size", [7, 193])
+@pytest.mark.parametrize("rows", [1, 200])
+def test_norms(size: int, rows: int) -> None:
+    x, weight, bias = torch.randn(rows, size) * 3 + 5, torch.randn(size), torch.randn(size)
+    layer = run(NormRows(size, 1e-5, True, True, True, 2), x, weight, bias, like=x)
+    torch.testing.assert_close(layer, F.layer_norm(x, (size,), weight, bias, 1e-5), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(run(NormRows(size, 1e-6, False, True, False, 2), x, weight, like=x), F.rms_norm(x, (size,), weight, 1e-6))
+    torch.testing.assert_close(run(MeanRows(size, 2), x, like=x[:, 0].contiguous()), x.mean(1))
+
+
+def test_a_norm_of_large_numbers_keeps_its_digits() -> None:
+    """A single pass over squares would lose them all."""
+    x = torch.randn(3, 64) + 4096
+    found = run(NormRows(64, 1e-5, True, False, False, 1), x, like=x)
+    torch.testing.assert_close(found, F.layer_norm(x.double(), (64,)).float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [16, 77])
+def test_softmax(size: int) -> None:
+    x = torch.randn(5, size) * 20
+    x[1, 0], x[2], x[3] = -math.inf, 1e30, -1e30
+    found = run(SoftmaxRows(size, 2), x, like=x)
+    torch.testing.assert_close(found, x.softmax(-1), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", [0, 1, 17, 40_000])
+def test_activations(count: int) -> None:
+    x, other = torch.randn(count), torch.randn(count)
+    torch.testing.assert_close(run(PointwiseFlat(Finish(True, "relu"), 2), x, other, like=x), (x + other).relu())
+
+
+ATTENTIONS = [  # (query heads, groups, width, value width, queries, keys, causal, mask, lies, (lanes, vectors, together))
+    (2, 2, 16, 16, 21, 21, False, "keys", "bshd", (16, 2, 8)), (4, 2, 20, 24, 9, 70, False, "all", "bhsd", (4, 4, 4)),
+    (3, 1, 8, 8, 40, 40, True, "", "bshd", (4, 4, 4)), (2, 1, 8, 12, 1, 130, False, "numbers", "bhsd", (8, 1, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ATTENTIONS)
+def test_attention(case: tuple[Any, ...]) -> None:
+    heads, groups, width, value_width, queries, keys, causal, kind, lies, registers = case
+    query, key, value = torch.randn(2, heads, queries, width), torch.randn(2, groups, keys, width), torch.randn(2, groups, keys, value_width)
+    mask, facts = None, Mask()
+    if kind == "keys":
+        mask, facts = torch.rand(2, 1, 1, keys) > 0.3, Mask("bool", (True, False, False))
+    if kind == "all":
+        mask, facts = torch.rand(1, heads, queries, keys) > 0.3, Mask("bool", (False, True, True))
+        mask[0, 0, 3] = False   # this row reads nothing, and is 0
+    if kind == "numbers":
+        mask, facts = torch.randn(1, 1, queries, keys), Mask("float32", (False, False, True))
+        mask[..., 5:9], mask[..., 9:11] = -math.inf, torch.finfo(torch.float32).min
+    repeated = [one.repeat_interleave(heads // groups, 1) for one in (key, value)]
+    expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=mask, is_causal=causal)
+    turn = (lambda x: x.transpose(1, 2).contiguous()) if lies == "bshd" else (lambda x: x)
+    schedule = AttendDense(width, value_width, heads, groups, width**-0.5, causal, facts, (lies,) * 4, False, *registers, workers=2)
+    given = [turn(one) for one in (query, key, value)] + ([] if mask is None else [mask])
+    torch.testing.assert_close(run(schedule, *given, like=turn(expected)), turn(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_over_a_cache() -> None:
+    """In pieces it is what it is of the whole; behind the last token anything may be in the cache."""
+    query, key, value = torch.randn(1, 2, 9, 8), torch.randn(1, 1, 9, 8), torch.randn(1, 1, 9, 8)
+    whole = F.scaled_dot_product_attention(query, key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1), is_causal=True)
+    caches, past = [torch.full((1, 1, 12, 8), math.nan) for _ in range(2)], 0
+    schedule = AttendDense(8, 8, 2, 1, 8**-0.5, True, Mask(), ("bhsd",) * 4, True, 4, 1, 2, 1)
+    write = build.load(CacheWrite(8, 1, "bhsd", 1), host()).function
+    for size in (4, 1, 3, 1):
+        part = [one[:, :, past:past + size].contiguous() for one in (query, key, value)]
+        for cache, new in zip(caches, part[1:], strict=True):
+            write(cache, new, torch.tensor([past]))
+        found = run(schedule, part[0], *caches, torch.tensor([past]), like=part[0])
+        torch.testing.assert_close(found, whole[:, :, past:past + size], rtol=1e-4, atol=1e-5)
+        past += size
+    write(caches[0], torch.ones(1, 1, 4, 8), torch.tensor([10]))    # rows without room are left out
+    assert caches[0][0, 0, 10:].eq(1).all()
+    assert not caches[0][0, 0, :9].eq(1).all()
