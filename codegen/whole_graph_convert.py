@@ -96,7 +96,7 @@ def _pool(graph: GraphImporter, node: fx.Node) -> Any:
     """Adaptive pooling to one pixel is the mean of a plane."""
     x, out = node.args[:2]
     shape: list[Any] = graph.shape(x)  # type: ignore[arg-type]
-    if list(out if isinstance(out, list | tuple) else [out]) not in ([1, 1], [1]) or not all(isinstance(n, int) for n in shape[-2:]):  # type: ignore[comparison-overlap]
+    if list(out if isinstance(out, list | tuple) else [out]) not in ([1, 1], [1]) or not all(isinstance(n, int) for n in shape[-2:]):
         return graph.plain(node)
     return _pooled(graph, x, math.prod(shape[-2:]), shape[:-2], graph.shape(node))
 

@@ -138,13 +138,13 @@ def _move_positions(graph: fx.Graph, past: fx.Node) -> None:
             with graph.inserting_after(node):
                 moved = graph.call_function(aten.add.Tensor, (), {"self": node, "other": past})
             moved.meta = {"val": node.meta["val"], "by": "with_cache"}
-            node.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)  # type: ignore[misc]
+            node.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
 
 
 def _keep_last_token(graph: fx.Graph) -> None:
     """The only output is what the last layer says of the last token: the layer computes nothing else."""
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    logits = output.args[0][0]  # type: ignore[index]
+    logits = output.args[0][0]
     if not isinstance(logits, fx.Node) or logits.target is not aten.linear.default or logits.meta["val"].dim() != 3:
         raise ModelError("the first output is not [batch, tokens, vocabulary] of a linear layer", where="output", hint=HINT)
     source: Any = logits.kwargs["input"]

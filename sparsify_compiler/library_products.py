@@ -19,7 +19,7 @@ from .target import Target
 
 if TYPE_CHECKING:
     from .codegen.bound import Laid
-    from .codegen.whole_graph import Product
+    from .codegen.whole_graph import Convolution, Product
 
 aten = torch.ops.aten
 ROWS = (1, 128)
@@ -36,7 +36,7 @@ class Products:
     region: Region
     target: Target
     rows: tuple[int, ...] = ROWS
-    found: dict[fx.Node, Product] = field(default_factory=dict)
+    found: dict[fx.Node, Product | Convolution] = field(default_factory=dict)
     computed: set[fx.Node] = field(default_factory=set)
     _layouts: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     _names: dict[int, tuple[str, Any]] = field(default_factory=dict)
