@@ -89,7 +89,7 @@ def undisturbed(run: Callable[[], Result], attempts: int = 4, share: float = 0.0
 def _rounds(forms: Mapping[Key, Callable[[], object]], rounds: int, at_most: float,
             before: Callable[[Callable[[], object]], object] | None = None) -> dict[Key, list[float]]:
     times: dict[Key, list[float]] = {name: [] for name in forms}
-    clock, end = time.perf_counter, time.perf_counter() + at_most
+    clock, end, settle = time.perf_counter, time.perf_counter() + at_most, _settling()
     for done in range(rounds):
         if done >= 3 and clock() > end:
             break
@@ -98,8 +98,17 @@ def _rounds(forms: Mapping[Key, Callable[[], object]], rounds: int, at_most: flo
                 before(form)
             start = clock()
             form()
+            if settle is not None:
+                settle()
             times[name].append((clock() - start) * 1e3)
     return times
+
+
+def _settling() -> Callable[[], object] | None:
+    """What waits for the work that was given to GPUs, where this process uses any."""
+    import torch
+
+    return torch.cuda.synchronize if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
 
 def _timing(values: list[float]) -> Timing:

@@ -23,6 +23,7 @@ from sparsify_compiler.codegen.cuda.sparse24 import CudaSparse24
 from sparsify_compiler.codegen.cuda.sparse_rows import CudaSparseRows
 from sparsify_compiler.codegen.cuda.strip_rows import CudaStripRows
 from sparsify_compiler.codegen.cuda.strips import CudaStrips
+from sparsify_compiler.codegen.cuda.strips_wide import CudaStripsWide
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.formats.csr import Csr
 from sparsify_compiler.target import Target, resolve
@@ -33,11 +34,13 @@ EVERY = [
     *[CudaGatherRows(dtype, rows, True, True) for dtype in ("bfloat16", "float16", "float32") for rows in (1, 2, 4)],
     CudaGatherRows("bfloat16", 1, source="float32"),
     *[CudaStrips(dtype, r, rows) for dtype in ("bfloat16", "float16") for r in (16, 32, 64, 128) for rows in (32, 128)],
-    *[CudaStripRows(dtype, r, rows) for dtype in ("bfloat16", "float16") for r in (16, 128) for rows in (1, 4)],
+    *[CudaStripsWide(r) for r in (16, 32, 64, 128)],
+    *[CudaStripRows(dtype, r, rows) for dtype in ("bfloat16", "float16", "float32") for r in (16, 128) for rows in (1, 4)],
     *[CudaSparse24(dtype, rows) for dtype in ("bfloat16", "float16") for rows in (32, 64, 128)],
     *[CudaSparseRows(dtype, index, rows, 4096) for dtype in ("bfloat16", "float16", "float32") for index in ("int16", "int32") for rows in (1, 4)],
     *[CudaSparseRows(dtype, "places", rows, 4096) for dtype in ("bfloat16", "float16") for rows in (1, 4)],
-    *[CudaAttendMany(dtype, width, width, warps, 64) for dtype in ("bfloat16", "float16") for width in (64, 96, 128) for warps in (1, 2, 4)],
+    *[CudaAttendMany(dtype, width, width, warps, 64 if warps > 1 else 32)
+      for dtype in ("bfloat16", "float16") for width in (64, 96, 128) for warps in (1, 2, 4)],
     *[CudaAttendFew(dtype, width, width) for dtype in ("bfloat16", "float16") for width in (64, 96, 128)],
     *[CudaGrouped(dtype, True, "silu", biased=True, raised=True, tall=tall) for dtype in ("bfloat16", "float16") for tall in (32, 128)],
     *[CudaGrouped(dtype, False, "", True, True, result="float32", tall=tall) for dtype in ("bfloat16", "float16") for tall in (32, 128)],

@@ -46,12 +46,13 @@ def by_mask(weight: Tensor, mask: Tensor, x: Tensor, bias: Tensor | None = None)
     return torch.nn.functional.linear(x.float(), product, None if bias is None else bias.float())
 
 
-@pytest.mark.parametrize(("r", "c", "rows", "dtype"), [(16, 1, 70, torch.bfloat16), (64, 4, 40, torch.float16), (32, 8, 3, torch.bfloat16)])
+@pytest.mark.parametrize(("r", "c", "rows", "dtype"), [(16, 1, 70, torch.bfloat16), (64, 4, 40, torch.float16), (32, 8, 3, torch.bfloat16),
+                                                     (32, 1, 70, torch.float32), (16, 4, 1, torch.float32)])
 def test_blocks(emulated: list[Any], r: int, c: int, rows: int, dtype: torch.dtype) -> None:
     mask, weight, x, bias = blocks(r, c, 0.4), numbers(N, K, dtype=dtype, scale=0.1), numbers(rows, K, dtype=dtype), numbers(N, dtype=dtype)
     layer = bound("linear_bsr", Bsr.encode(weight * mask, mask, r=r, c=c), bias)
     close(layer(x), by_mask(weight, mask, x, bias))
-    assert {one.name for one in emulated} == {"cuda_strip_rows" if rows < 5 else "cuda_strips"}
+    assert {one.name for one in emulated} == {"cuda_strip_rows" if rows < 5 else "cuda_strips_wide" if dtype is torch.float32 else "cuda_strips"}
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(2, torch.bfloat16), (37, torch.float16), (66, torch.bfloat16)])

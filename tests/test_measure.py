@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from sparsify_compiler import measure
 
@@ -31,6 +32,16 @@ def test_rivals_take_turns(clock: Clock) -> None:
     measure.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=4, warmup=1)
     assert calls[:6] == ["a", "b"] * 3
     assert calls.count("a") == calls.count("b")
+
+
+def test_work_given_to_a_gpu_is_waited_for(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a form costs there passes when it is waited for, not when it is called."""
+    def wait() -> None:
+        clock.now += 2e-3
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    assert measure.interleave({"form": lambda: None}, rounds=4, warmup=1)["form"].median == pytest.approx(2.0)
 
 
 def test_median_and_quartiles(clock: Clock) -> None:

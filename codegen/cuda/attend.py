@@ -58,7 +58,7 @@ def run(call: Any) -> tuple[Tensor, Tensor]:
         _few(given, numbers, together if together * queries <= ROWS else 1, call)
     else:
         warps = max(1, min(4, call.block_q // ROWS))
-        keys = 64 if call.block_k >= 64 else 32 if call.block_k >= 32 else 16
+        keys = 64 if call.block_k >= 64 and warps > 1 else 32 if call.block_k >= 32 else 16     # a lone warp copies them all: registers
         gpu.function(CudaAttendMany(name_of(query.dtype), width, last, warps, keys), query.device)(*given, *numbers)
     return out, lse
 

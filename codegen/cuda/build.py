@@ -28,6 +28,7 @@ from sparsify_compiler.target import Target
 HOME = Path(__file__).parent
 FUNCTION = "main_kernel"    # what TVM calls the device's part of "main"
 USED = re.compile(r"Used (\d+) registers")
+THREADS, SHARED = re.compile(r'launch_thread\("threadIdx.x", (\d+)\)'), re.compile(r'alloc_buffer\(\((\d+),\), "uint8", scope="shared.dyn"')
 SPILLED = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -38,16 +39,24 @@ class Source:
     host: bytes
     cuda: str
     description: bytes      # serialised, between format and code: see _device
-    tags: tuple[str, ...]   # what a launch is given behind the arguments: extents of blocks and threads, bytes of shared memory
+    block: Mapping[str, int]    # threads and bytes of shared memory
+    tags: tuple[str, ...]       # what a launch is given behind the arguments: extents of blocks and threads, bytes of shared memory
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a thread needs: registers, bytes of stack and of spills; none may spill."""
+    """What a kernel needs: registers of a thread, bytes of stack and of spills (none may spill); threads, and bytes of shared memory, of a block."""
 
     registers: int
     stack: int
     spills: int
+    threads: int
+    shared: int
+
+    def warps(self, registers: int = 1 << 16, shared: int = 227 << 10, most: int = 64) -> int:
+        """How many a processor holds at once, which has so many registers and bytes, and room for so many: those of Hopper."""
+        blocks = min(registers // (-(-self.registers // 8) * 8 * self.threads), shared // (self.shared + 1024), most * 32 // self.threads, 32)
+        return blocks * self.threads // 32
 
 
 def nvcc() -> str | None:
@@ -81,9 +90,10 @@ def compile_archive(schedule: cpu.Schedule, target: Target) -> bytes:
     compiler = require_nvcc(schedule.name)
     source = source_of(schedule)
     text = whole_text(source.cuda)
-    code, resources = _compiled(compiler, text, target.mcpu, schedule.name)
+    code, used = _compiled(compiler, text, target.mcpu, schedule.name)
+    resources = {**used, **source.block}
     files = {"host.so": host_library(source), "device": _device(source, code), "kernel.cu": text.encode(),
-             "resources.json": json.dumps(vars(resources)).encode()}
+             "resources.json": json.dumps(resources).encode()}
     return packed(files)
 
 
@@ -94,7 +104,8 @@ def source_of(schedule: cpu.Schedule) -> Source:
     with tempfile.TemporaryDirectory() as folder:
         try:
             target = tvm.target.Target({"kind": "cuda", "arch": "sm_80"}, host={"kind": "llvm", "mtriple": "x86_64-unknown-linux-gnu"})
-            made = tvm.compile(tvm.IRModule({"main": schedule.compute()}), target=target, tir_pipeline="tirx").mod
+            function = schedule.compute()
+            made = tvm.compile(tvm.IRModule({"main": function}), target=target, tir_pipeline="tirx").mod
             (device,) = made.imports
             cuda = device.inspect_source("cuda")
             blob = tvm.get_global_func("runtime.ModulePackImportsToTensor")(made).numpy().tobytes()
@@ -105,7 +116,7 @@ def source_of(schedule: cpu.Schedule) -> Source:
             raise KernelError(f"TVM could not compile it: {str(error).strip().splitlines()[-1]}", where=schedule.name,
                               hint="report this as a bug") from error
     description = _description(blob, cuda)
-    return Source(host, cuda[cuda.index('extern "C" __global__'):], description, _tags(description))
+    return Source(host, cuda[cuda.index('extern "C" __global__'):], description, _block(function.script()), _tags(description))
 
 
 def whole_text(cuda: str) -> str:
@@ -143,7 +154,13 @@ def unpacked(archive: bytes) -> dict[str, bytes]:
         raise KernelError(f"the kernel is damaged: {error}", where="cuda", hint="build it again") from error
 
 
-def _compiled(compiler: str, text: str, architecture: str, name: str) -> tuple[bytes, Resources]:
+def _block(script: str) -> dict[str, int]:
+    """Threads and shared memory, as the kernel's text asks for them."""
+    threads, shared = THREADS.search(script), SHARED.search(script)
+    return {"threads": int(threads[1]) if threads else 1, "shared": int(shared[1]) if shared else 0}
+
+
+def _compiled(compiler: str, text: str, architecture: str, name: str) -> tuple[bytes, dict[str, int]]:
     """Machine code, and what ptxas says about it. Raises KernelError."""
     with tempfile.TemporaryDirectory() as folder:
         path, made = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
@@ -155,7 +172,7 @@ def _compiled(compiler: str, text: str, architecture: str, name: str) -> tuple[b
             raise KernelError(f"nvcc refuses it: {lines[0].replace(folder, '')}", where=name, hint="report this as a bug")
         used, spilled = USED.search(done.stderr), SPILLED.search(done.stderr)
         stack, stores, loads = (int(number) for number in spilled.groups()) if spilled else (0, 0, 0)
-        return made.read_bytes(), Resources(int(used[1]) if used else 0, stack, stores + loads)
+        return made.read_bytes(), {"registers": int(used[1]) if used else 0, "stack": stack, "spills": stores + loads}
 
 
 # The format of TVM's serialised CUDA modules (src/backend/cuda/runtime/cuda_module.cc, SaveToBytes): format, description of the functions, code;

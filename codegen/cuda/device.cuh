@@ -133,3 +133,10 @@ DEVICE void stage16(void* to, const void* from) {
   load16_shared_by_many(words, from);
   UNROLL for (int i = 0; i < 4; ++i) ((unsigned*)to)[i] = words[i];
 }
+// sums [4][4] += four numbers by four, out of shared memory.
+DEVICE void add_outer(float* sums, const void* rows, const void* columns) {
+  float row[4], column[4];
+  UNROLL for (int i = 0; i < 4; ++i) { row[i] = ((const float*)rows)[i]; column[i] = ((const float*)columns)[i]; }
+  UNROLL for (int i = 0; i < 4; ++i)
+    UNROLL for (int j = 0; j < 4; ++j) sums[4 * i + j] = fused(row[i], column[j], sums[4 * i + j]);
+}

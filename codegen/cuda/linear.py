@@ -1,4 +1,4 @@
-"""The family of kernels for sparse linear layers on GPUs: blocks and 2:4 on tensor cores for many rows of x, any structure for a few."""
+"""The family of kernels for sparse linear layers on GPUs: blocks and 2:4 for many rows of x, on tensor cores, any structure for a few."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sparsify_compiler.codegen.cuda.sparse24 import CudaSparse24
 from sparsify_compiler.codegen.cuda.sparse_rows import WARPS, CudaSparseRows
 from sparsify_compiler.codegen.cuda.strip_rows import CudaStripRows
 from sparsify_compiler.codegen.cuda.strips import CudaStrips
+from sparsify_compiler.codegen.cuda.strips_wide import CudaStripsWide
 from sparsify_compiler.codegen.kernels.finish import Finish, finish_of, needed_finish
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.target import Target
@@ -22,8 +23,8 @@ from sparsify_compiler.target import Target
 NAME = "cuda_linear"
 FEW = (1, 2, 4)             # rows of x that kernels for a few hold
 SHARED = 96 * 1024          # bytes of shared memory that a block may ask for, on every GPU
-STRIPS = (16, 32, 64, 128)  # outputs of a block row, on tensor cores
-LABELS = {"strips": "strips on tensor cores", "halves": "2:4 on sparse tensor cores", "eights": "lists of eights"}
+STRIPS = (16, 32, 64, 128)  # outputs of a block row
+LABELS = {"strips": "strips of blocks", "halves": "2:4 on sparse tensor cores", "eights": "lists of eights"}
 
 
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
@@ -50,7 +51,7 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
 
 
 def _kind(op: str, attributes: Mapping[str, Any], dtype: torch.dtype, inputs: int) -> str:
-    if op == "linear_bsr" and attributes["r"] in STRIPS and dtype in SHORT:
+    if op == "linear_bsr" and attributes["r"] in STRIPS:
         return "strips"
     if op == "linear_nm" and (attributes["n"], attributes["m"]) == (2, 4) and dtype in SHORT and inputs % 64 == 0:
         return "halves"
@@ -102,7 +103,8 @@ class CudaLinear(CudaLayer):
         if self._kind == "strips":
             turned = x.new_empty((self.in_features, -(-rows // 8) * 8))
             turned[:, :rows].copy_(x.t())
-            schedule = CudaStrips(self._short, self._r, 32 if rows <= 64 else 128, self._finish)
+            wide = self._dtype not in SHORT
+            schedule = CudaStripsWide(self._r, self._finish) if wide else CudaStrips(self._short, self._r, 32 if rows <= 64 else 128, self._finish)
             return self.kernels(schedule, turned, held["values"], held["inputs"], held["pointers"], held["bias"], *added, y)
         tall = 32 if rows <= 32 else 64 if rows <= 64 else 128
         return self.kernels(CudaSparse24(self._short, tall, self._finish), x, held["values"], held["places"], held["bias"], *added, y)

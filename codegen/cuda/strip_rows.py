@@ -1,6 +1,6 @@
 """Few rows of x times a block-sparse weight (linear_bsr): the layout of strips.py, a block of threads for each block row.
 
-The r outputs of a listed input lie side by side: r / 8 lanes read them, 16 bytes each, and the other lanes of the warp the next inputs. The sums are
+The r outputs of a listed input lie side by side: some lanes read them, 16 bytes each, and the others of the warp the next inputs. The sums are
 added over lanes, then over warps, always in the same order.
 """
 
@@ -17,7 +17,7 @@ from sparsify_compiler.codegen.cuda import tiles as t
 from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, finished
 from sparsify_compiler.codegen.cuda.strips import DEPTH
 
-WARPS, EIGHT = 8, 8
+WARPS = 8
 THREADS = WARPS * c.WARP
 
 
@@ -25,7 +25,7 @@ THREADS = WARPS * c.WARP
 class CudaStripRows:
     """f(x [M, K], values [L, r], inputs [L], pointers [R + 1], bias [N], (other [M, N],) y [M, N]): strips.py's, with x as it lies.
 
-    M is at most `rows`. `dtype` of 16 bits; r 8, 16, 32, 64 or 128.
+    M is at most `rows`; r 8, 16, 32, 64 or 128.
     """
 
     dtype: str
@@ -47,15 +47,16 @@ class CudaStripRows:
         bias = c.parameter("bias", (N,), "float32")
         other = c.parameter("other", (M, N), self.dtype) if self.finish.add else None
         y = c.parameter("y", (M, N), self.dtype)
-        beside = self.r // EIGHT            # lanes of an input
+        each16 = 16 // c.SIZE[self.dtype]   # outputs of a lane
+        beside = self.r // each16           # lanes of an input
         each = THREADS // beside            # inputs at once
         with c.launch((c.ceil(N, self.r),), THREADS) as (block, thread):
             shared = c.Shared(WARPS * self.rows * self.r * 4)
             lane, warp = e.let(thread % c.WARP), e.let(tirx.truncdiv(thread, c.WARP))
-            sums = [t.zeros(EIGHT) for _ in range(self.rows)]
+            sums = [t.zeros(each16) for _ in range(self.rows)]
             begin = e.let(e.load(pointers, block) * DEPTH)
             count = e.let(e.load(pointers, block + 1) * DEPTH - begin)
-            mine, part = e.let(tirx.truncdiv(thread, beside)), e.let(thread % beside * EIGHT)
+            mine, part = e.let(tirx.truncdiv(thread, beside)), e.let(thread % beside * each16)
             with e.loop(c.ceil(e.maximum(count - mine, 0), each)) as i:
                 at = e.let(begin + mine + i * each)
                 place = e.let(e.load(inputs, at))
@@ -64,7 +65,7 @@ class CudaStripRows:
                     c.do("load16", words.data, c.address(values, at, part))
                     for m in range(self.rows):
                         c.do(f"add_{c.SHORT[self.dtype]}", sums[m].data, words.data, c.read(x, e.minimum(M - 1, m), place))
-            self._add(shared, sums, lane, warp, beside)
+            self._add(shared, sums, lane, warp, beside, each16)
             with e.loop(c.const(-(-self.r * self.rows // THREADS))) as i:
                 number = e.let(thread + i * THREADS)
                 m, output = e.let(tirx.truncdiv(number, self.r)), e.let(number % self.r)
@@ -76,14 +77,14 @@ class CudaStripRows:
                     added = c.read(other, m, n) if other is not None else None
                     c.write(y, finished(self.finish, e.load(total, 0) + e.load(bias, n), added), m, n)
 
-    def _add(self, shared: c.Shared, sums: list[Any], lane: Any, warp: Any, beside: int) -> None:
+    def _add(self, shared: c.Shared, sums: list[Any], lane: Any, warp: Any, beside: int, each16: int) -> None:
         """Over the lanes that hold the same outputs, to shared memory."""
         for m, own in enumerate(sums):
-            for i in range(EIGHT):
+            for i in range(each16):
                 bit = beside
                 while bit < c.WARP:
                     e.store(own, e.load(own, i) + c.of("float32", "shuffle_xor", e.load(own, i), c.const(bit)), i)
                     bit *= 2
                 with e.when(lane < beside):
-                    e.store(shared.floats, e.load(own, i), (warp * self.rows + m) * self.r + lane * EIGHT + i)
+                    e.store(shared.floats, e.load(own, i), (warp * self.rows + m) * self.r + lane * each16 + i)
         c.barrier()
