@@ -22,6 +22,7 @@ from sparsify_compiler.ops import experts_ffn, linear_bsr, linear_csr, predicted
 pytestmark = needs_compiler
 __all__ = ["emulated"]
 N, K = 72, 192
+MORE = pytest.mark.cuda     # what `make test-cuda` adds
 
 
 def blocks(r: int, c: int, density: float, outputs: int = N) -> Tensor:
@@ -46,8 +47,8 @@ def by_mask(weight: Tensor, mask: Tensor, x: Tensor, bias: Tensor | None = None)
     return torch.nn.functional.linear(x.float(), product, None if bias is None else bias.float())
 
 
-@pytest.mark.parametrize(("r", "c", "rows", "dtype"), [(16, 1, 70, torch.bfloat16), (64, 4, 40, torch.float16), (32, 8, 3, torch.bfloat16),
-                                                     (32, 1, 70, torch.float32), (16, 4, 1, torch.float32)])
+@pytest.mark.parametrize(("r", "c", "rows", "dtype"), [(16, 1, 70, torch.bfloat16), (32, 8, 3, torch.bfloat16), (32, 1, 70, torch.float32),
+                                                     pytest.param(64, 4, 40, torch.float16, marks=MORE), (16, 4, 1, torch.float32)])
 def test_blocks(emulated: list[Any], r: int, c: int, rows: int, dtype: torch.dtype) -> None:
     mask, weight, x, bias = blocks(r, c, 0.4), numbers(N, K, dtype=dtype, scale=0.1), numbers(rows, K, dtype=dtype), numbers(N, dtype=dtype)
     layer = bound("linear_bsr", Bsr.encode(weight * mask, mask, r=r, c=c), bias)
@@ -55,7 +56,8 @@ def test_blocks(emulated: list[Any], r: int, c: int, rows: int, dtype: torch.dty
     assert {one.name for one in emulated} == {"cuda_strip_rows" if rows < 5 else "cuda_strips_wide" if dtype is torch.float32 else "cuda_strips"}
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [(2, torch.bfloat16), (37, torch.float16), (66, torch.bfloat16)])
+@pytest.mark.parametrize(("rows", "dtype"), [
+    (2, torch.bfloat16), (37, torch.float16), pytest.param(66, torch.bfloat16, marks=MORE)])
 def test_two_of_four(emulated: list[Any], rows: int, dtype: torch.dtype) -> None:
     mask, weight, x = two_of_four(), numbers(N, K, dtype=dtype, scale=0.1), numbers(rows, K, dtype=dtype)
     layer = bound("linear_nm", Nm.encode(weight * mask, mask, n=2, m=4))
@@ -133,7 +135,7 @@ def test_gather_selects_a_nan_and_nothing_at_all(emulated: list[Any]) -> None:
         layer(x.float())
 
 
-@pytest.mark.parametrize(("activation", "biased", "rows"), [("silu", True, 1), ("drelu", False, 1), ("relu", True, 3)])
+@pytest.mark.parametrize(("activation", "biased", "rows"), [("silu", True, 1), pytest.param("drelu", False, 1, marks=MORE), ("relu", True, 3)])
 def test_selected_neurons(emulated: list[Any], activation: str, biased: bool, rows: int) -> None:
     inputs, hidden, outputs = 136, 90, 264
     x, gate, up = numbers(rows, inputs, dtype=torch.bfloat16), *(numbers(hidden, inputs, dtype=torch.bfloat16, scale=0.1) for _ in range(2))
@@ -149,7 +151,7 @@ def test_selected_neurons(emulated: list[Any], activation: str, biased: bool, ro
     assert len(emulated) == (2 if rows == 1 else 0)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", [pytest.param(True, marks=MORE), False])
 def test_predicted_neurons(emulated: list[Any], gated: bool) -> None:
     inputs, hidden, outputs = 64, 40, 32
     x, gate, up = numbers(1, inputs, dtype=torch.float16), *(numbers(hidden, inputs, dtype=torch.float16, scale=0.1) for _ in range(2))
@@ -163,9 +165,10 @@ def test_predicted_neurons(emulated: list[Any], gated: bool) -> None:
 
 
 @pytest.mark.parametrize(("rows", "gated", "biased", "dtype"), [
-    (1, True, True, torch.float32), (1, False, False, torch.bfloat16), (50, True, True, torch.float16), (170, False, False, torch.bfloat16)])
+    (1, True, True, torch.float32), (1, False, False, torch.bfloat16), (30, True, True, torch.float16),
+    pytest.param(170, False, False, torch.bfloat16, marks=MORE)])
 def test_experts(emulated: list[Any], rows: int, gated: bool, biased: bool, dtype: torch.dtype) -> None:
-    count, inputs, hidden, outputs, each = 4, 40, 72, 136, 2
+    count, inputs, hidden, outputs, each = 3, 40, 72, 136, 2
     x, gate, up = numbers(rows, inputs, dtype=dtype), *(numbers(count, hidden, inputs, dtype=dtype, scale=0.2) for _ in range(2))
     down, weights = numbers(count, outputs, hidden, dtype=dtype, scale=0.1), torch.rand(rows, each, dtype=torch.float32)
     chosen = torch.randint(-1, count - 1, (rows, each))     # none, and one that nobody chooses
