@@ -19,7 +19,8 @@ from sparsify_compiler.codegen.whole_graph_planes import LaidPlanes
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
 
-COMPILERS = {"x86_64": ("x86_64-linux-gnu-gcc", "cc", "gcc", "clang"), "aarch64": ("aarch64-linux-gnu-gcc",)}
+ARCHITECTURES = ("x86_64", "aarch64")
+HERE = ("cc", "gcc", "clang")   # compilers for the machine that they run on
 OPTIONS = ("-s", "-Wl,-z,max-page-size=16384", "-Wl,-z,noexecstack")
 
 
@@ -104,7 +105,7 @@ def compile_graphs(functions: Sequence[Function], ranges: Mapping[str, tuple[int
     from sparsify_compiler.codegen.whole_graph_import import GraphImporter, Parts
     from sparsify_compiler.codegen.whole_graph_schedule import PIPELINE, relax_pipeline
 
-    if target.arch not in COMPILERS:
+    if target.arch not in ARCHITECTURES:
         raise KernelError(f"whole graphs are for processors, not for {target.arch}", where=target.name, hint="save the model with save() instead")
     compiler_for(target)
     parts = Parts(relax.BlockBuilder(), target, dict(ranges))
@@ -123,11 +124,14 @@ def compile_graphs(functions: Sequence[Function], ranges: Mapping[str, tuple[int
 def compiler_for(target: Target) -> str:
     """A C compiler that links for the target: $SPARSIFY_CC, or the usual one. Raises KernelError where there is none."""
     import os
+    import platform
     import shutil
 
-    names = (os.environ["SPARSIFY_CC"],) if os.environ.get("SPARSIFY_CC") else COMPILERS[target.arch]
+    usual = (f"{target.arch}-linux-gnu-gcc", *(HERE if platform.machine() == target.arch else ()))
+    names = (os.environ["SPARSIFY_CC"],) if os.environ.get("SPARSIFY_CC") else usual
     for name in names:
-        if found := shutil.which(name):
+        found: str | None = shutil.which(name)
+        if found is not None:
             return found
     raise KernelError(f"no C compiler for {target.arch} is installed (looked for {', '.join(names)}), which links the library", where=target.name,
                       hint="install one (Debian: gcc, gcc-aarch64-linux-gnu), or name it in SPARSIFY_CC")

@@ -25,9 +25,6 @@ def attend(graph: GraphImporter, node: fx.Node) -> Any:
     """scaled_dot_product_attention in float32."""
     query, key, value, mask, dropout, causal, scale, grouped = _arguments(node)
     sizes = [one.meta["val"] for one in (query, key, value)]
-    if all(one.dim() == 4 for one in sizes):
-        key, value, grouped = _before_repeats(key, value, grouped)
-        sizes = [one.meta["val"] for one in (query, key, value)]
     heads, groups, width, value_width = sizes[0].shape[1], sizes[1].shape[1], sizes[0].shape[-1], sizes[2].shape[-1]
     static = all(isinstance(size, int) for size in (heads, groups, width, value_width))
     if not static or dropout or any(one.dtype is not torch.float32 or one.dim() != 4 for one in sizes) or (heads != groups and not grouped):
@@ -92,23 +89,6 @@ def _as_it_lies(node: fx.Node) -> tuple[fx.Node, str]:
     if node.target is aten.transpose.int and {dim % 4 for dim in _transposed(node)} == {1, 2}:
         return node.args[0] if node.args else node.kwargs["self"], "bshd"  # type: ignore[return-value]
     return node, "bhsd"
-
-
-def _before_repeats(key: fx.Node, value: fx.Node, grouped: bool) -> tuple[fx.Node, fx.Node, bool]:
-    """Keys and values before each was repeated for the heads that share it, where both were."""
-    found = [_repeated(one) for one in (key, value)]
-    return (key, value, grouped) if None in found else (found[0], found[1], True)  # type: ignore[return-value]
-
-
-def _repeated(node: fx.Node) -> fx.Node | None:
-    """x [B, G, S, D] of reshape(expand(unsqueeze(x, 2)))."""
-    chain = [node]
-    for target in (aten.reshape.default, aten.expand.default, aten.unsqueeze.default):
-        if chain[-1].target is not target:
-            return None
-        chain.append(chain[-1].all_input_nodes[0])
-    source, wide = chain[-1].meta["val"].shape, chain[1].meta["val"].shape
-    return chain[-1] if len(source) == 4 and len(wide) == 5 and wide[1] == source[1] and wide[4] == source[3] else None
 
 
 def _transposed(node: fx.Node) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def lay(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], b
     pads                      zeros at the left, right, top and bottom of x beside the convolution's own padding
     Raises KernelError where it has no kernel.
     """
-    geometry, (left, right, top, bottom) = Geometry.of(attributes, attributes.get("kernel_size", tensors.get("weight", bias).shape[2:])), pads  # type: ignore[union-attr]
+    geometry, (left, right, top, bottom) = planes._geometry(tensors, attributes), pads
     down, over = geometry.padding
     geometry = Geometry(geometry.kernel, geometry.stride, (down + top, over + left), geometry.dilation, geometry.groups)
     extent = (size[1] + bottom - top, size[2] + right - left)   # with the padding of the top and left at both sides as large as it is

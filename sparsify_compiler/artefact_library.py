@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from .artefact_manifest import MANIFEST, versions
 from .compiled import CompiledModel
 from .errors import ModelError
+from .library_attentions import plain_attentions
 from .library_cached import CAPACITY, PAST, with_cache
 from .library_products import ROWS, Products
 from .program import InputSpec, Program, Region, TensorSpec, get_tensor
@@ -80,6 +81,7 @@ def _functions(region: Region, target: Target, inputs: Mapping[str, list[Any]], 
     from .codegen.whole_graph import Function
 
     region = region.clone()
+    plain_attentions(region)
     products, functions = Products(region, target, rows), []
     for name, given in inputs.items():
         copy = region.clone()

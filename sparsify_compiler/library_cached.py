@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from .errors import ModelError
 from .executor import flat_function, part_function
+from .library_attentions import plain_attentions
 from .normal_form_edit import argument
 from .program import Region, TensorSpec
 
@@ -56,6 +57,7 @@ def with_cache(original: Region) -> Cached:
     if len(tensors) != 1 or len(tensors[0].shape) != 2 or tensors[0].dtype is not torch.int64 or isinstance(tensors[0].shape[1], int):
         raise ModelError("a cache is for models whose only input is token ids [batch, tokens], with tokens dynamic", hint=HINT)
     made = Cached(original.clone())
+    plain_attentions(made.region)
     region, graph = made.region, made.region.graph
     attentions = [node for node in graph.nodes if node.target is aten.scaled_dot_product_attention.default]
     if not attentions:
@@ -102,8 +104,8 @@ def _replace(made: Cached, node: fx.Node, number: int, past: fx.Node, place: fx.
     """Put an attention with caches in the place of one without; the last placeholder."""
     graph = made.region.graph
     query, key, value = (argument(node, name) for name in ("query", "key", "value"))
-    caches, plain = [], []
-    for name, one in (("key", _ungrouped(key)), ("value", _ungrouped(value))):
+    caches: list[fx.Node] = []
+    for name, one in (("key", key), ("value", value)):
         _, groups, _, width = one.meta["val"].shape
         if not (isinstance(groups, int) and isinstance(width, int)):
             raise ModelError("heads or their widths vary", where=node.name, hint=HINT)
@@ -111,24 +113,12 @@ def _replace(made: Cached, node: fx.Node, number: int, past: fx.Node, place: fx.
             place = _placeholder(graph, f"{name}_{number}", torch.empty((1, groups, 1, width), dtype=one.meta["val"].dtype, device="meta"))
         made.caches[place.name] = groups, width
         caches.append(place)
-        plain.append(one)
     with graph.inserting_before(node):
-        new = graph.call_function(attend_cached, (query, *plain, past, *caches, argument(node, "scale")))
+        new = graph.call_function(attend_cached, (query, key, value, past, *caches, argument(node, "scale")))
     new.meta = {key: given for key, given in node.meta.items() if key in ("val", "path", "module")} | {"by": "with_cache"}
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return place
-
-
-def _ungrouped(node: fx.Node) -> fx.Node:
-    """Keys or values before each was repeated for the heads that share it."""
-    expanded = node.kwargs.get("self") if node.target is aten.reshape.default else None
-    single = expanded.kwargs.get("self") if isinstance(expanded, fx.Node) and expanded.target is aten.expand.default else None
-    if not isinstance(single, fx.Node) or single.target is not aten.unsqueeze.default or single.kwargs["dim"] != 2:
-        return node
-    source = single.kwargs["self"]
-    assert isinstance(source, fx.Node)
-    return source if node.meta["val"].dim() == source.meta["val"].dim() == 4 else node
 
 
 def _move_positions(graph: fx.Graph, past: fx.Node) -> None:
@@ -169,9 +159,10 @@ def _check_numbers(original: Region, made: Cached) -> None:
     whole, cached = flat_function(_without_kernels(original)), flat_function(_without_kernels(made.region))
     caches, past = empty_caches(made.caches, 1, 8), 0
     for size in (4, 1, 2):
-        found = cached(ids[:, past:past + size], torch.tensor([past]), *caches)[0]
-        past += size
-        expected = whole(ids[:, :past])[0][:, -1]
+        with torch.no_grad():
+            found = cached(ids[:, past:past + size], torch.tensor([past]), *caches)[0]
+            past += size
+            expected = whole(ids[:, :past])[0][:, -1]
         if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.abs().max())):
             raise ModelError("its positions or its mask depend on more than the number of tokens", where=f"token {past}", hint=HINT)
 

@@ -85,8 +85,8 @@ def build_example(folder: Path, target: Target, site: Path | None = None) -> Pat
 
 
 def example(program: Path, folder: Path, given: Mapping[str, Tensor], work: Path, before: Sequence[str | Path] = (), site: Path | None = None,
-            more: Sequence[str] = ()) -> dict[str, Any]:
-    """The outputs of the example program, by name. Raises RuntimeError with what it says where it fails."""
+            more: Sequence[str] = (), text: bool = False) -> Any:
+    """The outputs of the example program, by name, or what it prints. Raises RuntimeError with what it says where it fails."""
     (work / "out").mkdir(exist_ok=True)
     options = []
     for name, value in given.items():
@@ -97,4 +97,6 @@ def example(program: Path, folder: Path, given: Mapping[str, Tensor], work: Path
                           env={**os.environ, "LD_LIBRARY_PATH": path} if not before else None)
     if done.returncode:
         raise RuntimeError(done.stderr)
+    if text:
+        return done.stdout
     return {file.stem: numpy.load(file) for file in (work / "out").glob("*.npy")}
