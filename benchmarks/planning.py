@@ -4,6 +4,8 @@
     python benchmarks/planning.py time --out FOLDER                                    # needs the machine for itself: all models take turns
     python benchmarks/planning.py show --out FOLDER
     python benchmarks/planning.py speedup --brown FOLDER --model mpnet --speedup 1.5   # one budget, end to end
+    python benchmarks/planning.py quality --brown FOLDER --model minilm --drop 0.05
+    python benchmarks/planning.py speedup --brown FOLDER --model smollm2 --decode --speedup 1.5 --structures unstructured --inputs dense
 
 subjects.py tells where models and data come from; quality is that of prune_quality.py, on texts that no method has seen. Every method has the same
 repair (OBS), the same calibration, the same structures and the same share of the layers' dense seconds, as predicted: uniform, ERK and OWL take one
@@ -39,6 +41,7 @@ from sparsify_compiler.passes.lower.pack import Pack
 from sparsify_compiler.passes.plan.choose_layers import ChooseLayers
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.quality import output_distance
 from sparsify_compiler.survey import SECONDS, Offer, Survey
 from sparsify_compiler.target import host
 from sparsify_compiler.trials import idle
@@ -54,7 +57,7 @@ LOWERING = Pipeline((Pack(), Lower(rounds=7)))
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("what", choices=["build", "time", "show", "speedup"])
+    parser.add_argument("what", choices=["build", "time", "show", "speedup", "quality"])
     for action in parser._actions:
         action.required = action.required and action.dest != "brown"
     parser.add_argument("--model", choices=list(SUBJECTS), default="minilm")
@@ -65,11 +68,13 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the layers' dense seconds, that the layers may take")
     parser.add_argument("--probes", type=int, default=1)
     parser.add_argument("--speedup", type=float, default=1.5)
+    parser.add_argument("--drop", type=float, default=0.05, help="quality: 1 - cosine, or the rise of SmolLM2's perplexity")
     parser.add_argument("--sentences", type=int, default=8, help="of 128 tokens, that are timed")
+    parser.add_argument("--decode", action="store_true", help="speedup: of one token with a cache, not of a text")
     parser.add_argument("--group", type=int, default=8, help="models that take turns at a time")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
-    {"build": build, "time": clock, "show": show, "speedup": speedup}[arguments.what](arguments)
+    {"build": build, "time": clock, "show": show, "speedup": speedup, "quality": quality}[arguments.what](arguments)
 
 
 def build(arguments: argparse.Namespace) -> None:
@@ -82,18 +87,21 @@ def build(arguments: argparse.Namespace) -> None:
     if not (out / "dense.json").exists():
         (out / "dense.json").write_text(json.dumps({"method": "dense", **subject.measure(subject.model)}))
     start = time.process_time()
-    survey = planner_of(arguments).survey(subject.captured, ctx)
+    planner = planner_of(arguments)
+    survey = planner.survey(subject.captured, ctx)
     dense = survey.as_it_is(SECONDS).cost
     told({"survey": time.process_time() - start, "sites": len(survey.offers), "layers, ms": dense * 1e3})
     for share in arguments.shares:
         for method in arguments.methods:
             if (out / f"{method} {share}.json").exists():
                 continue
+            before = dict(survey.scale)
             if method == "planned":
-                taken = survey.plan(SECONDS, share * dense).taken
+                taken = planner.refine(survey, SECONDS, survey.plan(SECONDS, share * dense), subject.captured, ctx).taken
             else:
                 taken = rivals.made(method, survey, share * dense, subject.captured, ctx, arguments.structures)
             about = {"method": method, "asked": share, "sentences": arguments.sentences, "lost": lost(survey, taken)}
+            survey.scale = before  # what one method found out is not for the others
             keep(subject, ctx, out, f"{method} {share}", survey, taken, about)
 
 
@@ -201,14 +209,20 @@ def quality_at(curve: list[dict[str, Any]], at: float, key: str) -> float | None
     return max(above) if above else None
 
 
-def speedup(arguments: argparse.Namespace) -> None:
-    """One compile() to a speed-up, and what came of it."""
-    subject = SUBJECTS[arguments.model](arguments)
-    example = timed(subject, arguments)
+def compiled_for(subject: Subject, arguments: argparse.Namespace, budget: sc.Budget) -> sc.CompiledModel:
+    """One compile() within a budget, by the planner."""
+    example, batches = timed(subject, arguments), subject.batches
+    if arguments.decode:  # with its cache a model is captured in parts
+        example, batches = {"input_ids": example["input_ids"][:, :1]}, [{"input_ids": batch["input_ids"]} for batch in batches]
     dynamic = {name: {0: "batch", 1: "length"} for name, value in example.items() if isinstance(value, torch.Tensor)}
-    start = time.perf_counter()
-    compiled = sc.compile(subject.model, example, recipe=Pipeline((planner_of(arguments),)), budget=sc.Budget(speedup=arguments.speedup),
-                          calibration=subject.batches, dynamic=dynamic, progress=True)
+    return sc.compile(subject.model, example, recipe=Pipeline((planner_of(arguments),)), budget=budget, calibration=batches, dynamic=dynamic,
+                      progress=True)
+
+
+def speedup(arguments: argparse.Namespace) -> None:
+    """A speed-up that is asked for, and what came of it."""
+    subject, start = SUBJECTS[arguments.model](arguments), time.perf_counter()
+    compiled = compiled_for(subject, arguments, sc.Budget(speedup=arguments.speedup))
     report = compiled.report()
     assert report.plan is not None
     asked = {"asked": arguments.speedup, "measured": report.speedup, "rounds": report.plan.rounds, "solver": report.plan.seconds,
@@ -216,6 +230,22 @@ def speedup(arguments: argparse.Namespace) -> None:
     told({**asked, **subject.measure(compiled)})
     errors = [abs(row.predicted_ms / row.compiled_ms - 1) for row in report.sites if row.predicted_ms and row.compiled_ms]
     told({"predicted against measured, median error": statistics.median(errors) if errors else None})
+
+
+def quality(arguments: argparse.Namespace) -> None:
+    """A loss of quality that is asked for, and what is lost on texts that nothing of it has seen."""
+    subject = SUBJECTS[arguments.model](arguments)
+    of_words = isinstance(subject, SmolLM2)
+    compiled = compiled_for(subject, arguments, sc.Budget(perplexity_rise=arguments.drop) if of_words else sc.Budget(quality_drop=arguments.drop))
+    report = compiled.report()
+    told({"asked": arguments.drop, "rounds": report.plan.rounds if report.plan else 0, "speed-up": report.speedup,
+          "held out, 1 - cosine": 1 - min(one.compiled or 0 for one in report.quality)})
+    if of_words:
+        dense, sparse = subject.measure(subject.model), subject.measure(compiled)
+        told({f"{name}, rise": sparse[name] / dense[name] - 1 for name in dense})
+        return
+    others = output_distance(subject.model, compiled, subject.texts)  # type: ignore[attr-defined]
+    told({"other texts, 1 - cosine": max(1 - each.cosine for each in others), **subject.measure(compiled)})
 
 
 def told(row: dict[str, Any]) -> None:

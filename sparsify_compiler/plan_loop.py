@@ -65,7 +65,7 @@ class PlanLoop:
             return self.of_cost(kind, most, by.whole, by.now, by.was)
         best, fastest = min((median, name) for name, median in dense_latency(job, self.dense).items())
         limit = budget.latency_ms if budget.latency_ms is not None else best / (budget.speedup or 1.0)
-        seconds = partial(self._seconds, fastest=fastest, reference=best)
+        seconds = partial(self._seconds, fastest=fastest, reference=best, limit=limit / 1e3)
         return self.of_cost(SECONDS, limit / 1e3, seconds, lambda row: _in_seconds(row.compiled_ms), lambda row: _in_seconds(row.dense_ms))
 
     # --- a limit on what the model costs ------------------------------------------------------------------------------------------------
@@ -124,8 +124,13 @@ class PlanLoop:
         self.trials.append(Trial(plan, value, lowered))
         return self.trials[-1]
 
-    def _seconds(self, lowered: Program, fastest: str, reference: float) -> float:
-        """Of the whole model, beside the fastest dense form: where that takes longer than it did, the machine is slower, for both."""
+    def _seconds(self, lowered: Program, fastest: str, reference: float, limit: float) -> float:
+        """Of the whole model. What is within the limit is measured once more, and the longer time counts: a lucky measurement meets no budget."""
+        first = self._beside(lowered, fastest, reference)
+        return first if first > limit else max(first, self._beside(lowered, fastest, reference))
+
+    def _beside(self, lowered: Program, fastest: str, reference: float) -> float:
+        """Beside the fastest dense form: where that takes longer than it did, the machine is slower, for both."""
         assert self.job.budget is not None
         found = latency(self.job, lowered, {fastest: self.dense[fastest]})
         drift = 1.0 if self.job.budget.latency_ms is not None else reference / found[fastest]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsify_compiler.errors import CalibrationError, ParseError
 from sparsify_compiler.passes.plan._costs import Costs
 from sparsify_compiler.passes.plan._curves import between
-from sparsify_compiler.passes.plan._losses import Losses, in_parts, ratio
+from sparsify_compiler.passes.plan._losses import Losses, filled, in_parts, probed, ratio
 from sparsify_compiler.passes.plan._probes import Probes
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, find_layers
 from sparsify_compiler.passes_api import Context, Pass, Preserves
@@ -105,12 +105,12 @@ class ChooseLayers(Planner):
         assert ctx.batches is not None
         watching = replace(ctx, misses=[], rewrites=0, fuel=None)
         probes = Probes(program, self._layers(program, watching), ctx.batches[: self.probes], ctx)
-        whole, saved = probes.together(plan.pipeline.run(program, watching, ()), chosen)
+        whole, saved = probes.together(plan.pipeline.run(program, watching, ()), probed(chosen))
         if not whole:  # what the choices change is no weight
             return plan
         before = dict(survey.scale)
-        for site, loss in saved.items():
-            survey.scale[site] = math.sqrt(before.get(site, 1.0) * ratio(loss, plan.taken[site].loss))
+        for site, found in filled(chosen, {site: ratio(loss, plan.taken[site].loss) for site, loss in saved.items()}).items():
+            survey.scale[site] = math.sqrt(before.get(site, 1.0) * found)
         second = survey.plan(kind, survey.spent(kind, plan.taken))
         if second.taken != plan.taken and probes.whole(second.pipeline.run(program, watching, ())) < whole:
             return second
