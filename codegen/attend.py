@@ -20,13 +20,14 @@ from sparsify_compiler.codegen.kernels.attend_few import AttendFew
 from sparsify_compiler.codegen.kernels.attend_panel import AttendPanel
 from sparsify_compiler.codegen.kernels.attend_tiles import AttendTiles
 from sparsify_compiler.codegen.kernels.attend_values import DEPTH
+from sparsify_compiler.codegen.vectors import vectors_of
 from sparsify_compiler.errors import TargetError
 from sparsify_compiler.ops.attend_blocks import reference, scale_of
 from sparsify_compiler.target import host
 
 LANES = 16
 WIDENED = {torch.float16: torch.float32}    # what is computed in another dtype
-NEEDS = {torch.float32: ("avx512f",), torch.bfloat16: ("avx512f", "avx512dq", "avx512bf16", "amx-tile", "amx-bf16")}
+NEEDS: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("avx512f", "avx512dq", "avx512bf16", "amx-tile", "amx-bf16")}
 FEW = 8             # query rows up to which every key is read once for all of them
 TASKS = 8           # parts of the work that they are cut into, at least
 SHARED = 1 << 30    # elements of values that are turned at once for all query blocks, at most
@@ -157,7 +158,7 @@ def plan(call: Call, form: tuple[Any, ...]) -> Plan | GpuPlan:
         kernel = _few(dtype, together * min(call.block_q, queries) == 1)
         more = min(threads, tasks // together * parts), together, parts
     elif dtype is torch.float32:
-        kernel, more = _panel(min(call.block_q, queries) > 2 * LANES), (min(threads, tasks),)
+        kernel, more = _panel(min(call.block_q, queries) > 2 * vectors_of(host()).lanes), (min(threads, tasks),)
     else:
         kernel, more = _tiles(), (min(threads, tasks), int(_turned_once(call.value, indices, heads, call.block_k)))
     lists = [tensor for tensor in (indices, call.counts, call.tile_of) if tensor is not None]
@@ -224,12 +225,12 @@ def _nothing(dimensions: int) -> Tensor:
 
 @cache
 def _few(dtype: torch.dtype, one: bool) -> Any:
-    return build.load(AttendFew(str(dtype).removeprefix("torch."), 1 if one else 4), host()).function
+    return build.load(AttendFew(str(dtype).removeprefix("torch."), 1 if one else 4, vectors_of(host())), host()).function
 
 
 @cache
 def _panel(many: bool) -> Any:
-    return build.load(AttendPanel(4 if many else 2), host()).function
+    return build.load(AttendPanel(4 if many else 2, vectors_of(host())), host()).function
 
 
 @cache

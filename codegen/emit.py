@@ -8,30 +8,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as builder
 
+from sparsify_compiler.codegen import emit_bits as bits
 from sparsify_compiler.codegen import host
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
 Expr = Any
 Buffer = Any
-let, cast, minimum, maximum = builder.Bind, tirx.Cast, tirx.min, tirx.max
+cast, minimum, maximum = tirx.Cast, tirx.min, tirx.max
+absolute, broadcast, cast_to, constant, halves = bits.absolute, bits.broadcast, bits.cast_to, bits.constant, bits.halves
+join, lane, let, pair, part = bits.join, bits.lane, bits.let, bits.pair, bits.part
+reinterpret, shuffle, transpose, upcast_high, upcast_low = bits.reinterpret, bits.shuffle, bits.transpose, bits.upcast_high, bits.upcast_low
+upcast_pairs, upper_half, vector_type, zero = bits.upcast_pairs, bits.upper_half, bits.vector_type, bits.zero
 int32 = builder.int32
 floordiv, floormod = tirx.floordiv, tirx.floormod
 
 
-def function(name: str, body: Callable[[], None]) -> Any:
-    """The PrimFunc that `body` emits; nothing where it is emitted into another one (host.py)."""
-    if host.hosting():
-        return body()
-    with IRBuilder() as ib, builder.prim_func():
-        builder.func_name(name)
-        builder.func_attr({"global_symbol": name, "tirx.noalias": True})
-        body()
-    return ib.get()
+_vectors: ContextVar[Vectors] = ContextVar("vectors", default=AVX512)
+
+
+def function(name: str, body: Callable[[], None], cut_for: Vectors = AVX512) -> Any:
+    """The PrimFunc that `body` emits, its tiles cut for these vectors; nothing where it is emitted into another one (host.py)."""
+    before = _vectors.set(cut_for)
+    try:
+        if host.hosting():
+            return body()
+        with IRBuilder() as ib, builder.prim_func():
+            builder.func_name(name)
+            builder.func_attr({"global_symbol": name, "tirx.noalias": True})
+            body()
+        return ib.get()
+    finally:
+        _vectors.reset(before)
+
+
+def vectors() -> Vectors:
+    """What the function that is being emitted is cut for."""
+    return _vectors.get()
+
+
+def lanes() -> int:
+    """float32 of a vector register."""
+    return _vectors.get().lanes
+
+
+def floats(count: int) -> str:
+    """The dtype of so many float32."""
+    return vector_type("float32", count)
 
 
 def argument(shape: Sequence[Expr], dtype: str) -> Buffer:
@@ -61,7 +90,7 @@ def external(dtype: str, name: str, *arguments: Expr) -> Expr:
 
 def intrinsic(dtype: str, lanes: int, name: str, *arguments: Expr) -> Expr:
     """An instruction of the machine without side effects, by LLVM's name for it."""
-    return tirx.call_llvm_pure_intrin(_vector(dtype, lanes), name, *arguments)
+    return tirx.call_llvm_pure_intrin(vector_type(dtype, lanes), name, *arguments)
 
 
 def scratch(size: Expr, dtype: str) -> Buffer:
@@ -113,29 +142,9 @@ def store(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> None:
     builder.buffer_store(buffer, value, [*outer, tirx.Ramp(last, tirx.const(1, str(last.ty)), lanes) if lanes > 1 else last])
 
 
-def join(parts: Sequence[Expr], lanes: int) -> Expr:
-    """One vector from scalars or vectors of that many lanes each."""
-    return tirx.Shuffle(list(parts), [tirx.const(i, "int32") for i in range(len(parts) * lanes)])
-
-
-def lane(vector: Expr, number: int) -> Expr:
-    """One element of a vector."""
-    return tirx.Shuffle([vector], [tirx.const(number, "int32")])
-
-
-def part(vector: Expr, first: int, lanes: int) -> Expr:
-    """Neighbouring elements of a vector."""
-    return tirx.Shuffle([vector], [tirx.const(first + i, "int32") for i in range(lanes)])
-
-
 def both(a: Expr, b: Expr) -> Expr:
     """a and b"""
     return tirx.And(a, b)
-
-
-def broadcast(value: Expr, lanes: int) -> Expr:
-    """A scalar in all lanes of a vector."""
-    return tirx.Broadcast(value, lanes) if lanes > 1 else value
 
 
 def stack(size: int, dtype: str) -> Buffer:
@@ -143,21 +152,11 @@ def stack(size: int, dtype: str) -> Buffer:
     return builder.alloc_buffer((size,), dtype, align=64)
 
 
-def zero() -> Expr:
-    """0 in float32."""
-    return tirx.const(0.0, "float32")
-
-
 def opaque(value: Expr) -> Expr:
     """An int32 as a name that TVM does not see through: its simplifier takes seconds for nests of quotients and remainders. LLVM removes the cell."""
     cell = stack(1, "int32")
     store(cell, value, 0)
     return let(load(cell, 0))
-
-
-def cast_to(dtype: str, value: Expr, lanes: int = 1) -> Expr:
-    """`value`, of that many lanes, converted to `dtype`."""
-    return tirx.Cast(_vector(dtype, lanes), value)
 
 
 class Register:
@@ -179,73 +178,14 @@ class Register:
 
     @property
     def dtype(self) -> str:
-        return _vector("float32", self.lanes)
+        return vector_type("float32", self.lanes)
 
 
-def reinterpret(dtype: str, value: Expr, lanes: int = 1) -> Expr:
-    """The same bits as `lanes` elements of dtype."""
-    return tirx.reinterpret(_vector(dtype, lanes), value)
-
-
-def halves(words: Expr, lanes: int) -> Expr:
-    """The uint16 halves of that many words, low before high."""
-    return reinterpret("uint16", words, 2 * lanes)
-
-
-def constant(value: float, dtype: str) -> Expr:
-    """A number of a dtype."""
-    return tirx.const(value, dtype)
-
-
-def shuffle(low: Expr, high: Expr, lanes: Sequence[int]) -> Expr:
-    """The lanes of two vectors, counted through both, in this order."""
-    return tirx.Shuffle([low, high], [tirx.const(lane, "int32") for lane in lanes])
-
-
-def transpose(rows: Sequence[Expr]) -> list[Expr]:
-    """n vectors of n lanes -> their transpose: log2(n) butterfly stages of shuffles; stage s swaps bit s of row and lane numbers."""
-    n, current, bit = len(rows), list(rows), 1
-    while bit < n:
-        before = list(current)
-        for i in (i for i in range(n) if not i & bit):
-            low, high = before[i], before[i | bit]
-            current[i] = let(shuffle(low, high, [lane if not lane & bit else (lane ^ bit) + n for lane in range(n)]))
-            current[i | bit] = let(shuffle(low, high, [lane | bit if not lane & bit else lane + n for lane in range(n)]))
-        bit *= 2
-    return current
-
-
-def upcast_low(word: Expr, lanes: int) -> Expr:
-    """The float32 of the bfloat16 in the low half of each uint32."""
-    return tirx.reinterpret(_vector("float32", lanes), word << broadcast(tirx.const(16, "uint32"), lanes))
-
-
-def upcast_high(word: Expr, lanes: int) -> Expr:
-    """The float32 of the bfloat16 in the high half of each uint32."""
-    return tirx.reinterpret(_vector("float32", lanes), word & broadcast(tirx.const(0xFFFF0000, "uint32"), lanes))
-
-
-def upper_half(value: Expr, lanes: int) -> Expr:
-    """uint16: the bfloat16 whose bits are the upper half of a float32 (exact for what was a bfloat16 before)."""
-    bits = tirx.reinterpret(_vector("uint32", lanes), value)
-    return cast_to("uint16", bits >> broadcast(tirx.const(16, "uint32"), lanes), lanes)
-
-
-def absolute(value: Expr, lanes: int) -> Expr:
-    """|value| of float32; a NaN stays one."""
-    return reinterpret("float32", reinterpret("uint32", value, lanes) & broadcast(tirx.const(0x7FFFFFFF, "uint32"), lanes), lanes)
-
-
-def upcast_pairs(words: Expr, lanes: int) -> list[Expr]:
-    """The float32 of the low halves of int32 words of two bfloat16, and of the high halves."""
-    bits = let(reinterpret("uint32", words, lanes))
-    return [upcast_low(bits, lanes), upcast_high(bits, lanes)]
-
-
-def pair(low: Expr, high: Expr, lanes: int) -> Expr:
-    """int32 words of two uint16 each."""
-    word = cast_to("uint32", low, lanes) | (cast_to("uint32", high, lanes) << broadcast(tirx.const(16, "uint32"), lanes))
-    return tirx.reinterpret(_vector("int32", lanes), word)
+def turn(rows: Sequence[Expr]) -> list[Expr]:
+    """Vectors of as many lanes as a register has, a multiple of that in number -> for each lane one vector of all of them."""
+    width = lanes()
+    blocks = [transpose(rows[i : i + width]) for i in range(0, len(rows), width)]
+    return blocks[0] if len(blocks) == 1 else [let(join([block[i] for block in blocks], width)) for i in range(width)]
 
 
 def read_float(buffer: Buffer, *index: Expr, lanes: int = 1) -> Expr:
@@ -253,7 +193,7 @@ def read_float(buffer: Buffer, *index: Expr, lanes: int = 1) -> Expr:
     value = load(buffer, *index, lanes=lanes)
     if str(buffer.dtype) == "float32":
         return value
-    return upcast_low(cast_to("uint32", tirx.reinterpret(_vector("uint16", lanes), value), lanes), lanes)
+    return upcast_low(cast_to("uint32", tirx.reinterpret(vector_type("uint16", lanes), value), lanes), lanes)
 
 
 def write_float(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> None:
@@ -261,26 +201,26 @@ def write_float(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> No
     if str(buffer.dtype) == "float32":
         return store(buffer, value, *index, lanes=lanes)
 
-    def constant(n: int) -> Expr:
+    def every(n: int) -> Expr:
         return broadcast(tirx.const(n, "uint32"), lanes)
 
     value = let(value)
-    bits = let(tirx.reinterpret(_vector("uint32", lanes), value))
-    rounded = (bits + constant(0x7FFF) + ((bits >> constant(16)) & constant(1))) >> constant(16)
-    word = cast_to("uint16", tirx.Select(tirx.NE(value, value), constant(0x7FC0), rounded), lanes)
-    return store(buffer, tirx.reinterpret(_vector("bfloat16", lanes), word), *index, lanes=lanes)
+    bits = let(tirx.reinterpret(vector_type("uint32", lanes), value))
+    rounded = (bits + every(0x7FFF) + ((bits >> every(16)) & every(1))) >> every(16)
+    word = cast_to("uint16", tirx.Select(tirx.NE(value, value), every(0x7FC0), rounded), lanes)
+    return store(buffer, tirx.reinterpret(vector_type("bfloat16", lanes), word), *index, lanes=lanes)
 
 
 def load_tail(buffer: Buffer, lanes: int, row: Expr, column: Expr, columns: Expr) -> Expr:
     """float32 buffer[row, column + i] for those i < lanes that the buffer's `columns` have room for, 0 behind them."""
     spill = stack(lanes, "float32")
 
-    def part() -> None:
+    def some() -> None:
         store(spill, broadcast(zero(), lanes), 0, lanes=lanes)
         with loop(columns - column) as i:
             store(spill, read_float(buffer, row, column + i), i)
 
-    choose(column + lanes <= columns, lambda: store(spill, read_float(buffer, row, column, lanes=lanes), 0, lanes=lanes), part)
+    choose(column + lanes <= columns, lambda: store(spill, read_float(buffer, row, column, lanes=lanes), 0, lanes=lanes), some)
     return let(load(spill, 0, lanes=lanes))
 
 
@@ -288,16 +228,10 @@ def store_tail(buffer: Buffer, value: Expr, lanes: int, row: Expr, column: Expr,
     """buffer[row, column + i] = value[i] for those i < lanes that the buffer's `columns` have room for."""
     value = let(value)
 
-    def part() -> None:
+    def some() -> None:
         spill = stack(lanes, "float32")
         store(spill, value, 0, lanes=lanes)
         with loop(columns - column) as i:
             write_float(buffer, load(spill, i), row, column + i)
 
-    choose(column + lanes <= columns, lambda: write_float(buffer, value, row, column, lanes=lanes), part)
-
-
-def _vector(dtype: str, lanes: int) -> str:
-    return f"{dtype}x{lanes}" if lanes > 1 else dtype
-
-
+    choose(column + lanes <= columns, lambda: write_float(buffer, value, row, column, lanes=lanes), some)

@@ -20,12 +20,14 @@ from sparsify_compiler.codegen.kernels.finish import finish_of
 from sparsify_compiler.codegen.kernels.layout import LANES, dense_groups, padded_bias
 from sparsify_compiler.codegen.kernels.planes import NUMBERS, Planes
 from sparsify_compiler.codegen.kernels.planes_layout import Geometry, PreparedPlanes, offsets_of, prepare_planes
+from sparsify_compiler.codegen.vectors import AVX512, vectors_of
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.target import Target
 
 NAME = LAYOUT = "planes"
 # Registers of pixels in a tile, for r outputs that share columns: r * vectors sums must leave some of 32 registers.
 TILES: Mapping[int, tuple[int, ...]] = {1: (8, 4), 2: (6,), 4: (4,), 8: (3,)}
+TILES_OF = {8: {1: 8, 2: 4, 4: 2, 8: 1}, 4: {1: 8, 2: 4, 4: 4, 8: 2}}     # the same without AVX-512, by lanes of a register
 DENSE_ROWS = 8       # outputs computed together where all are kept
 DENSE_INPUTS = 256   # above so many inputs of a group oneDNN is out of reach
 CHUNK = 512          # columns of 64 bytes: what a tile reads of x between two visits of a group stays in L1
@@ -94,7 +96,8 @@ def bind(op: str, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
         raise KernelError("there is no such kernel", where=op, hint="save the model again")
     geometry, parallel = _geometry(tensors, attributes), bool(chosen["parallel"])
     if chosen.get("depthwise"):
-        schedule: build.Schedule = Depthwise(geometry.kernel, geometry.stride, geometry.dilation, geometry.padding[1], finish, parallel)
+        schedule: build.Schedule = Depthwise(geometry.kernel, geometry.stride, geometry.dilation, geometry.padding[1], finish, parallel,
+                                             vectors_of(target))
         weight = tensors["weight"].detach().float().flatten(1).contiguous()
         full = padded_bias(bias, weight.shape[0], weight.shape[0])
         return BoundPlanes(op, chosen, schedule, geometry, (weight.view(-1), full), (weight.shape[0], geometry.groups), 1, target, files)
@@ -103,8 +106,10 @@ def bind(op: str, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
     if prepared is None:
         prepared = _prepare(op, chosen, tensors, attributes, bias, geometry, target.cores)
         shared.append((bias, key, prepared))
-    schedule = Planes(int(chosen["r"]), int(chosen["vectors"]), prepared.chunks > 1, finish, parallel,
-                      None if geometry.plain else geometry.stride)
+    cut_for = vectors_of(target)
+    vectors = int(chosen["vectors"]) if cut_for == AVX512 else TILES_OF[cut_for.lanes][int(chosen["r"])]
+    schedule = Planes(int(chosen["r"]), vectors, prepared.chunks > 1, finish, parallel,
+                      None if geometry.plain else geometry.stride, cut_for)
     return BoundPlanes(op, chosen, schedule, geometry, prepared, (prepared.out_channels, prepared.in_channels),
                        prepared.in_channels // geometry.groups * geometry.taps, target, files)
 

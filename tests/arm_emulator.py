@@ -141,20 +141,25 @@ _ADDRESSED = attend._addressed
 
 @contextmanager
 def emulated(name: str, processor: str = "") -> Iterator[Target]:
-    """`with emulated("cortex-a76") as target:` kernels for this target run, under qemu; it is this machine, for whom asks for the host."""
+    """`with emulated("cortex-a76") as target:` kernels for this target run, under qemu; it is this machine, for whom asks for the host.
+
+    What runs here, such as "x86-avx2", does so.
+    """
     target, patch = resolve(name), pytest.MonkeyPatch()
-    machine = Emulator(target, processor)
+    machine = None if target.runs_on(host()) else Emulator(target, processor)
     try:
         _forget()
-        patch.setattr(build, "_function", machine.load)
-        patch.setattr(attend, "_addressed", lambda bias: (machine.lend(bias), *_ADDRESSED(bias)[1:]))
+        if machine is not None:
+            patch.setattr(build, "_function", machine.load)
+            patch.setattr(attend, "_addressed", lambda bias: (machine.lend(bias), *_ADDRESSED(bias)[1:]))
         for module in [module for module in sys.modules.values() if getattr(module, "host", None) is host]:
             patch.setattr(module, "host", lambda: target)
         yield target
     finally:
         patch.undo()
         _forget()
-        machine.close()
+        if machine is not None:
+            machine.close()
 
 
 def _forget() -> None:

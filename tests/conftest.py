@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--target", help="run kernels for this 64-bit Arm target, under qemu, wherever tests take this machine's")
+    parser.addoption("--target", help="run kernels for this target, 64-bit Arm under qemu, wherever tests take this machine's")
     parser.addoption("--update-golden", action="store_true", help="write what the tests got as the new golden texts")
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_help import needs_avx512
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,8 +17,6 @@ from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.block_layout import ALL, NONE, SOME, BlockLayout, from_blocks, from_places
 from sparsify_compiler.codegen import attend
 from sparsify_compiler.ops import attend_blocks
-
-pytestmark = needs_avx512
 
 
 def tensors(batch: int, heads: int, groups: int, queries: int, keys: int, width: int, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -338,7 +338,6 @@ def test_tiles_are_not_offered_where_the_system_gives_none(monkeypatch: pytest.M
         runtime.rebind("linear_bsr", {"family": "amx"}, *given, None, {}, host())
 
 
-@pytest.mark.skipif(not host().has(strips.NEEDS), reason="this machine has too few registers")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("structure", "sizes"), [("csr", {}), ("nm", {"n": 2, "m": 4}), *(("bsr", {"r": r, "c": 1}) for r in (2, 4, 16))])
 def test_strips(structure: str, sizes: dict[str, int], threads: int) -> None:
@@ -361,7 +360,6 @@ def test_strips(structure: str, sizes: dict[str, int], threads: int) -> None:
             assert_right(kernel, weight.double() * mask, bias.double(), torch.randn(rows, k).to(dtype))
 
 
-@pytest.mark.skipif(not host().has(strips.NEEDS), reason="this machine has too few registers")
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "numbers", "activation"), FINISHES)

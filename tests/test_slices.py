@@ -15,22 +15,21 @@ from sparsify_compiler import catalog
 from sparsify_compiler.codegen import runtime
 from sparsify_compiler.codegen.bound import BoundKernel
 from sparsify_compiler.codegen.kernels import slices
-from sparsify_compiler.codegen.kernels.slice_layout import SKIP, WINDOW, prepare_gaps
+from sparsify_compiler.codegen.kernels.slice_layout import SKIP, WINDOW, places_fit, prepare_gaps
 from sparsify_compiler.cost_models import slices as cost
 from sparsify_compiler.cost_models.symbols import evaluate
 from sparsify_compiler.target import host
 
-pytestmark = pytest.mark.skipif(not host().has("avx512f"), reason="these kernels need AVX-512")
 DTYPES = (torch.float32, torch.bfloat16)
 PATTERNS = ((2, 4), (1, 4), (3, 4), (1, 3), (4, 8), (5, 7), (8, 16), (2, 11), (1, 1))
 
 
 def bound(structure: str, weight: Tensor, mask: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None, **sizes: int) -> BoundKernel:
-    """The kernel for one row of x; of a weight in bfloat16 and x in another dtype where given."""
+    """The kernel for one row of x, offered here or not; of a weight in bfloat16 and x in another dtype where given."""
     stored = catalog.get("format", structure).encode(weight, mask, **sizes)
-    given = f"linear_{structure}", stored.tensors(), stored.attributes(), dtype or weight.dtype
-    (found,) = (c for c in runtime.candidates(*given, (1,), host()) if c.options["family"] == slices.NAME)
-    return found.bind(bias)  # type: ignore[no-any-return]
+    coding = "places" if structure == "nm" and places_fit(sizes["n"], sizes["m"]) else "gaps"
+    options = {"family": slices.NAME, "dtype": str(dtype or weight.dtype).removeprefix("torch."), "coding": coding}
+    return runtime.rebind(f"linear_{structure}", options, stored.tensors(), stored.attributes(), bias, {}, host())  # type: ignore[no-any-return]
 
 
 def check(kernel: BoundKernel, weight: Tensor, mask: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype) -> None:
@@ -157,7 +156,7 @@ def test_offered_for_few_rows_and_single_outputs_only() -> None:
         given = f"linear_{structure}", stored.tensors(), stored.attributes(), torch.float32, rows, target
         return {str(c.options["family"]) for c in runtime.candidates(*given)}
 
-    assert slices.NAME in families("csr", (1,))
+    assert (slices.NAME in families("csr", (1,))) == host().has("avx512f")
     assert slices.NAME not in families("csr", (1, 128)) | families("csr", (1,), narrow=True) | families("bsr", (1,), r=4, c=1)
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_help import needs_avx512
 from torch.nn.functional import linear
 
 import sparsify_compiler as sc
@@ -15,7 +14,6 @@ from sparsify_compiler.codegen.kernels import streams
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.target import host
 
-pytestmark = needs_avx512
 DTYPES = (torch.float32, torch.bfloat16)
 
 

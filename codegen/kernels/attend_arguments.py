@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +13,10 @@ from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
-from sparsify_compiler.codegen.kernels import finish, softmax
+from sparsify_compiler.codegen.kernels import softmax
 
-LANES = softmax.LANES
 MOST = 2.0**20      # what a finite bias is at most, scaled: a row whose keys all have the least number, as masks do, would lose all digits
-PARTS = Path(__file__).with_name("attend.ll").read_text() + finish.PARTS.read_text()
+PARTS = ("attend", "part")   # what the kernels call
 
 
 @dataclass(frozen=True)
@@ -158,9 +156,9 @@ class Places:
         with e.loop(tirx.truncdiv(tensor.shape[-1] * size + 63, 64)) as line:
             t.prefetch(tensor.elements, at + e.cast("int64", line * (64 // size)), near=False)
 
-    def allowed(self, keys: Any, n: Any, row: Any, lanes: int = LANES) -> Any:
+    def allowed(self, keys: Any, n: Any, row: Any, lanes: int = 0) -> Any:
         """Do the rows from `row` on count key number n of a run? Rows past the block may get any answer."""
-        a, number = self.a, e.let(keys.first + n)
+        a, number, lanes = self.a, e.let(keys.first + n), lanes or e.lanes()
         flags = e.Register(lanes, _every(1, lanes), "int32")
         with e.when(a.causal > 0):
             place = row + (a.K - a.Q)
@@ -169,7 +167,7 @@ class Places:
         with e.when(keys.tile >= 0):
             within = e.let(row - self.block * a.block_q)
             at = (keys.tile, keys.column + n, within)
-            words = tirx.call_extern("int32x16", "flags", t.address(a.tiles, *at)) if lanes > 1 else e.cast("int32", e.load(a.tiles, *at))
+            words = tirx.call_extern(f"int32x{lanes}", "flags", t.address(a.tiles, *at)) if lanes > 1 else e.cast("int32", e.load(a.tiles, *at))
             flags.set(flags.get() & words)
         with e.when(a.padded > 0):
             flags.set(flags.get() & e.broadcast(e.cast("int32", e.load(a.key_mask, self.batch, number)), lanes))
@@ -180,12 +178,12 @@ class Places:
         a = self.a
         steps = ((self.batch, a.bias_batch), (head, a.bias_head), (row, a.bias_row), (number, a.bias_key))
         address = scalar(sum((e.cast("int64", i) * step for i, step in steps), start=a.bias))
-        return e.let(tirx.call_extern("float32x16", "load_bias", address, a.bias_key, a.bias_size, a.bias_scale, a.bias_limit, count))
+        return e.let(tirx.call_extern(e.floats(e.lanes()), "load_bias", address, a.bias_key, a.bias_size, a.bias_scale, a.bias_limit, count))
 
     def finish(self, top: Any, total: Any, row: Any, count: Any) -> Any:
         """Store the log of the sum of the first `count` of 16 rows, of their largest scores and the totals of their shares; 1 / total, or 0."""
         none = tirx.EQ(top, softmax.lanes(-math.inf))
-        found = e.let((top * e.broadcast(self.a.scale, LANES) + softmax.log2(total)) * softmax.lanes(math.log(2)))
+        found = e.let((top * e.broadcast(self.a.scale, e.lanes()) + softmax.log2(total)) * softmax.lanes(math.log(2)))
         to = t.address(self.a.lse, self.batch, self.head, row)
         lse = softmax.unless_nan(total, tirx.Select(none, top, found))    # where all scores are NaN none is the largest
         e.builder.evaluate(tirx.call_extern("int32", "store_part", to, lse, count))

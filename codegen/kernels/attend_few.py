@@ -1,7 +1,8 @@
 """attend_blocks for a few query rows, as in decoding: each listed key and value is read from memory once for all heads of its group.
 
-A task is a part of the listed blocks of one group. Vectors run along the width: 16 dot products of `rows` query rows with some keys are in registers
-at a time, and are added up in a tree of shuffles. Parts are merged by the logarithms of their sums (Flash-Decoding, Dao et al., 2023).
+A task is a part of the listed blocks of one group. Vectors run along the width: as many dot products of `rows` query rows with some keys are in
+registers at a time as these have lanes, and are added up in a tree of shuffles. Parts are merged by the logarithms of their sums (Flash-Decoding,
+Dao et al., 2023).
 
 Bound by: the bandwidth at which the listed keys and values arrive.
 """
@@ -21,11 +22,11 @@ from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels import softmax
 from sparsify_compiler.codegen.kernels.attend_arguments import PARTS, Places, arguments, each_task
 from sparsify_compiler.codegen.kernels.finish import load_part, store_part
-from sparsify_compiler.codegen.kernels.softmax import LANES
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
 DOT = Path(__file__).with_name("dot_bf16.ll")
 KEYS = 64           # at a time
-APART = KEYS + LANES    # scores of a row, and room behind them
+APART = KEYS + 16    # scores of a row, and room behind them
 VECTORS = 4         # sums of a row's columns in registers at a time
 
 
@@ -35,6 +36,7 @@ class AttendFew:
 
     dtype: str
     rows: int
+    cut_for: Vectors = AVX512
     name = "attend_few"
 
     def compute(self) -> Any:
@@ -42,7 +44,7 @@ class AttendFew:
 
         And: heads that share a list (as many as a group has, or 1), parts of a list.
         """
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
 
     @property
     def halves(self) -> bool:
@@ -52,26 +54,26 @@ class AttendFew:
     @property
     def step(self) -> int:
         """Numbers of a vector register, as they are stored."""
-        return LANES * (2 if self.halves else 1)
+        return self.cut_for.lanes * (2 if self.halves else 1)
 
 
 def _body(how: AttendFew) -> None:
     a = arguments(how.dtype, "together", "parts")
-    a.words = e.opaque(tirx.truncdiv(a.D + (how.step - 1), how.step) * LANES)       # of a packed query row
+    a.words = e.opaque(tirx.truncdiv(a.D + (how.step - 1), how.step) * e.lanes())       # of a packed query row
     a.columns = e.opaque(tirx.truncdiv(a.E + (how.step - 1), how.step) * how.step)  # sums of a row
     a.most = e.opaque(e.minimum(a.block_q, a.Q))                                    # query rows of a head in a block
     a.lines = e.opaque(tirx.truncdiv(a.together * a.most + (how.rows - 1), how.rows) * how.rows)
     tasks = e.opaque(tirx.truncdiv(a.B * a.H, a.together) * a.NQ * a.parts)
-    counter = e.scratch(LANES, "int32")
+    counter = e.scratch(e.lanes(), "int32")
     e.store(counter, tirx.const(0, "int32"), 0)
     kept = SimpleNamespace(sums=e.scratch(tasks * a.lines * a.columns, "float32"), tops=e.scratch(tasks * a.lines, "float32"),
                            totals=e.scratch(tasks * a.lines, "float32"))
-    with e.loop(a.workers, parallel=True) as _, e.llvm(PARTS + (DOT.read_text() if how.halves else "")):
+    with e.loop(a.workers, parallel=True) as _, e.llvm(e.vectors().text(*PARTS) + (DOT.read_text() if how.halves else "")):
         room = SimpleNamespace(queries=e.scratch(a.lines * a.words, "int32"), scores=e.scratch(a.lines * APART, "float32"),
                                fades=e.scratch(a.lines, "float32"))
         with each_task(a, counter, tasks) as task:
             _part(how, a, room, kept, task)
-    with e.llvm(PARTS), e.loop(a.B * a.H) as head, e.loop(a.Q) as row:
+    with e.llvm(e.vectors().text(*PARTS)), e.loop(a.B * a.H) as head, e.loop(a.Q) as row:
         _merge(how, a, kept, e.opaque(head), e.opaque(row))
 
 
@@ -88,8 +90,8 @@ def _part(how: AttendFew, a: Any, room: Any, kept: Any, task: Any) -> None:
     with e.loop(a.lines) as line:
         e.store(kept.tops, e.constant(-math.inf, "float32"), r.line + line)
         e.store(kept.totals, e.zero(), r.line + line)
-    with e.loop(tirx.truncdiv(a.lines * a.columns, LANES)) as i:
-        e.store(kept.sums, softmax.lanes(0.0), r.line * a.columns + i * LANES, lanes=LANES)
+    with e.loop(tirx.truncdiv(a.lines * a.columns, e.lanes())) as i:
+        e.store(kept.sums, softmax.lanes(0.0), r.line * a.columns + i * e.lanes(), lanes=e.lanes())
     with places.each(first, end, KEYS, task - which * a.parts, a.parts) as keys:
         with e.loop(keys.count) as n:
             places.prefetch("value", keys.first + n)
@@ -110,20 +112,20 @@ def _read(how: AttendFew, tensor: Any, at: Any, count: Any = None) -> Any:
     if how.halves:
         if count is not None:
             return e.let(tirx.call_extern("int32x16", "load_halves", t.address(tensor.elements, at), count))
-        return e.let(e.reinterpret("int32", e.load(tensor.elements, at, lanes=2 * LANES), LANES))
-    return e.let(load_part(tensor.elements, at, count) if count is not None else e.load(tensor.elements, at, lanes=LANES))
+        return e.let(e.reinterpret("int32", e.load(tensor.elements, at, lanes=2 * e.lanes()), e.lanes()))
+    return e.let(load_part(tensor.elements, at, count) if count is not None else e.load(tensor.elements, at, lanes=e.lanes()))
 
 
 def _pack(how: AttendFew, a: Any, r: Any, places: Places) -> None:
     """queries [line][word]: lines are the block's rows of each head; with the sign of the scale, zeros behind the width."""
     flip = e.constant(-2**31 + (2**15 if how.halves else 0), "int32")
-    sign = e.let(e.broadcast(tirx.Select(a.sign < e.zero(), flip, e.constant(0, "int32")), LANES))
-    with e.loop(a.lines) as line, e.loop(tirx.truncdiv(a.words, LANES)) as i:
+    sign = e.let(e.broadcast(tirx.Select(a.sign < e.zero(), flip, e.constant(0, "int32")), e.lanes()))
+    with e.loop(a.lines) as line, e.loop(tirx.truncdiv(a.words, e.lanes())) as i:
         head, row = _head_and_row(r, places, e.opaque(e.minimum(line, r.used - 1)))
         at = e.wide(a.query.at(places.batch, head, row) + e.cast("int64", i * how.step))
         words = _read(how, a.query, at, e.opaque(a.D - i * how.step))
-        bits = words if how.halves else e.reinterpret("int32", words, LANES)
-        e.store(r.queries, bits ^ sign, line * a.words + i * LANES, lanes=LANES)
+        bits = words if how.halves else e.reinterpret("int32", words, e.lanes())
+        e.store(r.queries, bits ^ sign, line * a.words + i * e.lanes(), lanes=e.lanes())
 
 
 def _head_and_row(r: Any, places: Places, line: Any) -> tuple[Any, Any]:
@@ -134,31 +136,31 @@ def _head_and_row(r: Any, places: Places, line: Any) -> tuple[Any, Any]:
 
 def _bias(a: Any, r: Any, places: Places, keys: Any) -> None:
     """Add the bias to the scores."""
-    with e.loop(r.used) as line, e.loop(tirx.truncdiv(keys.count + (LANES - 1), LANES)) as i:
+    with e.loop(r.used) as line, e.loop(tirx.truncdiv(keys.count + (e.lanes() - 1), e.lanes())) as i:
         head, row = _head_and_row(r, places, e.opaque(line))
-        at = e.opaque(line * APART + i * LANES)
-        more = places.added(head, row, e.opaque(keys.first + i * LANES), e.opaque(keys.count - i * LANES))
-        e.store(r.scores, e.load(r.scores, at, lanes=LANES) + more, at, lanes=LANES)
+        at = e.opaque(line * APART + i * e.lanes())
+        more = places.added(head, row, e.opaque(keys.first + i * e.lanes()), e.opaque(keys.count - i * e.lanes()))
+        e.store(r.scores, e.load(r.scores, at, lanes=e.lanes()) + more, at, lanes=e.lanes())
 
 
 def _scores(how: AttendFew, a: Any, r: Any, places: Places, keys: Any) -> None:
     """scores [line][key] = query . key."""
-    across = LANES // how.rows
+    across = e.lanes() // how.rows
     whole = e.opaque(tirx.truncdiv(a.D, how.step))
     with e.loop(tirx.truncdiv(keys.count + (across - 1), across)) as group, e.loop(tirx.truncdiv(a.lines, how.rows)) as some:
         first = e.opaque(group * across)
         lines = [e.opaque((some * how.rows + i) * a.words) for i in range(how.rows)]
         starts = [places.at("key", keys.first + e.minimum(first + i, keys.count - 1)) for i in range(across)]
-        sums = [e.Register(LANES, softmax.lanes(0.0)) for _ in range(LANES)]
+        sums = [e.Register(e.lanes(), softmax.lanes(0.0)) for _ in range(e.lanes())]
 
         def step(i: Any, count: Any, lines: Any = lines, starts: Any = starts, sums: Any = sums) -> None:
             loaded = [_read(how, a.key, start + e.cast("int64", i * how.step), count) for start in starts]
             for row, line in enumerate(lines):
-                query = e.let(e.load(r.queries, line + i * LANES, lanes=LANES))
-                query = query if how.halves else e.let(e.reinterpret("float32", query, LANES))
+                query = e.let(e.load(r.queries, line + i * e.lanes(), lanes=e.lanes()))
+                query = query if how.halves else e.let(e.reinterpret("float32", query, e.lanes()))
                 for number, key in enumerate(loaded):
                     total = sums[row * across + number]
-                    total.set(e.external("float32x16", "dot_bf16", total.get(), key, query) if how.halves else softmax.fma(key, query, total.get()))
+                    total.set(e.external(total.dtype, "dot_bf16", total.get(), key, query) if how.halves else softmax.fma(key, query, total.get()))
 
         with e.loop(whole) as i:
             step(i, None)
@@ -166,13 +168,14 @@ def _scores(how: AttendFew, a: Any, r: Any, places: Places, keys: Any) -> None:
             step(whole, e.opaque(a.D - whole * how.step))
         found = _added([e.let(total.get()) for total in sums])
         for row in range(how.rows):
-            e.store(r.scores, e.part(found, row * across, across) if across < LANES else found, (some * how.rows + row) * APART + first, lanes=across)
+            own = e.part(found, row * across, across) if across < e.lanes() else found
+            e.store(r.scores, own, (some * how.rows + row) * APART + first, lanes=across)
 
 
 def _added(vectors: list[Any]) -> Any:
-    """One vector of the 16 vectors' sums."""
+    """One vector of the vectors' sums."""
     while len(vectors) > 1:
-        vectors = [e.let(e.shuffle(one, other, range(0, 2 * LANES, 2)) + e.shuffle(one, other, range(1, 2 * LANES, 2)))
+        vectors = [e.let(e.shuffle(one, other, range(0, 2 * e.lanes(), 2)) + e.shuffle(one, other, range(1, 2 * e.lanes(), 2)))
                    for one, other in zip(vectors[::2], vectors[1::2], strict=True)]
     return vectors[0]
 
@@ -191,21 +194,21 @@ def _shares(a: Any, r: Any, kept: Any, keys: Any) -> None:
     none = softmax.lanes(-math.inf)
     with e.loop(a.lines) as line:
         start = e.opaque(line * APART)
-        e.store(r.scores, none, start + keys.count, lanes=LANES)     # behind the last key nothing counts
-        vectors = e.opaque(tirx.truncdiv(keys.count + (LANES - 1), LANES))
-        tops = e.Register(LANES, none)
+        e.store(r.scores, none, start + keys.count, lanes=e.lanes())     # behind the last key nothing counts
+        vectors = e.opaque(tirx.truncdiv(keys.count + (e.lanes() - 1), e.lanes()))
+        tops = e.Register(e.lanes(), none)
         with e.loop(vectors) as i:
-            tops.set(softmax.larger(e.load(r.scores, start + i * LANES, lanes=LANES), tops.get()))
-        before = e.let(e.broadcast(e.load(kept.tops, r.line + line), LANES))
-        top = softmax.larger(before, e.let(e.broadcast(e.external("float32", "largest", tops.get()), LANES)))
-        offset = e.let(softmax.finite_top(top) * e.broadcast(-a.scale, LANES))
-        fade = softmax.exp2(e.let(before * e.broadcast(a.scale, LANES) + offset))
-        totals = e.Register(LANES, softmax.lanes(0.0))
+            tops.set(softmax.larger(e.load(r.scores, start + i * e.lanes(), lanes=e.lanes()), tops.get()))
+        before = e.let(e.broadcast(e.load(kept.tops, r.line + line), e.lanes()))
+        top = softmax.larger(before, e.let(e.broadcast(e.external("float32", "largest", tops.get()), e.lanes())))
+        offset = e.let(softmax.finite_top(top) * e.broadcast(-a.scale, e.lanes()))
+        fade = softmax.exp2(e.let(before * e.broadcast(a.scale, e.lanes()) + offset))
+        totals = e.Register(e.lanes(), softmax.lanes(0.0))
         with e.loop(vectors) as i:
-            score = e.let(e.load(r.scores, start + i * LANES, lanes=LANES))
-            share = softmax.exp2(softmax.fma(score, e.broadcast(a.scale, LANES), offset))
+            score = e.let(e.load(r.scores, start + i * e.lanes(), lanes=e.lanes()))
+            share = softmax.exp2(softmax.fma(score, e.broadcast(a.scale, e.lanes()), offset))
             totals.set(totals.get() + share)
-            e.store(r.scores, tirx.Select(tirx.EQ(score, none), softmax.lanes(-0.0), share), start + i * LANES, lanes=LANES)
+            e.store(r.scores, tirx.Select(tirx.EQ(score, none), softmax.lanes(-0.0), share), start + i * e.lanes(), lanes=e.lanes())
         e.store(kept.totals, e.load(kept.totals, r.line + line) * e.lane(fade, 0) + e.external("float32", "sum", totals.get()), r.line + line)
         e.store(kept.tops, e.lane(top, 0), r.line + line)
         e.store(r.fades, e.lane(fade, 0), line)
@@ -218,24 +221,24 @@ def _add(how: AttendFew, a: Any, r: Any, kept: Any, places: Places, keys: Any, w
     rest = e.opaque(tirx.truncdiv(a.columns, how.step) - every * loads)
 
     def columns(first: Any, loads: int, lines: Any, count: Any) -> None:
-        width = loads * how.step // LANES
+        width = loads * how.step // e.lanes()
         places_of = [e.opaque((r.line + line) * a.columns + first) for line in lines]
-        fades = [e.let(e.broadcast(e.load(r.fades, line), LANES)) for line in lines]
-        sums = [[e.Register(LANES, e.load(kept.sums, at + v * LANES, lanes=LANES) * fade) for v in range(width)]
+        fades = [e.let(e.broadcast(e.load(r.fades, line), e.lanes())) for line in lines]
+        sums = [[e.Register(e.lanes(), e.load(kept.sums, at + v * e.lanes(), lanes=e.lanes()) * fade) for v in range(width)]
                 for at, fade in zip(places_of, fades, strict=True)]
         with e.loop(keys.count) as n:
             at = e.wide(places.at("value", keys.first + n) + e.cast("int64", first))
             words = [_read(how, a.value, at + i * how.step, count) for i in range(loads)]
-            values = [value for word in words for value in (e.upcast_pairs(word, LANES) if how.halves else [word])]
+            values = [value for word in words for value in (e.upcast_pairs(word, e.lanes()) if how.halves else [word])]
             values = [e.let(value) for value in values]
             for line, registers in zip(lines, sums, strict=True):
-                share = e.let(e.broadcast(e.load(r.scores, line * APART + n), LANES))
+                share = e.let(e.broadcast(e.load(r.scores, line * APART + n), e.lanes()))
                 for register, value in zip(registers, values, strict=True):
                     total = softmax.fma(value, share, register.get())
                     register.set(total if whole else tirx.Select(softmax.counted(share), total, register.get()))
         for at, registers in zip(places_of, sums, strict=True):
             for v, register in enumerate(registers):
-                e.store(kept.sums, register.get(), at + v * LANES, lanes=LANES)
+                e.store(kept.sums, register.get(), at + v * e.lanes(), lanes=e.lanes())
 
     with e.loop(tirx.truncdiv(a.lines, how.rows)) as some:
         lines = [e.opaque(some * how.rows + i) for i in range(how.rows)]
@@ -252,17 +255,17 @@ def _merge(how: AttendFew, a: Any, kept: Any, head: Any, row: Any) -> None:
     rows = e.opaque(e.minimum(a.block_q, a.Q - block * a.block_q))
     line = e.opaque((head - heads * a.together) * rows + row - block * a.block_q)
     start = e.opaque((heads * a.NQ + block) * a.parts * a.lines + line)
-    top, total = e.Register(LANES, softmax.lanes(-math.inf)), e.Register(LANES, softmax.lanes(0.0))
+    top, total = e.Register(e.lanes(), softmax.lanes(-math.inf)), e.Register(e.lanes(), softmax.lanes(0.0))
     with e.loop(a.parts) as part:
-        top.set(softmax.larger(e.let(e.broadcast(e.load(kept.tops, start + part * a.lines), LANES)), top.get()))
-    scale = e.let(e.broadcast(a.scale, LANES))
-    offset = e.let(softmax.finite_top(top.get()) * e.broadcast(-a.scale, LANES))
+        top.set(softmax.larger(e.let(e.broadcast(e.load(kept.tops, start + part * a.lines), e.lanes())), top.get()))
+    scale = e.let(e.broadcast(a.scale, e.lanes()))
+    offset = e.let(softmax.finite_top(top.get()) * e.broadcast(-a.scale, e.lanes()))
 
     def weight(part: Any) -> Any:
-        return softmax.exp2(softmax.fma(e.let(e.broadcast(e.load(kept.tops, start + part * a.lines), LANES)), scale, offset))
+        return softmax.exp2(softmax.fma(e.let(e.broadcast(e.load(kept.tops, start + part * a.lines), e.lanes())), scale, offset))
 
     with e.loop(a.parts) as part:
-        total.set(total.get() + weight(part) * e.broadcast(e.load(kept.totals, start + part * a.lines), LANES))
+        total.set(total.get() + weight(part) * e.broadcast(e.load(kept.totals, start + part * a.lines), e.lanes()))
     none = tirx.EQ(top.get(), softmax.lanes(-math.inf))
     lse = e.let((top.get() * scale + softmax.log2(e.let(total.get()))) * softmax.lanes(math.log(2)))
     inner = e.opaque(head - batch * a.H)
@@ -270,11 +273,11 @@ def _merge(how: AttendFew, a: Any, kept: Any, head: Any, row: Any) -> None:
     inverse = softmax.unless_nan(e.let(total.get()), tirx.Select(none, softmax.lanes(0.0), softmax.lanes(1.0) / total.get()))
     to = a.out.at(batch, inner, row)
     with e.loop(tirx.truncdiv(a.columns, how.step)) as chunk:
-        sums = [e.Register(LANES, softmax.lanes(0.0)) for _ in range(how.step // LANES)]
+        sums = [e.Register(e.lanes(), softmax.lanes(0.0)) for _ in range(how.step // e.lanes())]
         with e.loop(a.parts) as part:
             at, by = e.opaque((start + part * a.lines) * a.columns + chunk * how.step), weight(part)
             for v, register in enumerate(sums):
-                register.multiply_add(e.load(kept.sums, at + v * LANES, lanes=LANES), by)
+                register.multiply_add(e.load(kept.sums, at + v * e.lanes(), lanes=e.lanes()), by)
         finished = [e.let(register.get() * inverse) for register in sums]
         place, count = e.wide(to + e.cast("int64", chunk * how.step)), e.opaque(a.E - chunk * how.step)
         if how.halves:

@@ -57,11 +57,12 @@ def _body(how: AttendTiles) -> None:
         e.store(counters, tirx.const(0, "int32"), i * LANES)
     held = e.opaque(e.either(a.once > 0, a.B * a.G * a.steps, a.workers * STEPS))
     values = SimpleNamespace(packed=e.scratch(held * a.wide * DEPTH, "uint16"), bad=e.scratch(held, "int32"))
-    with e.when(a.once > 0), e.loop(a.workers, parallel=True) as _, e.llvm(PARTS), each_task(a, counters, a.B * a.G * a.steps) as task:
+    text = e.vectors().text(*PARTS)
+    with e.when(a.once > 0), e.loop(a.workers, parallel=True) as _, e.llvm(text), each_task(a, counters, a.B * a.G * a.steps) as task:
         group = e.opaque(tirx.truncdiv(task, a.steps))
         places = Places(a, e.opaque(group * tirx.truncdiv(a.H, a.G)), e.constant(0, "int32"))
         pack_step(a, values, places, e.opaque((task - group * a.steps) * DEPTH), task)
-    with e.loop(a.workers, parallel=True) as me, e.llvm(PARTS):
+    with e.loop(a.workers, parallel=True) as me, e.llvm(text):
         room = SimpleNamespace(queries=e.scratch(tirx.truncdiv(a.D, 2) * how.rows, "int32"), scores=e.scratch(KEYS * how.rows, "float32"),
                                shares=e.scratch(KEYS // 2 * how.rows, "int32"), sums=e.scratch(a.wide * how.rows, "float32"),
                                tail=e.scratch(a.D * DEPTH, "uint16"), bias=e.scratch(LANES * LANES, "float32"), values=values, me=me,

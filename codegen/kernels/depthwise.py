@@ -21,7 +21,8 @@ from typing import Any
 from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
-from sparsify_compiler.codegen.kernels.finish import LANES, PARTS, Finish, images, load_between, load_part, store_part
+from sparsify_compiler.codegen.kernels.finish import Finish, images, load_between, load_part, store_part
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
 ROWS = 7    # divides the heights of most networks
 WHOLE = 2   # registers of a row that is loaded once, at the most
@@ -37,11 +38,12 @@ class Depthwise:
     padding: int
     finish: Finish
     parallel: bool
+    cut_for: Vectors = AVX512
     name = "depthwise"
 
     def compute(self) -> Any:
         """The PrimFunc f(weight [O * kh * kw], bias [O], numbers [2], x [B, C, H, W], (other like y,) y [B, O, H', W'])."""
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
 
 
 def _body(how: Depthwise) -> None:
@@ -51,32 +53,55 @@ def _body(how: Depthwise) -> None:
     made = (a.B, a.O, a.h, a.w)
     a.x, a.other, a.y = images((a.B, a.C, a.H, a.W), made if how.finish.add else None, made)
     a.top, pieces = (e.opaque(e.load(numbers, i)) for i in range(2))
-    with e.loop(a.B * pieces * a.O, parallel=how.parallel) as task, e.llvm(PARTS.read_text()):
+    with e.loop(a.B * pieces * a.O, parallel=how.parallel) as task, e.llvm(e.vectors().text("part")):
         o, part = e.opaque(tirx.truncmod(task, a.O)), e.opaque(tirx.truncdiv(task, a.O))
         b, piece = e.opaque(tirx.truncdiv(part, pieces)), e.opaque(tirx.truncmod(part, pieces))
         begin, end = e.opaque(tirx.truncdiv(piece * a.h, pieces)), e.opaque(tirx.truncdiv((piece + 1) * a.h, pieces))
         source = e.opaque(b * a.x.image + tirx.truncdiv(o, e.opaque(tirx.truncdiv(a.O, a.C))) * a.x.plane)
         to, added = (None if one is None else e.opaque(b * one.image + o * one.plane) for one in (a.y, a.other))
         taps = how.kernel[0] * how.kernel[1]
-        weights = [e.let(e.broadcast(e.load(a.weight, o * taps + tap), LANES)) for tap in range(taps)]
-        bias = e.let(e.broadcast(e.load(a.bias, o), LANES))
+        weights = _weights(a, o * taps, taps)
+        bias = e.let(e.broadcast(e.load(a.bias, o), e.lanes()))
         t = SimpleNamespace(source=source, to=to, added=added, begin=begin, end=end, weights=weights, bias=bias)
-        if how.stride[1] > WHOLE:
+        if how.stride[1] > WHOLE or not e.vectors().masked:
             _pieces(how, a, t)
         else:
-            room, last = LANES * how.stride[1], (how.kernel[1] - 1) * how.dilation[1]
+            room, last = e.lanes() * how.stride[1], (how.kernel[1] - 1) * how.dilation[1]
             fits = tirx.And((a.w - 1) * how.stride[1] + last < room, a.W + how.padding <= room)
             e.choose(fits, lambda: _bands(how, a, t, 0, a.w, lambda y: _row(how, a, e.opaque(source + y * a.W))), lambda: _pieces(how, a, t))
 
 
+def _weights(a: Any, first: Any, count: int) -> Callable[[int], Any]:
+    """weight(tap) in all lanes: each in a register of its own, or several in one, where lanes can be factors."""
+    if not e.vectors().by_element:
+        whole = [e.let(e.broadcast(e.load(a.weight, first + tap), e.lanes())) for tap in range(count)]
+        return lambda tap: whole[tap]
+    width = e.lanes()
+    parts = [(at, min(width, count - at)) for at in range(0, count, width)]
+    held = [e.let(e.load(a.weight, first + at, lanes=size)) for at, size in parts]
+    return lambda tap: e.broadcast(held[tap // width] if parts[tap // width][1] == 1 else e.lane(held[tap // width], tap % width), width)
+
+
 def _pieces(how: Depthwise, a: Any, t: Any) -> None:
-    """Rows of y cut into pieces of LANES columns."""
-    with e.loop(tirx.truncdiv(a.w + (LANES - 1), LANES)) as vector:
-        column = e.opaque(vector * LANES)
-        count = e.opaque(e.minimum(a.w - column, LANES))
+    """Rows of y cut into pieces of e.lanes() columns."""
+    with e.loop(tirx.truncdiv(a.w + (e.lanes() - 1), e.lanes())) as vector:
+        column = e.opaque(vector * e.lanes())
+        count = e.opaque(e.minimum(a.w - column, e.lanes()))
         left = e.opaque(column * how.stride[1] - how.padding)
         first, end = e.opaque(-left), e.opaque(a.W - left)
-        _bands(how, a, t, column, count, lambda y: _line(how, a, e.opaque(t.source + y * a.W + left), first, end))
+
+        def bands(load: Any) -> None:
+            _bands(how, a, t, column, count, lambda y: _line(how, e.opaque(t.source + y * a.W + left), load))
+
+        def between(at: Any, place: int) -> Any:
+            return load_between(a.x.elements, at + place, first - place, end - place)
+
+        if e.vectors().masked:
+            bands(between)
+        else:   # where no lanes can be left out, part of a register is loaded by branches
+            reach = e.lanes() * how.stride[1] + (how.kernel[1] - 1) * how.dilation[1]
+            inside = tirx.And(first <= 0, end >= reach)
+            e.choose(inside, lambda: bands(lambda at, place: e.load(a.x.elements, at + place, lanes=e.lanes())), lambda: bands(between))
 
 
 def _bands(how: Depthwise, a: Any, t: Any, column: Any, count: Any, inputs: Callable[[Any], list[Any]]) -> None:
@@ -86,19 +111,19 @@ def _bands(how: Depthwise, a: Any, t: Any, column: Any, count: Any, inputs: Call
 
 
 def _tile(how: Depthwise, a: Any, t: Any, first: Any, column: Any, count: Any, inputs: Callable[[Any], list[Any]]) -> None:
-    """ROWS rows of y, LANES columns; what lies outside of x counts as 0, what lies outside of y is not written.
+    """ROWS rows of y, e.lanes() columns; what lies outside of x counts as 0, what lies outside of y is not written.
 
     inputs   for a row of x: the vector that each column of the kernel sees
     """
     top = e.opaque(first * how.stride[0] - a.top)
-    sums = [e.Register(LANES, t.bias) for _ in range(ROWS)]
+    sums = [e.Register(e.lanes(), t.bias) for _ in range(ROWS)]
     for line, uses in sorted(_uses(how).items()):
         y = e.opaque(top + line)
         with e.when(tirx.And(y >= 0, y < a.H)):
             vectors = inputs(y)
             for row, ky in uses:
                 for kx, vector in enumerate(vectors):
-                    sums[row].multiply_add(t.weights[ky * how.kernel[1] + kx], vector)
+                    sums[row].multiply_add(t.weights(ky * how.kernel[1] + kx), vector)
     for row, total in enumerate(sums):
         with e.when(first + row < t.end):
             place = e.opaque((first + row) * a.w + column)
@@ -109,10 +134,10 @@ def _tile(how: Depthwise, a: Any, t: Any, first: Any, column: Any, count: Any, i
 def _row(how: Depthwise, a: Any, source: Any) -> list[Any]:
     """The same as _line of a whole row, which is loaded once; the lanes behind it are zeros, and those before it come round to them."""
     over = how.stride[1]
-    parts = [e.let(load_part(a.x.elements, source + part * LANES, a.W - part * LANES)) for part in range(over)]
+    parts = [e.let(load_part(a.x.elements, source + part * e.lanes(), a.W - part * e.lanes())) for part in range(over)]
     shifts = [kx * how.dilation[1] - how.padding for kx in range(how.kernel[1])]
     return [parts[0] if over == 1 and shift == 0 else
-            e.let(tirx.Shuffle(parts, [tirx.const((i * over + shift) % (LANES * over), "int32") for i in range(LANES)])) for shift in shifts]
+            e.let(tirx.Shuffle(parts, [tirx.const((i * over + shift) % (e.lanes() * over), "int32") for i in range(e.lanes())])) for shift in shifts]
 
 
 def _uses(how: Depthwise) -> dict[int, list[tuple[int, int]]]:
@@ -124,13 +149,13 @@ def _uses(how: Depthwise) -> dict[int, list[tuple[int, int]]]:
     return uses
 
 
-def _line(how: Depthwise, a: Any, source: Any, first: Any, end: Any) -> list[Any]:
-    """For each column of the kernel the LANES inputs of one row of x; those outside of [first, end) from `source` on are 0."""
+def _line(how: Depthwise, source: Any, load_from: Callable[[Any, int], Any]) -> list[Any]:
+    """For each column of the kernel a vector of inputs of one row of x. load_from(source, place): from source + place on, 0 outside of the row."""
     loaded: dict[int, Any] = {}
 
     def load(at: int) -> Any:
         if at not in loaded:
-            loaded[at] = e.let(load_between(a.x.elements, source + at, first - at, end - at))
+            loaded[at] = e.let(load_from(source, at))
         return loaded[at]
 
     def column(kx: int) -> Any:
@@ -138,8 +163,8 @@ def _line(how: Depthwise, a: Any, source: Any, first: Any, end: Any) -> list[Any
         if over == 1:
             return load(at)
         whole = at - at % over  # the columns of a kernel share their loads
-        parts = [load(whole + part * LANES) for part in range(over)]
-        current = [tirx.const(i * over + at % over, "int32") for i in range(LANES)]
+        parts = [load(whole + part * e.lanes()) for part in range(over)]
+        current = [tirx.const(i * over + at % over, "int32") for i in range(e.lanes())]
         return e.let(tirx.Shuffle(parts, current))
 
     return [column(kx) for kx in range(how.kernel[1])]

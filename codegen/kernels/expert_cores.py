@@ -14,6 +14,8 @@ from sparsify_compiler.codegen.kernels.finish import Finish
 from sparsify_compiler.codegen.kernels.products import LANES, products
 from sparsify_compiler.ops import select_ffn
 
+TILES = {16: (8, 3), 8: (4, 3), 4: (8, 2)}  # by lanes: outputs, and units, whose sums are in registers at a time
+
 
 class Core(ABC):
     """group and strip: neurons and outputs at a time; across: units at a time; depth: inputs packed at a time; dtype: of what is packed.
@@ -35,8 +37,8 @@ class Core(ABC):
 
     def open(self) -> None:
         """What a worker has to itself."""
-        self.finished = e.scratch(2 * self.across * self.strip * LANES, "float32")
-        self.turned = e.scratch(LANES * LANES, "float32")
+        self.finished = e.scratch(2 * self.across * self.strip * e.lanes(), "float32")
+        self.turned = e.scratch(LANES * e.lanes(), "float32")
 
     def close(self) -> None:
         """A worker is done."""
@@ -70,21 +72,22 @@ class Core(ABC):
         """put(row of the unit, 16 outputs from `first` on), of such a unit."""
         raise NotImplementedError
 
-    def activated(self, place: Any, apart: int) -> Any:
+    def activated(self, place: Any, apart: int, lanes: int) -> Any:
         """activation(gate) * up of one line of `finished`; up lies `apart` elements behind the gate."""
-        value = e.let(Finish(activation=self.how.activation, rough=self.how.dtype == "bfloat16")(e.load(self.finished, place, lanes=LANES)))
+        value = e.let(Finish(activation=self.how.activation, rough=self.how.dtype == "bfloat16")(e.load(self.finished, place, lanes=lanes)))
         if not self.how.gated:
             return value
         raised = Finish(activation=select_ffn.UP.get(self.how.activation, ""))
-        return e.let(value * raised(e.load(self.finished, place + apart, lanes=LANES)))
+        return e.let(value * raised(e.load(self.finished, place + apart, lanes=lanes)))
 
     def biased(self, name: str, expert: Any, first: Any, count: int, many: int, at: int) -> None:
         """Add a projection's bias to its sums, which lie from element `at` of `finished` on."""
         if f"{name}_bias" in self.a.biases:
+            width = e.lanes()
             with e.loop(many) as v, e.loop(count) as n:
-                place = e.let(at + (v * count + n) * LANES)
+                place = e.let(at + (v * count + n) * width)
                 bias = e.load(self.a.biases[f"{name}_bias"], e.wide(expert) * self.a.H + first + n)
-                e.store(self.finished, e.load(self.finished, place, lanes=LANES) + e.broadcast(bias, LANES), place, lanes=LANES)
+                e.store(self.finished, e.load(self.finished, place, lanes=width) + e.broadcast(bias, width), place, lanes=width)
 
     @property
     def projections(self) -> list[str]:
@@ -92,28 +95,34 @@ class Core(ABC):
 
 
 class Fma(Core):
-    """float32: the weights of eight outputs are broadcast one input after the other, and multiplied with up to three units. [input][row].
+    """float32: the weights of some outputs are broadcast one input after the other, and multiplied with some units. [input][row].
 
     Of an expert with few rows the lanes would be mostly empty: there they run along the inputs (products.py).
     """
 
-    dtype, group, strip, across, depth, few = "float32", LANES, LANES, 3, LANES, 4
+    dtype, group, strip, few = "float32", LANES, LANES, 4
+
+    def __init__(self, a: ExpertsArguments, how: ExpertsLayout) -> None:
+        super().__init__(a, how)
+        self.depth = e.lanes()
+        self.outputs_at_once, self.across = TILES[e.lanes()]
 
     def size(self, width: Any) -> Any:
-        return width * LANES
+        return width * e.lanes()
 
     def pack(self, packed: Any, start: Any, rows: list[Any], first: Any) -> None:
-        for k, column in enumerate(e.transpose([e.let(e.load(self.a.x, row, first, lanes=LANES)) for row in rows])):
-            e.store(packed, column, start + (first + k) * LANES, lanes=LANES)
+        for k, column in enumerate(e.transpose([e.let(e.load(self.a.x, row, first, lanes=e.lanes())) for row in rows])):
+            e.store(packed, column, start + (first + k) * e.lanes(), lanes=e.lanes())
 
     def neurons(self, packed: Any, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
-        apart = many * self.group * LANES
+        width = e.lanes()
+        apart = many * self.group * width
         for which, name in enumerate(self.projections):
             self._halves(name, expert, first, self.a.H, packed, self.a.K, unit, many, which * apart)
             self.biased(name, expert, first, self.group, many, which * apart)
         with e.loop(many) as v, e.loop(self.group) as n:
-            value = self.activated(e.let((v * self.group + n) * LANES), apart)
-            e.store(hidden, value, (unit + v) * self.size(self.a.H) + (first + n) * LANES, lanes=LANES)
+            value = self.activated(e.let((v * self.group + n) * width), apart, width)
+            e.store(hidden, value, (unit + v) * self.size(self.a.H) + (first + n) * width, lanes=width)
 
     def outputs(self, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
         self._halves("down", expert, first, self.a.N, hidden, self.a.H, unit, many, 0)
@@ -132,7 +141,7 @@ class Fma(Core):
                 if f"{name}_bias" in a.biases:
                     total = total + e.load(a.biases[f"{name}_bias"], e.wide(expert) * a.H + first, lanes=LANES)
                 e.store(self.finished, total, which * LANES, lanes=LANES)
-            value = self.activated(e.constant(0, "int32"), LANES)
+            value = self.activated(e.constant(0, "int32"), LANES, LANES)
             e.store(hidden, value, unit * self.size(a.H) + i * a.H + first, lanes=LANES)
 
     def row_outputs(self, order: Order, hidden: Any, expert: Any, first: Any, unit: Any, put: Callable[[Any, Any], None]) -> None:
@@ -143,26 +152,36 @@ class Fma(Core):
             put(i, total.get())
 
     def _halves(self, name: str, expert: Any, first: Any, end: Any, inputs: Any, width: Any, unit: Any, many: int, at: int) -> None:
-        """16 rows of a weight, of the `end` of an expert, eight at a time."""
-        for half in (0, LANES // 2):
-            rows = self.a.rows(name, expert, first + half, LANES // 2, end - 1)
-            self._multiply(self.a.projections[name][0], rows, inputs, width, unit, many, at + half * LANES)
+        """16 rows of a weight, of the `end` of an expert, some at a time."""
+        def some(part: Any) -> None:
+            rows = self.a.rows(name, expert, first + part, self.outputs_at_once, end - 1)
+            self._multiply(self.a.projections[name][0], rows, inputs, width, unit, many, at + part * e.lanes())
+
+        if e.vectors().masked:
+            for half in range(0, LANES, self.outputs_at_once):
+                some(half)
+        else:   # written out they would take long to compile
+            with e.loop(LANES // self.outputs_at_once) as number:
+                some(e.let(number * self.outputs_at_once))
 
     def _multiply(self, weight: Any, rows: list[Any], inputs: Any, width: Any, unit: Any, many: int, at: int) -> None:
         """finished[v][n] = sums over the inputs of these rows of W, for `many` units of 16 lines each."""
-        sums = [[e.Register(LANES, e.broadcast(e.zero(), LANES)) for _ in range(many)] for _ in rows]
+        lanes = e.lanes()
+        sums = [[e.Register(lanes, e.broadcast(e.zero(), lanes)) for _ in range(many)] for _ in rows]
         starts = [e.wide((unit + v) * self.size(width)) for v in range(many)]
-        rows = [e.wide(row) for row in rows]
-        with e.loop(width) as k:
-            column = e.wide(k)
-            values = [e.let(e.load(inputs, start + column * LANES, lanes=LANES)) for start in starts]
-            for row, totals in zip(rows, sums, strict=True):
-                factor = e.let(e.broadcast(e.load(weight, row, column), LANES))
-                for value, total in zip(values, totals, strict=True):
-                    total.multiply_add(factor, value)
+        rows, steps = [e.wide(row) for row in rows], lanes if e.vectors().by_element else 1
+        with e.loop(width if steps == 1 else e.floordiv(width, steps)) as k:
+            column = e.wide(k if steps == 1 else k * steps)
+            held = [e.let(e.load(weight, row, column, lanes=lanes)) for row in rows] if steps > 1 else []
+            for step in range(steps):
+                values = [e.let(e.load(inputs, start + (column * lanes if steps == 1 else (column + step) * lanes), lanes=lanes)) for start in starts]
+                for number, (row, totals) in enumerate(zip(rows, sums, strict=True)):
+                    factor = e.let(e.broadcast(e.lane(held[number], step) if held else e.load(weight, row, column), lanes))
+                    for value, total in zip(values, totals, strict=True):
+                        total.multiply_add(factor, value)
         for n, totals in enumerate(sums):
             for v, total in enumerate(totals):
-                e.store(self.finished, total.get(), at + (v * LANES + n) * LANES, lanes=LANES)
+                e.store(self.finished, total.get(), at + (v * LANES + n) * lanes, lanes=lanes)
 
 
 class Tile(Core):
@@ -193,7 +212,7 @@ class Tile(Core):
         for which, name in enumerate(names):
             self.biased(name, expert, first, self.group, many, which * apart)
         with e.loop(many) as v, e.loop(self.group // 2) as pair:
-            low, high = (self.activated(e.let((v * self.group + 2 * pair + i) * LANES), apart) for i in range(2))
+            low, high = (self.activated(e.let((v * self.group + 2 * pair + i) * LANES), apart, LANES) for i in range(2))
             to = (unit + v) * self.size(self.a.H) + (e.floordiv(first, 2) + pair) * LANES
             e.store(hidden, t.bfloat16_pairs(low, high), to, lanes=LANES)
 

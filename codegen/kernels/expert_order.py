@@ -1,6 +1,6 @@
 """The places that rows chose, in the order of the experts: what every kernel for many rows begins with. No row is copied, none is padded.
 
-A unit is up to 16 places of one expert; the units of an expert lie one after the other.
+A unit is up to as many places of one expert as a register has lanes; the units of an expert lie one after the other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels.experts_layout import ExpertsArguments
-from sparsify_compiler.codegen.kernels.products import LANES
 
 
 class Order:
@@ -24,7 +23,7 @@ class Order:
         self._count(a)
         with e.loop(a.experts) as i:
             many = e.let(e.load(self._begin, i + 1))
-            e.store(self._units, e.load(self._units, i) + e.floordiv(many + (LANES - 1), LANES), i + 1)
+            e.store(self._units, e.load(self._units, i) + e.floordiv(many + (e.lanes() - 1), e.lanes()), i + 1)
             e.store(self._begin, e.load(self._begin, i) + many, i + 1)
             e.store(cursor, e.load(self._begin, i), i)
         with self._chosen(a) as (place, expert):
@@ -57,14 +56,14 @@ class Order:
     def place(self, unit: Any, i: Any) -> Any:
         """The i-th place of a unit; behind the last one, that one again."""
         expert = e.load(self._owner, unit)
-        first = e.load(self._begin, expert) + (unit - e.load(self._units, expert)) * LANES
+        first = e.load(self._begin, expert) + (unit - e.load(self._units, expert)) * e.lanes()
         return e.load(self._places, e.minimum(first + i, e.load(self._begin, expert + 1) - 1))
 
     def filled(self, unit: Any) -> Any:
         """How many places a unit has."""
         expert = e.load(self._owner, unit)
-        first = e.load(self._begin, expert) + (unit - e.load(self._units, expert)) * LANES
-        return e.opaque(e.minimum(e.load(self._begin, expert + 1) - first, LANES))
+        first = e.load(self._begin, expert) + (unit - e.load(self._units, expert)) * e.lanes()
+        return e.opaque(e.minimum(e.load(self._begin, expert + 1) - first, e.lanes()))
 
     def units_of(self, expert: Any) -> tuple[Any, Any]:
         """The first unit of an expert, and how many it has."""

@@ -1,7 +1,8 @@
 """y = the weighted sums of the FFNs that many rows chose: a grouped matrix product with its gather, activation and scatter inside.
 
-The places are sorted by expert (expert_order.py), and 16 rows of one expert are turned into a unit [input][row], whose rows are the lanes of
-every vector that follows: W is multiplied as it lies in memory, and a unit of hidden values is written as the second product reads it.
+The places are sorted by expert (expert_order.py), and the rows of one expert, as many as a register has lanes, are turned into a unit [input][row],
+whose rows are the lanes of every vector that follows: W is multiplied as it lies in memory, and a unit of hidden values is written as the second
+product reads it.
 Every worker computes a part of the experts' neurons, then some of the outputs of all experts: no output is summed by two of them, and sums
 are taken in the order of the experts, whatever the number of threads. (Fused gather and scatter without padding: ScatterMoE, arXiv:2403.08245.)
 
@@ -19,6 +20,7 @@ from sparsify_compiler.codegen.kernels.expert_cores import Core, Fma, Tile
 from sparsify_compiler.codegen.kernels.expert_order import Order, each_panel
 from sparsify_compiler.codegen.kernels.experts_layout import ExpertsArguments, ExpertsLayout
 from sparsify_compiler.codegen.kernels.products import LANES
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,12 @@ class ExpertPanels:
 
     layout: ExpertsLayout
     workers: int
+    cut_for: Vectors = AVX512
     name = "expert_panels"
 
     def compute(self) -> Any:
         """The PrimFunc of ExpertsArguments; K and H multiples of 16, for bfloat16 K, H and N of 32. Else N of any size from 1 on."""
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
 
 
 def _body(how: ExpertPanels) -> None:
@@ -68,7 +71,7 @@ def _by_rows(core: Core, order: Order, first: Any, units: Any, few: Callable[[],
 
 def _pack(a: ExpertsArguments, core: Core, order: Order, packed: Any, unit: Any) -> None:
     with e.loop(e.floordiv(a.K, core.depth)) as block:
-        rows = [e.let(e.floordiv(order.place(unit, i), a.k)) for i in range(LANES)]
+        rows = [e.let(e.floordiv(order.place(unit, i), a.k)) for i in range(e.lanes())]
         core.pack(packed, e.let(unit * core.size(a.K)), rows, e.opaque(block * core.depth))
 
 
@@ -103,7 +106,8 @@ def _outputs(a: ExpertsArguments, how: ExpertPanels, core: Core, order: Order, m
 
 def _scatter(a: ExpertsArguments, core: Core, order: Order, sums: Any, width: Any, unit: Any, expert: Any, line: Any, column: Any) -> None:
     """Turn 16 outputs of a unit, which lie from `line` on in what the core finished, and add each row's to its sums, times the row's factor."""
-    for i, row in enumerate(e.transpose([e.let(e.load(core.finished, (line + n) * LANES, lanes=LANES)) for n in range(LANES)])):
+    of = e.lanes()
+    for i, row in enumerate(e.turn([e.let(e.load(core.finished, (line + n) * of, lanes=of)) for n in range(LANES)])):
         e.store(core.turned, row, i * LANES, lanes=LANES)
     with e.loop(order.filled(unit)) as i:
         _add(a, order, sums, width, unit, i, expert, column, e.load(core.turned, i * LANES, lanes=LANES))

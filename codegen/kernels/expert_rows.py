@@ -17,6 +17,7 @@ from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels.experts_layout import ExpertsArguments, ExpertsLayout
 from sparsify_compiler.codegen.kernels.finish import Finish
 from sparsify_compiler.codegen.kernels.products import LANES, TOGETHER, copy_inputs, products
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 from sparsify_compiler.ops import select_ffn
 
 GROUPS = 4       # runs of neurons or outputs in a task
@@ -28,11 +29,12 @@ class ExpertRows:
 
     layout: ExpertsLayout
     parallel: bool
+    cut_for: Vectors = AVX512
     name = "expert_rows"
 
     def compute(self) -> Any:
         """The PrimFunc of ExpertsArguments for one row of x; K and H multiples of 16 (32 for bfloat16), N of any size from 1 on."""
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
 
 
 def _body(how: ExpertRows) -> None:

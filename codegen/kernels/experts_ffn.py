@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.codegen import build, permission
-from sparsify_compiler.codegen.bound import SLAB, BoundLayer, as_matrix
+from sparsify_compiler.codegen.bound import SLAB, BoundLayer, as_matrix, workers
 from sparsify_compiler.codegen.kernels import amx
 from sparsify_compiler.codegen.kernels.expert_panels import ExpertPanels
 from sparsify_compiler.codegen.kernels.expert_rows import ExpertRows
@@ -20,6 +20,7 @@ from sparsify_compiler.codegen.kernels.experts_layout import BIASES, WEIGHTS, pr
 from sparsify_compiler.codegen.kernels.finish import ACTIVATIONS
 from sparsify_compiler.codegen.kernels.layout import DTYPES
 from sparsify_compiler.codegen.kernels.products import step_of
+from sparsify_compiler.codegen.vectors import vectors_of
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.ops import select_ffn
 from sparsify_compiler.target import Target
@@ -31,7 +32,7 @@ GIVEN = ("chosen", "weights")  # what the graph computes beside x
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
     """Name and options of the kernel, for widths of whole vectors, and in bfloat16 for machines with AMX tiles."""
-    if op != OP or dtype not in DTYPES or not target.has("avx512f") or any(name in tensors for name in GIVEN):
+    if op != OP or dtype not in DTYPES or any(name in tensors for name in GIVEN):
         return []
     weights = [tensors[name] for name in WEIGHTS if name in tensors]
     step, wide = step_of(str(dtype).removeprefix("torch.")), dtype is torch.bfloat16
@@ -69,8 +70,9 @@ class Experts(BoundLayer):
         self._prepared = prepare_experts(self._held, activation)
         self._dtype, self.in_features, self.out_features = tensors["gate"].dtype, self._prepared.in_features, self._prepared.out_features
         self._widest = max(tensors["gate"].shape[1:])
-        layout, threads = self._prepared.layout, torch.get_num_threads()
-        self._row, self._rows = (_load(schedule, files, target) for schedule in (ExpertRows(layout, target.cores > 1), ExpertPanels(layout, threads)))
+        layout, threads = self._prepared.layout, workers(target)
+        made = ExpertRows(layout, target.cores > 1, vectors_of(target)), ExpertPanels(layout, threads, vectors_of(target))
+        self._row, self._rows = (_load(schedule, files, target) for schedule in made)
         self._arguments = tuple(tvm_ffi.from_dlpack(tensor) for tensor in self._prepared.tensors.values())
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from sparsify_compiler.codegen.kernels.finish import Finish
 from sparsify_compiler.codegen.kernels.gather_rows import LANES, PARTS
 from sparsify_compiler.codegen.kernels.products import TOGETHER as NEURONS
 from sparsify_compiler.codegen.kernels.products import products
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 from sparsify_compiler.ops import select_ffn
 
 GROUPS = 4       # of 16 neurons in a task
@@ -34,6 +35,7 @@ class FfnRows:
     columns: int
     scaled: bool
     parallel: bool
+    cut_for: Vectors = AVX512
     name = "ffn_rows"
 
     def compute(self) -> Any:
@@ -41,7 +43,7 @@ class FfnRows:
 
         H a multiple of 16, K of 16 (32 for bfloat16). Weights of bfloat16 come as int32 words of two; bias as in GatherRows.
         """
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
 
 
 def _body(how: FfnRows) -> None:

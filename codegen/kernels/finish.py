@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tvm import tirx
@@ -16,8 +15,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.errors import KernelError
 
-LANES = 16
-PARTS = Path(__file__).with_name("part.ll")
+LANES = 16      # of the vectors that convolutions are counted in
 # exp2 on [-1/2, 1/2]: minimax polynomial, relative error 2e-9 (Horner, highest power first).
 EXP2 = (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1, 6.931472028550421e-1, 1.0)
 EXP2_ROUGH = (9.676037e-3, 5.592204e-2, 0.2402211, 0.6931210, 1.0)  # 4e-6
@@ -69,13 +67,13 @@ def needed_finish(op: str, attributes: Mapping[str, Any], rough: bool = False) -
 
 
 def load_part(buffer: Any, at: Any, count: Any) -> Any:
-    """`count` of LANES neighbours from `at` on (none where it is below 1), zeros behind them. Inside of `with e.llvm(PARTS.read_text())`."""
-    return tirx.call_extern("float32x16", "load_part", tirx.address_of(tirx.BufferLoad(buffer, [at])), count)
+    """`count` neighbours of a register from `at` on (none where it is below 1), zeros behind. Inside of `with e.llvm(e.vectors().text("part"))`."""
+    return tirx.call_extern(e.floats(e.lanes()), "load_part", tirx.address_of(tirx.BufferLoad(buffer, [at])), count)
 
 
 def load_between(buffer: Any, at: Any, first: Any, end: Any) -> Any:
     """The lanes from `first` to before `end` of the neighbours from `at` on, zeros around them; `at` itself may lie outside of the buffer."""
-    return tirx.call_extern("float32x16", "load_between", tirx.address_of(tirx.BufferLoad(buffer, [at])), first, end)
+    return tirx.call_extern(e.floats(e.lanes()), "load_between", tirx.address_of(tirx.BufferLoad(buffer, [at])), first, end)
 
 
 def store_part(buffer: Any, value: Any, at: Any, count: Any) -> None:

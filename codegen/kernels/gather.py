@@ -18,6 +18,7 @@ from sparsify_compiler.codegen.bound import BoundLayer, as_matrix
 from sparsify_compiler.codegen.kernels.gather_rows import LANES, GatherRows
 from sparsify_compiler.codegen.kernels.layout import DTYPES, padded_bias
 from sparsify_compiler.codegen.kernels.select_rows import SelectRows
+from sparsify_compiler.codegen.vectors import vectors_of
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.pages import resident
 from sparsify_compiler.target import Target
@@ -33,7 +34,7 @@ FEW_ROWS = {torch.float32: 4, torch.bfloat16: 2}
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
     """Name and options of the kernel, for machines whose vectors can be compressed."""
-    if op != OP or dtype not in DTYPES or tensors["weight"].dtype is not dtype or not target.has("avx512f") or min(tensors["weight"].shape) < 1:
+    if op != OP or dtype not in DTYPES or tensors["weight"].dtype is not dtype or min(tensors["weight"].shape) < 1:
         return []
     return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})]
 
@@ -102,7 +103,7 @@ class GatherLinear(Gathering):
         self._vectors = {name: tensors[name].detach() for name in ("limit", "scale", "center") if name in tensors}
         self._dtype, self._few = weight.dtype, FEW_ROWS[weight.dtype]
         schedule = GatherRows(str(options["dtype"]), columns_of(width, target), "scale" in tensors, "center" in tensors,
-                              weight.numel() >= ALONE and target.cores > 1)
+                              weight.numel() >= ALONE and target.cores > 1, vectors_of(target))
         self._kernel, self._select = load_both(schedule, target, files)
         self._prepare(width)
 

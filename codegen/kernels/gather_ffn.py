@@ -13,6 +13,7 @@ from sparsify_compiler.codegen.bound import as_matrix
 from sparsify_compiler.codegen.kernels.ffn_rows import FfnRows
 from sparsify_compiler.codegen.kernels.gather import Gathering, columns_of, load_both
 from sparsify_compiler.codegen.kernels.gathered_ffn import GatheredFfn, are_whole, takes
+from sparsify_compiler.codegen.vectors import vectors_of
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.ops import select_ffn
 from sparsify_compiler.target import Target
@@ -45,7 +46,8 @@ class GatherFfn(GatheredFfn, Gathering):
         import tvm_ffi
 
         super().__init__(options, tensors, attributes, bias, target)
-        schedule = FfnRows(str(options["dtype"]), self._activation, columns_of(self.width, target), "scale" in tensors, target.cores > 1)
+        schedule = FfnRows(str(options["dtype"]), self._activation, columns_of(self.width, target), "scale" in tensors, target.cores > 1,
+                           vectors_of(target))
         self._kernel, self._select = load_both(schedule, target, files)
         scale = self._tensors["scale"].float() if "scale" in tensors else torch.zeros(1, dtype=torch.float32)
         self._held = [self._tensors["limit"].float().reshape(1), scale, *self._fixed()]

@@ -15,6 +15,7 @@ from sparsify_compiler.codegen.kernels.finish import ACTIVATIONS
 from sparsify_compiler.codegen.kernels.gather import FEW_ROWS, GatherLinear, columns_of
 from sparsify_compiler.codegen.kernels.inputs_ffn_rows import InputsFfnRows, Selection
 from sparsify_compiler.codegen.kernels.layout import DTYPES
+from sparsify_compiler.codegen.vectors import vectors_of
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.ops import select_ffn
 from sparsify_compiler.target import Target
@@ -27,7 +28,7 @@ BY = ("limit", "scale", "center")
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
     """Name and options of the kernel, for machines whose vectors can be compressed, and limits that are stored."""
-    if op != OP or dtype not in DTYPES or not target.has("avx512f"):
+    if op != OP or dtype not in DTYPES:
         return []
     weights = [tensors[name] for name in LINEARS if name in tensors]
     fits = all(weight.dtype is dtype and weight.dim() == 2 and min(weight.shape) > 0 for weight in weights)
@@ -68,7 +69,7 @@ class GatherInputsFfn(BoundLayer):
         kinds = {name: Selection(f"{name}_scale" in tensors, f"{name}_center" in tensors) for name in self._linears}
         hidden, columns = (columns_of(linear.width, self.target) for linear in (self._linears["gate"], self._linears["down"]))
         return InputsFfnRows(str(self.options["dtype"]), self._activation, hidden, columns, kinds["gate"], kinds.get("up"), kinds["down"],
-                             "up" in kinds and all(_alike(tensors, by) for by in BY), self.target.cores > 1)
+                             "up" in kinds and all(_alike(tensors, by) for by in BY), self.target.cores > 1, vectors_of(self.target))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] of the weights' dtype, any strides -> a new y [..., N]. Raises InputError."""

@@ -14,6 +14,7 @@ from sparsify_compiler.codegen.bound import as_matrix
 from sparsify_compiler.codegen.kernels.gather import columns_of
 from sparsify_compiler.codegen.kernels.gathered_ffn import GatheredFfn, are_whole, takes
 from sparsify_compiler.codegen.kernels.predicted_ffn_rows import PredictedFfnRows
+from sparsify_compiler.codegen.vectors import vectors_of
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.ops import select, select_ffn
 from sparsify_compiler.target import Target
@@ -49,7 +50,8 @@ class GatherPredictedFfn(GatheredFfn):
         import tvm_ffi
 
         super().__init__(options, tensors, attributes, bias, target)
-        schedule = PredictedFfnRows(str(options["dtype"]), self._activation, columns_of(self.width, target), "up" in tensors, target.cores > 1)
+        schedule = PredictedFfnRows(str(options["dtype"]), self._activation, columns_of(self.width, target), "up" in tensors, target.cores > 1,
+                                    vectors_of(target))
         self._kernel = build.load_exported(files, schedule, target) if files else build.load(schedule, target)
         self._limit = tensors["limit"].detach().float().reshape(1) if "limit" in tensors else None
         self._held = self._fixed()

@@ -22,6 +22,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels.products import LANES, step_of
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
 PARTS = Path(__file__).with_name("gather.ll")
 TOGETHER = 8     # rows of W
@@ -37,6 +38,7 @@ class GatherRows:
     scaled: bool
     centered: bool
     parallel: bool
+    cut_for: Vectors = AVX512
     name = "gather_rows"
 
     def compute(self) -> Any:
@@ -44,7 +46,7 @@ class GatherRows:
 
         Weights of bfloat16 come as int32 words of two, [K, W / 2], and the bias in the order of the sums: 16 even outputs, then the odd ones.
         """
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
 
 
 def _body(how: GatherRows) -> None:

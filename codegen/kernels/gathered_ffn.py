@@ -24,7 +24,7 @@ WEIGHTS = ("gate", "up", "down")
 def takes(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, target: Target) -> bool:
     """Are these weights of this dtype and of whole vectors, the activation known, and the machine one whose vectors can be compressed?"""
     weights = [tensors[name] for name in WEIGHTS if name in tensors]
-    if dtype not in DTYPES or not target.has("avx512f") or any(weight.dtype is not dtype for weight in weights):
+    if dtype not in DTYPES or any(weight.dtype is not dtype for weight in weights):
         return False
     hidden, inputs = tensors["gate"].shape
     step = LANES * (2 if dtype is torch.bfloat16 else 1)

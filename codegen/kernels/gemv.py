@@ -16,6 +16,7 @@ from typing import Any
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels.slice_layout import LANES, SHARES, SKIP, Arguments, SliceLayout, arguments
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
 GATHER = Path(__file__).with_name("gemv.ll")
 SUMS = 4            # of a slice, apart: they hide the latency of an FMA
@@ -28,11 +29,12 @@ class Gemv:
 
     layout: SliceLayout
     parallel: bool
+    cut_for: Vectors = AVX512
     name = "gemv"
 
     def compute(self) -> Any:
         """The PrimFunc f(x [M, K], values, codes, pointers, order, shares, bias, y [M, N])."""
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
 
 
 def _body(how: Gemv) -> None:
@@ -76,14 +78,15 @@ def _slice(a: Arguments, how: Gemv, inputs: Any, width: Any, number: Any) -> Non
     first, last = e.let(e.load(a.pointers, number)), e.let(e.load(a.pointers, number + 1))
     bias = e.let(e.load(a.bias, number * LANES, lanes=LANES))
     with e.loop(a.M) as m:
-        sums = [e.Register(LANES, bias if i == 0 else e.broadcast(e.zero(), LANES)) for i in range(SUMS)]
+        sums = [e.Register(LANES, bias if i == 0 else e.broadcast(e.zero(), LANES)) for i in range(SUMS if e.vectors().masked else 2)]
         start = e.opaque(m * width)
-        if how.layout.n:
+        if how.layout.n and e.vectors().masked:
             _places(a, how.layout, inputs, start, first, last, sums)
         else:
             with e.llvm(GATHER.read_text()):
-                _gaps(a, how.layout, inputs, start, first, last, sums)
-        total = e.let((sums[0].get() + sums[1].get()) + (sums[2].get() + sums[3].get()))
+                (_places if how.layout.n else _gaps)(a, how.layout, inputs, start, first, last, sums)
+        pairs = [low.get() + high.get() for low, high in zip(sums[::2], sums[1::2], strict=True)]
+        total = e.let(pairs[0] if len(pairs) == 1 else pairs[0] + pairs[1])
         write(a, how.layout, total, m, number)
 
 
@@ -95,7 +98,7 @@ def _gaps(a: Arguments, layout: SliceLayout, inputs: Any, start: Any, first: Any
         for i in range(layout.block):
             at = next_columns(a, step + i, column)
             gathered = e.external(sums[i].dtype, "gather", t.address(inputs, start), at)
-            sums[i].multiply_add(gathered, weights(a, layout, step, i))
+            sums[i % len(sums)].multiply_add(gathered, weights(a, layout, step, i))
 
 
 def next_columns(a: Arguments, step: Any, column: e.Register) -> Any:
@@ -114,9 +117,9 @@ def _places(a: Arguments, layout: SliceLayout, inputs: Any, start: Any, first: A
         window = None
         for i in range(block):
             if i % layout.n == 0:
-                window = e.let(_window(inputs, base + i // layout.n * layout.m, layout.m))
+                window = _window(inputs, base + i // layout.n * layout.m, layout.m)
             place = words[i // each] >> e.broadcast(e.constant(layout.bits * (i % each), "int32"), LANES)
-            sums[i % SUMS].multiply_add(_pick(window, place, layout.m), weights(a, layout, step, i))
+            sums[i % len(sums)].multiply_add(_pick(window, place, layout.m), weights(a, layout, step, i))
 
 
 def ahead(a: Arguments, layout: SliceLayout, step: Any, steps: int) -> None:
@@ -128,15 +131,20 @@ def ahead(a: Arguments, layout: SliceLayout, step: Any, steps: int) -> None:
 
 
 def _window(inputs: Any, at: Any, m: int) -> Any:
-    """The inputs of a group, in each quarter of a vector where four are enough."""
+    """The inputs of a group: in each quarter of a vector where four are enough, or in one; where lanes cannot be picked their address."""
+    if not e.vectors().masked:
+        return t.address(inputs, at)
     if m > 4:
-        return e.load(inputs, at, lanes=LANES)
+        return e.let(e.load(inputs, at, lanes=LANES))
     four = e.let(e.load(inputs, at, lanes=4))
-    return e.join([four] * (LANES // 4), 4)
+    return e.let(e.join([four] * (LANES // 4), 4))
 
 
 def _pick(window: Any, place: Any, m: int) -> Any:
-    """The lane of the window that each lane of `place` names; the instructions look at the low bits only."""
+    """The lane of the window that each lane of `place` names; the instructions of AVX-512 look at the low bits only."""
+    if not e.vectors().masked:
+        low = e.broadcast(e.constant(3 if m <= 4 else 15, "int32"), LANES)
+        return e.external(e.floats(LANES), "gather", window, e.let(place & low))
     name = "vpermilvar.ps.512" if m <= 4 else "permvar.sf.512"
     return e.intrinsic("float32", LANES, f"llvm.x86.avx512.{name}", window, place)
 

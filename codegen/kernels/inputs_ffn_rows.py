@@ -15,6 +15,7 @@ from typing import Any
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels.finish import Finish
 from sparsify_compiler.codegen.kernels.gather_rows import PARTS, Inputs, Sums, each_span, in_order, read_row, weight_argument
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 from sparsify_compiler.ops import select_ffn
 
 
@@ -43,6 +44,7 @@ class InputsFfnRows:
     down: Selection
     alike: bool
     parallel: bool
+    cut_for: Vectors = AVX512
     name = "inputs_ffn_rows"
 
     def compute(self) -> Any:
@@ -50,7 +52,7 @@ class InputsFfnRows:
 
         U is there where up is; gate and up [K, V], down [H, W]; V and W multiples of 64, H <= V, N <= W.
         """
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
 
 
 class _Linear:

@@ -9,7 +9,7 @@ The number of groups is a multiple of what a strip of 16 outputs needs, so that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from sparsify_compiler import catalog
 from sparsify_compiler.codegen.bound import PreparedWeight
 
 DTYPES = (torch.float32, torch.bfloat16)   # of x and y
-LANES = 16      # rows of x in a vector; LLVM splits it on machines with narrower registers
+LANES = 16      # numbers of a vector; LLVM splits it on machines with narrower registers
 OUTPUTS = 16    # rows of W whose results are transposed and stored together
 
 
@@ -186,6 +186,30 @@ def weights_of(a: Arguments, layout: Layout, first: Any, ahead: int, row: Any, l
     return (e.upcast_high if ahead % 2 else e.upcast_low)(word, lanes)
 
 
+def factors(a: Arguments, layout: Layout, first: Any, count: int, part: Any, rows: int) -> Callable[[int, int], Any]:
+    """Some rows' weights, from row `part` on, of `count` columns of a group from `first` on (even), in all lanes: weight(column, row)."""
+    from sparsify_compiler.codegen import emit as e
+
+    width, r, step = e.lanes(), layout.r, layout.step
+    if not e.vectors().by_element:
+        return lambda u, row: e.let(e.broadcast(weights_of(a, layout, first, u, row if isinstance(part, int) else part + row), width))
+    at, apart = e.let((first if step == 1 else e.floordiv(first, 2)) * r + part), rows if rows == r else 0    # loads may go over several columns
+    total = count // step * rows if apart else rows
+    runs = [(column * r, i) for column in range(1 if apart else count // step) for i in range(0, total, width)]
+    loaded = {}
+    for begin, i in runs:
+        lanes = min(width, total - i)
+        word = e.let(e.load(a.values, at + begin + i, lanes=lanes))
+        loaded[begin, i // width] = [(word, lanes)] if step == 1 else [(e.let(half), lanes) for half in e.upcast_pairs(word, lanes)]
+
+    def weight(u: int, row: int) -> Any:
+        vector, lane = divmod(u // step * apart + row, width)
+        found, lanes = loaded[0 if apart else u // step * r, vector][u % step]
+        return e.let(e.broadcast(e.lane(found, lane) if lanes > 1 else found, width))
+
+    return weight
+
+
 def pack_rows(a: Arguments, packed: Any, panels: Any, vectors: int, parallel: bool) -> None:
     """packed[panel][column][row] = x[row, column], as float32 or as the bits of bfloat16, and zeros in column K.
 
@@ -196,22 +220,23 @@ def pack_rows(a: Arguments, packed: Any, panels: Any, vectors: int, parallel: bo
     def narrow(value: Any, lanes: int) -> Any:
         return e.upper_half(value, lanes) if str(packed.dtype) == "uint16" else value
 
-    rows = vectors * LANES
-    blocks = e.let(e.floordiv(a.K, LANES) + 1)
+    width = e.lanes()
+    rows = vectors * width
+    blocks = e.let(e.floordiv(a.K, width) + 1)
     with e.loop(panels * blocks, parallel=parallel) as task:
-        panel, first = e.let(e.floordiv(task, blocks)), e.let(e.floormod(task, blocks) * LANES)
+        panel, first = e.let(e.floordiv(task, blocks)), e.let(e.floormod(task, blocks) * width)
         with e.loop(vectors) as v:
-            row = e.let(panel * rows + v * LANES)
-            to = e.let((panel * (a.K + 1) + first) * rows + v * LANES)
+            row = e.let(panel * rows + v * width)
+            to = e.let((panel * (a.K + 1) + first) * rows + v * width)
 
             def whole(row: Any = row, to: Any = to, first: Any = first) -> None:
-                lines = [e.let(e.read_float(a.x, e.minimum(row + i, a.M - 1), first, lanes=LANES)) for i in range(LANES)]
+                lines = [e.let(e.read_float(a.x, e.minimum(row + i, a.M - 1), first, lanes=width)) for i in range(width)]
                 for k, column in enumerate(e.transpose(lines)):
-                    e.store(packed, narrow(column, LANES), to + k * rows, lanes=LANES)
+                    e.store(packed, narrow(column, width), to + k * rows, lanes=width)
 
             def part(row: Any = row, to: Any = to, first: Any = first) -> None:
-                with e.loop(a.K - first) as k, e.loop(LANES) as i:
+                with e.loop(a.K - first) as k, e.loop(width) as i:
                     e.store(packed, narrow(e.read_float(a.x, e.minimum(row + i, a.M - 1), first + k), 1), to + k * rows + i)
-                e.store(packed, narrow(e.broadcast(e.zero(), LANES), LANES), to + (a.K - first) * rows, lanes=LANES)
+                e.store(packed, narrow(e.broadcast(e.zero(), width), width), to + (a.K - first) * rows, lanes=width)
 
-            e.choose(first + LANES <= a.K, whole, part)
+            e.choose(first + width <= a.K, whole, part)

@@ -20,8 +20,9 @@ from typing import Any
 from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
-from sparsify_compiler.codegen.kernels.finish import LANES, PARTS, Finish, Images, images, load_part, store_part
+from sparsify_compiler.codegen.kernels.finish import Finish, Images, images, load_part, store_part
 from sparsify_compiler.codegen.kernels.planes_copy import copy_planes
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
 NUMBERS = ("groups", "chunks", "pixels", "pitch", "rows", "kinds")
 
@@ -42,11 +43,12 @@ class Planes:
     finish: Finish
     parallel: bool
     stride: tuple[int, int] | None = None
+    cut_for: Vectors = AVX512
     name = "planes"
 
     def compute(self) -> Any:
         """The PrimFunc f(values, offsets, pointers, visits, bias, strips, phases, numbers, x [B, C, H, W], (other like y,) y [B, O, H', W'])."""
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
 
 
 def _arguments(how: Planes) -> Any:
@@ -74,18 +76,19 @@ def _body(how: Planes) -> None:
 
 
 def _tasks(how: Planes, a: Any, image: Any) -> None:
-    registers = e.opaque(tirx.truncdiv(a.pixels + (LANES - 1), LANES))
+    registers = e.opaque(tirx.truncdiv(a.pixels + (e.lanes() - 1), e.lanes()))
     tiles, strips = e.opaque(tirx.truncdiv(registers + (how.vectors - 1), how.vectors)), e.opaque(a.T - 1)
-    with e.loop(a.B * tiles * strips, parallel=how.parallel) as task, e.llvm(PARTS.read_text()):
+    with e.loop(a.B * tiles * strips, parallel=how.parallel) as task, e.llvm(e.vectors().text("part")):
         strip, tile = e.opaque(tirx.truncmod(task, strips)), e.opaque(tirx.truncdiv(task, strips))
         b, number = e.opaque(tirx.truncdiv(tile, tiles)), e.opaque(tirx.truncmod(tile, tiles))
         begin = e.opaque(tirx.truncdiv(number * registers, tiles))
         count = e.opaque(tirx.truncdiv((number + 1) * registers, tiles) - begin)
-        t = SimpleNamespace(b=b, start=e.opaque(begin * LANES), first=e.opaque(e.load(a.strips, strip)), end=e.opaque(e.load(a.strips, strip + 1)))
+        t = SimpleNamespace(b=b, start=e.opaque(begin * e.lanes()))
+        t.first, t.end = (e.opaque(e.load(a.strips, strip + i)) for i in range(2))
         t.source = e.opaque(b * image + t.start)
         for m in range(1, how.vectors + 1):
             with e.when(tirx.EQ(count, m)):
-                t.last = e.opaque(e.minimum(a.pixels - t.start - (m - 1) * LANES, LANES))
+                t.last = e.opaque(e.minimum(a.pixels - t.start - (m - 1) * e.lanes(), e.lanes()))
                 _tile(how, a, t, m)
 
 
@@ -94,27 +97,27 @@ def _tile(how: Planes, a: Any, t: Any, m: int) -> None:
     if not how.chunked:
         with e.loop(t.end, start=t.first) as visit:
             g = e.let(e.load(a.visits, visit))
-            _write(how, a, t, g, _sums(how, a, t, m, visit, lambda row, v: e.broadcast(e.load(a.bias, g * how.r + row), LANES)))
+            _write(how, a, t, g, _sums(how, a, t, m, visit, lambda row, v: e.broadcast(e.load(a.bias, g * how.r + row), e.lanes())))
         return
-    held = e.scratch((t.end - t.first) * (how.r * m * LANES), "float32")
+    held = e.scratch((t.end - t.first) * (how.r * m * e.lanes()), "float32")
     with e.loop(a.chunks) as chunk, e.loop(t.end, start=t.first) as visit:
         g = e.let(e.load(a.visits, chunk * a.groups + visit))
-        kept = e.let((g - t.first) * (how.r * m * LANES))
+        kept = e.let((g - t.first) * (how.r * m * e.lanes()))
 
         def start(row: int, v: int, kept: Any = kept) -> Any:
-            return e.load(held, kept + (row * m + v) * LANES, lanes=LANES)
+            return e.load(held, kept + (row * m + v) * e.lanes(), lanes=e.lanes())
 
         with e.when(tirx.EQ(chunk, 0)):
             for row in range(how.r):
-                bias = e.let(e.broadcast(e.load(a.bias, g * how.r + row), LANES))
+                bias = e.let(e.broadcast(e.load(a.bias, g * how.r + row), e.lanes()))
                 for v in range(m):
-                    e.store(held, bias, kept + (row * m + v) * LANES, lanes=LANES)
+                    e.store(held, bias, kept + (row * m + v) * e.lanes(), lanes=e.lanes())
         sums = _sums(how, a, t, m, chunk * a.groups + visit, start)
 
         def keep(sums: Any = sums, kept: Any = kept) -> None:
             for row in range(how.r):
                 for v in range(m):
-                    e.store(held, sums[row][v].get(), kept + (row * m + v) * LANES, lanes=LANES)
+                    e.store(held, sums[row][v].get(), kept + (row * m + v) * e.lanes(), lanes=e.lanes())
 
         e.choose(chunk < a.chunks - 1, keep, lambda g=g, sums=sums: _write(how, a, t, g, sums))
 
@@ -122,14 +125,27 @@ def _tile(how: Planes, a: Any, t: Any, m: int) -> None:
 def _sums(how: Planes, a: Any, t: Any, m: int, at: Any, start: Any) -> list[list[e.Register]]:
     """[r][m] registers: what they start with plus the products of the columns that pointers[at] begins."""
     first, last = e.let(e.load(a.pointers, at)), e.let(e.load(a.pointers, at + 1))
-    sums = [[e.Register(LANES, start(row, v)) for v in range(m)] for row in range(how.r)]
-    with e.loop(last, start=first) as place:
-        source = e.let(t.source + e.load(a.offsets, place))
-        inputs = [e.let(e.load(a.x, source + v * LANES, lanes=LANES) if v < m - 1 else load_part(a.x, source + v * LANES, t.last)) for v in range(m)]
-        for row in range(how.r):
-            weight = e.let(e.broadcast(e.load(a.values, place * how.r + row), LANES))
-            for v in range(m):
-                sums[row][v].multiply_add(weight, inputs[v])
+    lanes = e.lanes()
+    sums = [[e.Register(lanes, start(row, v)) for v in range(m)] for row in range(how.r)]
+
+    def add(load_last: Any) -> None:
+        with e.loop(last, start=first) as place:
+            source = e.let(t.source + e.load(a.offsets, place))
+            inputs = [e.let(e.load(a.x, source + v * lanes, lanes=lanes) if v < m - 1 else load_last(source + v * lanes)) for v in range(m)]
+            weights = e.let(e.load(a.values, place * how.r, lanes=how.r)) if e.vectors().by_element and how.r > 1 else None
+            for row in range(how.r):
+                one = e.load(a.values, place * how.r + row) if weights is None else e.lane(weights, row)
+                weight = e.let(e.broadcast(one, lanes))
+                for v in range(m):
+                    sums[row][v].multiply_add(weight, inputs[v])
+
+    def part(at: Any) -> Any:
+        return load_part(a.x, at, t.last)
+
+    if e.vectors().masked:
+        add(part)
+    else:   # where no lanes can be left out, part of a register is loaded by branches
+        e.choose(t.last >= lanes, lambda: add(lambda at: e.load(a.x, at, lanes=lanes)), lambda: add(part))
     return sums
 
 
@@ -145,13 +161,13 @@ def _write(how: Planes, a: Any, t: Any, g: Any, sums: list[list[e.Register]]) ->
             for v, register in enumerate(registers):
                 whole, other = v < len(registers) - 1, None
                 if a.other is not None:
-                    place = added + v * LANES
-                    other = e.let(e.load(a.other.elements, place, lanes=LANES) if whole else load_part(a.other.elements, place, t.last))
+                    place = added + v * e.lanes()
+                    other = e.let(e.load(a.other.elements, place, lanes=e.lanes()) if whole else load_part(a.other.elements, place, t.last))
                 value = how.finish(register.get(), other)
                 if whole:
-                    e.store(a.y.elements, value, to + v * LANES, lanes=LANES)
+                    e.store(a.y.elements, value, to + v * e.lanes(), lanes=e.lanes())
                 else:
-                    store_part(a.y.elements, value, to + v * LANES, t.last)
+                    store_part(a.y.elements, value, to + v * e.lanes(), t.last)
 
 
 def _plane(tensor: Images | None, b: Any, c: Any, offset: Any = 0) -> Any:
@@ -161,17 +177,17 @@ def _plane(tensor: Images | None, b: Any, c: Any, offset: Any = 0) -> Any:
 
 def _write_rows(how: Planes, a: Any, t: Any, output: Any, registers: list[e.Register]) -> None:
     """Pixels in rows of `pitch`, of which the first w are y's."""
-    line, length = e.stack(len(registers) * LANES, "float32"), len(registers) * LANES
+    line, length = e.stack(len(registers) * e.lanes(), "float32"), len(registers) * e.lanes()
     for v, register in enumerate(registers):
-        e.store(line, register.get(), v * LANES, lanes=LANES)
+        e.store(line, register.get(), v * e.lanes(), lanes=e.lanes())
     to, added = _plane(a.y, t.b, output), _plane(a.other, t.b, output)
     first = e.opaque(tirx.truncdiv(t.start, a.pitch))
     with e.loop(e.minimum(tirx.truncdiv(t.start + (length - 1), a.pitch) + 1, a.h), start=first) as row:
         begin = e.opaque(e.maximum(t.start - row * a.pitch, 0))
         end = e.opaque(e.minimum(t.start + length - row * a.pitch, a.w))
-        with e.loop(tirx.truncdiv(e.maximum(end - begin, 0) + (LANES - 1), LANES)) as piece:
-            column = e.opaque(begin + piece * LANES)
-            count, place = e.opaque(e.minimum(end - column, LANES)), e.opaque(row * a.w + column)
+        with e.loop(tirx.truncdiv(e.maximum(end - begin, 0) + (e.lanes() - 1), e.lanes())) as piece:
+            column = e.opaque(begin + piece * e.lanes())
+            count, place = e.opaque(e.minimum(end - column, e.lanes())), e.opaque(row * a.w + column)
             other = None if a.other is None else e.let(load_part(a.other.elements, added + place, count))
             value = how.finish(load_part(line, row * a.pitch + column - t.start, count), other)
             store_part(a.y.elements, value, to + place, count)

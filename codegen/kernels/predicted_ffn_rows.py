@@ -18,6 +18,7 @@ from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels.ffn_parts import Arguments, each_group
 from sparsify_compiler.codegen.kernels.gather_rows import LANES, PARTS
 from sparsify_compiler.codegen.kernels.products import TOGETHER as NEURONS
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 from sparsify_compiler.ops import select_ffn
 
 GROUPS = 2       # of 16 neurons in a task
@@ -32,6 +33,7 @@ class PredictedFfnRows:
     columns: int
     gated: bool
     parallel: bool
+    cut_for: Vectors = AVX512
     name = "predicted_ffn_rows"
 
     def compute(self) -> Any:
@@ -39,7 +41,7 @@ class PredictedFfnRows:
 
         H a multiple of 16, K of 16 (32 for bfloat16). Weights of bfloat16 come as int32 words of two; bias as in GatherRows.
         """
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
 
 
 def _body(how: PredictedFfnRows) -> None:

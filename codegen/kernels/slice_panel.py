@@ -19,6 +19,7 @@ from sparsify_compiler.codegen.kernels.gemv import ahead, next_columns, weights,
 from sparsify_compiler.codegen.kernels.layout import pack_rows
 from sparsify_compiler.codegen.kernels.panel import turn
 from sparsify_compiler.codegen.kernels.slice_layout import LANES, Arguments, SliceLayout, arguments
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
 HALF = LANES // 2   # outputs whose finished sums fit into one array on the stack
 SUMS = 16           # registers of sums at once
@@ -32,16 +33,17 @@ class SlicePanel:
 
     layout: SliceLayout
     vectors: int
+    cut_for: Vectors = AVX512
     name = "slice_panel"
 
     def compute(self) -> Any:
         """The PrimFunc f(x [M, K], values, codes, pointers, order, shares, bias, y [M, N])."""
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
 
     @property
     def rows(self) -> int:
         """Of x in a panel."""
-        return LANES * self.vectors
+        return self.cut_for.lanes * self.vectors
 
 
 def _body(how: SlicePanel) -> None:
@@ -57,19 +59,19 @@ def _body(how: SlicePanel) -> None:
 
 def _slice(a: Arguments, how: SlicePanel, packed: Any, panel: Any, number: Any) -> None:
     """16 outputs of all rows of one panel."""
-    finished = [[e.stack(HALF * LANES, "float32") for _ in range(2)] for _ in range(how.vectors)]
-    together = min(LANES, SUMS // how.vectors)
+    width, together = e.lanes(), min(LANES, min(SUMS, e.vectors().count // 2) // how.vectors)
+    finished = [[e.stack(HALF * width, "float32") for _ in range(2)] for _ in range(how.vectors)]
     for lane in range(0, LANES, together):
         for o, row in enumerate(_sums(a, how, packed, panel, number, lane, together)):
             half, place = divmod(lane + o, HALF)
             for v, total in enumerate(row):
-                e.store(finished[v][half], total.get(), place * LANES, lanes=LANES)
+                e.store(finished[v][half], total.get(), place * width, lanes=width)
 
     def put(row: Any, value: Any) -> None:
         write(a, how.layout, value, row, number)
 
     for v in range(how.vectors):
-        turn(a, panel * how.rows + v * LANES, [e.load(half, i * LANES, lanes=LANES) for half in finished[v] for i in range(HALF)], put)
+        turn(a, panel * how.rows + v * width, [e.load(half, i * width, lanes=width) for half in finished[v] for i in range(HALF)], put)
 
 
 def _sums(a: Arguments, how: SlicePanel, packed: Any, panel: Any, number: Any, lane: int, together: int) -> list[list[e.Register]]:
@@ -79,7 +81,8 @@ def _sums(a: Arguments, how: SlicePanel, packed: Any, panel: Any, number: Any, l
     steps = e.let(e.load(a.pointers, number + 1) - first)
     columns, values = e.scratch(CHUNK * LANES, "int32"), e.scratch(CHUNK * LANES, "float32")
     column = e.Register(LANES, _all(0), "int32")
-    sums = [[e.Register(LANES, e.broadcast(e.load(a.bias, number * LANES + lane + o), LANES)) for _ in range(how.vectors)] for o in range(together)]
+    width = e.lanes()
+    sums = [[e.Register(width, e.broadcast(e.load(a.bias, number * LANES + lane + o), width)) for _ in range(how.vectors)] for o in range(together)]
     with e.loop(e.floordiv(steps + (CHUNK - 1), CHUNK)) as chunk:
         count = e.let(e.minimum(steps - chunk * CHUNK, CHUNK))
         with e.loop(e.floordiv(count, UNIT)) as j:
@@ -92,12 +95,14 @@ def _sums(a: Arguments, how: SlicePanel, packed: Any, panel: Any, number: Any, l
                     e.store(values, weights(a, layout, first + inside, i), (j * UNIT + i) * LANES, lanes=LANES)
         begin = e.let(first + chunk * CHUNK)
         with e.loop(count) as j:
+            source, start_of = (values, j * LANES) if layout.step > 1 else (a.values, (begin + j) * LANES)
+            held = [e.let(e.load(source, start_of + lane + o, lanes=width)) for o in range(0, together, width)] if e.vectors().by_element else []
             for o, row in enumerate(sums):
                 at = e.let(e.load(columns, j * LANES + lane + o))
-                weight = e.load(values, j * LANES + lane + o) if layout.step > 1 else e.load(a.values, (begin + j) * LANES + lane + o)
-                weight = e.let(e.broadcast(weight, LANES))
+                one = e.lane(held[o // width], o % width) if held else e.load(source, start_of + lane + o)
+                weight = e.let(e.broadcast(one, width))
                 for v, total in enumerate(row):
-                    total.multiply_add(weight, e.load(packed, at + v * LANES, lanes=LANES))
+                    total.multiply_add(weight, e.load(packed, at + v * width, lanes=width))
     return sums
 
 

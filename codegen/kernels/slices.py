@@ -1,6 +1,7 @@
 """The family of kernels on slices of 16 outputs, each of which keeps inputs of its own (gemv.py, slice_panel.py): float32 and bfloat16.
 
-With AVX-512 only: where gathers and permutations are made of single loads, as on AVX2, rows.py is twice as fast (measured).
+Offered with AVX-512 only: where gathers and permutations are made of single loads, as on AVX2, rows.py is twice as fast (measured), and on NEON
+too (modelled).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sparsify_compiler.codegen.kernels.gemv import Gemv
 from sparsify_compiler.codegen.kernels.layout import groups_of, takes
 from sparsify_compiler.codegen.kernels.slice_layout import LANES, PreparedSlices, places_fit, prepare_gaps, prepare_places
 from sparsify_compiler.codegen.kernels.slice_panel import SlicePanel
+from sparsify_compiler.codegen.vectors import Vectors, vectors_of
 from sparsify_compiler.target import Target
 
 NAME = "slices"
@@ -29,7 +31,7 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     """Name and options of the kernel where it can run this op and few rows are to be expected."""
     if not takes(op, tensors, dtype) or {"add", "activation"} & set(attributes):
         return []
-    if attributes.get("r", 1) > 1 or not 0 < max(rows, default=0) <= MOST or not target.has("avx512f"):
+    if attributes.get("r", 1) > 1 or not 0 < max(rows, default=0) <= MOST or not vectors_of(target).masked:
         return []
     coding = "places" if op == "linear_nm" and places_fit(attributes["n"], attributes["m"]) else "gaps"
     return [(_name(op, coding), {"dtype": str(dtype).removeprefix("torch."), "coding": coding})]
@@ -48,13 +50,14 @@ def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
         return prepare_gaps(groups, dtype, bias, outputs, inputs)
 
     prepared = shared_layout(shared, bias, lay_out)
-    return Laid(_name(op, coding), options, prepared, _variants(prepared, coding), target)
+    return Laid(_name(op, coding), options, prepared, _variants(prepared, coding, vectors_of(target)), target)
 
 
-def _variants(prepared: PreparedSlices, coding: str) -> Variants:
+def _variants(prepared: PreparedSlices, coding: str, cut_for: Vectors) -> Variants:
     layout, steps = prepared.layout, prepared.steps
-    found: dict[str, Gemv | SlicePanel] = {"gemv-alone": Gemv(layout, False), "gemv-together": Gemv(layout, True),
-                                           "panel1-together": SlicePanel(layout, 1), "panel2-together": SlicePanel(layout, 2)}
+    few, many = (1, 2) if cut_for.masked else (2, 4)    # registers of rows of x
+    found: dict[str, Gemv | SlicePanel] = {"gemv-alone": Gemv(layout, False, cut_for), "gemv-together": Gemv(layout, True, cut_for),
+                                           "panel1-together": SlicePanel(layout, few, cut_for), "panel2-together": SlicePanel(layout, many, cut_for)}
 
     def choose(rows: int) -> str:
         if rows <= FEW[coding]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels.products import LANES, TOGETHER, copy_inputs, products
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
 GROUPS = 4       # runs of outputs in a task
 
@@ -22,6 +23,7 @@ class StreamRows:
 
     dtype: str       # of x, W and y: "float32" or "bfloat16"
     parallel: bool
+    cut_for: Vectors = AVX512
     name = "stream_rows"
 
     def compute(self) -> Any:
@@ -29,7 +31,7 @@ class StreamRows:
 
         Weights of bfloat16 come as int32 words of two, [N, K / 2]; the bias is float32 and reaches to the next multiple of 16.
         """
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
 
 
 def _body(how: StreamRows) -> None:

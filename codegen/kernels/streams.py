@@ -18,6 +18,7 @@ from sparsify_compiler.codegen.bound import BoundLayer, as_matrix
 from sparsify_compiler.codegen.kernels.layout import DTYPES, padded_bias
 from sparsify_compiler.codegen.kernels.products import TOGETHER, step_of
 from sparsify_compiler.codegen.kernels.stream_rows import StreamRows
+from sparsify_compiler.codegen.vectors import vectors_of
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.pages import resident
 from sparsify_compiler.target import Target
@@ -34,7 +35,7 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
 
 
 def _runs(weight: Tensor, dtype: torch.dtype, target: Target) -> bool:
-    if dtype not in DTYPES or weight.dtype is not dtype or not target.has("avx512f") or weight.dim() != 2 or min(weight.shape) < 1:
+    if dtype not in DTYPES or weight.dtype is not dtype or weight.dim() != 2 or min(weight.shape) < 1:
         return False
     return weight.shape[1] % step_of(str(dtype).removeprefix("torch.")) == 0
 
@@ -59,7 +60,7 @@ class StreamLinear(BoundLayer):
         self.options, self.target = dict(options), target
         self._weight, self._bias = resident(weight), None if bias is None else bias.detach()
         self._dtype, (self.out_features, self.in_features) = weight.dtype, weight.shape
-        schedule = StreamRows(str(options["dtype"]), target.cores > 1)
+        schedule = StreamRows(str(options["dtype"]), target.cores > 1, vectors_of(target))
         self._kernel = build.load_exported(files, schedule, target) if files else build.load(schedule, target)
         self._sums = padded_bias(bias, self.out_features, -(-self.out_features // TOGETHER) * TOGETHER)
         words = self._weight.view(torch.int32) if weight.dtype is torch.bfloat16 else self._weight

@@ -26,7 +26,8 @@ from torch.nn.functional import pad
 from sparsify_compiler.codegen.bound import PreparedWeight
 from sparsify_compiler.codegen.kernels.layout import OUTPUTS, Groups, padded_bias, split
 
-TILE = 4             # registers of LANES rows of x that are multiplied at a time
+TILES = {16: 4, 8: 3, 4: 6}  # registers of rows of x that are multiplied at a time, by lanes of a register
+TILE = TILES[16]
 SLICE = 4            # outputs that are computed together: TILE * SLICE sums in registers
 HELD = 1024          # outputs of a strip, at most: the sums of two for a tile, 512 KiB, stay in L2 between two blocks
 BLOCK = {1: 128, 2: 256, 4: 1024}  # columns of a block, by r: a tile of them fits L1 where each load of x is used r times only, else L2 (measured)

@@ -1,8 +1,8 @@
 """y = x Wᵀ + bias for many rows of x and any structure of W: vectors run along rows of x, and W comes in strips of slices (strip_layout.py).
 
-A worker takes a tile of up to TILE × 16 rows of x and some strips. Block of columns by block of columns it packs the tile's x as [column][row] and
-goes through the strips' slices: the TILE × SLICE registers of a slice's sums are read from memory, get the products of the block's columns and are
-written back; with unstructured weights at density 0.1 that is a dozen columns a visit. At last the sums are transposed in registers, 16 rows × 16
+A worker takes a tile of some registers of rows of x and some strips. Block of columns by block of columns it packs the tile's x as [column][row] and
+goes through the strips' slices: the tile × SLICE registers of a slice's sums are read from memory, get the products of the block's columns and are
+written back; with unstructured weights at density 0.1 that is a dozen columns a visit. At last the sums are transposed in registers, 16
 outputs at a time.
 
 Bound by: loads for r = 1, five for every four multiply-adds (from L1, a core of Sapphire Rapids class does 1.2 of those a cycle, not 2), and sums
@@ -20,9 +20,10 @@ from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels.finish import NOTHING, Finish
-from sparsify_compiler.codegen.kernels.layout import LANES, OUTPUTS
+from sparsify_compiler.codegen.kernels.layout import OUTPUTS
 from sparsify_compiler.codegen.kernels.share import share
-from sparsify_compiler.codegen.kernels.strip_layout import SLICE, TILE, StripLayout
+from sparsify_compiler.codegen.kernels.strip_layout import SLICE, TILES, StripLayout
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
 SCALAR = Path(__file__).with_name("scalar.ll")
 SHORT = ("", "relu")    # activations that may be written out 16 times: of longer ones the code would take minutes to compile
@@ -36,11 +37,17 @@ class StripPanel:
     layout: StripLayout
     workers: int
     finish: Finish = NOTHING
+    cut_for: Vectors = AVX512
     name = "strip_panel"
 
     def compute(self) -> Any:
         """The PrimFunc f(x [M, K], values, columns, pointers, visits, starts, strips, bias, (other like y,) y [M, N])."""
-        return e.function("main", lambda: _body(self))
+        return e.function("main", lambda: _body(self), self.cut_for)
+
+    @property
+    def tile(self) -> int:
+        """Registers of rows of x at a time."""
+        return TILES[self.cut_for.lanes]
 
 
 def _arguments(how: StripPanel) -> Any:
@@ -58,10 +65,10 @@ def _arguments(how: StripPanel) -> Any:
 def _body(how: StripPanel) -> None:
     a, layout, workers = _arguments(how), how.layout, how.workers
     a.blocks = e.opaque(e.maximum(tirx.truncdiv(a.K + (layout.block - 1), layout.block), 1))
-    a.registers, strips = e.opaque(tirx.truncdiv(a.M + (LANES - 1), LANES)), e.opaque(a.T - 1)
-    a.tiles = e.opaque(tirx.truncdiv(a.registers + (TILE - 1), TILE))
+    a.registers, strips = e.opaque(tirx.truncdiv(a.M + (e.lanes() - 1), e.lanes())), e.opaque(a.T - 1)
+    a.tiles = e.opaque(tirx.truncdiv(a.registers + (how.tile - 1), how.tile))
     with e.loop(workers, parallel=workers > 1) as me, e.llvm(SCALAR.read_text()):
-        packed = e.scratch((layout.block + 1) * (TILE * LANES), "float32")
+        packed = e.scratch((layout.block + 1) * (how.tile * e.lanes()), "float32")
         s = share(a.tiles, strips, workers, me)
         with e.loop(e.opaque(s.own + s.left)) as number:
             alone = number < s.own
@@ -76,19 +83,19 @@ def _tile(a: Any, packed: Any, number: Any) -> Any:
     """Some registers of rows: as many as in the other tiles, or one more or less."""
     first = e.opaque(tirx.truncdiv(number * a.registers, a.tiles))
     count = e.opaque(tirx.truncdiv((number + 1) * a.registers, a.tiles) - first)
-    return SimpleNamespace(packed=packed, row=e.opaque(first * LANES), count=count, width=e.opaque(count * LANES))
+    return SimpleNamespace(packed=packed, row=e.opaque(first * e.lanes()), count=count, width=e.opaque(count * e.lanes()))
 
 
 def _strips(how: StripPanel, a: Any, t: Any, begin: Any, end: Any) -> None:
     """The outputs of some strips for a tile."""
     t.output = e.opaque(e.load(a.strips, begin))
     outputs = e.opaque(e.load(a.strips, end) - t.output)
-    t.held = e.scratch(outputs * (TILE * LANES), "float32")
+    t.held = e.scratch(outputs * (how.tile * e.lanes()), "float32")
     with e.loop(a.blocks) as block:
         _pack(how, a, t, block)
         with e.loop(end, start=begin) as strip:
             at, before = e.let(strip * a.blocks + block), e.opaque(e.load(a.strips, strip) - t.output)
-            for count in range(1, TILE + 1):
+            for count in range(1, how.tile + 1):
                 with e.when(tirx.EQ(t.count, count)), e.loop(e.load(a.starts, at + 1), start=e.load(a.starts, at)) as visit:
                     _visit(how, a, t, count, block, before, visit)
     with e.loop(t.count) as v, e.loop(tirx.truncdiv(outputs, OUTPUTS)) as group:
@@ -97,37 +104,40 @@ def _strips(how: StripPanel, a: Any, t: Any, begin: Any, end: Any) -> None:
 
 def _visit(how: StripPanel, a: Any, t: Any, count: int, block: Any, before: Any, visit: Any) -> None:
     """Add the products of a slice's columns in a block to its sums."""
-    layout, width = how.layout, count * LANES
+    layout, width = how.layout, count * e.lanes()
     r, lanes = layout.r, layout.lanes
     outputs = [e.let(before + e.load(a.visits, visit * lanes + lane)) for lane in range(lanes)]
     held = [e.let((outputs[lane] + row) * width) for lane in range(lanes) for row in range(r)]
-    sums = [[e.Register(LANES, e.broadcast(e.zero(), LANES)) for _ in range(count)] for _ in range(SLICE)]
+    sums = [[e.Register(e.lanes(), e.broadcast(e.zero(), e.lanes())) for _ in range(count)] for _ in range(SLICE)]
 
     def start() -> None:
         for number, registers in enumerate(sums):
-            bias = e.let(e.broadcast(e.load(a.bias, t.output + outputs[number // r] + number % r), LANES))
+            bias = e.let(e.broadcast(e.load(a.bias, t.output + outputs[number // r] + number % r), e.lanes()))
             for register in registers:
                 register.set(bias)
 
     def go_on() -> None:
         for at, registers in zip(held, sums, strict=True):
             for v, register in enumerate(registers):
-                register.set(e.load(t.held, at + v * LANES, lanes=LANES))
+                register.set(e.load(t.held, at + v * e.lanes(), lanes=e.lanes()))
 
     e.choose(tirx.EQ(block, 0), start, go_on)
     with e.loop(e.load(a.pointers, visit + 1), start=e.load(a.pointers, visit)) as step:
+        weights = e.let(e.read_float(a.values, step * SLICE, lanes=SLICE)) if e.vectors().by_element else None
         for lane in range(lanes):
             column = e.external("int32", "scalar", e.cast("int32", e.load(a.columns, step * lanes + lane)))
             at = e.let(column * width)
-            inputs = [e.let(e.load(t.packed, at + v * LANES, lanes=LANES)) for v in range(count)]
+            inputs = [e.let(e.load(t.packed, at + v * e.lanes(), lanes=e.lanes())) for v in range(count)]
             for row in range(r):
-                weight = e.let(e.broadcast(e.read_float(a.values, step * SLICE + lane * r + row), LANES))
-                for register, value in zip(sums[lane * r + row], inputs, strict=True):
+                number = lane * r + row
+                one = e.read_float(a.values, step * SLICE + number) if weights is None else e.lane(weights, number)
+                weight = e.let(e.broadcast(one, e.lanes()))
+                for register, value in zip(sums[number], inputs, strict=True):
                     register.multiply_add(weight, value)
     for at, registers in zip(held, sums, strict=True):
         again = e.opaque(e.external("int32", "scalar", at))  # else the places of all registers are kept on the stack meanwhile
         for v, register in enumerate(registers):
-            e.store(t.held, register.get(), again + v * LANES, lanes=LANES)
+            e.store(t.held, register.get(), again + v * e.lanes(), lanes=e.lanes())
 
 
 def _pack(how: StripPanel, a: Any, t: Any, block: Any) -> None:
@@ -135,23 +145,23 @@ def _pack(how: StripPanel, a: Any, t: Any, block: Any) -> None:
     start = e.opaque(block * how.layout.block)
     columns = e.opaque(e.minimum(a.K - start, how.layout.block))
     with e.loop(t.count) as v:
-        row = e.opaque(t.row + v * LANES)
-        with e.loop(tirx.truncdiv(columns, LANES)) as chunk:
-            first = e.opaque(start + chunk * LANES)
-            lines = [e.let(e.read_float(a.x, e.minimum(row + i, a.M - 1), first, lanes=LANES)) for i in range(LANES)]
-            to = e.opaque(chunk * LANES * t.width + v * LANES)
+        row = e.opaque(t.row + v * e.lanes())
+        with e.loop(tirx.truncdiv(columns, e.lanes())) as chunk:
+            first = e.opaque(start + chunk * e.lanes())
+            lines = [e.let(e.read_float(a.x, e.minimum(row + i, a.M - 1), first, lanes=e.lanes())) for i in range(e.lanes())]
+            to = e.opaque(chunk * e.lanes() * t.width + v * e.lanes())
             for k, column in enumerate(e.transpose(lines)):
-                e.store(t.packed, column, to + k * t.width, lanes=LANES)
-        with e.loop(columns, start=tirx.truncdiv(columns, LANES) * LANES) as k, e.loop(LANES) as i:
-            e.store(t.packed, e.read_float(a.x, e.minimum(row + i, a.M - 1), start + k), k * t.width + v * LANES + i)
-        e.store(t.packed, e.broadcast(e.zero(), LANES), how.layout.block * t.width + v * LANES, lanes=LANES)
+                e.store(t.packed, column, to + k * t.width, lanes=e.lanes())
+        with e.loop(columns, start=tirx.truncdiv(columns, e.lanes()) * e.lanes()) as k, e.loop(e.lanes()) as i:
+            e.store(t.packed, e.read_float(a.x, e.minimum(row + i, a.M - 1), start + k), k * t.width + v * e.lanes() + i)
+        e.store(t.packed, e.broadcast(e.zero(), e.lanes()), how.layout.block * t.width + v * e.lanes(), lanes=e.lanes())
 
 
 def _write(how: StripPanel, a: Any, t: Any, v: Any, output: Any) -> None:
     """Transpose the sums of 16 outputs into y, where it has such rows and outputs, with what follows."""
-    source, first = e.opaque(output * t.width + v * LANES), e.opaque(t.output + output)
-    lines = e.transpose([e.let(e.load(t.held, source + i * t.width, lanes=LANES)) for i in range(OUTPUTS)])
-    row = e.opaque(t.row + v * LANES)
+    source, first = e.opaque(output * t.width + v * e.lanes()), e.opaque(t.output + output)
+    lines = e.turn([e.let(e.load(t.held, source + i * t.width, lanes=e.lanes())) for i in range(OUTPUTS)])
+    row = e.opaque(t.row + v * e.lanes())
 
     def direct() -> None:
         for i, line in enumerate(lines):
@@ -159,15 +169,15 @@ def _write(how: StripPanel, a: Any, t: Any, v: Any, output: Any) -> None:
             e.write_float(a.y, how.finish(line, added), row + i, first, lanes=OUTPUTS)
 
     def part() -> None:
-        halves = [e.stack(LANES // 2 * OUTPUTS, "float32") for _ in range(2)]
+        halves = [e.stack(e.lanes() // 2 * OUTPUTS, "float32") for _ in range(2)]
         for i, line in enumerate(lines):
-            e.store(halves[i // (LANES // 2)], line, i % (LANES // 2) * OUTPUTS, lanes=OUTPUTS)
+            e.store(halves[i // (e.lanes() // 2)], line, i % (e.lanes() // 2) * OUTPUTS, lanes=OUTPUTS)
         for number, half in enumerate(halves):
-            with e.loop(e.maximum(e.minimum(a.M - row - number * (LANES // 2), LANES // 2), 0)) as i:
-                at = e.opaque(row + number * (LANES // 2) + i)
+            with e.loop(e.maximum(e.minimum(a.M - row - number * (e.lanes() // 2), e.lanes() // 2), 0)) as i:
+                at = e.opaque(row + number * (e.lanes() // 2) + i)
                 added = None if a.other is None else e.load_tail(a.other, OUTPUTS, at, first, a.N)
                 e.store_tail(a.y, how.finish(e.load(half, i * OUTPUTS, lanes=OUTPUTS), added), OUTPUTS, at, first, a.N)
 
     if how.finish.activation not in SHORT:
         return part()
-    return e.choose(e.both(row + LANES <= a.M, first + OUTPUTS <= a.N), direct, part)
+    return e.choose(e.both(row + e.lanes() <= a.M, first + OUTPUTS <= a.N), direct, part)

@@ -13,10 +13,10 @@ from sparsify_compiler.codegen.kernels.finish import Finish, finish_of, needed_f
 from sparsify_compiler.codegen.kernels.layout import LANES, groups_of, takes
 from sparsify_compiler.codegen.kernels.strip_layout import SLICE, TILE, PreparedStrips, prepare_strips
 from sparsify_compiler.codegen.kernels.strip_panel import StripPanel
+from sparsify_compiler.codegen.vectors import Vectors, vectors_of
 from sparsify_compiler.target import Target
 
 NAME = "strips"
-NEEDS = "avx512f"   # registers for TILE * SLICE sums of LANES each
 PAIRS_FROM = 4      # outputs that share columns from which bfloat16 is faster where two are multiplied at once (lanes.py, amx.py)
 MANY = 8            # up to so many rows of x another family is faster
 ALONE = 12_000      # vector FMAs below which waking other threads costs more than they bring (about 3 µs)
@@ -25,7 +25,7 @@ ALONE = 12_000      # vector FMAs below which waking other threads costs more th
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
     """Name and options of the kernel where it can run this op."""
-    if not takes(op, tensors, dtype) or not target.has(NEEDS) or max(rows, default=LANES) <= MANY or finish_of(attributes) is None:
+    if not takes(op, tensors, dtype) or max(rows, default=LANES) <= MANY or finish_of(attributes) is None:
         return []
     if dtype is torch.bfloat16 and int(attributes.get("r", 1)) % PAIRS_FROM == 0 and target.has("avx512bf16"):
         return []
@@ -42,12 +42,12 @@ def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
         return prepare_strips(groups, getattr(torch, str(options["dtype"])), bias, outputs, inputs, target.cores)
 
     prepared = shared_layout(shared, bias, lay_out)
-    return Laid(_name(op), options, prepared, _variants(prepared, finish, workers(target)), target)
+    return Laid(_name(op), options, prepared, _variants(prepared, finish, workers(target), vectors_of(target)), target)
 
 
-def _variants(prepared: PreparedStrips, finish: Finish, threads: int) -> Variants:
+def _variants(prepared: PreparedStrips, finish: Finish, threads: int, cut_for: Vectors) -> Variants:
     products = prepared.values.numel()
-    found = {f"strips-{count}": StripPanel(prepared.layout, count, finish) for count in {1, threads}}
+    found = {f"strips-{count}": StripPanel(prepared.layout, count, finish, cut_for) for count in {1, threads}}
     return Variants(found, lambda rows: f"strips-{1 if products * -(-rows // LANES) < ALONE else threads}", finish.add)
 
 

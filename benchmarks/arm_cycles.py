@@ -1,0 +1,156 @@
+"""Modelled cycles of the inner loops of kernels on 64-bit Arm processors: llvm-mca on the machine code, no processor and no measurement.
+
+    python benchmarks/arm_cycles.py                 # needs llvm-mca (Debian: llvm-19)
+
+Of each kernel the hottest loop is looked at: the innermost one with the most multiply-adds. Peak is one multiply-add a cycle and pipe, of which a
+Cortex-A76 has two and a Neoverse-V2 four. The model knows ports and latencies; it sees no cache, no branch that is guessed wrong and no memory.
+LLVM models the Cortex-A76 as a Cortex-A57, so its figures are those of the Neoverse-N1, which is the same core. Spills are stores to and loads from
+the stack in that loop.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sparsify_compiler.codegen import planes
+from sparsify_compiler.codegen.kernels import lanes
+from sparsify_compiler.codegen.kernels.attend_few import AttendFew
+from sparsify_compiler.codegen.kernels.attend_panel import AttendPanel
+from sparsify_compiler.codegen.kernels.depthwise import Depthwise
+from sparsify_compiler.codegen.kernels.expert_panels import ExpertPanels
+from sparsify_compiler.codegen.kernels.expert_rows import ExpertRows
+from sparsify_compiler.codegen.kernels.experts_layout import ExpertsLayout
+from sparsify_compiler.codegen.kernels.ffn_rows import FfnRows
+from sparsify_compiler.codegen.kernels.finish import NOTHING
+from sparsify_compiler.codegen.kernels.gather_rows import GatherRows
+from sparsify_compiler.codegen.kernels.layout import Layout
+from sparsify_compiler.codegen.kernels.panel import Panel
+from sparsify_compiler.codegen.kernels.planes import Planes
+from sparsify_compiler.codegen.kernels.rows import Rows
+from sparsify_compiler.codegen.kernels.stream_rows import StreamRows
+from sparsify_compiler.codegen.kernels.strip_layout import StripLayout
+from sparsify_compiler.codegen.kernels.strip_panel import StripPanel
+from sparsify_compiler.codegen.targets import tvm_target
+from sparsify_compiler.codegen.vectors import Vectors, vectors_of
+from sparsify_compiler.target import resolve
+
+MODELS = {"cortex-a76": ("neoverse-n1", 2), "neoverse-v2": ("neoverse-v2", 4)}   # LLVM's model, and its pipes that multiply
+ITERATIONS = 200
+MULTIPLY = re.compile(r"^(fml[as]|bfdot|bfmmla|[su]dot|smmla)$")
+JUMP = re.compile(r"^(b\.\w+|cbn?z|tbn?z)$")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions of an innermost loop."""
+
+    lines: tuple[str, ...]
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(bool(MULTIPLY.match(line.split()[0])) for line in self.lines)
+
+    @property
+    def spills(self) -> int:
+        return sum(line.split()[0].startswith(("ld", "st")) and "[sp" in line for line in self.lines)
+
+
+def cases(cut_for: Vectors) -> Iterator[tuple[str, str, Any]]:
+    """Name, what bounds it, and schedule."""
+    for r in (16, 8, 4, 2, 1):
+        layout = Layout(r, "float32", "int16")
+        vectors, most = lanes.tile_of(layout, cut_for)
+        yield f"lanes, panel r={r}", "compute" if r >= 4 else "loads", Panel(layout, vectors, True, False, cut_for, most)
+    yield "lanes, panel r=16 bfloat16", "compute", Panel(Layout(16, "bfloat16", "int16"), 2, True, False, cut_for, 8)
+    for r in (4, 2, 1):
+        yield f"strips r={r}", "compute" if r >= 4 else "loads", StripPanel(StripLayout(r, "float32", "float32"), 2, NOTHING, cut_for)
+    yield "attend, panel", "compute", AttendPanel(4, cut_for)
+    yield "experts, panels", "compute", ExpertPanels(ExpertsLayout("float32", "silu", True), 2, cut_for)
+    for r in (8, 4, 2, 1):
+        yield f"planes r={r}", "compute" if r >= 4 else "loads", Planes(r, planes.TILES_OF[cut_for.lanes][r], False, NOTHING, True, None, cut_for)
+    for size in (3, 5):
+        yield f"depthwise {size}x{size}", "compute", Depthwise((size, size), (1, 1), (1, 1), size // 2, NOTHING, True, cut_for)
+    for r in (16, 4, 1):
+        yield f"lanes, rows r={r}", "memory", Rows(Layout(r, "float32", "int16"), True)
+    yield "streams", "memory", StreamRows("float32", True, cut_for)
+    yield "streams bfloat16", "memory", StreamRows("bfloat16", True, cut_for)
+    yield "gather", "memory", GatherRows("float32", 256, False, False, True, cut_for)
+    yield "gather_ffn", "memory", FfnRows("float32", "silu", 256, False, True, cut_for)
+    yield "experts, rows", "memory", ExpertRows(ExpertsLayout("float32", "silu", True), True, cut_for)
+    yield "attend, few", "memory", AttendFew("float32", 4, cut_for)
+
+
+def assembly(schedule: Any, target: str) -> list[str]:
+    """The machine code as text, one instruction or label a line."""
+    import tvm
+
+    module = tvm.compile(tvm.IRModule({"main": schedule.compute()}), target=tvm_target(resolve(target)), tir_pipeline="tirx").mod
+    return [line.split("//")[0].strip() for line in module.inspect_source("asm").splitlines()]
+
+
+def loops(lines: list[str]) -> Iterator[Loop]:
+    """Every innermost loop: from a label to a jump back to it, none within. Its jumps ahead count as not taken."""
+    labels = {label[1]: number for number, line in enumerate(lines) if (label := re.match(r"(\.LBB\w+):", line))}
+    closed = -1
+    for number, line in enumerate(lines):
+        target = re.search(r"(\.LBB\w+)$", line)
+        if not target or not JUMP.match(line.split()[0]):
+            continue
+        start = labels[target[1]]
+        if start < number and start > closed:
+            yield Loop(tuple(one for one in lines[start : number + 1] if one and not one.startswith(".")))
+        closed = max(closed, start) if start < number else closed
+
+
+def hottest(lines: list[str]) -> Loop:
+    """Of the loops with the largest share of multiply-adds the largest."""
+    return max(loops(lines), key=lambda loop: (loop.multiply_adds * (loop.multiply_adds >= len(loop.lines) / 8), loop.multiply_adds))
+
+
+def modelled(loop: Loop, model: str, tool: str) -> float:
+    """Cycles of one iteration in the long run. Raises SystemExit where the model does not know an instruction."""
+    text = "loop:\n" + "\n".join(re.sub(r"\.LBB\w+$", "loop", line) for line in loop.lines) + "\n"
+    command = [tool, "-mtriple=aarch64-linux-gnu", f"-mcpu={model}", f"-iterations={ITERATIONS}"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
+    assert found is not None
+    return int(found[1]) / ITERATIONS
+
+
+def rows_of(target: str, tool: str) -> Iterator[Mapping[str, Any]]:
+    """What is found of each kernel."""
+    model, pipes = MODELS[target]
+    for name, bound, schedule in cases(vectors_of(resolve(target))):
+        loop = hottest(assembly(schedule, target))
+        cycles = modelled(loop, model, tool)
+        yield {"kernel": name, "bound": bound, "instructions": len(loop.lines), "multiply-adds": loop.multiply_adds, "cycles": cycles,
+               "share": loop.multiply_adds / pipes / cycles, "spills": loop.spills}
+
+
+def main() -> None:
+    tool = shutil.which("llvm-mca-19") or shutil.which("llvm-mca")
+    if tool is None:
+        raise SystemExit("llvm-mca is missing: apt-get install llvm-19")
+    for target in sys.argv[1:] or MODELS:
+        table = Table(title=f"{target}, modelled by LLVM's {MODELS[target][0]}")
+        for column in ("kernel", "bound by", "instructions", "multiply-adds", "cycles", "of peak", "spills"):
+            table.add_column(column, justify="left" if column in ("kernel", "bound by") else "right")
+        for row in rows_of(target, tool):
+            table.add_row(row["kernel"], row["bound"], str(row["instructions"]), str(row["multiply-adds"]), f"{row['cycles']:.1f}",
+                          f"{row['share']:.0%}", str(row["spills"]))
+        Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
