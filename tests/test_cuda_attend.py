@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_help import close, emulated, needs_compiler, numbers
+from emulator.emulate import conflicts
 from torch import Tensor
 
 from sparsify_compiler.codegen.attend import Call
@@ -55,6 +56,7 @@ def test_many_rows(emulated: list[Any], causal: bool, tiled: bool, padded: bool,
     sizes = {"B": 1, "H": 2, "G": 1, "Q": 75, "K": 90, "D": 32, "E": 48, "bq": 32, "bk": 32}
     check(call(sizes, dtype, listed=2, tiled=tiled, padded=padded, causal=causal))
     assert [one.name for one in emulated] == ["cuda_attend_many"]
+    assert conflicts(emulated[0])[0] > 0
 
 
 @pytest.mark.parametrize(("Q", "K", "listed", "tiled", "padded"), [(1, 150, 2, False, True), (3, 40, 4, True, False), (1, 600, 1, False, False)])
@@ -62,6 +64,16 @@ def test_few_rows(emulated: list[Any], Q: int, K: int, listed: int, tiled: bool,
     sizes = {"B": 2, "H": 4, "G": 2, "Q": Q, "K": K, "D": 32, "E": 48, "bq": 4, "bk": 32}
     check(call(sizes, torch.float16, listed=listed, tiled=tiled, padded=padded, causal=True))
     assert [one.name for one in emulated] == ["cuda_attend_few"]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("width", [64, 128])
+def test_banks_are_read_once(emulated: list[Any], width: int) -> None:
+    both = {"indices": torch.tensor([[[[0, 1]]]], dtype=torch.int32), "counts": torch.tensor([[[2]]], dtype=torch.int32)}
+    for queries, block_q in ((64, 64), (1, 4)):
+        sizes = {"B": 1, "H": 1, "G": 1, "Q": queries, "K": 128, "D": width, "E": width, "bq": block_q, "bk": 64}
+        check(call(sizes, torch.bfloat16, listed=1, tiled=False, padded=False, causal=True)._replace(**both))
+    assert [conflicts(schedule)[1] for schedule in emulated] == [0, 0]
 
 
 def test_refusals() -> None:

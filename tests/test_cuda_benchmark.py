@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from cuda_help import emulated, needs_compiler
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import gpu
 import gpu_cases
 
 __all__ = ["emulated"]
@@ -50,3 +53,81 @@ def test_every_case_that_is_timed_can_be_made(monkeypatch: pytest.MonkeyPatch) -
         make.shrunk()(torch.device("cpu")).ours()
     kinds = ("gather_rows", "sparse24", "strips", "grouped", "attend_many", "attend_few", "neurons", "down_rows", "sparse_rows", "strip_rows")
     assert {schedule.name for schedule in asked} >= {f"cuda_{kind}" for kind in kinds}
+
+
+class Clock:
+    """As much of torch.cuda as timing needs: calls advance it, graphs repeat what was called while they were made, unless they may not be made."""
+
+    def __init__(self, graphs: bool) -> None:
+        self.now, self.recorded, self.graphs = 0.0, None, graphs
+        self.cuda = self
+        self.replays = 0
+
+    def spend(self, seconds: float) -> None:
+        if self.recorded is None:
+            self.now += seconds
+        else:
+            self.recorded.append(seconds)
+
+    def synchronize(self) -> None: ...
+
+    def Stream(self) -> None: ...
+
+    def CUDAGraph(self) -> Any:
+        clock = self
+
+        class Graph:
+            made: ClassVar[list[float]] = []
+
+            def replay(self) -> None:
+                clock.replays += 1
+                clock.now += sum(self.made)
+
+        return Graph()
+
+    @contextmanager
+    def graph(self, graph: Any, stream: Any) -> Iterator[None]:
+        if not self.graphs:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.recorded = []
+        yield
+        graph.made, self.recorded = self.recorded, None
+
+    def Event(self, enable_timing: bool) -> Any:
+        clock = self
+
+        class Event:
+            def record(self) -> None:
+                self.at = clock.now
+
+            def synchronize(self) -> None: ...
+
+            def elapsed_time(self, other: Any) -> float:
+                return (other.at - self.at) * 1e3
+
+        return Event()
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_times_are_of_one_call_each(graphs: bool) -> None:
+    clock = Clock(graphs)
+    case = gpu_cases.Case("case", lambda: clock.spend(1e-6), lambda: None, {"rival": lambda: clock.spend(3e-6)}, bytes=2e6, products=5e6)
+    found = gpu._timings(clock, case, peak=4e12)
+    assert found["microseconds"] == pytest.approx(1.0)
+    assert found["ratios"] == {"rival": pytest.approx(3.0)}
+    assert found["bandwidth"] == pytest.approx(0.5)
+    assert found["tflops"] == pytest.approx(10.0)
+    assert (clock.replays > 0) == graphs
+
+
+def test_a_case_that_fails_is_reported_and_the_others_go_on() -> None:
+    def broken(device: torch.device) -> Any:
+        raise RuntimeError("no kernel image is available")
+
+    found = gpu.one(torch, gpu_cases.of(lambda device: broken(device)), torch.device("cpu"), timed=False, peak=1.0)
+    assert not found["right"]
+    assert "no kernel image" in found["failed"]
+    right = gpu_cases.Case("sum", lambda: torch.ones(3, dtype=torch.float32), lambda: torch.ones(3, dtype=torch.float32))
+    assert gpu.one(torch, gpu_cases.of(lambda device: right), torch.device("cpu"), timed=False, peak=1.0)["right"]
+    right.wanted = lambda: torch.tensor([1.0, 1.0, torch.nan], dtype=torch.float32)
+    assert not gpu.one(torch, gpu_cases.of(lambda device: right), torch.device("cpu"), timed=False, peak=1.0)["right"]

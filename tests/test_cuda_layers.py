@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_help import ANY, SHORT, close, emulated, needs_compiler, numbers
+from emulator.emulate import conflicts
 from torch import Tensor
 
 from sparsify_compiler.codegen import runtime
@@ -53,6 +54,7 @@ def test_blocks(emulated: list[Any], r: int, c: int, rows: int, dtype: torch.dty
     mask, weight, x, bias = blocks(r, c, 0.4), numbers(N, K, dtype=dtype, scale=0.1), numbers(rows, K, dtype=dtype), numbers(N, dtype=dtype)
     layer = bound("linear_bsr", Bsr.encode(weight * mask, mask, r=r, c=c), bias)
     close(layer(x), by_mask(weight, mask, x, bias))
+    without_conflicts(emulated)
     assert {one.name for one in emulated} == {"cuda_strip_rows" if rows < 5 else "cuda_strips_wide" if dtype is torch.float32 else "cuda_strips"}
 
 
@@ -62,6 +64,7 @@ def test_two_of_four(emulated: list[Any], rows: int, dtype: torch.dtype) -> None
     mask, weight, x = two_of_four(), numbers(N, K, dtype=dtype, scale=0.1), numbers(rows, K, dtype=dtype)
     layer = bound("linear_nm", Nm.encode(weight * mask, mask, n=2, m=4))
     close(layer(x), by_mask(weight, mask, x))
+    without_conflicts(emulated)
     assert {one.name for one in emulated} == {"cuda_sparse_rows" if rows < 5 else "cuda_sparse24"}
 
 
@@ -76,6 +79,13 @@ def test_any_structure_for_few_rows(emulated: list[Any], kind: Any, dtype: torch
 
 
 @pytest.mark.parametrize("rows", [2, 40])
+def without_conflicts(emulated: list[Any]) -> None:
+    """Matrices in shared memory are read without waiting for a bank twice: rows of chunks are exchanged as tiles.py says."""
+    for schedule in set(emulated):
+        reads, again = conflicts(schedule)
+        assert again == 0, f"{schedule}: {again} of {reads}"
+
+
 def test_what_is_added_and_activated(emulated: list[Any], rows: int) -> None:
     mask, weight = blocks(16, 1, 0.4), numbers(N, K, dtype=torch.bfloat16, scale=0.1)
     x, other = (numbers(rows, n, dtype=torch.bfloat16) for n in (K, N))
@@ -181,6 +191,7 @@ def test_experts(emulated: list[Any], rows: int, gated: bool, biased: bool, dtyp
     wanted = experts_ffn.reference(x.float(), chosen, weights, wide["gate"], wide.get("up"), wide["down"], wide.get("gate_bias"), None,
                                    wide.get("bias"), activation="silu")
     close(layer(x, chosen, weights), wanted)
+    without_conflicts(emulated)
     with pytest.raises(InputError, match="chosen is int32"):
         layer(x, chosen[..., :1], weights)
 

@@ -33,9 +33,11 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def stream(device: torch.device) -> int:
-    """The one that work is given to now."""
-    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+def stream(device: torch.device) -> tuple[int, bool]:
+    """The one that work is given to now, and whether that is only noted, for a graph."""
+    if device.type != "cuda":
+        return 0, False
+    return int(torch.cuda.current_stream(device).cuda_stream), bool(torch.cuda.is_current_stream_capturing())
 
 
 @cache

@@ -43,7 +43,7 @@ class CudaLayer(BoundLayer):
         self.in_features, self.out_features = sizes
         self.kernels = gpu.Kernels(device, files)
         self._held: dict[str, Tensor] = {}
-        self._counters: dict[tuple[int, int], Tensor] = {}
+        self._counters: dict[tuple[object, int], Tensor] = {}
 
     def files(self) -> dict[str, bytes]:
         """The kernels that were needed so far, for an artefact."""
@@ -64,7 +64,7 @@ class CudaLayer(BoundLayer):
         return aligned(as_matrix(x, rows))
 
     def counters(self, count: int) -> Tensor:
-        """int32 zeros, which the kernels leave so: of their own for each stream."""
+        """int32 zeros, which the kernels leave so: of their own for each stream, and for graphs, in which they are set."""
         key = gpu.stream(self.device), count
         if key not in self._counters:
             self._counters[key] = torch.zeros(count, dtype=torch.int32, device=self.device)

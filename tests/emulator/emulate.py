@@ -58,6 +58,12 @@ def run(schedule: Any, *arguments: Any) -> None:
         ctypes.memmove(tensor.data_ptr(), data, len(data))
 
 
+def conflicts(schedule: Any) -> tuple[int, int]:
+    """How often eight rows of a matrix were read from shared memory by this kernel's runs so far, and how often a bank had to be read again."""
+    _, library = function_of(schedule)
+    return int(library.matrix_reads()), int(library.bank_conflicts())
+
+
 @cache
 def function_of(schedule: Any) -> tuple[Any, ctypes.CDLL]:
     """The function that launches, and the library of the emulated kernel."""

@@ -69,16 +69,29 @@ DEVICE void copies_wait(int open) {
 }
 
 struct Matrices { unsigned* to; const unsigned short* row; };
+// Eight rows are read at once, where they lie in different eighths of a line of 128 bytes.
+static void count_conflicts(void** lanes) {
+  for (int m = 0; m < 4; ++m) {
+    int most = 0, times[8] = {};
+    for (int i = 0; i < 8; ++i) {
+      uintptr_t place = (uintptr_t)((Matrices*)lanes[8 * m + i])->row;
+      int again = 0;
+      for (int j = 0; j < i; ++j) again |= (uintptr_t)((Matrices*)lanes[8 * m + j])->row == place;
+      if (!again) most = max(most, ++times[place / 16 % 8]);
+    }
+    ++machine::reads; machine::conflicts += most - 1;
+  }
+}
 DEVICE void matrices(unsigned* to, const void* row) {
   machine::aligned(row, 16);
   Matrices own{to, (const unsigned short*)row};
-  WARP(3, &own, for (int l = 0; l < 32; ++l) for (int m = 0; m < 4; ++m)
+  WARP(3, &own, count_conflicts(lanes); for (int l = 0; l < 32; ++l) for (int m = 0; m < 4; ++m)
     memcpy(((Matrices*)lanes[l])->to + m, ((Matrices*)lanes[8 * m + l / 4])->row + l % 4 * 2, 4);)
 }
 DEVICE void matrices_turned(unsigned* to, const void* row) {
   machine::aligned(row, 16);
   Matrices own{to, (const unsigned short*)row};
-  WARP(4, &own, for (int l = 0; l < 32; ++l) for (int m = 0; m < 4; ++m) {
+  WARP(4, &own, count_conflicts(lanes); for (int l = 0; l < 32; ++l) for (int m = 0; m < 4; ++m) {
     unsigned low = ((Matrices*)lanes[8 * m + l % 4 * 2])->row[l / 4], high = ((Matrices*)lanes[8 * m + l % 4 * 2 + 1])->row[l / 4];
     ((Matrices*)lanes[l])->to[m] = low | high << 16;
   })

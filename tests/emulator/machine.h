@@ -39,6 +39,7 @@ static Fiber* current; static jmp_buf scheduler; static sigjmp_buf failed;
 static Place block, grid, size; static int threads, waiting;
 static bool backwards; static char* dynamic; static char message[256];
 static void (*body)();
+static long reads, conflicts;   // of eight rows of a matrix; how many times a bank of 16 bytes is read again
 
 static void fail(const char* what) {
   snprintf(message, sizeof message, "%s: block (%d, %d, %d), thread %d", what, block.x, block.y, block.z, current ? current->number : -1);
@@ -136,6 +137,8 @@ static int launch(Place blocks, int number, int shared, void (*kernel)()) {
 }
 }  // namespace machine
 
+extern "C" long matrix_reads() { return machine::reads; }
+extern "C" long bank_conflicts() { return machine::conflicts; }
 extern "C" void run_backwards(int yes) { machine::backwards = yes; }
 
 #define __global__
