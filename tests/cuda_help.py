@@ -15,7 +15,6 @@ from sparsify_compiler.codegen.cuda import device as gpu
 from sparsify_compiler.target import resolve
 
 PROCESSORS = 2
-SHORT = (torch.bfloat16, torch.float16)
 ANY = resolve("sm_80")
 needs_compiler = emulate.needs_compiler
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile kernels for a GPU")

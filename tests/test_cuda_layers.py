@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_help import ANY, SHORT, close, emulated, needs_compiler, numbers
+from cuda_help import ANY, close, emulated, needs_compiler, numbers
 from emulator.emulate import conflicts
 from torch import Tensor
 
@@ -48,6 +48,13 @@ def by_mask(weight: Tensor, mask: Tensor, x: Tensor, bias: Tensor | None = None)
     return torch.nn.functional.linear(x.float(), product, None if bias is None else bias.float())
 
 
+def without_conflicts(emulated: list[Any]) -> None:
+    """Matrices in shared memory are read without waiting for a bank twice: rows of chunks are exchanged as tiles.py says."""
+    for schedule in set(emulated):
+        reads, again = conflicts(schedule)
+        assert again == 0, f"{schedule}: {again} of {reads}"
+
+
 @pytest.mark.parametrize(("r", "c", "rows", "dtype"), [(16, 1, 70, torch.bfloat16), (32, 8, 3, torch.bfloat16), (32, 1, 70, torch.float32),
                                                      pytest.param(64, 4, 40, torch.float16, marks=MORE), (16, 4, 1, torch.float32)])
 def test_blocks(emulated: list[Any], r: int, c: int, rows: int, dtype: torch.dtype) -> None:
@@ -79,13 +86,6 @@ def test_any_structure_for_few_rows(emulated: list[Any], kind: Any, dtype: torch
 
 
 @pytest.mark.parametrize("rows", [2, 40])
-def without_conflicts(emulated: list[Any]) -> None:
-    """Matrices in shared memory are read without waiting for a bank twice: rows of chunks are exchanged as tiles.py says."""
-    for schedule in set(emulated):
-        reads, again = conflicts(schedule)
-        assert again == 0, f"{schedule}: {again} of {reads}"
-
-
 def test_what_is_added_and_activated(emulated: list[Any], rows: int) -> None:
     mask, weight = blocks(16, 1, 0.4), numbers(N, K, dtype=torch.bfloat16, scale=0.1)
     x, other = (numbers(rows, n, dtype=torch.bfloat16) for n in (K, N))
@@ -206,7 +206,6 @@ def test_offers_and_refusals() -> None:
     csr = Csr.encode(weight * mask, mask)
     assert not offer("linear_csr", csr.tensors(), csr.attributes(), torch.bfloat16, (128,), ANY)            # many rows of no structure
     assert not gather.offer("select_linear", {"weight": weight[:, :9]}, {}, torch.bfloat16, (1,), ANY)      # rows that do not begin at 16 bytes
-    assert all(dtype in (torch.bfloat16, torch.float16) for dtype in SHORT)
     with pytest.raises(KernelError, match="does not fit"):
         linear.bind("linear_csr", {"dtype": "bfloat16", "kind": "strips"}, csr.tensors(), csr.attributes(), None, {}, ANY, [])
     with pytest.raises(KernelError, match="no family of kernels called 'cuda_nothing'"):
