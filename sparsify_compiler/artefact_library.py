@@ -23,6 +23,7 @@ from .compiled import CompiledModel
 from .errors import ModelError
 from .library_attentions import plain_attentions
 from .library_cached import CAPACITY, PAST, with_cache
+from .library_limits import limits_of
 from .library_products import ROWS, Products
 from .program import InputSpec, Program, Region, TensorSpec, get_tensor
 from .storage import sha256, write_safetensors, writing
@@ -120,12 +121,14 @@ def _write(library: Library, program: Program, folder: Path) -> None:
     library.write(folder / LIBRARY)
     write_safetensors(folder / WEIGHTS, library.parameters, ALIGNED)
     shutil.copyfile(Path(__file__).parent / "codegen" / "deploy" / RUNNER, folder / RUNNER)
-    ranges = dict(program.regions[""].spec.ranges)
+    region = program.regions[""]
+    ranges = dict(region.spec.ranges)
     if "prefill" in library.functions:
         ranges[CAPACITY] = (1, None)
     data = {
         "format": FORMAT, "kind": KIND, "target": library.target.to_json(), "versions": versions(), "functions": library.functions,
-        "symbols": {name: list(limits) for name, limits in ranges.items()}, "reference": list(library.reference),
+        "symbols": {name: list(limits) for name, limits in ranges.items()}, "limits": limits_of(region),
+        "reference": list(library.reference),
         "files": {name: sha256(folder / name) for name in (LIBRARY, WEIGHTS, RUNNER)},
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

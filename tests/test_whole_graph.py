@@ -61,6 +61,7 @@ def test_nothing_runs_without_a_kernel_of_ours(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["reference"] == []
     assert manifest["symbols"] == {"batch": [1, None], "length": [1, 20]}
+    assert {"symbols": ["batch", "length"], "product": (2**31 - 1) // 48} in manifest["limits"]
     assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {"manifest.json"}
 
 
@@ -115,6 +116,16 @@ def _damage(folder: Path, name: str, kind: str) -> None:
     elif kind == "changed":
         data[len(data) // 2] ^= 1
     path.unlink() if kind == "missing" else path.write_bytes(data)
+
+
+def test_more_than_kernels_can_count(folder: Path) -> None:
+    """Elements are counted in 32 bits: what would overflow is refused, whatever each symbol may be."""
+    module = runner(folder)
+    model, huge = module.Model(folder), numpy.lib.stride_tricks.as_strided
+    ids, mask = huge(numpy.zeros(1, "int64"), (3_000_000, 20), (0, 0)), huge(numpy.zeros(1, bool), (3_000_000, 20), (0, 0))
+    model.tensor = lambda value: value      # nothing of that size is copied
+    with pytest.raises(module.LibraryError, match="batch times length is more than"):
+        model._checked(model._facts("main"), {"ids": ids, "mask": mask})
 
 
 @pytest.mark.parametrize(("name", "kind"), [("model.so", "truncated"), ("model.so", "changed"), ("weights.safetensors", "changed"),

@@ -19,6 +19,7 @@ import argparse
 import ctypes
 import hashlib
 import json
+import math
 import mmap
 import os
 import platform
@@ -131,7 +132,11 @@ class Model:
         if set(names) != set(inputs):
             raise LibraryError(f"inputs are {', '.join(names)}; got {', '.join(inputs) or 'none'}")
         sizes: dict[str, int] = {}
-        return [self._one(one, inputs[one["name"]], sizes) for one in facts["inputs"]]
+        tensors = [self._one(one, inputs[one["name"]], sizes) for one in facts["inputs"]]
+        for limit in self.manifest.get("limits", ()):
+            if math.prod(sizes.get(name, 1) for name in limit["symbols"]) > limit["product"]:
+                raise LibraryError(f"{' times '.join(limit['symbols'])} is more than {limit['product']}: split the batch")
+        return tensors
 
     def _one(self, wanted: Mapping[str, Any], value: Any, sizes: dict[str, int]) -> Any:
         array, name = value if isinstance(value, self._numpy.ndarray) else self._numpy.from_dlpack(value) if hasattr(

@@ -161,6 +161,11 @@ Model::Model(const std::string& folder, const sparsify_options& options) {
     List both = limits.cast<List>();
     symbols[text(name)] = {both[0].cast<int64_t>(), both[1].as<int64_t>()};
   }
+  for (const ffi::Any& limit : at(manifest, "limits").cast<List>()) {
+    Object facts = limit.cast<Object>();
+    products.push_back({{}, at(facts, "product").cast<int64_t>()});
+    for (const ffi::Any& name : at(facts, "symbols").cast<List>()) products.back().first.push_back(text(name));
+  }
   weights_ = std::make_shared<Mapped>(folder + "/weights.safetensors");
   std::map<std::string, ffi::Tensor> weights = read_weights(weights_, folder + "/weights.safetensors");
   library_ = ffi::Module::LoadFromFile(folder + "/model.so");
@@ -224,6 +229,16 @@ std::vector<ffi::Tensor> Model::run(const std::string& name, const char* const* 
   }
   if (given.size() != found.inputs.size() || count != static_cast<int>(given.size()))
     throw std::runtime_error("there are " + std::to_string(found.inputs.size()) + " inputs, got " + std::to_string(count));
+  for (const auto& [symbols_of, most] : products) {
+    double product = 1;
+    std::string what;
+    for (const std::string& symbol : symbols_of) {
+      auto size = sizes.find(symbol);
+      product *= size == sizes.end() ? 1 : static_cast<double>(size->second);
+      what += (what.empty() ? "" : " times ") + symbol;
+    }
+    if (product > static_cast<double>(most)) throw std::runtime_error(what + " is more than " + std::to_string(most) + ": split the batch");
+  }
   for (const ffi::Tensor& one : kept) arguments.emplace_back(one);
   arguments.emplace_back(found.bound);
   ffi::Any result;

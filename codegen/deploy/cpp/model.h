@@ -48,6 +48,7 @@ class Model {
 
   std::map<std::string, Function> functions;
   std::map<std::string, Limits> symbols;
+  std::vector<std::pair<std::vector<std::string>, int64_t>> products;  // what sizes of symbols, multiplied, are at most
 
  private:
   tvm::ffi::Tensor checked(const Tensor& wanted, const sparsify_tensor& given, std::map<std::string, int64_t>* sizes) const;
