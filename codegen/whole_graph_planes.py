@@ -15,10 +15,9 @@ from sparsify_compiler.codegen.kernels.finish import needed_finish
 from sparsify_compiler.codegen.kernels.layout import padded_bias
 from sparsify_compiler.codegen.kernels.planes import NUMBERS, Planes
 from sparsify_compiler.codegen.kernels.planes_layout import Geometry, offsets_of
+from sparsify_compiler.codegen.vectors import AVX512, vectors_of
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
-
-WIDE = "avx512f"    # registers for a tile of dense outputs; elsewhere each output is computed by itself
 
 
 @dataclass(frozen=True)
@@ -47,31 +46,32 @@ def lay(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], b
         raise KernelError(f"images of {size[1]}x{size[2]} are smaller than the kernel", where=op, hint="give the sizes that the model was made for")
     if op == "conv2d" and tensors["weight"].shape[1] == 1 and geometry.groups > 1:
         return _depthwise(tensors["weight"], bias, geometry, finish, target, geometry.extent(extent)[0])
-    chosen = _chosen(op, tensors, attributes, geometry, target)
+    chosen, cut_for = _chosen(op, tensors, attributes, geometry), vectors_of(target)
+    vectors = int(chosen["vectors"]) if cut_for == AVX512 else planes.TILES_OF[cut_for.lanes][int(chosen["r"])]
     prepared = planes._prepare(op, chosen, tensors, attributes, bias, geometry, target.cores)
     offsets, numbers = offsets_of(prepared.columns, geometry, extent, size[1] * size[2])
     numbers |= {"groups": prepared.bias.numel() // prepared.r, "chunks": prepared.chunks}
     phases = (torch.tensor(geometry.phases) - torch.tensor(geometry.padding)).int().reshape(-1)
-    schedule = Planes(prepared.r, int(chosen["vectors"]), prepared.chunks > 1, finish, parallel, None if geometry.plain else geometry.stride)
+    schedule = Planes(prepared.r, vectors, prepared.chunks > 1, finish, parallel, None if geometry.plain else geometry.stride, cut_for)
     return LaidPlanes(schedule, {"values": prepared.values, "offsets": offsets, "pointers": prepared.pointers, "visits": prepared.visits,
                                  "bias": prepared.bias, "strips": prepared.strips, "phases": phases,
                                  "numbers": torch.tensor([numbers[name] for name in NUMBERS], dtype=torch.int32)})
 
 
 def _depthwise(weight: Tensor, bias: Tensor | None, geometry: Geometry, finish: Any, target: Target, height: int) -> LaidPlanes:
-    schedule = Depthwise(geometry.kernel, geometry.stride, geometry.dilation, geometry.padding[1], finish, target.cores > 1)
+    schedule = Depthwise(geometry.kernel, geometry.stride, geometry.dilation, geometry.padding[1], finish, target.cores > 1, vectors_of(target))
     pieces = target.cores if height >= planes.FEWEST_ROWS * target.cores else 1
     return LaidPlanes(schedule, {"values": weight.detach().float().reshape(-1).contiguous(), "bias": padded_bias(bias, len(weight), len(weight)),
                                  "numbers": torch.tensor([geometry.padding[0], pieces], dtype=torch.int32)})
 
 
-def _chosen(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], geometry: Geometry, target: Target) -> dict[str, Any]:
+def _chosen(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], geometry: Geometry) -> dict[str, Any]:
     """Outputs that are computed together, registers of a tile, inputs of a chunk."""
     dense = op == "conv2d"
     outputs = int(attributes.get("out_features", len(tensors["weight"]) if dense else 0))
     inputs = tensors["weight"][0].numel() if dense else int(attributes["in_features"])
     together = planes.DENSE_ROWS if dense else int(attributes.get("r", 1))
-    r = planes._shared_rows(together if target.has(WIDE) else 1, outputs, geometry.groups)
-    vectors = planes.TILES[r][0 if target.has(WIDE) else -1]
+    r = planes._shared_rows(together, outputs, geometry.groups)
+    vectors = planes.TILES[r][0]
     chunk = planes.CHUNK // vectors if r == 1 and inputs >= planes.CHUNKED_FROM else inputs
     return {"layout": planes.LAYOUT, "r": r, "vectors": vectors, "chunk": max(1, chunk)}

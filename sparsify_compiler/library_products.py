@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 ROWS = (1, 128)
-DENSE_ROWS = {"x86_64": 16, "aarch64": 4}   # outputs that share a load of x in the dense form: their sums fit in the registers
+DENSE_ROWS = 16     # outputs of a block of a dense weight
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Products:
         shared = self._layouts.setdefault(self._weight(node), {})
         sources = [(operator_of(node), tensors, attributes, shared)] if packed_operator(node) else []
         weight = packed_weight(self.region, node) if packed_operator(node) else tensors["weight"]
-        sources.append((*_dense(weight, self.target), self._layouts.setdefault(f"{self._weight(node)} dense", {})))
+        sources.append((*_dense(weight), self._layouts.setdefault(f"{self._weight(node)} dense", {})))
         for operator, stored, facts, layouts in sources:
             plain = {name: value for name, value in facts.items() if name not in ("add", "activation", "arguments")}
             yield from candidates(operator, stored, plain | epilogue.attributes(), dtype, rows, self.target, layouts)
@@ -174,8 +174,8 @@ def _rows(node: fx.Node) -> tuple[int, ...]:
     return ()
 
 
-def _dense(weight: Tensor, target: Target) -> tuple[str, dict[str, Tensor], dict[str, int]]:
+def _dense(weight: Tensor) -> tuple[str, dict[str, Tensor], dict[str, int]]:
     """A dense weight as blocks of which all are kept: our kernels of blocks are those of dense layers too."""
     weight = weight.detach()
-    packed = Bsr._encode(weight, torch.ones(weight.shape, dtype=torch.bool), r=DENSE_ROWS[target.arch], c=1)
+    packed = Bsr._encode(weight, torch.ones(weight.shape, dtype=torch.bool), r=DENSE_ROWS, c=1)
     return "linear_bsr", {name: getattr(packed, name) for name in Bsr.TENSORS}, {name: getattr(packed, name) for name in Bsr.ATTRIBUTES}
