@@ -38,7 +38,8 @@ def _monomial(value: Tensor, names: Mapping[Any, str]) -> tuple[tuple[str, ...],
     """The number of elements as symbols times a number; None where it is something else."""
     symbols: list[str] = []
     number = 1
-    for size in value.shape:
+    sizes: list[Any] = list(value.shape)
+    for size in sizes:
         if isinstance(size, int):
             number *= max(size, 1)
         elif size.node.expr in names:

@@ -161,7 +161,8 @@ Model::Model(const std::string& folder, const sparsify_options& options) {
     List both = limits.cast<List>();
     symbols[text(name)] = {both[0].cast<int64_t>(), both[1].as<int64_t>()};
   }
-  for (const ffi::Any& limit : at(manifest, "limits").cast<List>()) {
+  auto limits = manifest.find(ffi::String("limits"));
+  for (const ffi::Any& limit : limits == manifest.end() ? List() : (*limits).second.cast<List>()) {
     Object facts = limit.cast<Object>();
     products.push_back({{}, at(facts, "product").cast<int64_t>()});
     for (const ffi::Any& name : at(facts, "symbols").cast<List>()) products.back().first.push_back(text(name));
