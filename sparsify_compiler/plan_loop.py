@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .compile_job import Job
 
 ROUNDS = 5  # plans that are lowered and measured, at the most
+REFINED = 2  # of them after the losses were looked at again
 QUALITY_ROUNDS = 7  # plans whose quality is measured: each halves the interval that the limit of the loss lies in
 CLOSE = 0.05  # part of the limit: a plan this near below it is near enough
 AIM = 0.985  # of a limit: what the plan is made for, since a second measurement differs from the first
@@ -73,30 +74,44 @@ class PlanLoop:
     def of_cost(self, kind: str, limit: float, measured: Callable[[Program], float], now: Callable[[Decision], float | None],
                 was: Callable[[Decision], float | None]) -> Program:
         """Plans for what the sites may cost: the limit, less what was measured of everything else."""
-        trial = self._try(self.survey.as_it_is(kind), kind, measured, now, was)
+        def tried(plan: Plan) -> Trial:
+            return self._try(plan, kind, measured, now, was)
+
+        trial = tried(self.survey.as_it_is(kind))
         if trial.value > limit:
-            for _ in range(ROUNDS):
-                rest = trial.value - self.survey.spent(kind, trial.plan.taken)
-                plan = self._next(kind, limit * AIM - rest)
-                if any(plan.taken == old.plan.taken for old in self.trials):
-                    break
-                trial = self._try(plan, kind, measured, now, was)
-                if limit * (1 - CLOSE) <= trial.value <= limit:
-                    break
+            self._approach(self._for_room(trial, kind, limit), kind, limit, tried, ROUNDS)
+        best = self._best(kind, limit)
+        second = self.planner.refine(self.survey, kind, best.plan, self.base, self.job.context(None))
+        if second is not best.plan:
+            self._approach(second, kind, limit, tried, REFINED)
+            best = self._best(kind, limit)
+        for_nothing = idle(best.lowered)
+        if for_nothing:  # quality is given up only where it buys something
+            again = tried(self.survey.without(kind, best.plan, for_nothing))
+            best = again if again.value <= limit else best
+        return self._finish(best, kind, limit)
+
+    def _approach(self, plan: Plan, kind: str, limit: float, tried: Callable[[Plan], Trial], rounds: int) -> None:
+        """Try a plan, and by what it was measured to take another, until one is near below the limit or was tried before."""
+        for _ in range(rounds):
+            if any(plan.taken == old.plan.taken for old in self.trials):
+                return
+            trial = tried(plan)
+            if limit * (1 - CLOSE) <= trial.value <= limit:
+                return
+            plan = self._for_room(trial, kind, limit)
+
+    def _for_room(self, trial: Trial, kind: str, limit: float) -> Plan:
+        """The plan for what the limit leaves to the sites."""
+        return self._next(kind, limit * AIM - (trial.value - self.survey.spent(kind, trial.plan.taken)))
+
+    def _best(self, kind: str, limit: float) -> Trial:
+        """Of the trials within the limit the one that loses least, by what is known now. Raises BudgetError where there is none."""
         kept = [one for one in self.trials if one.value <= limit]
         if not kept:
             lowest = min(self.trials, key=lambda one: one.value)
             raise BudgetError(f"the budget cannot be met: {self.job.budget}", where="plan", hint=_hint(kind, lowest.value, limit))
-        best = min(kept, key=lambda one: (one.plan.loss, one.value))
-        second = self.planner.refine(self.survey, kind, best.plan, self.base, self.job.context(None))
-        if second is not best.plan:
-            again = self._try(second, kind, measured, now, was)
-            best = again if again.value <= limit else best
-        for_nothing = idle(best.lowered)
-        if for_nothing:  # quality is given up only where it buys something
-            again = self._try(self.survey.without(kind, best.plan, for_nothing), kind, measured, now, was)
-            best = again if again.value <= limit else best
-        return self._finish(best, kind, limit)
+        return min(kept, key=lambda one: (self.survey.lost(one.plan.taken), one.value))
 
     def _next(self, kind: str, room: float) -> Plan:
         """The plan for what the sites may cost together; where none is so cheap, the cheapest there is."""

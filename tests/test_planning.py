@@ -420,10 +420,10 @@ def test_what_misses_the_limit_or_buys_nothing_is_not_kept(net: Net, batches: li
 
     monkeypatch.setattr(plan_loop, "latency", latency)
     monkeypatch.setattr(plan_loop, "idle", lambda lowered: ("second.0",))
-    monkeypatch.setattr(ChooseLayers, "refine", lambda self, survey, kind, plan, program, ctx: survey.as_it_is(kind))
+    monkeypatch.setattr(ChooseLayers, "refine", lambda self, survey, kind, plan, program, ctx: survey.without(kind, plan, ["first.0", "head.0"]))
     report = sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(latency_ms=0.0105), calibration=batches).report()
     assert any(cut)
     assert not cut[-1]
-    assert tried[-1] == tried[-2] <= 0.0105 < tried[-3], "the layer that never gained is as it was; the plan that took too long is not there"
+    assert tried[-1] <= 0.0105 < max(tried[2:]), "the layer that never gained is as it was; the plan that took too long is not there"
     assert {site.site: site.density for site in report.sites}["second.0"] == 1
     assert min(site.density for site in report.sites) < 1
