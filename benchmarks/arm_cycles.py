@@ -97,8 +97,8 @@ def assembly(schedule: Any, target: str) -> list[str]:
     return [line.split("//")[0].strip() for line in module.inspect_source("asm").splitlines()]
 
 
-def loops(lines: list[str]) -> Iterator[Loop]:
-    """Every innermost loop: from a label to a jump back to it, none within. Its jumps ahead count as not taken."""
+def loops(lines: list[str], innermost: bool = True) -> Iterator[Loop]:
+    """Every loop: from a label to a jump back to it; only those without another within. Jumps ahead count as not taken."""
     labels = {label[1]: number for number, line in enumerate(lines) if (label := re.match(r"(\.LBB\w+):", line))}
     closed = -1
     for number, line in enumerate(lines):
@@ -106,13 +106,15 @@ def loops(lines: list[str]) -> Iterator[Loop]:
         if not target or not JUMP.match(line.split()[0]):
             continue
         start = labels[target[1]]
-        if start < number and start > closed:
+        if start < number and (start > closed or not innermost):
             yield Loop(tuple(one for one in lines[start : number + 1] if one and not one.startswith(".")))
         closed = max(closed, start) if start < number else closed
 
 
 def hottest(lines: list[str]) -> Loop:
-    """Of the loops with the largest share of multiply-adds the largest."""
+    """Of the innermost loops with a large share of multiply-adds the one with most; where none has any, the smallest loop around some."""
+    if not any(loop.multiply_adds for loop in loops(lines)):
+        return min((loop for loop in loops(lines, innermost=False) if loop.multiply_adds), key=lambda loop: len(loop.lines))
     return max(loops(lines), key=lambda loop: (loop.multiply_adds * (loop.multiply_adds >= len(loop.lines) / 8), loop.multiply_adds))
 
 
