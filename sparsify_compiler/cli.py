@@ -74,7 +74,7 @@ def compile_(
           return model.eval(), {"x": example}, calibration_batches
     """
     from .cli_model import load_model
-    from .cli_options import check_outputs, make_budget, parse_dynamic
+    from .cli_options import check_outputs, make_budget, parse_dynamic, set_threads
     from .compile import as_pipeline
     from .compile import compile as run
 
@@ -82,7 +82,7 @@ def compile_(
                          quality_drop=quality_drop, perplexity_rise=perplexity_rise)
     pipeline, dimensions = as_pipeline(recipe), parse_dynamic(dynamic or [])
     check_outputs(out, (html, json, csv))
-    _set_threads(threads)
+    set_threads(threads)
     source = load_model(model, batch=batch, sequence=sequence)
     if source.calibration is None and not quiet:
         typer.echo(f"note: {model} gives no calibration batches; the example inputs stand in for them", err=True)
@@ -213,12 +213,12 @@ def estimate(model: Model, target: Annotated[str, typer.Option(help="A machine o
       sparsify estimate hf:./all-MiniLM-L6-v2 --batch 8 --json estimate.json
     """
     from .cli_model import load_model
-    from .cli_options import check_outputs
+    from .cli_options import check_outputs, set_threads
     from .estimates import estimate as run
     from .machines import machine
 
     check_outputs(None, (json,))
-    _set_threads(threads)
+    set_threads(threads)
     wanted = machine(target)
     source = load_model(model, batch=batch, sequence=sequence)
     found = run(source.model, source.example_inputs, wanted)
@@ -240,11 +240,11 @@ def bench(folder: Folder, model: MaybeModel = None,
       sparsify bench compiled/ my_model.py:make --threads 2
     """
     from .cli_bench import bench as run
-    from .cli_options import parse_sizes
+    from .cli_options import parse_sizes, set_threads
     from .cli_show import timings
 
     sizes = parse_sizes(size or [])
-    _set_threads(threads)
+    set_threads(threads)
     _print(timings(run(folder, model, sizes, rounds)))
 
 
@@ -288,13 +288,6 @@ def _print(what: Any) -> None:
         typer.echo(str(what))  # a report, as wide as a page
     else:
         Console(highlight=False, emoji=False).print(what)
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

@@ -54,3 +54,11 @@ def check_outputs(folder: Path | None, files: Iterable[Path | None]) -> None:
             raise StorageError("there is no such folder to write into", where=str(file), hint=f"mkdir -p {file.parent}")
         if file is not None and file.is_dir():
             raise StorageError("this is a folder, not a file", where=str(file), hint=f"name a file, for example {file / 'report'}")
+
+
+def set_threads(threads: int | None) -> None:
+    """torch's intra-op threads, where a number was given."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

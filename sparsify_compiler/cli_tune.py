@@ -19,6 +19,8 @@ def tune(
     recipe: Annotated[str, typer.Option(help="A name of `sparsify recipes`, pipeline text, or a YAML file.")] = "wanda",
     density: Annotated[float | None, typer.Option(help="Budget: kept / total weights.", show_default=False)] = None,
     target: Annotated[str, typer.Option(help="A name of `sparsify targets`.")] = "cpu",
+    rpc: Annotated[str | None, typer.Option(help="A board to time kernels on: HOST:PORT of TVM's RPC server, or HOST:PORT/KEY.",
+                                            show_default=False)] = None,
     again: Annotated[bool, typer.Option("--again", help="Also layers of which something is known.")] = False,
     export: Annotated[Path | None, typer.Option(help="Write all that is known as JSON.", show_default=False)] = None,
     take: Annotated[Path | None, typer.Option("--import", help="Take over what another machine of the kind exported.", show_default=False)] = None,
@@ -34,6 +36,7 @@ def tune(
     \b
     Examples:
       sparsify tune my_model.py:make --recipe wanda --density 0.3
+      sparsify tune my_model.py:make --target cortex-a76 --rpc 192.168.0.7:9090
       sparsify tune --export tuned.json
       sparsify tune --import tuned.json
     """
@@ -46,7 +49,8 @@ def tune(
     if take is not None:
         typer.echo(f"{import_tuned(take)} results taken over")
     if model is not None:
-        _race(model, {"recipe": recipe, "density": density, "target": target, "again": again, "progress": not quiet}, threads, batch, sequence)
+        _race(model, {"recipe": recipe, "density": density, "target": target, "again": again, "rpc": rpc,
+                      "progress": not quiet}, threads, batch, sequence)
     if export is not None:
         typer.echo(f"{export_tuned(export)} results written to {export}")
 
@@ -57,13 +61,11 @@ def _race(model: str, options: dict[str, Any], threads: int | None, batch: int, 
     from rich.console import Console
 
     from .cli_model import load_model
+    from .cli_options import set_threads
     from .codegen import cache
     from .tuning import tune as run
 
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    set_threads(threads)
     source = load_model(model, batch=batch, sequence=sequence)
     calibration = [source.example_inputs] if source.calibration is None else source.calibration
     begin = time.perf_counter()

@@ -69,6 +69,10 @@ class KernelError(SparsifyError, RuntimeError):
     """A kernel could not be built or loaded."""
 
 
+class BoardError(SparsifyError, ConnectionError):
+    """A remote board cannot be reached, takes too long, or ended in the middle of a measurement."""
+
+
 class ArtefactError(SparsifyError, RuntimeError):
     """A saved model is missing, truncated, tampered with, or made for another machine or version."""
 

@@ -75,6 +75,7 @@ class Context:
     given: Program | None = None  # what the pipeline was given, untouched, for passes that compare with it
     planned: Planned | None = None  # what a planner says of its plan, for the report
     kernels: KernelProvider | None = None
+    board: Any = None  # a remote machine of the target's kind (codegen/board.py), for tuning
     progress: Callable[[str, int, int], None] = lambda what, done, total: None  # a pass reports its own steps
     misses: list[Miss] = field(default_factory=list)
     rewrites: int = 0  # how many times a rule or pass acted; Fuel counts them

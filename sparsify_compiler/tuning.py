@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,28 +32,43 @@ if TYPE_CHECKING:
 
 def tune(model: nn.Module, example_inputs: Inputs, *, recipe: Any = "wanda", target: str | Target = "cpu", density: float | None = None,
          calibration: Iterable[Inputs] | None = None, dynamic: Any = None, again: bool = False,
-         progress: bool | Callable[[str, int, int], None] = False) -> list[Record]:
+         rpc: str | None = None, seconds: int = 600, progress: bool | Callable[[str, int, int], None] = False) -> list[Record]:
     """Find the fastest kernels, and their best cuts, for the layers that a recipe makes of a model; what was found now.
 
     model, example_inputs, recipe, target, calibration, dynamic, progress   as of compile()
     density   the budget of a recipe that does not say it itself
     again     also layers of which something is known
+    rpc       HOST:PORT of TVM's RPC server on a machine of the target's kind, or HOST:PORT/KEY of a server with a key or of a tracker: kernels are
+              timed there. Without it on this machine, which must be one
+    seconds   that a session there may last
 
-    Nothing else should run meanwhile. Killed at any point, it goes on where it stopped when it is called again. Raises what compile() raises.
+    Nothing else should run meanwhile. Killed at any point, it goes on where it stopped when it is called again. Raises what compile() raises, and
+    BoardError where the board cannot be reached, or takes too long.
     """
     from .codegen import tuned
 
     machine, batches = resolve(target), read_batches(calibration)
-    if is_far(machine):
-        raise TargetError(f"{machine.name} is not this machine, nothing can be measured for it here", where="target",
-                          hint="run it there, and bring the results with --export and --import")
+    if rpc is None and is_far(machine):
+        raise TargetError(f"{machine.name} is not this machine, nothing can be measured for it from here", where="target",
+                          hint="name a board with --rpc, or run it there, and bring the results with --export and --import")
     known = {record.key: record for record in tuned.records()}
     budget = None if density is None else Budget(density=density)
-    with display(progress) as show, torch.no_grad():
+    with display(progress) as show, torch.no_grad(), _board(machine, rpc, seconds) as board:
         job = Job(model, example_inputs, as_pipeline(recipe), machine, budget, batches, dynamic, None, ("eager",), 0, show, None)
         passes = catalog.get("pass", "pack")(), catalog.get("pass", "lower")(tune="again" if again else "new")
-        (job.rewriting() | Pipeline(passes)).run(capture(model, example_inputs, dynamic), job.context(density), ())
+        ctx = job.context(density)
+        ctx.board = board
+        (job.rewriting() | Pipeline(passes)).run(capture(model, example_inputs, dynamic), ctx, ())
     return [record for record in tuned.records() if record != known.get(record.key)]
+
+
+def _board(target: Target, rpc: str | None, seconds: int) -> AbstractContextManager[Any]:
+    """A session on a remote board; None where kernels are timed here."""
+    if rpc is None:
+        return nullcontext()
+    from .codegen.board import Board
+
+    return Board.connect(target, rpc, seconds)
 
 
 def export_tuned(path: str | Path) -> int:

@@ -36,23 +36,30 @@ class Elsewhere:
         self.machine, own = machines.nearest_machine(target)
         self.source = f"predicted for {target.name}" + ("" if own else f", by what is known of {self.machine.name}")
         self._rows: list[Any] = []
+        self._sources: dict[int, str] = {}
 
     def timings(self, layers: Sequence[Layer]) -> dict[str, dict[str, Timing]]:
-        """Layer -> form -> its time, which nobody has measured."""
+        """Layer -> form -> its time: as it was measured there, else as it is predicted."""
         self._rows += [layer.decision for layer in layers]
         return {layer.key: self._timings(layer) for layer in layers}
 
     def note(self) -> None:
         """Say of every layer that was lowered where its times come from."""
         for row in {id(row): row for row in self._rows}.values():
-            row.source = self.source
-            say(row, self.source)
+            row.source = self._sources.get(id(row), self.source)
+            say(row, row.source)
 
     def _timings(self, layer: Layer) -> dict[str, Timing]:
         tensors, attributes, _ = operands(layer.region, layer.node)
         known, made = self._predicted(layer, tensors, attributes), {}
+        measured = {} if layer.record is None else layer.record.times
+        if measured:
+            self._sources[id(layer.decision)] = f"{layer.record.source}; {self.source} where nothing was"
         for name in layer.runs:
             form = layer.forms[name]
+            if name in measured:
+                made[name] = _exactly(measured[name] + 1e3 * self._after(layer, form))
+                continue
             seconds = known.get(name.removesuffix(form.epilogue.label))
             seconds = self._guessed(layer, name, form, tensors, known) if seconds is None else seconds
             made[name] = _exactly(1e3 * (seconds + self._after(layer, form)))

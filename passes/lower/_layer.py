@@ -48,7 +48,7 @@ class Layer:
     bias: Tensor | None
     packed: bool = False  # its weight is in a sparse format
     chain: Epilogue = NOTHING
-    tuned: bool = False  # its forms are those that were the best when layers of its kind were tuned
+    record: Any = None  # what tuning has found out about layers of its kind: its forms are those that were the best then
     forms: dict[str, Form] = field(default_factory=dict)
     runs: dict[str, Callable[[], object]] = field(default_factory=dict)  # what to time, the yardstick first
 

@@ -85,7 +85,7 @@ def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken:
     offer = offered(region, node, program, ctx, taken)
     layer, x, other = offer.layer, offer.x, offer.other
     tensors, attributes, bias = operands(region, node)
-    layer.tuned = offer.record is not None
+    layer.record = offer.record
     layer.add(EAGER, partial(eager, layer.weight, bias), x, other, Form())
     for epilogue, candidate in offer.found if offer.record is None else ctx.kernels.as_tuned(offer.found, offer.record):  # type: ignore[union-attr]
         kernel = bound(candidate, bias, ctx)

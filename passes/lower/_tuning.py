@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsify_compiler.errors import KernelError
+from sparsify_compiler.errors import KernelError, TargetError
+from sparsify_compiler.far import is_far
 from sparsify_compiler.measure import Timing, interleave
 from sparsify_compiler.operands import operands
 from sparsify_compiler.passes.lower._far import weight_bytes
@@ -33,6 +34,9 @@ GAIN = 0.97                                 # of the time of the variant that th
 
 def search(found: Iterable[tuple[Region, fx.Node]], program: Program, ctx: Context, again: bool) -> None:
     """Tune every layer of which nothing is known yet; with `again` every layer. Layers of one class are tuned once."""
+    if is_far(ctx.target) and ctx.board is None:
+        raise TargetError("it is not this machine, nothing can be measured for it from here", where=getattr(ctx.target, "name", ""),
+                          hint="name a board with --rpc, or run it there, and bring the results with --export and --import")
     layers, taken, seen = list(found), set[fx.Node](), set[Any]()
     between = min(weight_bytes(program), BETWEEN)
     for done, (region, node) in enumerate(layers):
@@ -40,8 +44,43 @@ def search(found: Iterable[tuple[Region, fx.Node]], program: Program, ctx: Conte
         offer = offered(region, node, program, ctx, taken)
         if offer.key is not None and offer.key not in seen and (again or offer.record is None):
             seen.add(offer.key)
-            _tuned(offer, ctx, between)
+            if ctx.board is None:
+                _tuned(offer, ctx, between)
+            else:
+                _tuned_there(offer, ctx, between)
     ctx.progress("tune", len(layers), len(layers))
+
+
+def _tuned_there(offer: Offered, ctx: Context, between: int) -> None:
+    """The same on a remote board: of every kernel that can be laid out for it the fastest variant for the example's rows, timed alone."""
+    from sparsify_compiler.codegen import tuned
+
+    layer, bias = offer.layer, operands(offer.layer.region, offer.layer.node)[2]
+    x = offer.x.reshape(-1, offer.x.shape[-1]).contiguous()
+    other = None if offer.other is None else offer.other.reshape(x.shape[0], -1).contiguous()
+    times: dict[str, float] = {}
+    options: dict[str, dict[str, Any]] = {}
+    dense, laid_for = set(), getattr(ctx.target, "name", "")
+    for epilogue, candidate in _with_space(offer, ctx):
+        try:
+            laid = candidate.lay(bias)
+        except KernelError:
+            continue
+        added = other if laid.variants.adds else None
+        found = ctx.board.times(laid, x, epilogue(eager(layer.weight, bias, x), added), added, between)
+        if not found:
+            ctx.miss(f"{candidate.name} computes something else on {ctx.board.name}", layer.decision.site)
+            continue
+        best = min(found, key=lambda variant: found[variant])
+        name = candidate.name + epilogue.label
+        times[name] = 1e3 * found[best]
+        dense |= {name} if candidate.op == "linear" else set()
+        options[candidate.name] = {**candidate.options, "variants": [[x.shape[0], best]]}
+    tuned.store(tuned.Record(offer.key, times, tuple(sorted(dense)), options, f"measured on {laid_for} by RPC, {_now()}"))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="minutes")
 
 
 def _tuned(offer: Offered, ctx: Context, between: int) -> None:
@@ -67,8 +106,7 @@ def _tuned(offer: Offered, ctx: Context, between: int) -> None:
         variants = _variants(layer, kernel, offer)
         if variants or (kernel is not None and name not in usual):
             options[name] = {**kernel.options, **variants}
-    source = f"measured {datetime.now(UTC).isoformat(timespec='minutes')}"
-    tuned.store(tuned.Record(offer.key, times, tuple(sorted(dense)), options, source))
+    tuned.store(tuned.Record(offer.key, times, tuple(sorted(dense)), options, f"measured {_now()}"))
 
 
 def _with_space(offer: Offered, ctx: Context) -> list[tuple[Any, Any]]:

@@ -126,8 +126,8 @@ class Lower(Pass):
 
     def _measured(self, layers: Sequence[Layer]) -> dict[str, dict[str, Timing]]:
         """Times of all forms; where tuning has found out already which are the best, it only has to be seen that they pay."""
-        tuned = [layer for layer in layers if layer.tuned]
-        groups = [(tuned, min(self.rounds, SEEN)), ([layer for layer in layers if not layer.tuned], self.rounds)]
+        tuned = [layer for layer in layers if layer.record is not None]
+        groups = [(tuned, min(self.rounds, SEEN)), ([layer for layer in layers if layer.record is None], self.rounds)]
         return {key: times for chosen, rounds in groups if chosen
                 for key, times in round_robin({layer.key: layer.runs for layer in chosen}, rounds=rounds).items()}
 
