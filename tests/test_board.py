@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from arm_emulator import SCRIPTS, needs_emulator, sysroot
 from torch import nn
 
 import sparsify_compiler as sc
@@ -23,7 +24,7 @@ from sparsify_compiler.codegen import cache, runtime, tuned
 from sparsify_compiler.codegen.board import Board
 from sparsify_compiler.errors import BoardError, InputError, TargetError
 from sparsify_compiler.far import far_kernels
-from sparsify_compiler.target import FEATURES, Target, host
+from sparsify_compiler.target import FEATURES, Target, host, resolve
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
 ELSEWHERE = replace(host(), name="far-away")
@@ -156,3 +157,33 @@ def test_the_command_tells_of_it(capsys: pytest.CaptureFixture[str], tmp_path: A
     assert main(["tune", f"{tmp_path}/mine.py:make", "--density", "0.2", "--rpc", "127.0.0.1:1", "--quiet"]) == 2
     assert "cannot be reached" in capsys.readouterr().err
     assert boards.SERVER.startswith("start one there")
+
+
+@contextmanager
+def emulated_board(processor: str) -> Iterator[str]:
+    """HOST:PORT/KEY of a server in an emulated 64-bit Arm machine, which has TVM's runtime without the compiler."""
+    root = sysroot.root()
+    variables = {"PYTHONPATH": root / "site", "TVM_USE_RUNTIME_LIB": 1, "PYTHONNOUSERSITE": 1, "PYTHONDONTWRITEBYTECODE": 1, "TVM_NUM_THREADS": 2}
+    command = ["qemu-aarch64", "-cpu", processor, "-L", root, *(part for name, value in variables.items() for part in ("-E", f"{name}={value}")),
+               root / f"usr/bin/python{sysroot.PYTHON}", SCRIPTS / "rpc_server.py", "pi"]
+    running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert running.stdout is not None
+        yield f"{running.stdout.readline().split('bind to ')[1].strip()}/pi"
+    finally:
+        running.kill()
+        running.wait()
+
+
+@pytest.mark.arm
+@needs_emulator
+def test_an_emulated_board_runs_what_it_can_and_is_not_asked_for_more() -> None:
+    dense, candidate = weight()
+    with emulated_board("cortex-a53") as address:
+        with pytest.raises(TargetError, match="the board has no dotprod, fullfp16"), Board.connect(resolve("cortex-a76"), address):
+            pass
+        target = resolve("cortex-a53")
+        laid = replace(candidate, target=target).lay()
+        with Board.connect(target, address) as board:
+            assert board.features() == {"neon"}
+            assert set(board.times(laid, X, X @ dense.t())) == set(laid.variants.schedules)
