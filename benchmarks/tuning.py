@@ -37,7 +37,7 @@ from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
 from sparsify_compiler.target import host
 
-SIZES, TIMES = ("8x128", "1x4"), 3
+SIZES = "8x128", "1x4"
 
 
 def main() -> None:
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.3)
     parser.add_argument("--size", action="append", help="batch x tokens, as 8x128")
     parser.add_argument("--cache")
+    parser.add_argument("--times", type=int, default=3, help="lowerings before and after, whose median counts")
     given = parser.parse_args()
     table = Table("tokens", "lower, nothing known", "search", "lower, tuned", "times as fast", "model before", "model after", "ratio")
     with tempfile.TemporaryDirectory() as folder:
@@ -63,9 +64,9 @@ def _row(given: argparse.Namespace, batch: int, tokens: int) -> list[str]:
     packed, example = _packed(given, batch, tokens)
     for _ in range(2):
         _lowered(packed, example)
-    before = [_lowered(packed, example) for _ in range(TIMES)]
+    before = [_lowered(packed, example) for _ in range(given.times)]
     searched = _lowered(packed, example, "new")
-    after = [_lowered(packed, example) for _ in range(TIMES)]
+    after = [_lowered(packed, example) for _ in range(given.times)]
     models = {name: CompiledModel(program, host()) for name, program in (("before", before[-1][1]), ("after", after[-1][1]))}
     with torch.inference_mode():
         times = {name: timing.median for name, timing in interleave(

@@ -1,6 +1,6 @@
 """Runs in the emulated machine: TVM's RPC server with the runtime alone, in one process, for tests of tuning on boards.
 
-    python3.11 rpc_server.py KEY        prints "bind to HOST:PORT", and serves one session after the other until its input ends
+    python3.11 rpc_server.py KEY        prints "bind to HOST:PORT", and serves a session; it ends with that, or its input
 
 TVM's own command forks, which an emulated process does not survive, and wants packages that the root folder does not hold.
 """
@@ -25,11 +25,11 @@ def main() -> None:
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     sys.stdout.write(f"bind to 127.0.0.1:{listener.getsockname()[1]}\n")
     sys.stdout.flush()
-    while True:
-        connection, _ = listener.accept()
-        if greeted(connection, sys.argv[1]):
-            server._serve_loop(connection, None, utils.tempdir())
+    connection, _ = listener.accept()
+    while not greeted(connection, sys.argv[1]):     # by who asks whether this is a tracker
         connection.close()
+        connection, _ = listener.accept()
+    server._serve_loop(connection, None, utils.tempdir())
 
 
 def greeted(connection: socket.socket, key: str) -> bool:
