@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify_compiler.codegen.bound import BoundKernel
 from sparsify_compiler.codegen.kernels import amx, lanes, strips
 from sparsify_compiler.codegen.kernels.planes_layout import Geometry
 from sparsify_compiler.errors import InputError, UnknownNameError, nearest
@@ -39,7 +40,7 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
     layouts = next((made for name, made in shared if name == kind), None)
     if layouts is None:
         shared.append((kind, layouts := []))
-    return BoundPixels(FAMILIES[kind].bind(_linear(op), options, tensors, attributes, bias, files, target, layouts), options)
+    return BoundPixels(BoundKernel(FAMILIES[kind].lay(_linear(op), options, tensors, attributes, bias, target, layouts), files), options)
 
 
 def _is_pointwise(attributes: Mapping[str, Any]) -> bool:

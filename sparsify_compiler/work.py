@@ -122,7 +122,8 @@ def parts_of(work: Work, target: Any = None) -> dict[str, Seconds]:
     except KeyError as error:
         raise InputError(f"the size {error.args[0]} is missing", where=f"work of {work.op}", hint="see cost_models/symbols.py") from error
     if not made:
-        raise InputError(f"no formula says how long {work.op} takes in {work.dtype}", where="work", hint="linear layers and gated FFNs have one")
+        raise InputError(f"no formula says how long {work.op} takes in {work.dtype}", where="work",
+                         hint="linear layers, gated FFNs, and torch's convolutions, attention and elementwise ops have one")
     return made
 
 

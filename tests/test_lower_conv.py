@@ -271,6 +271,9 @@ class Slow:
     def candidates(self, op: str, *rest: Any) -> Sequence[Any]:
         return [Waits(candidate, self) for candidate in runtime.candidates(op, *rest)]
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(runtime, name)
+
 
 @dataclass
 class Waits:

@@ -120,8 +120,8 @@ def test_of_an_unknown_op_the_time_is_a_roofline() -> None:
 
 
 def test_what_cannot_be_predicted_says_so() -> None:
-    with pytest.raises(InputError, match="no formula says how long attend takes"):
-        predict(Work.make("attend", M=1), made_up())
+    with pytest.raises(InputError, match="no formula says how long attend_blocks takes"):
+        predict(Work.make("attend_blocks", M=1), made_up())
     with pytest.raises(InputError, match="the size K is missing"):
         predict(Work.make("linear", M=1, N=2), made_up())
     with pytest.raises(TargetError, match="did you mean"):
