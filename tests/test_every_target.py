@@ -15,7 +15,7 @@ from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target, resolve
 
 pytestmark = [pytest.mark.arm, pytest.mark.usefixtures("seeded")]
-PROCESSORS = ("cortex-a53", "cortex-a76", "neoverse-v2", "x86-avx2", "x86-avx512", "x86-amx")     # one of each set of instructions
+PROCESSORS = ("cortex-a53", "neoverse-v2", "x86-avx2", "x86-amx")     # others run them in `make test-arm`, or have a part of these instructions
 SPARSE: list[tuple[str, dict[str, int]]] = [("csr", {}), ("nm", {"n": 2, "m": 4}), *(("bsr", {"r": r, "c": 1}) for r in (2, 4, 8, 16))]
 DTYPES = (torch.float32, torch.bfloat16)
 
