@@ -28,6 +28,7 @@ KERNEL_TESTS := numbers or any_shape or strips or any_mask or any_tensor or atte
 test-arm: $(READY)  ## the tests of kernels for 64-bit Arm, under qemu
 	$(BIN)/python scripts/arm/sysroot.py
 	$(BIN)/python -m pytest -n auto -m "not slow" tests/test_arm.py tests/test_targets.py tests/test_board.py tests/test_every_target.py
+	$(BIN)/python -m pytest -n auto --dist loadfile -m arm tests/test_whole_graph_arm.py tests/test_whole_graph_real.py
 	for target in cortex-a53 neoverse-v2; do $(BIN)/python -m pytest -n auto --dist loadfile --target $$target $(KERNELS) -k "$(KERNEL_TESTS)" || exit 1; done
 	for target in cortex-a72 cortex-a76 neoverse-n1 neoverse-v1; do $(BIN)/python -m pytest -n auto --target $$target tests/test_kernels.py -k numbers || exit 1; done
 
