@@ -96,24 +96,23 @@ class Emulator:
 
     def _placed(self, tensor: Tensor) -> dict[str, Any]:
         """Copy it, no better aligned than its elements."""
-        size = tensor.element_size()
+        size, flat = tensor.element_size(), _flat(tensor)
         at = -(-self._used // 64) * 64 + size
-        extent = (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * size if tensor.numel() else 0
-        self._used = at + extent
+        self._used = at + flat.numel() * size
         assert self._used <= SIZE, "too large for the emulator's memory"
-        if extent:
-            self._view(at, tensor).copy_(tensor)
+        if flat.numel():
+            self._view(at, flat).copy_(flat)
         code, bits = CODES[tensor.dtype]
         return {"at": at, "code": code, "bits": bits, "shape": list(tensor.shape), "strides": list(tensor.stride())}
 
-    def _view(self, at: int, tensor: Tensor) -> Tensor:
-        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        return torch.frombuffer(self._memory, dtype=tensor.dtype, count=extent, offset=at).as_strided(tensor.shape, tensor.stride())
+    def _view(self, at: int, flat: Tensor) -> Tensor:
+        return torch.frombuffer(self._memory, dtype=flat.dtype, count=flat.numel(), offset=at)
 
     def _fetch(self, at: int, tensor: Tensor) -> None:
-        found = self._view(at, tensor)
-        if not torch.equal(found.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)):
-            tensor.copy_(found)
+        flat = _flat(tensor)
+        found = self._view(at, flat)
+        if not torch.equal(found.view(torch.uint8), flat.view(torch.uint8)):
+            flat.copy_(found)
 
     def _do(self, command: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -134,6 +133,12 @@ class Emulator:
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All memory from a tensor's first element to its last, whatever its strides."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    return tensor.detach().as_strided((extent,), (1,), tensor.storage_offset())
 
 
 _ADDRESSED = attend._addressed
