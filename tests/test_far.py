@@ -30,11 +30,11 @@ only_x86 = pytest.mark.skipif(host().arch != "x86_64", reason="here the board's 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128)).eval()
+    return nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).eval()
 
 
 def compiled_for(target: Target, density: float = 0.1, **options: Any) -> tuple[CompiledModel, torch.Tensor]:
-    x = torch.randn(32, 128, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     recipe = options.pop("recipe", sc.recipes.wanda(structure="16x1"))
     budget = options.pop("budget", sc.Budget(density=density))
     return sc.compile(network(), (x,), recipe=recipe, target=target, budget=budget, calibration=[(x,)], **options), x
@@ -72,7 +72,7 @@ def test_kernels_are_chosen_by_what_is_known_of_the_machine(made: tuple[Compiled
     assert report.compiled is not None
     assert (report.speedup or 0) > 1
     assert "2 kernels" in str(report)
-    assert "predicted for cortex-a76 with 32 rows" in explained(model)
+    assert "predicted for cortex-a76 with 64 rows" in explained(model)
 
 
 def explained(model: CompiledModel) -> str:
@@ -139,7 +139,17 @@ def test_what_does_not_pay_there_stays_dense() -> None:
     assert not far_kernels(model.program)
     assert all(row.format == "dense" and "stays dense" in row.reason and "predicted for cortex-a76" in row.reason for row in model.report().sites)
     assert model.report().speedup == pytest.approx(1.0)
-    assert model(x).shape == (32, 128)
+    assert model(x).shape == (64, 256)
+
+
+@only_x86
+@pytest.mark.parametrize("structure", ["unstructured", "16x1"])
+def test_nobody_is_promised_more_than_density_gives(structure: str) -> None:
+    model, _ = compiled_for(BOARD, recipe=sc.recipes.wanda(structure=structure), density=0.5)
+    for row in model.report().sites:
+        assert row.sparse_ms is not None
+        assert row.dense_ms is not None
+        assert row.sparse_ms > 0.5 * row.dense_ms
 
 
 @only_x86
@@ -152,7 +162,7 @@ def test_a_machine_without_a_data_sheet_is_taken_for_the_nearest(tmp_path: Path)
 
 
 @only_x86
-@pytest.mark.parametrize("budget", [sc.Budget(speedup=1.3), sc.Budget(latency_ms=0.2), sc.Budget(bytes=200_000)])
+@pytest.mark.parametrize("budget", [sc.Budget(speedup=1.3), sc.Budget(latency_ms=0.45), sc.Budget(bytes=500_000)])
 def test_budgets_hold_as_predicted(budget: sc.Budget) -> None:
     model, _ = compiled_for(BOARD, budget=budget)
     report = model.report()
@@ -161,9 +171,9 @@ def test_budgets_hold_as_predicted(budget: sc.Budget) -> None:
     if budget.speedup is not None:
         assert (report.speedup or 0) >= 1.3
     if budget.latency_ms is not None:
-        assert report.compiled.median <= 0.2
+        assert report.compiled.median <= 0.45
     if budget.bytes is not None:
-        assert model.resident_bytes() <= 200_000
+        assert model.resident_bytes() <= 500_000
 
 
 @only_x86

@@ -7,6 +7,7 @@ runs there by its reference.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -26,6 +27,7 @@ from sparsify_compiler.work import Work, predict
 
 Found = tuple[Region, fx.Node]
 FFN, SIZES = "_ffn", ("r", "c", "n", "m")
+WIDE = "avx512f"    # the feature that formulas of kernels for any vectors ask for
 
 
 class Elsewhere:
@@ -77,13 +79,16 @@ class Elsewhere:
             stored = tensors["values"].numel() / max(layer.weight.numel(), 1) if packed_operator(layer.node) else layer.decision.density
             sizes |= {"density": stored} | {name: int(attributes[name]) for name in SIZES if name in attributes}
         dtype = str(layer.weight.dtype).removeprefix("torch.")
+        # Formulas count steps in the machine's own times. Those of kernels that another instruction set got first hold for it too.
+        wider = replace(self.machine, features=(*self.machine.features, WIDE))
         try:
-            return predict(Work.make(op, "float32" if dtype == "float16" else dtype, self.between, **sizes), self.machine)
+            work = Work.make(op, "float32" if dtype == "float16" else dtype, self.between, **sizes)
+            return {**predict(work, wider), **predict(work, self.machine)}
         except InputError:  # a dtype or an op that no formula knows
             return {}
 
     def _guessed(self, layer: Layer, name: str, form: Form, tensors: Mapping[str, Any], known: Mapping[str, float]) -> float:
-        """By a roofline, over all operations and bytes of a dense form, and over what is kept of a sparse one."""
+        """By a roofline, over all operations and bytes of a dense form, or what is kept of a sparse one, which is no more efficient than dense."""
         weights = [tensor for key, tensor in tensors.items() if operator_of(layer.node).endswith(FFN) and tensor.dim() == 2 and key in ("gate", "up")]
         cost = conv_cost(input_of(layer.node).meta["val"], layer.weight, layer.node.meta["val"])
         held = layer.weight.numel() * layer.weight.element_size()
@@ -92,7 +97,7 @@ class Elsewhere:
         if name == REFERENCE:
             return known.get(EAGER, self._roofline(cost)) + self._roofline(Cost(0, 2 * held))
         kept = 1.0 if form.dense else layer.decision.density
-        return self._roofline(Cost(cost.flops * kept, cost.bytes - held * (1 - kept)))
+        return max(self._roofline(Cost(cost.flops * kept, cost.bytes - held * (1 - kept))), kept * known.get(EAGER, 0.0))
 
     def _after(self, layer: Layer, form: Form) -> float:
         """Seconds of what follows the layer and its kernel does not compute."""
