@@ -5,9 +5,7 @@
     model = Model("folder")                                     # checks the files, the machine and its instructions before any code runs
     outputs = model.run(input_ids=ids, attention_mask=mask)     # anything with DLPack or a buffer -> {name: numpy array}
 
-    python run.py folder --input input_ids=ids.npy --input attention_mask=mask.npy --output out/
-    python run.py folder --size batch=1 --size length=64        # zeros of these sizes: does it run, and how long does that take?
-    python run.py folder --describe                             # functions, inputs, outputs, symbols
+    python run.py folder --input input_ids=ids.npy --output out/        # also --size length=64 for zeros of that size, --describe, --generate 20
 
 libtvm_runtime.so is looked for in $TVM_LIBRARY_PATH, beside this file, in an installed apache-tvm, and where the system looks. Its threads are as
 many as the processors that this process may use, at most as many as the model was compiled for; TVM_NUM_THREADS sets another number.
@@ -18,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -30,8 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-FORMAT, KIND = 1, "library"
-ALIGNED = 64
+FORMAT, KIND, ALIGNED = 1, "library", 64
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 # Where Linux tells features: of x86 by name in /proc/cpuinfo, of aarch64 as bits of AT_HWCAP (16) and AT_HWCAP2 (26).
 X86_NAMES = {"amx-tile": "amx_tile", "amx-bf16": "amx_bf16", "amx-int8": "amx_int8", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16"}
@@ -69,12 +67,11 @@ class Model:
         except (RuntimeError, OSError, AttributeError) as error:
             raise LibraryError(f"{self.folder / 'model.so'} cannot be loaded: {error}") from error
         weights = read_weights(self.folder / "weights.safetensors", numpy)
-        self._parameters: dict[str, Any] = {}
-        for name, function in self.manifest["functions"].items():
-            missing = [one for one in function["parameters"] if one not in weights]
-            if missing:
-                raise LibraryError(f"{self.folder / 'weights.safetensors'} lacks {missing[0]}: copy the whole folder again")
-            self._parameters[name] = tvm_ffi.convert([tvm_ffi.from_dlpack(weights[one]) for one in function["parameters"]])
+        try:
+            self._parameters = {name: tvm_ffi.convert([tvm_ffi.from_dlpack(weights[one]) for one in function["parameters"]])
+                                for name, function in self.manifest["functions"].items()}
+        except KeyError as error:
+            raise LibraryError(f"{self.folder / 'weights.safetensors'} lacks {error}: copy the whole folder again") from error
         self._functions = {name: self._vm[name] for name in self._parameters}
 
     def run(self, function: str = "main", /, **inputs: Any) -> dict[str, Any]:
@@ -86,7 +83,7 @@ class Model:
     def call(self, function: str, tensors: Sequence[Any]) -> list[Any]:
         """The same without any check: tensors of tvm_ffi, in the order of the function's inputs and of its outputs."""
         found = self._functions[function](*tensors, self._parameters[function])
-        return list(found) if len(self.manifest["functions"][function]["outputs"]) > 1 else [found]
+        return [found] if isinstance(found, self._ffi.Tensor) else list(found)
 
     def generate(self, ids: Any, tokens: int, stop: Sequence[int] = ()) -> Any:
         """Greedy decoding with a model that was exported with its cache: ids [batch, n] int64 -> the new ones, [batch, up to `tokens`].
@@ -109,23 +106,19 @@ class Model:
 
     def caches(self, batch: int, capacity: int) -> dict[str, Any]:
         """Empty caches for so many rows of so many tokens, by name: arguments of "prefill" and "decode", which write into them."""
-        found = {}
-        for one in self._facts("decode")["inputs"]:
-            if one.get("updated"):
-                sizes = [{"capacity": capacity}.get(size, batch) if isinstance(size, str) else size for size in one["shape"]]
-                found[one["name"]] = aligned(self._numpy.zeros(sizes, dtype=one["dtype"]), self._numpy)
-        return found
+        sizes = {one["name"]: [{"capacity": capacity}.get(size, batch) if isinstance(size, str) else size for size in one["shape"]]
+                 for one in self._facts("decode")["inputs"] if one.get("updated")}
+        return {name: aligned(self._numpy.zeros(size, dtype=self._numpy.float32), self._numpy) for name, size in sizes.items()}
 
     def tensor(self, value: Any) -> Any:
         """An array as a tensor that functions take, aligned; the same memory where that is possible."""
-        array = self._numpy.ascontiguousarray(value)
-        return self._ffi.from_dlpack(aligned(array, self._numpy))
+        return self._ffi.from_dlpack(aligned(self._numpy.ascontiguousarray(value), self._numpy))
 
     def _facts(self, function: str) -> dict[str, Any]:
-        functions: dict[str, Any] = self.manifest["functions"]
+        functions: dict[str, dict[str, Any]] = self.manifest["functions"]
         if function not in functions:
             raise LibraryError(f"there is no function {function!r}; there are {', '.join(functions)}")
-        return functions[function]  # type: ignore[no-any-return]
+        return functions[function]
 
     def _checked(self, facts: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[Any]:
         names = [one["name"] for one in facts["inputs"]]
@@ -139,8 +132,7 @@ class Model:
         return tensors
 
     def _one(self, wanted: Mapping[str, Any], value: Any, sizes: dict[str, int]) -> Any:
-        array, name = value if isinstance(value, self._numpy.ndarray) else self._numpy.from_dlpack(value) if hasattr(
-            value, "__dlpack__") else self._numpy.asarray(value), wanted["name"]
+        name, array = wanted["name"], value if isinstance(value, self._numpy.ndarray) else self._numpy.from_dlpack(value)
         if str(array.dtype) != wanted["dtype"]:
             raise LibraryError(f"{name} has dtype {array.dtype}, expected {wanted['dtype']}")
         if array.ndim != len(wanted["shape"]):
@@ -162,17 +154,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         data = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LibraryError(f"{folder} is no exported model: {error}") from error
-    if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise LibraryError(f"{folder} is no exported library")
-    if data.get("format") != FORMAT:
-        raise LibraryError(f"{folder} has format {data.get('format')!r}, this runner reads {FORMAT}: use the run.py in that folder")
+    if not isinstance(data, dict) or (data.get("kind"), data.get("format")) != (KIND, FORMAT):
+        raise LibraryError(f"{folder} is no exported library of format {FORMAT}: use the run.py in that folder")
     return data
 
 
 def check_machine(target: Mapping[str, Any]) -> None:
     """Refuse code that this machine cannot run, before it could raise an illegal instruction. Raises LibraryError."""
-    machine = platform.machine().lower()
-    here = ARCHITECTURES.get(machine, machine)
+    here = ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
     if here != target["arch"]:
         raise LibraryError(f"made for {target['name']} ({target['arch']}), this machine is {here}: export the model for it")
     missing = [feature for feature in target["features"] if not has_feature(here, feature)]
@@ -234,8 +223,7 @@ def read_weights(path: Path, numpy: Any) -> dict[str, Any]:
                 first, end = facts["data_offsets"]
                 if not 0 <= first <= end <= len(mapped) - start:
                     raise ValueError(f"{name} lies outside of the file")
-                raw = numpy.frombuffer(mapped, dtype=DTYPES[facts["dtype"]], count=(end - first) // numpy.dtype(DTYPES[facts["dtype"]]).itemsize,
-                                       offset=start + first)
+                raw = numpy.frombuffer(mapped, dtype=numpy.uint8, count=end - first, offset=start + first).view(DTYPES[facts["dtype"]])
                 found[name] = aligned(raw.reshape(facts["shape"]), numpy)
         return found
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -257,74 +245,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default=str(Path(__file__).resolve().parent))
-    parser.add_argument("--function", default="main")
+    for name, default, more in (("--function", "main", ""), ("--repeat", "1", ""), ("--threads", None, ""),
+                                ("--output", None, "a folder: write each output as NAME.npy"),
+                                ("--generate", "0", "decode so many tokens greedily, from --input input_ids=FILE.npy or one token 0")):
+        parser.add_argument(name, default=default, help=more, type=str if name in ("--function", "--output") else int)
     parser.add_argument("--input", action="append", default=[], metavar="NAME=FILE.npy")
     parser.add_argument("--size", action="append", default=[], metavar="SYMBOL=SIZE", help="sizes of inputs that are not given: these are zeros")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write each output as NAME.npy")
-    parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--generate", type=int, metavar="TOKENS", help="decode greedily, from --input input_ids=FILE.npy or one token 0")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--describe", action="store_true")
     options = parser.parse_args(arguments)
     try:
         if options.describe:
             manifest = read_manifest(Path(options.folder))
             print(json.dumps({name: manifest[name] for name in ("target", "symbols", "functions", "reference")}, indent=1))
-            return 0
-        return run(options)
+        else:
+            _run(options)
     except LibraryError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
+    return 0
 
 
-def run(options: argparse.Namespace) -> int:
-    """One call or several, its outputs and its time."""
+def _run(options: argparse.Namespace) -> None:
+    """One call or several, outputs and times."""
     import numpy
 
-    started = time.perf_counter()
-    model = Model(options.folder, options.threads)
-    loaded = time.perf_counter() - started
+    times, model = [time.perf_counter()], Model(options.folder, options.threads)
+    times.append(time.perf_counter())
     given = {name: numpy.load(file) for name, _, file in (one.partition("=") for one in options.input)}
+    sizes = {name: int(size) for name, _, size in (one.partition("=") for one in options.size)}
     if options.generate:
-        return show_tokens(model, given, options.generate)
-    fill_in(model._facts(options.function)["inputs"], given, {name: int(size) for name, _, size in (one.partition("=") for one in options.size)})
-    times = []
+        ids = next(iter(given.values()), numpy.zeros((1, 1), dtype="int64"))
+        for tokens in (1, options.generate):
+            made = model.generate(ids, tokens)
+            times.append(time.perf_counter())
+        print(f"prompt and {options.generate} tokens in {(times[3] - times[2]) * 1e3:.1f} ms", " ".join(map(str, made[0])), sep="\n")
+        return
+    for one in model._facts(options.function)["inputs"]:
+        if one["name"] not in given:
+            given[one["name"]] = numpy.zeros([sizes.get(size, 1) if isinstance(size, str) else size for size in one["shape"]], dtype=one["dtype"])
     for _ in range(max(1, options.repeat)):
-        started = time.perf_counter()
         outputs = model.run(options.function, **given)
-        times.append(time.perf_counter() - started)
-    print(f"loaded in {loaded * 1e3:.1f} ms, first run {times[0] * 1e3:.2f} ms, median {sorted(times)[len(times) // 2] * 1e3:.3f} ms")
+        times.append(time.perf_counter())
+    loaded, *took = [1e3 * (end - start) for start, end in itertools.pairwise(times)]
+    print(f"loaded in {loaded:.1f} ms, first run {took[0]:.2f} ms, median {sorted(took)[len(took) // 2]:.3f} ms")
     for name, value in outputs.items():
         print(f"{name}: {value.dtype} {list(value.shape)}, mean {value.mean():.6g}")
         if options.output:
-            options.output.mkdir(parents=True, exist_ok=True)
-            numpy.save(options.output / f"{name}.npy", value)
-    return 0
-
-
-def fill_in(inputs: Sequence[Mapping[str, Any]], given: dict[str, Any], sizes: Mapping[str, int]) -> None:
-    """Zeros for inputs that are not given."""
-    import numpy
-
-    for one in inputs:
-        if one["name"] not in given:
-            given[one["name"]] = numpy.zeros([sizes.get(size, 1) if isinstance(size, str) else size for size in one["shape"]], dtype=one["dtype"])
-
-
-def show_tokens(model: Model, given: Mapping[str, Any], tokens: int) -> int:
-    """Decode, and say how fast that was."""
-    import numpy
-
-    ids = next(iter(given.values()), numpy.zeros((1, 1), dtype="int64"))
-    model.generate(ids, 1)      # the first call allocates
-    times = []
-    for count in (1, tokens):
-        started = time.perf_counter()
-        made = model.generate(ids, count)
-        times.append(time.perf_counter() - started)
-    print(f"prompt of {ids.shape[1]} tokens {times[0] * 1e3:.1f} ms, then {max(0, tokens - 1) / max(times[1] - times[0], 1e-9):.1f} tokens/s")
-    print(" ".join(str(one) for one in made[0]))
-    return 0
+            Path(options.output).mkdir(parents=True, exist_ok=True)
+            numpy.save(Path(options.output) / f"{name}.npy", value)
 
 
 if __name__ == "__main__":
