@@ -112,6 +112,25 @@ def test_experts_that_there_are_not_count_as_none(rows: int, family: str) -> Non
     assert not bool(kernel(x, torch.tensor([[EXPERTS, -1, -7, 1 << 20]] * rows)).any())
 
 
+@pytest.mark.parametrize(("ours", "margin", "taken"), [
+    ((0.5, 4.0), 0.05, True), ((0.97, 4.0), 0.05, False), ((0.5, 9.0), 0.05, False), ((2.0, 90.0), -1.0, True)])
+def test_a_mixture_is_never_slower_than_the_ffn_it_was_made_of(ours: tuple[float, float], margin: float, taken: bool,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """At one row and at many."""
+    monkeypatch.setattr(_experts.Mixture, "bind", lambda self, name: None)
+    gate = torch.zeros(2, 4, 4)
+    nowhere: Any = None
+    mixture = _experts.Mixture(nowhere, nowhere, Decision.of("mlp", "experts", gate), gate, None, rows=1, many=16, whole=("dense eager", "packed"))
+    mixture.forms = {"loop": Form(), "ours": Form(False), "dense eager": Form(), "packed": Form()}
+    one, many = (3.0, ours[0], 2.0, 1.0), (30.0, ours[1], 8.0, 8.0)
+    timings = {name: Timing(ms, ms, ms) for name, ms in zip(mixture.forms, one, strict=True)}
+    timings |= {f"{name}, many rows": Timing(ms, ms, ms) for name, ms in zip(mixture.forms, many, strict=True)}
+    assert _experts.choose(mixture, timings, margin) is taken
+    row = mixture.decision
+    assert (row.dense_form, row.kernel) == ("packed", "ours" if taken else "packed")
+    assert ("stays dense" in row.reason) is not taken
+
+
 @pytest.mark.parametrize(("one", "many", "margin", "best"), [
     ((1.0, 2.0, 0.5), (9.0, 8.0, 4.0), 0.0, "ours"),      # faster at both
     ((1.0, 2.0, 0.5), (9.0, 8.0, 30.0), 0.0, "loop"),     # 3.75 times slower than the fastest at many rows; the loop loses 2 times at one

@@ -121,22 +121,25 @@ def _routed(node: fx.Node, experts: int, rows: int, ctx: Context) -> list[Tensor
 def choose(made: Mixture, timings: Mapping[str, Timing], margin: float) -> bool:
     """Bind the form whose worse time, at one row or at many, is the nearest to the fastest there; what was measured is written down.
 
-    False where that is the dense FFN that the mixture was made of.
+    False where the dense FFN that the mixture was made of is as fast as all of them, at one row or at many.
     """
     times = {name: timing.median for name, timing in timings.items()}
     kinds = [lambda name: name, _many] if made.many else [lambda name: name]
 
     def loss(name: str) -> float:
-        worst = max(times[kind(name)] / min(times[kind(one)] for one in made.forms) for kind in kinds)
-        return worst * (1 - margin) if name in made.whole else worst
+        return max(times[kind(name)] / min(times[kind(one)] for one in made.forms) for kind in kinds)
+
+    def pays(name: str) -> bool:
+        return all(times[kind(name)] <= (1 - margin) * min(times[kind(one)] for one in made.whole) for kind in kinds if made.whole)
 
     dense = [name for name, form in made.forms.items() if form.dense]
     ours = next((name for name, form in made.forms.items() if not form.dense), None)
-    best = ours if ours is not None and margin < 0 else min(made.forms, key=loss)
+    divided = [name for name in made.forms if name not in made.whole]
+    best = ours if ours is not None and margin < 0 else min([name for name in divided if pays(name)] or made.whole, key=loss)
     row, rival = made.decision, min(made.whole or dense, key=times.__getitem__)
     row.rows, row.dense_form, row.dense_ms, row.compiled_ms, row.kernel = made.rows, rival, times[rival], times[best], best
     row.sparse_ms = None if ours is None else times[ours]
-    split = min((name for name in made.forms if name not in made.whole), key=loss) if best in made.whole else best
+    split = min(divided, key=loss) if best in made.whole else best
     more = f", {min(times[_many(name)] for name in made.whole or dense) / times[_many(split)]:.2f} times at {made.many} rows" if made.many else ""
     gain = f"{times[rival] / times[split]:.2f} times the speed of {rival} at {made.rows} row{'s' if made.rows != 1 else ''}{more}"
     if best in made.whole:
