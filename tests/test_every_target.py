@@ -43,7 +43,8 @@ def _ops(dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Tensor], dict[str,
         kept = torch.zeros(64, 64, dtype=torch.bool)
         kept[:, ::2] = True
         form = mask.encode(_random(64, 64, dtype=dtype), kept, **sizes)
-        yield f"linear_{structure}", form.tensors(), form.attributes(), (1, 64)
+        for rows in ((1,), (1, 64)):
+            yield f"linear_{structure}", form.tensors(), form.attributes(), rows
     yield "linear", {"weight": _random(64, 64, dtype=dtype)}, {}, (1,)
     limit = torch.ones(1, dtype=torch.float32)
     yield "select_linear", {"weight": _random(64, 64, dtype=dtype), "limit": limit}, {}, (1,)
