@@ -12,7 +12,7 @@ from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import BudgetError, CalibrationError, ParseError, SelectorError
 from sparsify_compiler.ops import experts_ffn
 from sparsify_compiler.passes.moe import _merge
-from sparsify_compiler.passes.moe._mixtures import Observed
+from sparsify_compiler.passes.moe._observed import Observed
 from sparsify_compiler.passes.moe.drop_experts import DropExperts, _shared_out
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify_compiler.passes.moe._mixtures import Observed
+from sparsify_compiler.passes.moe._observed import Observed
 
 SAMPLE = 256  # rows on which experts are compared
 

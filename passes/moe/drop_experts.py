@@ -13,10 +13,10 @@ from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import CalibrationError, ParseError
 from sparsify_compiler.fold import erase_dead, leaves, put
 from sparsify_compiler.named import Named
-from sparsify_compiler.passes.moe import _merge
-from sparsify_compiler.passes.moe._mixtures import Mixture, Observed, gather, mixtures
+from sparsify_compiler.passes.moe import _merge, _routing
+from sparsify_compiler.passes.moe._observed import Observed, gather
+from sparsify_compiler.passes.moe._routing import Mixture, mixtures
 from sparsify_compiler.passes.moe._write import SCORES
-from sparsify_compiler.passes.train import _routing
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, get_tensor
 from sparsify_compiler.selectors import select

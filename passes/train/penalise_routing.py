@@ -9,9 +9,9 @@ from functools import partial
 from torch import Tensor, nn
 
 from sparsify_compiler.named import Named
-from sparsify_compiler.passes.train import _routing
+from sparsify_compiler.passes.moe import _routing
+from sparsify_compiler.passes.moe._routing import mixtures
 from sparsify_compiler.passes.train._penalty import Penalty, check_weight
-from sparsify_compiler.passes.train._routing import routed
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program
 from sparsify_compiler.training import Marked, Part, TrainingPass
@@ -40,7 +40,7 @@ class PenaliseRouting(TrainingPass):
         check_weight(self.weight, self.schedule, "penalise_routing")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        for one in routed(program, ctx):
+        for one in mixtures(program, ctx):
             if one.scores is None:
                 ctx.miss("the scores of its router are not known", one.site.path)
                 continue

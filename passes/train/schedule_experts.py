@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.named import Named
-from sparsify_compiler.passes.train import _routing
-from sparsify_compiler.passes.train._routing import routed
+from sparsify_compiler.passes.moe import _routing
+from sparsify_compiler.passes.moe._routing import mixtures
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program
 from sparsify_compiler.training import Marked, Part, TrainingPass
@@ -40,7 +40,7 @@ class ScheduleExperts(TrainingPass):
             raise ParseError(f"first and last are finite numbers, got {self.first} and {self.last}", where="schedule_experts")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        for one in routed(program, ctx):
+        for one in mixtures(program, ctx):
             if one.limit is None:
                 ctx.miss("its choice compares with no stored number: selector='growing_k' makes one", one.site.path)
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparsify_compiler.passes.moe._mixtures import Observed
+from sparsify_compiler.passes.moe._observed import Observed
 
 
 def routed(evidence: Observed) -> Tensor:

@@ -1,70 +1,21 @@
-"""A mixture of experts of a graph, and what it does on the rows of calibration."""
+"""What a mixture of experts does on the rows of calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from sparsify_compiler.calibrate_rows import collect_rows
-from sparsify_compiler.fold import evaluate, is_constant, masks
-from sparsify_compiler.normal_form_edit import value
 from sparsify_compiler.ops.experts_ffn import by_expert
 from sparsify_compiler.passes.activation._units import in_groups
 from sparsify_compiler.passes.moe._evidence import Ffn
-from sparsify_compiler.passes.train._routing import routed
+from sparsify_compiler.passes.moe._routing import Mixture
 from sparsify_compiler.passes_api import Context
-from sparsify_compiler.program import Program, Region, Site
-
-STACKED = ("gate", "up", "down", "gate_bias", "up_bias", "bias")  # arguments of the op with one entry for each expert
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """One experts_ffn in its graph; scores is what its router scores the experts by, where that is known."""
-
-    region: Region
-    site: Site
-    op: Any
-    scores: fx.Node | None
-
-    @property
-    def stacked(self) -> dict[str, fx.Node]:
-        """The nodes of its weights, by the op's arguments."""
-        return {name: node for name in STACKED if isinstance(node := self.op.kwargs.get(name), fx.Node)}
-
-    @property
-    def experts(self) -> int:
-        """E."""
-        gate = value(self.op.kwargs["gate"])
-        assert gate is not None
-        return int(gate.shape[0])
-
-    @property
-    def places(self) -> list[fx.Node]:
-        """What calibration looks at: what the mixture reads, the choice, and its weights where there are some."""
-        return [node for name in ("x", "chosen", "weights") if isinstance(node := self.op.kwargs.get(name), fx.Node)]
-
-    @property
-    def bytes_a_row(self) -> int:
-        """Of what calibration keeps."""
-        return sum(4 * int(node.meta["val"].shape[-1]) for node in self.places)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its weights, in their own dtype."""
-        return {name: evaluate(self.region, node) for name, node in self.stacked.items()}
-
-    def unfit(self) -> str | None:
-        """Why its experts cannot be changed; None where they can."""
-        if not all(is_constant(node) for node in self.stacked.values()):
-            return "its weights are not stored"
-        if any(masks(self.region, node) for node in self.stacked.values()):
-            return "its weights are masked: drop experts first, and prune those that stay"
-        return None
+from sparsify_compiler.program import Program
 
 
 @dataclass(frozen=True)
@@ -119,12 +70,6 @@ class Observed:
     def generator(self) -> torch.Generator:
         """Random numbers that depend on the seed alone."""
         return torch.Generator().manual_seed(self.seed)
-
-
-def mixtures(program: Program, ctx: Context) -> list[Mixture]:
-    """All of them, in the order of execution; a miss where the model has none."""
-    return [Mixture(program.regions[one.site.region], one.site, program.regions[one.site.region].node(one.site.roles["op"]), one.scores)
-            for one in routed(program, ctx)]
 
 
 def gather(program: Program, found: Sequence[Mixture], ctx: Context) -> Iterator[tuple[Mixture, Observed]]:
