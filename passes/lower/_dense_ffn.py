@@ -31,27 +31,40 @@ def ffn_layer(region: Region, node: fx.Node, x: Tensor, down: Tensor, program: P
 def insert_ffn(region: Region, node: fx.Node, down: fx.Node, chosen: Callable[[fx.Node], fx.Node] = lambda gates: gates) -> list[fx.Node]:
     """The FFN of a packed node out of linears, in its place; `chosen` of its activated gates go on. Returns the linears."""
     given: Any = node.kwargs
-    name = given["activation"]
-
-    def linear(x: Any, weight: Any, bias: str) -> fx.Node:
-        return insert(node, aten.linear.default, input=x, weight=weight, **({"bias": given[bias]} if given.get(bias) is not None else {}))
-
-    linears = [linear(given["x"], given[part], f"{part}_bias") for part in ("gate", "up") if part in given]
-    hidden = chosen(insert_formula(region, node, lambda x: select_ffn.ACTIVATIONS[name](x), {"x": linears[0]}, "lower"))
-    made = []
-    if len(linears) == 2:
-        raised = insert_formula(region, node, partial(select_ffn.raised, name), {"up": linears[1]}, "lower") if name in select_ffn.UP else linears[1]
-        made.append(hidden := insert(node, aten.mul.Tensor, self=hidden, other=raised))
-    linears.append(linear(hidden, down, "bias"))
-    for one in (*made, *linears):
-        one.meta["by"] = "lower"
+    weights = {name: given[name] for name in ("gate", "up") if name in given} | {"down": down}
+    biases = {"gate": given.get("gate_bias"), "up": given.get("up_bias"), "down": given.get("bias")}
+    stored = {name: (weight, biases[name]) for name, weight in weights.items()}
+    linears = linears_before(region, node, given["x"], stored, given["activation"], chosen)
     take_place(node, linears[-1], "lower")
     return linears
 
 
+def linears_before(region: Region, before: fx.Node, x: Any, stored: Mapping[str, tuple[Any, Any]], activation: str,
+                   chosen: Callable[[fx.Node], fx.Node] = lambda gates: gates) -> list[fx.Node]:
+    """An FFN of x in front of a node, out of the nodes of weights and biases (None for none) of "gate", "up" where there is one, and "down".
+
+    `chosen` of its activated gates go on. Returns the linears, down last.
+    """
+    def linear(name: str, source: Any) -> fx.Node:
+        weight, bias = stored[name]
+        made = insert(before, aten.linear.default, input=source, weight=weight, **({} if bias is None else {"bias": bias}))
+        made.meta["by"] = "lower"
+        return made
+
+    linears = [linear(name, x) for name in ("gate", "up") if name in stored]
+    hidden = chosen(insert_formula(region, before, lambda x: select_ffn.ACTIVATIONS[activation](x), {"x": linears[0]}, "lower"))
+    if len(linears) == 2:
+        raised = linears[1]
+        if activation in select_ffn.UP:
+            raised = insert_formula(region, before, partial(select_ffn.raised, activation), {"up": raised}, "lower")
+        hidden = insert(before, aten.mul.Tensor, self=hidden, other=raised)
+        hidden.meta["by"] = "lower"
+    return [*linears, linear("down", hidden)]
+
+
 def size_of(region: Region, node: fx.Node) -> int:
-    """Bytes of the weights of a packed FFN."""
-    values = [node.kwargs[name].meta["val"] for name in ("gate", "up", "down") if name in node.kwargs]  # type: ignore[union-attr]
+    """Bytes of the weights of a packed FFN, or of a mixture of them."""
+    values = [node.kwargs[name].meta["val"] for name in ("gate", "up", "down") if isinstance(node.kwargs.get(name), fx.Node)]  # type: ignore[union-attr]
     return sum(int(value.numel() * value.element_size()) for value in values)
 
 

@@ -13,12 +13,14 @@ from torch import Tensor, fx
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.operands import input_of, is_stored, operands
 from sparsify_compiler.ops import experts_ffn
-from sparsify_compiler.passes.lower._dense_ffn import add_dense, whole
+from sparsify_compiler.passes.lower._dense_ffn import add_dense, size_of, whole
 from sparsify_compiler.passes.lower._layer import DECODE, Form, noise, row_of, say
 from sparsify_compiler.passes.lower._linear import Linear, eager
 from sparsify_compiler.passes.lower._origin import Origin, around, linears_of, origin_of, restore
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
+
+__all__ = ["choose", "is_packed", "layer", "make_dense", "size_of"]
 
 EAGER = "one by one"  # an expert after the other, each by torch's own linears
 
@@ -39,12 +41,6 @@ class Mixture(Linear):
 def is_packed(node: fx.Node) -> bool:
     """A mixture that has no kernel yet, and whose experts are stored."""
     return node.target is experts_ffn.op and "kernel" not in node.meta and all(is_stored(node.kwargs[name]) for name in ("gate", "down"))
-
-
-def size_of(region: Region, node: fx.Node) -> int:
-    """Bytes of its experts."""
-    values = [node.kwargs[name].meta["val"] for name in ("gate", "up", "down") if isinstance(node.kwargs.get(name), fx.Node)]  # type: ignore[union-attr]
-    return sum(int(value.numel() * value.element_size()) for value in values)
 
 
 def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Mixture:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -12,13 +11,12 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.executor import part_function
 from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.fold import erase_dead
-from sparsify_compiler.normal_form_edit import aten, insert, is_call
-from sparsify_compiler.ops import select_ffn
+from sparsify_compiler.normal_form_edit import aten, is_call
+from sparsify_compiler.passes.lower._dense_ffn import linears_before
 from sparsify_compiler.passes.moe._sites import Dense, dense_of
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Region, get_tensor, set_tensor
 from sparsify_compiler.sites import find_sites
-from sparsify_compiler.splice import insert_formula
 
 MADE_BY = "split_experts"
 
@@ -63,24 +61,16 @@ def linears_of(origin: Origin) -> dict[str, tuple[Tensor, Tensor | None]]:
 
 def restore(region: Region, origin: Origin, x: fx.Node) -> list[fx.Node]:
     """The dense FFN in the place of the mixture and what is around it, under the names that its linears had. Returns them."""
-    end, made = origin.end, {}
-
-    def linear(name: str, source: fx.Node) -> fx.Node:
-        old = origin.dense.parts[name][0]
-        place: dict[str, Any] = {key: old.meta[key] for key in ("path", "module", "site") if key in old.meta}
-        pair = dict(zip(("weight", "bias"), linears_of(origin)[name], strict=True))
-        stored = {key: _stored(region, origin, name, key, value) for key, value in pair.items() if value is not None}
-        made[name] = insert(end, aten.linear.default, input=source, **stored)
-        made[name].meta |= {**place, "by": "lower"}
-        return made[name]
-
-    activation = origin.dense.activation
-    gates = linear("gate", x)
-    ups = {"ups": linear("up", x)} if "up" in linears_of(origin) else {}
-    hidden = insert_formula(region, end, partial(_hidden, activation=activation), {"gates": gates, **ups}, "lower")
-    end.replace_all_uses_with(linear("down", hidden))
+    dense, end = origin.dense, origin.end
+    stored = {name: (_stored(region, origin, name, "weight", weight), None if bias is None else _stored(region, origin, name, "bias", bias))
+              for name, (weight, bias) in linears_of(origin).items()}
+    linears = linears_before(region, end, x, stored, dense.activation)
+    for name, one in zip(stored, linears, strict=True):
+        old = dense.parts[name][0]
+        one.meta |= {key: old.meta[key] for key in ("path", "module", "site") if key in old.meta}
+    end.replace_all_uses_with(linears[-1])
     erase_dead([end])
-    return list(made.values())
+    return linears
 
 
 def _stored(region: Region, origin: Origin, name: str, key: str, value: Tensor) -> fx.Node:
@@ -94,7 +84,3 @@ def _stored(region: Region, origin: Origin, name: str, key: str, value: Tensor) 
         made = region.graph.get_attr(target)
     made.meta = {"val": fake_like(value, mode_of(region)), "by": "lower"}
     return made
-
-
-def _hidden(gates: Tensor, ups: Tensor | None = None, *, activation: str) -> Tensor:
-    return select_ffn.hidden(activation, gates, ups)
