@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,12 +16,11 @@ from tvm.tirx.script.builder import ir as builder
 _given: ContextVar[tuple[Iterator[Any], list[Any]] | None] = ContextVar("given", default=None)    # buffers to come, sizes that are defined
 
 
-@contextmanager
-def within(buffers: Sequence[Any]) -> Iterator[None]:
-    """`with within(buffers): schedule.compute()` emits the kernel here; its parameters are these buffers, contiguous, in this order."""
+def emit_within(schedule: Any, buffers: Sequence[Any]) -> None:
+    """Emit the kernel here; its parameters are these buffers, contiguous, in this order."""
     token = _given.set((iter(buffers), []))
     try:
-        yield
+        schedule.compute()
     finally:
         _given.reset(token)
 

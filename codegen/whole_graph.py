@@ -26,23 +26,13 @@ OPTIONS = ("-s", "-Wl,-z,max-page-size=16384", "-Wl,-z,noexecstack")
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer with what follows it: laid out for the target, its input, and what is added to it, where something is.
+    """A layer with what follows it: laid out for the target (a convolution: for images of one size), its input, and what is added to it, if anything.
 
     name   of its parameters, before their own; layers that share a laid out weight share it
     """
 
     name: str
-    laid: Laid
-    x: fx.Node
-    other: fx.Node | None = None
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution with what follows it: laid out for the target and for images of one size, its input, and what is added to it."""
-
-    name: str
-    laid: LaidPlanes
+    laid: Laid | LaidPlanes
     x: fx.Node
     other: fx.Node | None = None
 
@@ -62,7 +52,7 @@ class Function:
     """A graph in normal form, to become a function of the library. It is changed: give a private copy.
 
     tensors    name of a stored tensor, as get_attr nodes have it -> the tensor
-    products   node -> the product or the convolution that gives its value
+    products   node -> the layer that gives its value
     computed   nodes whose values products compute on their way
     """
 
@@ -71,7 +61,7 @@ class Function:
     tensors: Callable[[str], Tensor]
     inputs: Sequence[Input]
     outputs: Sequence[str]
-    products: Mapping[fx.Node, Product | Convolution] = field(default_factory=dict)
+    products: Mapping[fx.Node, Product] = field(default_factory=dict)
     computed: frozenset[fx.Node] = frozenset()
 
 

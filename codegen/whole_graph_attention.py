@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from tvm import relax, tirx
+from tvm import relax
 
 from sparsify_compiler.codegen.kernels.attend_dense import AttendDense
 from sparsify_compiler.codegen.kernels.cache_write import CacheWrite
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
+from sparsify_compiler.codegen.whole_graph_functions import declared
 from sparsify_compiler.target import Target
 
 if TYPE_CHECKING:
@@ -24,41 +25,40 @@ VIEWS = (aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten
 def attend(graph: GraphImporter, node: fx.Node) -> Any:
     """scaled_dot_product_attention in float32."""
     query, key, value, mask, dropout, causal, scale, grouped = _arguments(node)
-    sizes = [one.meta["val"] for one in (query, key, value)]
-    heads, groups, width, value_width = sizes[0].shape[1], sizes[1].shape[1], sizes[0].shape[-1], sizes[2].shape[-1]
-    static = all(isinstance(size, int) for size in (heads, groups, width, value_width))
-    if not static or dropout or any(one.dtype is not torch.float32 or one.dim() != 4 for one in sizes) or (heads != groups and not grouped):
+    tensors = [one.meta["val"] for one in (query, key, value)]
+    if any(one.dtype is not torch.float32 or one.dim() != 4 for one in tensors):
+        return graph.plain(node)
+    shapes = [one.shape for one in tensors]
+    heads, groups = shapes[0][1], shapes[1][1]
+    static = all(isinstance(size, int) for size in (heads, groups, shapes[0][3], shapes[2][3]))
+    if not static or dropout or (heads != groups and not grouped):
         return graph.plain(node)
     given = [_as_it_lies(one) for one in (query, key, value)]
-    added = None if mask is None else graph.value(_without_truths(mask))
-    out = _turned(node)
-    target = graph.parts.target
-    lies = given[0][1], given[1][1], given[2][1], "bhsd" if out is node else "bshd"
-    schedule = AttendDense(width, value_width, heads, groups, 1 / math.sqrt(width) if scale is None else float(scale), bool(causal),
-                           Mask() if added is None else _mask_of(added), lies, False, *registers(target), workers=target.cores)
-    from sparsify_compiler.codegen.whole_graph_convert import one_kernel
-
-    inputs = [graph.value(one) for one, _ in given] + ([] if added is None else [added])
-    result = one_kernel(graph, schedule, inputs, graph.shape(out))
-    if out is not node:
-        graph.env[out] = result
-    return result
+    added = [] if mask is None else [_mask(graph, _without_truths(mask), shapes[1][2])]
+    inputs = [*(graph.value(one) for one, _ in given), *added]
+    return _one_kernel(graph, node, inputs, shapes, [lie for _, lie in given], bool(causal), _mask_of(added[0]) if added else Mask(), scale)
 
 
 def attend_cached(graph: GraphImporter, node: fx.Node) -> Any:
     """Causal attention of new tokens over a cache that they are written into, in place: (query, key, value, past, key cache, value cache, scale)."""
-    query, key, value, past, *caches, scale = node.args
-    target, given = graph.parts.target, [_as_it_lies(one) for one in (query, key, value)]  # type: ignore[arg-type]
-    sizes: list[Any] = [one.meta["val"].shape for one in (query, key, value)]  # type: ignore[union-attr]
-    heads, groups, width, value_width = sizes[0][1], sizes[1][1], sizes[0][3], sizes[2][3]
-    written = [_written(graph, cache, one, past, groups, size[3]) for cache, one, size in zip(caches, given[1:], sizes[1:], strict=True)]
-    out = _turned(node)
-    lies = given[0][1], "bhsd", "bhsd", "bhsd" if out is node else "bshd"
-    schedule = AttendDense(width, value_width, heads, groups, 1 / math.sqrt(width) if scale is None else float(scale), True,  # type: ignore[arg-type]
-                           Mask(), lies, True, *registers(target), workers=target.cores)
-    from sparsify_compiler.codegen.whole_graph_convert import one_kernel
+    tensors: Any = node.args[:3]
+    past, *caches, scale = node.args[3:]
+    given, shapes = [_as_it_lies(one) for one in tensors], [one.meta["val"].shape for one in tensors]
+    written = [_written(graph, cache, one, past, shape[1], shape[3]) for cache, one, shape in zip(caches, given[1:], shapes[1:], strict=True)]
+    inputs = [graph.value(given[0][0]), *written, graph.value(past)]
+    return _one_kernel(graph, node, inputs, shapes, [given[0][1], "bhsd", "bhsd"], True, Mask(), scale, past=True)
 
-    result = one_kernel(graph, schedule, [graph.value(given[0][0]), *written, graph.value(past)], graph.shape(out))
+
+def _one_kernel(graph: GraphImporter, node: fx.Node, inputs: list[Any], shapes: list[Any], lie: list[str], causal: bool, mask: Mask, scale: Any,
+                past: bool = False) -> Any:
+    """The result of attend_dense, turned already where it is only read so. `shapes` are those of query, key and value, [B, H, S, D]."""
+    target, out = graph.parts.target, _turned(node)
+    (_, heads, _, width), (_, groups, _, _), (_, _, _, value_width) = shapes
+    factor = 1 / math.sqrt(width) if scale is None else float(scale)
+    lies = lie[0], lie[1], lie[2], "bhsd" if out is node else "bshd"
+    schedule = AttendDense(width, value_width, heads, groups, factor, causal, mask, lies, past, *registers(target),
+                           workers=target.cores)
+    result = graph.one_kernel(schedule, inputs, graph.shape(out))
     if out is not node:
         graph.env[out] = result
     return result
@@ -66,10 +66,8 @@ def attend_cached(graph: GraphImporter, node: fx.Node) -> Any:
 
 def _written(graph: GraphImporter, cache: Any, new: tuple[fx.Node, str], past: Any, groups: int, width: int) -> Any:
     """The cache with new rows in it."""
-    from sparsify_compiler.codegen.whole_graph_convert import kernel_of
-
     inputs = [graph.value(one) for one in (cache, new[0], past)]
-    kernel = kernel_of(graph, CacheWrite(width, groups, new[1], graph.parts.target.cores), inputs, ())
+    kernel = graph.kernel_of(CacheWrite(width, groups, new[1], graph.parts.target.cores), [*map(declared, inputs)])
     return graph.block_builder.emit(relax.op.call_tir_inplace(kernel, inputs, 0, inputs[0].ty))
 
 
@@ -80,33 +78,43 @@ def registers(target: Target) -> tuple[int, int, int]:
 
 
 def _arguments(node: fx.Node) -> list[Any]:
+    """All of them, in the order of the schema, whether they are given by position, by name or not at all."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     return [node.args[i] if i < len(node.args) else node.kwargs.get(one.name, one.default_value) for i, one in enumerate(schema)]
 
 
 def _as_it_lies(node: fx.Node) -> tuple[fx.Node, str]:
     """The tensor before it was turned from [B, S, H, D] to [B, H, S, D], where it was."""
-    if node.target is aten.transpose.int and {dim % 4 for dim in _transposed(node)} == {1, 2}:
-        return node.args[0] if node.args else node.kwargs["self"], "bshd"  # type: ignore[return-value]
-    return node, "bhsd"
+    return (_arguments(node)[0], "bshd") if _turns(node) else (node, "bhsd")
 
 
-def _transposed(node: fx.Node) -> tuple[int, int]:
-    return (node.args[1], node.args[2]) if node.args else (node.kwargs["dim0"], node.kwargs["dim1"])  # type: ignore[return-value]
+def _turns(node: fx.Node) -> bool:
+    """Does it exchange heads and places?"""
+    return node.target is aten.transpose.int and {dim % 4 for dim in _arguments(node)[1:]} == {1, 2}
 
 
 def _turned(node: fx.Node) -> fx.Node:
     """The node that turns the result to [B, S, H, D], where it is the only one that reads it."""
     users = list(node.users)
-    if len(users) == 1 and users[0].target is aten.transpose.int and {dim % 4 for dim in _transposed(users[0])} == {1, 2}:
-        return users[0]
-    return node
+    return users[0] if len(users) == 1 and _turns(users[0]) else node
+
+
+def _mask(graph: GraphImporter, mask: fx.Node, keys: Any) -> Any:
+    """The mask with four dimensions and a column for every key: the kernel broadcasts the other dimensions only."""
+    sizes, added = mask.meta["val"].shape, graph.value(mask)
+    if len(sizes) == 4 and (_is_one(keys) or not _is_one(sizes[3])):
+        return added
+    return graph.block_builder.emit(relax.op.broadcast_to(added, [1] * (4 - len(sizes)) + graph.shape(mask)[:-1] + [graph.size(keys)]))
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _mask_of(added: Any) -> Mask:
-    varies = [not (isinstance(size, tirx.IntImm) and int(size) == 1) for size in added.ty.shape]
-    dtype = str(added.ty.dtype.dtype if hasattr(added.ty.dtype, "dtype") else added.ty.dtype)
-    return Mask("bool" if dtype == "bool" else "float32", (varies[0], varies[1], varies[2]))
+    one = declared(added)
+    batch, heads, queries = (size != 1 for size in one.shape[:3])
+    return Mask("bool" if one.dtype == "bool" else "float32", (batch, heads, queries))
 
 
 def _without_truths(mask: fx.Node) -> fx.Node:
@@ -127,7 +135,7 @@ def _is_true(node: Any) -> bool:
         return True
     if node.target in (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default):
         return all(map(_is_true, inputs))
-    if node.target is aten.ge.Scalar and (node.args[1] if len(node.args) > 1 else node.kwargs["other"]) == 0:
+    if node.target is aten.ge.Scalar and _arguments(node)[1] == 0:
         return _counts(inputs[0])
     return node.target in VIEWS and _is_true(inputs[0])
 
@@ -135,5 +143,5 @@ def _is_true(node: Any) -> bool:
 def _counts(node: fx.Node) -> bool:
     """Is it made of arange from 0 on?"""
     while node.target in VIEWS:
-        node = node.args[0] if node.args else node.kwargs["self"]  # type: ignore[assignment]
+        node = _arguments(node)[0]
     return node.target is aten.arange.default

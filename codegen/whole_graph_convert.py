@@ -10,15 +10,14 @@ import torch
 from torch import fx
 from tvm import relax
 
-from sparsify_compiler.codegen.host import within
 from sparsify_compiler.codegen.kernels.finish import finish_of
 from sparsify_compiler.codegen.kernels.mean_rows import MeanRows
 from sparsify_compiler.codegen.kernels.norm_rows import NormRows
 from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
 from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
-from sparsify_compiler.codegen.whole_graph import Convolution
 from sparsify_compiler.codegen.whole_graph_attention import attend, attend_cached
-from sparsify_compiler.codegen.whole_graph_functions import Parameter, chosen, intervals
+from sparsify_compiler.codegen.whole_graph_functions import Parameter, chosen, declared, intervals
+from sparsify_compiler.codegen.whole_graph_planes import LaidPlanes
 
 if TYPE_CHECKING:
     from sparsify_compiler.codegen.whole_graph_import import GraphImporter
@@ -26,59 +25,29 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("relu", "relu6", "hardtanh", "leaky_relu", "hardsigmoid", "hardswish", "sigmoid", "silu", "gelu")
 
 
-def _declared(value: Any) -> Parameter:
-    from sparsify_compiler.codegen.whole_graph_import import declared
-
-    return declared(value)
-
-
-def one_kernel(graph: GraphImporter, schedule: Any, inputs: list[Any], shape: list[Any], dtype: str = "float32") -> Any:
-    """The result of one kernel on these values."""
-    out = Parameter(tuple(size if isinstance(size, int) else None for size in shape), dtype)
-    return graph.call(kernel_of(graph, schedule, inputs, (out,)), inputs, shape, dtype)
-
-
-def kernel_of(graph: GraphImporter, schedule: Any, inputs: list[Any], outputs: tuple[Parameter, ...]) -> Any:
-    """The function of the module that is this one kernel."""
-    def emit(buffers: list[Any]) -> None:
-        with within(buffers):
-            schedule.compute()
-
-    return graph.parts.kernel(repr(schedule), [*map(_declared, inputs), *outputs], emit, schedule.name)
-
-
 def product(graph: GraphImporter, node: fx.Node) -> Any:
     """A linear layer, by the variant of its kernels for the number of rows; or a convolution."""
     found = graph.source.products[node]
-    if isinstance(found, Convolution):
-        return _convolution(graph, node, found)
-    laid = found.laid
-    x = graph.value(found.x)
+    laid, other = found.laid, () if found.other is None else (graph.value(found.other),)
+    if isinstance(laid, LaidPlanes):
+        state = [graph.parameter(f"{found.name}:{part}", tensor) for part, tensor in laid.state.items()]
+        inputs = [*state, graph.value(found.x), *other]
+        return graph.call(graph.kernel_of(laid.schedule, [*map(_any_size, inputs), Parameter((None,) * 4, "float32")]), inputs, graph.shape(node))
     state = [graph.parameter(f"{found.name}:{part}", getattr(laid.prepared, part)) for part in laid.prepared.STATE]
-    inputs = [x, *state, *(() if found.other is None else (graph.value(found.other),))]
+    inputs = [graph.value(found.x), *state, *other]
     shape = graph.shape(node)
-    low, high = _rows(graph, found.x)
+    low, high = _rows(found.x)
     pieces = intervals(laid.variants, low, high)
     key = tuple((repr(laid.variants.schedules[variant]), first, last) for variant, first, last in pieces)
     out = Parameter((None,) * len(shape), str(laid.prepared.dtype).removeprefix("torch."))
-    any_size = [Parameter((None,) * len(one.shape), one.dtype) for one in map(_declared, inputs)]    # layers of all sizes share their code
-    kernel = graph.parts.kernel(key, [*any_size, out], lambda buffers: chosen(laid.variants, buffers, low, high), "product")
+    kernel = graph.parts.kernel(key, [*map(_any_size, inputs), out], lambda buffers: chosen(laid.variants, buffers, low, high), "product")
     return graph.call(kernel, inputs, shape, out.dtype)
 
 
-def _convolution(graph: GraphImporter, node: fx.Node, found: Convolution) -> Any:
-    state = [graph.parameter(f"{found.name}:{part}", tensor) for part, tensor in found.laid.state.items()]
-    x = graph.value(found.x)
-    inputs = [*state, x, *(() if found.other is None else (graph.value(found.other),))]
-    any_size = [Parameter((None,) * len(one.shape), one.dtype) for one in map(_declared, inputs)]
-    schedule = found.laid.schedule
-
-    def emit(buffers: list[Any]) -> None:
-        with within(buffers):
-            schedule.compute()
-
-    kernel = graph.parts.kernel(repr(schedule), [*any_size, Parameter((None,) * 4, "float32")], emit, "convolution")
-    return graph.call(kernel, inputs, graph.shape(node))
+def _any_size(value: Any) -> Parameter:
+    """Layers of all sizes share their code."""
+    one = declared(value)
+    return Parameter((None,) * len(one.shape), one.dtype)
 
 
 def _mean(graph: GraphImporter, node: fx.Node) -> Any:
@@ -87,7 +56,7 @@ def _mean(graph: GraphImporter, node: fx.Node) -> Any:
     shape: list[Any] = graph.shape(x)  # type: ignore[arg-type]
     dims = sorted(dim % len(shape) for dim in (given if isinstance(given, list | tuple) else range(len(shape))))
     sizes = [shape[dim] for dim in dims]
-    if not dims or dims != list(range(dims[0], len(shape))) or not all(isinstance(size, int) for size in sizes) or not _is_float(node):
+    if not dims or dims != list(range(dims[0], len(shape))) or not all(isinstance(size, int) for size in sizes) or not _are_float32(node, x):
         return graph.plain(node)
     return _pooled(graph, x, math.prod(sizes), shape[: dims[0]], graph.shape(node))
 
@@ -96,21 +65,22 @@ def _pool(graph: GraphImporter, node: fx.Node) -> Any:
     """Adaptive pooling to one pixel is the mean of a plane."""
     x, out = node.args[:2]
     shape: list[Any] = graph.shape(x)  # type: ignore[arg-type]
-    if list(out if isinstance(out, list | tuple) else [out]) not in ([1, 1], [1]) or not all(isinstance(n, int) for n in shape[-2:]):
+    one_pixel = list(out if isinstance(out, list | tuple) else [out]) in ([1, 1], [1])
+    if not one_pixel or not all(isinstance(n, int) for n in shape[-2:]) or not _are_float32(node):
         return graph.plain(node)
     return _pooled(graph, x, math.prod(shape[-2:]), shape[:-2], graph.shape(node))
 
 
 def _pooled(graph: GraphImporter, x: Any, size: int, outer: list[Any], shape: list[Any]) -> Any:
-    rows = graph.block_builder.emit(relax.op.reshape(graph.value(x), [*outer, size]))
-    return _in_shape(graph, one_kernel(graph, MeanRows(size, graph.parts.target.cores), [rows], outer), shape)
+    rows = _in_shape(graph, graph.value(x), [*outer, size])
+    return _in_shape(graph, graph.one_kernel(MeanRows(size, graph.parts.target.cores), [rows], outer), shape)
 
 
 def _in_shape(graph: GraphImporter, value: Any, shape: list[Any]) -> Any:
     return graph.block_builder.emit(relax.op.reshape(value, shape))
 
 
-def _rows(graph: GraphImporter, x: fx.Node) -> tuple[int, int | None]:
+def _rows(x: fx.Node) -> tuple[int, int | None]:
     """Least and largest number of rows that a layer's input has."""
     sizes = x.meta["val"].shape[:-1]
     if all(isinstance(size, int) for size in sizes):
@@ -118,18 +88,18 @@ def _rows(graph: GraphImporter, x: fx.Node) -> tuple[int, int | None]:
     return 1, None
 
 
-def _is_float(node: fx.Node) -> bool:
-    return node.meta["val"].dtype is torch.float32
+def _are_float32(*nodes: Any) -> bool:
+    return all(node.meta["val"].dtype is torch.float32 for node in nodes)
 
 
 def _norm(centred: bool) -> Callable[[GraphImporter, fx.Node], Any]:
     def convert(graph: GraphImporter, node: fx.Node) -> Any:
         x, sizes, weight, bias, eps = _norm_arguments(node, centred)
         given = [one for one in (weight, bias) if one is not None]
-        if len(sizes) != 1 or not _is_float(node):
+        if len(sizes) != 1 or not _are_float32(node):
             return graph.plain(node)
         schedule = NormRows(int(sizes[0]), eps, centred, weight is not None, bias is not None, graph.parts.target.cores)
-        return one_kernel(graph, schedule, [graph.value(one) for one in (x, *given)], graph.shape(node))
+        return graph.one_kernel(schedule, [graph.value(one) for one in (x, *given)], graph.shape(node))
 
     return convert
 
@@ -147,9 +117,9 @@ def _softmax(graph: GraphImporter, node: fx.Node) -> Any:
     x, dim = node.args[:2]
     assert isinstance(x, fx.Node)
     shape = x.meta["val"].shape
-    if dim not in (-1, len(shape) - 1) or not isinstance(shape[-1], int) or not (_is_float(node) and _is_float(x)):
+    if dim not in (-1, len(shape) - 1) or not isinstance(shape[-1], int) or not _are_float32(node, x):
         return graph.plain(node)
-    return one_kernel(graph, SoftmaxRows(shape[-1], graph.parts.target.cores), [graph.value(x)], graph.shape(node))
+    return graph.one_kernel(SoftmaxRows(shape[-1], graph.parts.target.cores), [graph.value(x)], graph.shape(node))
 
 
 def _activation(graph: GraphImporter, node: fx.Node) -> Any:
@@ -157,15 +127,15 @@ def _activation(graph: GraphImporter, node: fx.Node) -> Any:
     operator: Any = node.target
     arguments = {argument.name: node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else argument.default_value)
                  for i, argument in enumerate(operator._schema.arguments) if i}
-    finish = finish_of({"activation": name, "arguments": arguments}) if _is_float(node) else None
+    finish = finish_of({"activation": name, "arguments": arguments}) if _are_float32(node, node.args[0]) else None
     if finish is None:
         return graph.plain(node)
-    return one_kernel(graph, PointwiseFlat(finish, graph.parts.target.cores), [graph.value(node.args[0])], graph.shape(node))
+    return graph.one_kernel(PointwiseFlat(finish, graph.parts.target.cores), [graph.value(node.args[0])], graph.shape(node))
 
 
 def _view(graph: GraphImporter, node: fx.Node) -> Any:
     """The same elements in another shape."""
-    return graph.block_builder.emit(relax.op.reshape(graph.value(node.args[0]), graph.shape(node)))
+    return _in_shape(graph, graph.value(node.args[0]), graph.shape(node))
 
 
 def _expand(graph: GraphImporter, node: fx.Node) -> Any:
@@ -185,7 +155,7 @@ def _select(graph: GraphImporter, node: fx.Node) -> Any:
     dim, start = int(dim) % len(source), int(index)  # type: ignore[arg-type]
     begin = start if start >= 0 else source[dim] + start
     sliced = graph.block_builder.emit(relax.op.strided_slice(graph.value(x), [dim], [begin], [begin + 1], assume_inbound=True))
-    return graph.block_builder.emit(relax.op.reshape(sliced, graph.shape(node)))
+    return _in_shape(graph, sliced, graph.shape(node))
 
 
 def _slice(graph: GraphImporter, node: fx.Node) -> Any:
@@ -205,9 +175,9 @@ def _slice(graph: GraphImporter, node: fx.Node) -> Any:
 def _embedding(graph: GraphImporter, node: fx.Node) -> Any:
     """Rows of a table. An index outside of it reads the nearest row: there is no way to tell the caller, and nothing else may be read."""
     table, indices = (graph.value(one) for one in node.args[:2])
-    flat = graph.block_builder.emit(relax.op.reshape(indices, [-1])) if len(indices.ty.shape) > 1 else indices
+    flat = _in_shape(graph, indices, [-1]) if len(indices.ty.shape) > 1 else indices
     rows = graph.block_builder.emit(relax.op.take(table, flat, axis=0, mode="clip"))
-    return graph.block_builder.emit(relax.op.reshape(rows, graph.shape(node)))
+    return _in_shape(graph, rows, graph.shape(node))
 
 
 def _same(a: Any, b: Any) -> bool:

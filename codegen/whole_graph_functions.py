@@ -22,6 +22,14 @@ class Parameter:
     dtype: str
 
 
+def declared(value: Any) -> Parameter:
+    """A Relax value as a parameter of a kernel."""
+    from tvm import tirx
+
+    shape = tuple(int(size) if isinstance(size, tirx.IntImm | int) else None for size in value.ty.shape)
+    return Parameter(shape, str(value.ty.dtype.dtype if hasattr(value.ty.dtype, "dtype") else value.ty.dtype))
+
+
 def function(parameters: Sequence[Parameter], body: Callable[[list[Any]], None]) -> Any:
     """The PrimFunc of contiguous tensors whose `body` is emitted on their buffers."""
     from tvm import tirx
@@ -44,11 +52,10 @@ def chosen(variants: Variants, buffers: Sequence[Any], smallest: int = 1, larges
     from tvm import tirx
 
     from sparsify_compiler.codegen import emit as e
-    from sparsify_compiler.codegen.host import within
+    from sparsify_compiler.codegen.host import emit_within
 
     def run(name: str) -> None:
-        with within(buffers):
-            variants.schedules[name].compute()
+        emit_within(variants.schedules[name], buffers)
 
     pieces = intervals(variants, smallest, largest)
     names = list(dict.fromkeys(name for name, _, _ in pieces))

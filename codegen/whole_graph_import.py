@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, fx
 from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+from sparsify_compiler.codegen.host import emit_within
 from sparsify_compiler.codegen.whole_graph import Function
-from sparsify_compiler.codegen.whole_graph_functions import Parameter, function
+from sparsify_compiler.codegen.whole_graph_functions import Parameter, declared, function
 from sparsify_compiler.errors import KernelError, SparsifyError
 from sparsify_compiler.target import Target
 
@@ -62,7 +64,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
                 shapes = [[self._size(size) for size in result.ty.shape] for result in results]
                 output = self.block_builder.emit_output(results[0] if len(results) == 1 else relax.Tuple(results))
             self.block_builder.emit_func_output(output, [*inputs, *self.params_read.values()])
-        outputs = [{"name": name, "dtype": _dtype_of(result), "shape": shape}
+        outputs = [{"name": name, "dtype": declared(result).dtype, "shape": shape}
                    for name, result, shape in zip(self.source.outputs, results, shapes, strict=True)]
         given = [{"name": one.name, "dtype": one.dtype, "shape": list(one.shape)} | ({"updated": True} if one.updated else {})
                  for one in self.source.inputs]
@@ -159,6 +161,15 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         """A dimension of an output for the manifest."""
         return int(size) if isinstance(size, tirx.IntImm) else str(size)
 
+    def one_kernel(self, schedule: Any, inputs: Sequence[Any], shape: Sequence[Any]) -> Any:
+        """The float32 result of one kernel on these values."""
+        out = Parameter(tuple(size if isinstance(size, int) else None for size in shape), "float32")
+        return self.call(self.kernel_of(schedule, [*map(declared, inputs), out]), inputs, shape)
+
+    def kernel_of(self, schedule: Any, parameters: Sequence[Parameter]) -> Any:
+        """The function of the module that is this one kernel."""
+        return self.parts.kernel(repr(schedule), parameters, partial(emit_within, schedule), schedule.name)
+
     def call(self, kernel: Any, inputs: Sequence[Any], shape: Sequence[Any], dtype: str = "float32") -> Any:
         """The result of a kernel of the module."""
         return self.block_builder.emit(relax.call_tir(kernel, list(inputs), out_ty=relax.TensorType(shape, dtype)))
@@ -183,20 +194,6 @@ class _Values(dict[fx.Node, Any]):
             self[node] = found = self.importer.parameter(name, self.importer.source.tensors(name))
             return found
         raise KeyError(node.name)
-
-
-def dims(value: Any) -> tuple[int | None, ...]:
-    """A value's shape as parameters of kernels have it: None for what is known at run time only."""
-    return tuple(int(size) if isinstance(size, tirx.IntImm | int) else None for size in value.ty.shape)
-
-
-def declared(value: Any) -> Parameter:
-    """A value as a parameter of a kernel."""
-    return Parameter(dims(value), _dtype_of(value))
-
-
-def _dtype_of(value: Any) -> str:
-    return str(value.ty.dtype.dtype if hasattr(value.ty.dtype, "dtype") else value.ty.dtype)
 
 
 def _name(node: fx.Node) -> str:

@@ -86,7 +86,7 @@ class CompiledModel(nn.Module):
 
         Raises ModelError, KernelError, TargetError, StorageError.
         """
-        from .artefact_library import export
+        from .export_library import export
 
         export(self, path, target, cache=cache)
 

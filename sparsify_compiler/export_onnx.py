@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .artefact_dense import densify
-from .artefact_library import output_names
 from .compiled import CompiledModel
 from .errors import ModelError
+from .export_library import output_names, whole_region, word_of
 from .pattern import op_name
 from .program import InputSpec, Program, Region, TensorSpec
 from .storage import atomic_path
@@ -52,11 +52,7 @@ def export_onnx(compiled: CompiledModel, path: str | Path) -> None:
 
 def plain_region(program: Program) -> Region:
     """The whole graph with torch's own operators only. Raises ModelError where that cannot be."""
-    if program.skeleton is not None:
-        parts = ", ".join(sorted(program.regions)[:3])
-        raise ModelError("a model that was captured in parts has Python between them", where=parts,
-                         hint="compile it with example inputs of a call that exports whole, such as use_cache=False")
-    region = densify(program.regions[""])
+    region = densify(whole_region(program))
     own = sorted({op_name(node) for node in region.graph.nodes if getattr(node.target, "namespace", "") == OWN})
     if own:
         raise ModelError(f"{', '.join(own)} has no form outside of this project", where=region.path or "the model",
@@ -79,7 +75,7 @@ def example_of(region: Region) -> tuple[list[Tensor], list[dict[int, Any]]]:
 def input_names(spec: InputSpec) -> list[str]:
     """What the inputs are called: as the model's own function has them; by position where they have no names there."""
     paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(spec.leaves))), spec.in_spec))
-    keys = [[str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path[1:]] for path, _ in paths]
+    keys = [[word_of(key) for key in path[1:]] for path, _ in paths]
     names = [".".join(path) if path and not path[0].isdigit() else name for path, name in zip(keys, spec.names, strict=True)]
     return [name for name, leaf in zip(names, spec.leaves, strict=True) if isinstance(leaf, TensorSpec)]
 

@@ -183,10 +183,10 @@ def _with(compiled: CompiledModel, program: Any) -> Any:
 
 
 def test_a_folder_of_something_else_is_left_alone(compiled: CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsify_compiler import artefact_library
+    from sparsify_compiler import export_library
 
     (tmp_path / "precious.txt").write_text("mine")
-    monkeypatch.setattr(artefact_library, "_compile", lambda *_: None)
+    monkeypatch.setattr(export_library, "_compile", lambda *_: None)
     with pytest.raises(StorageError):
         compiled.export(tmp_path)
     assert (tmp_path / "precious.txt").read_text() == "mine"

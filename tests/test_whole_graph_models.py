@@ -17,7 +17,7 @@ import sparsify_compiler as sc
 from sparsify_compiler.capture import capture
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.errors import ModelError
-from sparsify_compiler.library_cached import attend_cached, empty_caches, with_cache
+from sparsify_compiler.export_library_cached import attend_cached, empty_caches, with_cache
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.target import host
 
@@ -58,6 +58,14 @@ class Decoder(nn.Module):
         return self.head(x)
 
 
+class Masked(nn.Module):
+    """Attentions under masks that are broadcast along keys, and over batch and heads; a mean of whole numbers."""
+
+    def forward(self, x: Tensor, mask: Tensor, flat: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
+        attended = [F.scaled_dot_product_attention(x, x, x, attn_mask=one) for one in (mask, flat)]
+        return *attended, numbers.mean(-1, dtype=torch.float32)
+
+
 def program_of(model: nn.Module, example: Tensor, dynamic: dict[str, dict[int, str]]) -> Any:
     return capture(model.eval(), (example,), dynamic)
 
@@ -88,6 +96,17 @@ def test_models_that_have_no_such_cache(model: Any, shape: tuple[int, int], dyna
     name = "input_ids" if isinstance(made, Decoder) else "input"
     with pytest.raises(ModelError, match=told):
         with_cache(program_of(made, torch.randint(0, 9, shape), {name: dynamic}).regions[""])
+
+
+def test_what_kernels_do_not_take_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    given = {"x": torch.randn(2, 3, 20, 8), "mask": torch.randn(2, 1, 20, 1), "flat": torch.rand(20, 20) > 0.3,
+             "numbers": torch.randint(-3, 3, (4, 16))}
+    compiled = CompiledModel(capture(Masked().eval(), given))
+    compiled.export(tmp_path / "out")
+    found = runner(tmp_path / "out").Model(tmp_path / "out").run(**{name: value.numpy() for name, value in given.items()})
+    for one, expected in zip(found.values(), compiled(**given), strict=True):
+        torch.testing.assert_close(torch.from_numpy(numpy.array(one)), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

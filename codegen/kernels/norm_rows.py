@@ -40,6 +40,7 @@ def _body(how: NormRows) -> None:
     weight = e.argument((K,), "float32") if how.weight else None
     bias = e.argument((K,), "float32") if how.bias else None
     y = e.argument((M, K), "float32")
+
     def row(number: Any) -> None:
         with powers(LANES):
             _row(how, x, weight, bias, y, number)

@@ -1,4 +1,4 @@
-"""Loops that graphs without torch need beside those of layers: rows or runs of elements, divided among threads where that pays; sums of a vector."""
+"""Loops that graphs without torch need beside those of layers: rows or runs of elements, divided among threads where that pays."""
 
 from __future__ import annotations
 

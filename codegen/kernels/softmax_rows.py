@@ -34,6 +34,7 @@ class SoftmaxRows:
 def _body(how: SoftmaxRows) -> None:
     M, K = e.int32(), e.int32()
     x, y = e.argument((M, K), "float32"), e.argument((M, K), "float32")
+
     def row(number: Any) -> None:
         with powers(LANES):
             _row(how, x, y, number)

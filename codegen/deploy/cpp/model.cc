@@ -174,7 +174,7 @@ Model::Model(const std::string& folder, const sparsify_options& options) {
   (*machine_.value()->GetFunction("vm_initialization", true))(static_cast<int>(kDLCPU), 0, 2);  // the CPU, its only device, pooled memory
   for (const auto& [name, described] : at(manifest, "functions").cast<Object>()) {
     Object facts = described.cast<Object>();
-    Function function{tensors(at(facts, "inputs")), tensors(at(facts, "outputs")), {}, *machine_.value()->GetFunction(ffi::String(text(name)), true), {}};
+    Function function{tensors(at(facts, "inputs")), tensors(at(facts, "outputs")), *machine_.value()->GetFunction(ffi::String(text(name)), true), {}};
     for (const ffi::Any& one : at(facts, "parameters").cast<List>()) {
       auto found = weights.find(text(one));
       if (found == weights.end()) throw std::runtime_error(folder + "/weights.safetensors lacks " + text(one) + ": copy the whole folder again");

@@ -35,7 +35,6 @@ struct Limits {
 
 struct Function {
   std::vector<Tensor> inputs, outputs;
-  std::vector<std::string> parameters;
   tvm::ffi::Function code;
   tvm::ffi::Array<tvm::ffi::Tensor> bound;  // the parameters' tensors
 };

@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 from .artefact_manifest import MANIFEST, versions
 from .compiled import CompiledModel
 from .errors import ModelError
-from .library_attentions import plain_attentions
-from .library_cached import CAPACITY, PAST, with_cache
-from .library_limits import limits_of
-from .library_products import ROWS, Products
+from .export_library_attentions import plain_attentions
+from .export_library_cached import CAPACITY, PAST, with_cache
+from .export_library_limits import limits_of
+from .export_library_products import ROWS, Products
 from .program import InputSpec, Program, Region, TensorSpec, get_tensor
 from .storage import sha256, write_safetensors, writing
 from .target import Target, host, resolve
@@ -42,7 +42,7 @@ def export(compiled: CompiledModel, path: str | Path, target: str | Target | Non
 
     target  the machine to run on, which need not be this one; by default the one that the model was compiled for
     cache   a language model with its key-value cache as arguments, which are changed in place: functions "prefill" and "decode" instead of "main",
-            which give the logits of the last token (library_cached.py)
+            which give the logits of the last token (export_library_cached.py)
 
     Raises ModelError (captured in parts, an input that is no tensor), KernelError (an operator without a translation, no C compiler), TargetError,
     StorageError.
@@ -65,7 +65,7 @@ def is_library(folder: Path) -> bool:
 def _compile(program: Program, target: Target, cache: bool) -> Library:
     from .codegen.whole_graph import Input, compile_graphs
 
-    whole = _whole(program)
+    whole = whole_region(program)
     if not cache:
         functions = _functions(whole, target, {"main": _inputs(whole.spec)}, output_names(whole.spec), ROWS)
         return compile_graphs(functions, whole.spec.ranges, target)
@@ -91,7 +91,8 @@ def _functions(region: Region, target: Target, inputs: Mapping[str, list[Any]], 
     return functions
 
 
-def _whole(program: Program) -> Region:
+def whole_region(program: Program) -> Region:
+    """The only graph of a model. Raises ModelError where it was captured in parts."""
     if program.skeleton is not None:
         parts = ", ".join(sorted(program.regions)[:3])
         raise ModelError("a model that was captured in parts has Python between them", where=parts,
@@ -113,8 +114,13 @@ def output_names(spec: InputSpec) -> list[str]:
     """What the outputs are called: the keys under which the model returns them, or output, or output_0, output_1, ..."""
     count = spec.out_spec.num_leaves
     paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(count)), spec.out_spec))
-    names = [".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path) for path, _ in paths]
+    names = [".".join(map(word_of, path)) for path, _ in paths]
     return ["output" if not name else f"output_{name}" if name[0].isdigit() else name for name in names]
+
+
+def word_of(key: Any) -> str:
+    """A step into nested outputs or inputs, as one writes it."""
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
 
 
 def _write(library: Library, program: Program, folder: Path) -> None:

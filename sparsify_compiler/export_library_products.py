@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from .target import Target
 
 if TYPE_CHECKING:
     from .codegen.bound import Laid
-    from .codegen.whole_graph import Convolution, Product
+    from .codegen.whole_graph import Product
+    from .codegen.whole_graph_planes import LaidPlanes
 
 aten = torch.ops.aten
 ROWS = (1, 128)
@@ -36,7 +37,7 @@ class Products:
     region: Region
     target: Target
     rows: tuple[int, ...] = ROWS
-    found: dict[fx.Node, Product | Convolution] = field(default_factory=dict)
+    found: dict[fx.Node, Product] = field(default_factory=dict)
     computed: set[fx.Node] = field(default_factory=set)
     _layouts: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     _names: dict[int, tuple[str, Any]] = field(default_factory=dict)
@@ -46,12 +47,12 @@ class Products:
 
         with torch.no_grad(), elsewhere():
             for node in list(self.region.graph.nodes):
-                if _is_linear(node):
+                if _is_layer(node, "linear"):
                     self._add(node)
-                elif _is_convolution(node):
+                elif _is_layer(node, "conv2d"):
                     self._add_convolution(node)
 
-    def within(self, region: Region) -> tuple[dict[fx.Node, Any], frozenset[fx.Node]]:
+    def within(self, region: Region) -> tuple[dict[fx.Node, Product], frozenset[fx.Node]]:
         """The same for a copy of the region: `found` and `computed` of its nodes."""
         nodes = {node.name: node for node in region.graph.nodes}
         moved = {nodes[node.name]: replace(one, x=nodes[one.x.name], other=None if one.other is None else nodes[one.other.name])
@@ -59,16 +60,10 @@ class Products:
         return moved, frozenset(nodes[node.name] for node in self.computed)
 
     def _add(self, node: fx.Node) -> None:
-        from .codegen.whole_graph import Product
-
         epilogue, laid = self._laid(node)
-        last = epilogue.nodes[-1] if epilogue.nodes else node
-        self.found[last] = Product(self._name(node, laid), laid, input_of(node), epilogue.other)
-        self.computed.update((node, *epilogue.nodes))
-        self.computed.discard(last)
+        self._keep(node, epilogue, self._name(node, laid), laid, input_of(node))
 
     def _add_convolution(self, node: fx.Node) -> None:
-        from .codegen.whole_graph import Convolution
         from .codegen.whole_graph_planes import lay
 
         x, pads = _padded(node)
@@ -76,20 +71,26 @@ class Products:
         if not all(isinstance(one, int) for one in size) or node.meta["val"].dtype is not torch.float32:
             return
         tensors, attributes, bias = operands(self.region, node)
-        plain = {name: value for name, value in attributes.items() if name not in ("add", "activation", "arguments")}
         for epilogue in reversed(epilogues(node, self.computed)):
             try:
-                laid = lay(operator_of(node), tensors, plain | epilogue.attributes(), bias, self.target, size, pads)
+                laid = lay(operator_of(node), tensors, _with(attributes, epilogue), bias, self.target, size, pads)
                 break
             except KernelError:
                 continue  # no kernel has this activation
         else:
             return
-        last = epilogue.nodes[-1] if epilogue.nodes else node
-        self.found[last] = Convolution(f"{self._weight(node)}/{node.name}", laid, x, epilogue.other)
+        self._keep(node, epilogue, f"{self._weight(node)}/{node.name}", laid, x)
         given = input_of(node)
-        self.computed.update((node, *epilogue.nodes), (given,) if given is not x and len(given.users) == 1 else ())
-        self.computed.discard(last)
+        if given is not x and len(given.users) == 1:
+            self.computed.add(given)
+
+    def _keep(self, node: fx.Node, epilogue: Epilogue, name: str, laid: Laid | LaidPlanes, x: fx.Node) -> None:
+        """The layer and what follows it are computed by what was laid out."""
+        from .codegen.whole_graph import Product
+
+        *before, last = node, *epilogue.nodes
+        self.found[last] = Product(name, laid, x, epilogue.other)
+        self.computed.update(before)
 
     def _laid(self, node: fx.Node) -> tuple[Epilogue, Laid]:
         kernel = node.meta.get("kernel")
@@ -115,8 +116,7 @@ class Products:
         weight = packed_weight(self.region, node) if packed_operator(node) else tensors["weight"]
         sources.append((*_dense(weight), self._layouts.setdefault(f"{self._weight(node)} dense", {})))
         for operator, stored, facts, layouts in sources:
-            plain = {name: value for name, value in facts.items() if name not in ("add", "activation", "arguments")}
-            yield from candidates(operator, stored, plain | epilogue.attributes(), dtype, rows, self.target, layouts)
+            yield from candidates(operator, stored, _with(facts, epilogue), dtype, rows, self.target, layouts)
 
     def _weight(self, node: fx.Node) -> str:
         """The name of the layer's weight in the model."""
@@ -131,28 +131,22 @@ class Products:
         """A name for the laid out weight, the same wherever that is shared; it is held so that no other takes its place in memory."""
         name, _ = self._names.get(id(laid.prepared), ("", None))
         if not name:
-            taken = {one for one, _ in self._names.values()}
-            name = wanted = self._weight(node)
-            for number in range(2, len(taken) + 3):
-                if name not in taken:
-                    break
-                name = f"{wanted}#{number}"
+            taken, wanted = {one for one, _ in self._names.values()}, self._weight(node)
+            name = next(one for one in (wanted, *(f"{wanted}#{number}" for number in range(2, len(taken) + 2))) if one not in taken)
             self._names[id(laid.prepared)] = name, laid.prepared
         return name
 
 
-def _is_linear(node: fx.Node) -> bool:
-    """A layer with a stored weight, dense or packed."""
-    if packed_operator(node) == "linear":
+def _is_layer(node: fx.Node, kind: str) -> bool:
+    """A layer of this kind, "linear" or "conv2d", with a stored weight, dense or packed."""
+    if packed_operator(node) == kind:
         return True
-    return node.target is aten.linear.default and is_stored(node.kwargs.get("weight"))
+    return node.target is getattr(aten, kind).default and is_stored(node.kwargs.get("weight"))
 
 
-def _is_convolution(node: fx.Node) -> bool:
-    """Of images, with a stored weight, dense or packed."""
-    if packed_operator(node) == "conv2d":
-        return True
-    return node.target is aten.conv2d.default and is_stored(node.kwargs.get("weight"))
+def _with(attributes: Mapping[str, Any], epilogue: Epilogue) -> dict[str, Any]:
+    """A layer's attributes with this epilogue in the place of the one that it has."""
+    return {name: value for name, value in attributes.items() if name not in ("add", "activation", "arguments")} | epilogue.attributes()
 
 
 def _padded(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from .errors import ModelError
 from .executor import flat_function, part_function
-from .library_attentions import plain_attentions
+from .export_library_attentions import plain_attentions
 from .normal_form_edit import argument
 from .program import Region, TensorSpec
 
