@@ -137,6 +137,7 @@ def known(name: str) -> Machine:
     return Machine.from_json({**data, "arch": target.arch, "features": target.features, "cores": target.cores})
 
 
+@cache
 def sheets_of(target: str) -> tuple[str, ...]:
     """The machines of a target, by their names: what is compiled for it runs on them."""
     return tuple(name for name in names() if json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["target"] == target)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +17,10 @@ from .errors import InputError
 from .normal_form_edit import NotFunctionalError
 from .normal_form_inplace import functionalise
 from .program import InputSpec, Region, TensorSpec, set_tensor
+from .silence import silenced
+
+# Which tell of a failed attempt; the reason is reported instead.
+LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export", "torch._dynamo")
 
 
 @dataclass
@@ -51,7 +51,7 @@ def export_region(module: nn.Module, call: ExampleCall, path: str) -> tuple[Regi
     try:
         functionalise(graph_module.graph)
     except NotFunctionalError:  # views of what is written: export's own functionalisation knows them, and then names effects on buffers
-        with _quiet():
+        with silenced(*LOGGERS):
             exported = exported.run_decompositions({})
         _refuse_effects(exported)
         graph_module = _build(module, exported, call, path, aliases)
@@ -66,26 +66,11 @@ def _export(module: nn.Module, call: ExampleCall) -> ExportedProgram:
         if axes:
             shapes[leaf] = dict.fromkeys(axes, Dim.DYNAMIC)
     try:
-        with torch.inference_mode(False), torch.no_grad(), _quiet():
+        with torch.inference_mode(False), torch.no_grad(), silenced(*LOGGERS):
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes if any(call.axes) else None, strict=False)
     except Exception as problem:  # torch.export raises whatever the traced code or its own checks raise
         _refuse_fixed_dimension(problem, call)
         raise NotExportableError(_sentence(problem)) from problem
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what torch.export logs and prints about a failed attempt away from the user; the reason is reported instead."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export", "torch._dynamo")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 # How torch.export says that a dimension declared dynamic has one size only.

@@ -81,7 +81,7 @@ class SiteEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A model on a machine. `others` is all that is not a linear layer or a convolution, each op for itself, by a roofline."""
+    """A model on a machine. `others` is all that is not a linear layer or a convolution, each op for itself."""
 
     machine: str
     title: str

@@ -78,6 +78,8 @@ def _like(compiled: CompiledModel, like: Any) -> Like:
 
 def _fitting(model: Like, before: Shapes, after: Shapes) -> Any:
     """A configuration of the model's class whose weights have these shapes. Raises ModelError."""
+    if after == before:
+        return copy.deepcopy(model.config)
     for config in _candidates(model.config, before, after):
         if _shapes(model.kind, config) == after:
             return config
@@ -87,8 +89,7 @@ def _fitting(model: Like, before: Shapes, after: Shapes) -> Any:
 
 
 def _candidates(own: Any, before: Shapes, after: Shapes) -> Iterator[Any]:
-    """The model's own configuration, and those with one number changed as a dimension of its weights did."""
-    yield copy.deepcopy(own)
+    """The model's own configuration with one number changed as a dimension of its weights did."""
     changed = sorted({(old, new) for name in after for old, new in zip(before[name], after[name], strict=True) if old != new})
     for old, new in changed:
         for attribute, value in vars(own).items():

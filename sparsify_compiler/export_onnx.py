@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import warnings
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,10 +17,12 @@ from .errors import ModelError
 from .export_library import output_names, whole_region, word_of
 from .pattern import op_name
 from .program import InputSpec, Program, Region, TensorSpec
+from .silence import silenced
 from .storage import atomic_path
 
 NEEDS = ("onnx", "onnxscript")
 OWN = "sparsify"            # namespace of ops that only we have
+LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")    # which tell of packages that are not needed
 
 
 def export_onnx(compiled: CompiledModel, path: str | Path) -> None:
@@ -39,7 +37,7 @@ def export_onnx(compiled: CompiledModel, path: str | Path) -> None:
         raise ModelError(f"{' and '.join(missing)} are needed to write ONNX", hint='pip install "sparsify_compiler[onnx]"')
     region = plain_region(compiled.program)
     tensors, dynamic = example_of(region)
-    with atomic_path(Path(path)) as file, torch.no_grad(), _quiet():
+    with atomic_path(Path(path)) as file, torch.no_grad(), silenced(*LOGGERS, below=logging.ERROR):
         try:
             made = torch.onnx.export(region.module.eval(), tuple(tensors), dynamo=True, dynamic_shapes=tuple(dynamic), verbose=False,
                                      input_names=input_names(region.spec), output_names=output_names(region.spec))
@@ -88,20 +86,3 @@ def _too_large(region: Region) -> bool:
     """More than a protobuf file may hold."""
     size: int = sum(tensor.numel() * tensor.element_size() for tensor in nn.Module.state_dict(region.module).values())
     return size > 2_000_000_000
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that are not needed."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-

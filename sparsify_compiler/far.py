@@ -12,17 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from .errors import KernelError
+from .errors import KernelError, TargetError
 from .target import Target, host
 
 if TYPE_CHECKING:
     from .codegen.bound import Laid
     from .program import Program
 
+ELSEWHERE = "name a board with --rpc, or run it there, and bring the results with --export and --import"    # how it is tuned, from here
+
 
 def is_far(target: Target | None) -> bool:
     """Does code for this target not run on this machine?"""
     return target is not None and not target.runs_on(host())
+
+
+def require_here(target: Target, hint: str) -> Target:
+    """The target, if code for it runs here. Raises TargetError with the hint."""
+    if is_far(target):
+        raise TargetError(f"{target.name} is not this machine, nothing can be measured for it from here", where="target", hint=hint)
+    return target
 
 
 class FarKernel:

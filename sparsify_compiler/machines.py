@@ -58,11 +58,10 @@ def nearest_machine(target: Target) -> tuple[Machine, bool]:
 
     Raises TargetError where there is none.
     """
-    own = _model().sheets_of(target.name) or target.runs_on(host())
     sheets = [_model().known(name) for name in _model().names()]
-    alike = [sheet for sheet in sheets if sheet.arch == target.arch] + ([_host()] if host().arch == target.arch else [])
-    if own or not alike:
+    if _model().sheets_of(target.name) or target.runs_on(host()) or target.arch not in {host().arch, *(sheet.arch for sheet in sheets)}:
         return _of(target), True
+    alike = [sheet for sheet in sheets if sheet.arch == target.arch] + ([_host()] if host().arch == target.arch else [])
     found = min(alike, key=lambda sheet: (len(set(sheet.features) ^ set(target.features)), abs(sheet.cores - target.cores)))
     return replace(found, features=target.features, cores=target.cores), False
 

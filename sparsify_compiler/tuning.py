@@ -17,8 +17,8 @@ from .budget import Budget
 from .capture import capture
 from .compile import as_pipeline, read_batches
 from .compile_job import Inputs, Job
-from .errors import StorageError, TargetError
-from .far import is_far
+from .errors import StorageError
+from .far import ELSEWHERE, require_here
 from .pipeline import Pipeline
 from .progress import display
 from .storage import atomic_path
@@ -48,9 +48,8 @@ def tune(model: nn.Module, example_inputs: Inputs, *, recipe: Any = "wanda", tar
     from .codegen import tuned
 
     machine, batches = resolve(target), read_batches(calibration)
-    if rpc is None and is_far(machine):
-        raise TargetError(f"{machine.name} is not this machine, nothing can be measured for it from here", where="target",
-                          hint="name a board with --rpc, or run it there, and bring the results with --export and --import")
+    if rpc is None:
+        require_here(machine, ELSEWHERE)
     known = {record.key: record for record in tuned.records()}
     budget = None if density is None else Budget(density=density)
     with display(progress) as show, torch.no_grad(), _board(machine, rpc, seconds) as board:

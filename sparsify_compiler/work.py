@@ -151,9 +151,9 @@ def measure(work: Work, target: Target | None = None) -> dict[str, float]:
     Raises InputError for an op that cannot be made up from its sizes, and TargetError for a machine that is not this one.
     """
     from .codegen import cache
-    from .work_sample import require_here
+    from .far import require_here
 
-    target = require_here(target or host())
+    target = require_here(target or host(), "predict() estimates")
     key = _key(work, target)
     found: dict[str, float] = json.loads(cache.read_or_build(key, lambda: json.dumps(_measured(work, target)).encode()))
     return found

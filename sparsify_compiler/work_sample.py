@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import catalog
-from .errors import InputError, TargetError
+from .errors import InputError
 from .ops import select_ffn
-from .target import Target, host
+from .target import Target
 
 if TYPE_CHECKING:
     from .work import Work
@@ -26,13 +26,6 @@ OF_GELU = 20            # operations for each element, about
 LINEARS = {"gate": ("hidden", "K"), "up": ("hidden", "K"), "down": ("N", "hidden")}     # of a gated FFN: outputs and inputs
 Form = Callable[[], object]
 Tensors = dict[str, Tensor]
-
-
-def require_here(target: Target) -> Target:
-    """The target, if code for it runs here. Raises TargetError."""
-    if not target.runs_on(host()):
-        raise TargetError(f"{target.name} is not this machine, nothing can be measured for it", where="target", hint="predict() estimates")
-    return target
 
 
 def forms_of(work: Work, target: Target) -> tuple[dict[str, Form], Tensor]:

@@ -29,7 +29,7 @@ from sparsify_compiler.errors import ArtefactError, InputError, ParseError, Stor
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.passes.lower import _tuning
 from sparsify_compiler.passes.lower.lower import Lower
-from sparsify_compiler.target import host, resolve
+from sparsify_compiler.target import fingerprint, host, resolve
 
 RECIPE = sc.recipes.wanda(structure="unstructured")
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +128,17 @@ def test_a_search_that_stops_goes_on_where_it_was(database: str, monkeypatch: py
     assert len(list(tuned.records())) == 2
 
 
+def test_layers_of_one_class_are_tuned_once_and_again_where_that_is_asked(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned_for: list[Key] = []
+    monkeypatch.setattr(_tuning, "_tuned", lambda offer, *_: tuned_for.append(offer.key) or tuned.store(Record(offer.key, {}, ())))
+    alike = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))).eval()
+    for again, times in ((False, 1), (False, 1), (True, 2)):
+        sc.tune(alike, (X,), recipe=RECIPE, density=0.2, calibration=[(X,)], again=again)
+        assert len(tuned_for) == times
+    assert len(set(tuned_for)) == 1
+    assert tuned_for[0].machine == fingerprint()    # of this one by what it is: a record is of no use on another that is called native
+
+
 def test_progress_tells_how_far_it_is(database: str) -> None:
     told: list[tuple[str, int, int]] = []
     tune(progress=lambda what, done, total: told.append((what, done, total)))
@@ -148,7 +159,8 @@ def test_results_travel_as_a_file(database: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads((tmp_path / "all.json").read_text())
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "sparsify_compiler tuned results", "version": 9, "records": []}',
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "others", "version": 1, "records": []}',
+                                  '{"format": "sparsify_compiler tuned results", "version": 9, "records": []}',
                                   '{"format": "sparsify_compiler tuned results", "version": 1, "records": [{"times": {"a": "soon"}}]}'])
 def test_files_that_are_none_are_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.json").write_text(text)

@@ -14,6 +14,7 @@ from torch import fx
 
 from sparsify_compiler import catalog, machines
 from sparsify_compiler.cost import Cost, conv_cost, elementwise_cost
+from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import InputError
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.operands import input_of, operands, operator_of, packed_operator
@@ -37,26 +38,25 @@ class Elsewhere:
         self.target, self.between = target, between
         self.machine, own = machines.nearest_machine(target)
         self.source = f"predicted for {target.name}" + ("" if own else f", by what is known of {self.machine.name}")
-        self._rows: list[Any] = []
-        self._sources: dict[int, str] = {}
+        self._sources: dict[int, tuple[Decision, str]] = {}
 
     def timings(self, layers: Sequence[Layer]) -> dict[str, dict[str, Timing]]:
         """Layer -> form -> its time: as it was measured there, else as it is predicted."""
-        self._rows += [layer.decision for layer in layers]
         return {layer.key: self._timings(layer) for layer in layers}
 
     def note(self) -> None:
         """Say of every layer that was lowered where its times come from."""
-        for row in {id(row): row for row in self._rows}.values():
-            row.source = self._sources.get(id(row), self.source)
-            say(row, row.source)
+        for row, source in self._sources.values():
+            row.source = source
+            say(row, source)
 
     def _timings(self, layer: Layer) -> dict[str, Timing]:
         tensors, attributes, _ = operands(layer.region, layer.node)
         known, made = self._predicted(layer, tensors, attributes), {}
         measured = {} if layer.record is None else layer.record.times
+        self._sources.setdefault(id(layer.decision), (layer.decision, self.source))
         if measured:
-            self._sources[id(layer.decision)] = f"{layer.record.source}; {self.source} where nothing was"
+            self._sources[id(layer.decision)] = layer.decision, f"{layer.record.source}; {self.source} where nothing was"
         for name in layer.runs:
             form = layer.forms[name]
             if name in measured:

@@ -84,13 +84,13 @@ def linear(region: Region, node: fx.Node, program: Program, ctx: Context, taken:
     """The layer at a node, its kernels built and ready to run: those that tuning has found worth trying, where it has."""
     offer = offered(region, node, program, ctx, taken)
     layer, x, other = offer.layer, offer.x, offer.other
-    tensors, attributes, bias = operands(region, node)
     layer.record = offer.record
-    layer.add(EAGER, partial(eager, layer.weight, bias), x, other, Form())
+    layer.add(EAGER, partial(eager, layer.weight, layer.bias), x, other, Form())
     for epilogue, candidate in offer.found if offer.record is None else ctx.kernels.as_tuned(offer.found, offer.record):  # type: ignore[union-attr]
-        kernel = bound(candidate, bias, ctx)
+        kernel = bound(candidate, layer.bias, ctx)
         layer.add(candidate.name + epilogue.label, kernel, x, other, Form(candidate.op == "linear", kernel, epilogue))
     if layer.packed and all(form.dense for form in layer.forms.values()):
+        tensors, attributes, bias = operands(region, node)
         run = partial(catalog.get("op", operator_of(node)).op, **tensors, bias=bias, **attributes)
         layer.add(REFERENCE, run, x, other, Form(False))
     return layer

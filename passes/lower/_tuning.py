@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsify_compiler.errors import KernelError, TargetError
-from sparsify_compiler.far import is_far
+from sparsify_compiler.errors import KernelError
+from sparsify_compiler.far import ELSEWHERE, require_here
 from sparsify_compiler.measure import Timing, interleave
-from sparsify_compiler.operands import operands
 from sparsify_compiler.passes.lower._far import weight_bytes
 from sparsify_compiler.passes.lower._layer import EAGER, Form, bound
 from sparsify_compiler.passes.lower._linear import Linear, Offered, eager, offered
@@ -34,9 +33,9 @@ GAIN = 0.97                                 # of the time of the variant that th
 
 def search(found: Iterable[tuple[Region, fx.Node]], program: Program, ctx: Context, again: bool) -> None:
     """Tune every layer of which nothing is known yet; with `again` every layer. Layers of one class are tuned once."""
-    if is_far(ctx.target) and ctx.board is None:
-        raise TargetError("it is not this machine, nothing can be measured for it from here", where=getattr(ctx.target, "name", ""),
-                          hint="name a board with --rpc, or run it there, and bring the results with --export and --import")
+    assert ctx.target is not None
+    if ctx.board is None:
+        require_here(ctx.target, ELSEWHERE)
     layers, taken, seen = list(found), set[fx.Node](), set[Any]()
     between = min(weight_bytes(program), BETWEEN)
     for done, (region, node) in enumerate(layers):
@@ -55,12 +54,13 @@ def _tuned_there(offer: Offered, ctx: Context, between: int) -> None:
     """The same on a remote board: of every kernel that can be laid out for it the fastest variant for the example's rows, timed alone."""
     from sparsify_compiler.codegen import tuned
 
-    layer, bias = offer.layer, operands(offer.layer.region, offer.layer.node)[2]
+    assert ctx.target is not None
+    layer, bias = offer.layer, offer.layer.bias
     x = offer.x.reshape(-1, offer.x.shape[-1]).contiguous()
     other = None if offer.other is None else offer.other.reshape(x.shape[0], -1).contiguous()
     times: dict[str, float] = {}
     options: dict[str, dict[str, Any]] = {}
-    dense, laid_for = set(), getattr(ctx.target, "name", "")
+    dense: set[str] = set()
     for epilogue, candidate in _with_space(offer, ctx):
         try:
             laid = candidate.lay(bias)
@@ -76,7 +76,7 @@ def _tuned_there(offer: Offered, ctx: Context, between: int) -> None:
         times[name] = 1e3 * found[best]
         dense |= {name} if candidate.op == "linear" else set()
         options[candidate.name] = {**candidate.options, "variants": [[x.shape[0], best]]}
-    tuned.store(tuned.Record(offer.key, times, tuple(sorted(dense)), options, f"measured on {laid_for} by RPC, {_now()}"))
+    tuned.store(tuned.Record(offer.key, times, tuple(sorted(dense)), options, f"measured on {ctx.target.name} by RPC, {_now()}"))
 
 
 def _now() -> str:
@@ -88,12 +88,11 @@ def _tuned(offer: Offered, ctx: Context, between: int) -> None:
     from sparsify_compiler.codegen import tuned
 
     assert ctx.kernels is not None
-    layer, bias = offer.layer, operands(offer.layer.region, offer.layer.node)[2]
-    layer.add(EAGER, partial(eager, layer.weight, bias), offer.x, offer.other, Form())
-    candidates = _with_space(offer, ctx)
-    for epilogue, candidate in candidates:
+    layer = offer.layer
+    layer.add(EAGER, partial(eager, layer.weight, layer.bias), offer.x, offer.other, Form())
+    for epilogue, candidate in _with_space(offer, ctx):
         try:
-            kernel = bound(candidate, bias, ctx)
+            kernel = bound(candidate, layer.bias, ctx)
         except KernelError:  # another cut of a kernel that does not fit this weight
             continue
         layer.add(candidate.name + epilogue.label, kernel, offer.x, offer.other, Form(candidate.op == "linear", kernel, epilogue))
@@ -124,7 +123,7 @@ def race(forms: Forms, dense: set[str], before: Callable[[Callable[[], object]],
     times: dict[str, Timing] = {}
     left = dict(forms)
     for rounds, slower in LAPS:
-        times |= interleave(left, rounds=rounds, warmup=1 if slower == LAPS[0][1] else 0, at_most=SECONDS, repeats=1, before=before)
+        times |= interleave(left, rounds=rounds, warmup=0 if times else 1, at_most=SECONDS, repeats=1, before=before)
         if slower is None:
             break
         best = {kind: min((times[name].median for name in left if (name in dense) == kind), default=0.0) for kind in (True, False)}
