@@ -23,7 +23,7 @@ test-slow: $(READY)  ## the tests that need minutes
 # Needs qemu-aarch64 (Debian: qemu-user). Tests of kernels that run here for this machine run there for others: all of them for the least that any
 # 64-bit Arm has and for one with everything, those of layers for each of the others.
 KERNELS := tests/test_kernels.py tests/test_streams.py tests/test_attend_kernels.py tests/test_planes.py tests/test_experts_kernels.py \
-	tests/test_select_inputs.py tests/test_select_neurons.py tests/test_select_inputs_ffn.py tests/test_predicted_ffn.py
+	tests/test_slices.py tests/test_select_inputs.py tests/test_select_neurons.py tests/test_select_inputs_ffn.py tests/test_predicted_ffn.py
 KERNEL_TESTS := numbers or any_shape or strips or any_mask or any_tensor or attend_kernels or geometry or depthwise or kernel_is or streams
 test-arm: $(READY)  ## the tests of kernels for 64-bit Arm, under qemu
 	$(BIN)/python scripts/arm/sysroot.py

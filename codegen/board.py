@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tvm import tirx
 
-from sparsify_compiler.codegen import build, emit
+from sparsify_compiler.codegen import build, emit, tuned
 from sparsify_compiler.codegen.bound import Laid
 from sparsify_compiler.errors import BoardError, InputError, TargetError
 from sparsify_compiler.host_features import AT_HWCAP, AT_HWCAP2, BITS
@@ -121,7 +121,7 @@ class Board:
         between   bytes that are written between two calls, as other layers of a model would read them
         Raises BoardError.
         """
-        near, found = (1e-3 if x.dtype is torch.float32 else 3e-2), {}
+        found = {}
         with _errors(self.name):
             fixed = [self._tensor(getattr(laid.prepared, name)) for name in laid.prepared.STATE]
             given = [self._tensor(x), *fixed, *([] if other is None else [self._tensor(other)])]
@@ -130,7 +130,7 @@ class Board:
                 module, result = self._loaded(build.binary(schedule, self.target)), self._tensor(y)
                 module["main"](*given, result)
                 got = torch.from_numpy(result.numpy().astype("float32"))
-                if torch.allclose(got, expected.float(), rtol=near, atol=near * float(expected.abs().max())):
+                if tuned.agrees(got, expected, x.dtype):
                     timer = module.time_evaluator("main", self._session.cpu(0), number=1, repeat=REPEATS, cache_flush_bytes=between)
                     found[variant] = statistics.median(timer(*given, result).results)
         return found

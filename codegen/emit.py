@@ -196,6 +196,16 @@ def read_float(buffer: Buffer, *index: Expr, lanes: int = 1) -> Expr:
     return upcast_low(cast_to("uint32", tirx.reinterpret(vector_type("uint16", lanes), value), lanes), lanes)
 
 
+def broadcasts(buffer: Buffer, first: Expr, count: int) -> Callable[[int], Expr]:
+    """Of `count` neighbours from buffer[first] on the i-th, as float32 in all lanes; where multiply-adds take lanes, those are loaded as vectors."""
+    width = lanes()
+    if not vectors().by_element:
+        return lambda i: let(broadcast(read_float(buffer, first + i), width))
+    sizes = [min(width, count - at) for at in range(0, count, width)]
+    held = [let(read_float(buffer, first + number * width, lanes=size)) for number, size in enumerate(sizes)]
+    return lambda i: let(broadcast(held[i // width] if sizes[i // width] == 1 else lane(held[i // width], i % width), width))
+
+
 def write_float(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> None:
     """buffer[index] = float32 value, rounded to nearest even for a bfloat16 buffer; any NaN becomes the quiet NaN."""
     if str(buffer.dtype) == "float32":

@@ -7,23 +7,31 @@ text and TVM's version are part of it, so a record is never asked for kernels th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
 
 from sparsify_compiler.codegen import build, cache
 from sparsify_compiler.errors import ArtefactError
 from sparsify_compiler.target import Target, fingerprint, host
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 PREFIX, FORMAT, VERSION = "tuned", "sparsify_compiler tuned results", 1
 HALVES = 2      # classes of a size for each doubling of it
 FEW = 4         # rows up to which each number is a class
 NEAR = 1.1      # a kernel within so much of the best is worth trying on other layers of the class
 EAGER = "dense eager"
+AGREES, AGREES_HALF = 1e-3, 3e-2     # of the largest value, that variants of a kernel may differ by, in float32 and in half precision
 
 
 @dataclass(frozen=True)
@@ -103,14 +111,22 @@ class Record:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Record:
         """Raises ArtefactError for anything else."""
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         try:
-            return TypeAdapter(Record).validate_python(data)
+            return _reader().validate_python(data)
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
             raise ArtefactError(f"not a tuned result: {where}: {problem['msg']}", where="tuned results", hint="export them again") from error
+
+
+def agrees(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Does a variant of a kernel for x of this dtype compute what it is to, up to rounding, and no number where none is due?"""
+    near, right = AGREES if dtype is torch.float32 else AGREES_HALF, expected.float()
+    numbers = right[right.isfinite()].abs()
+    largest = float(numbers.max()) if numbers.numel() else 0.0
+    return torch.allclose(found.float(), right, rtol=near, atol=near * largest, equal_nan=True)
 
 
 def find(key: Key) -> Record | None:
@@ -148,6 +164,14 @@ def read_export(path: Path) -> list[Record]:
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION or not isinstance(data.get("records"), list):
         raise ArtefactError("no tuned results of this version", where=str(path), hint="give a file that `sparsify tune --export` wrote")
     return [Record.from_json(record) for record in data["records"]]
+
+
+@functools.cache
+def _reader() -> TypeAdapter[Record]:
+    """Made once: that takes many times as long as reading a record."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Record)
 
 
 def _middle(number: int) -> int:

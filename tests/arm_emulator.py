@@ -28,6 +28,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts" / "arm"
 sys.path.insert(0, str(SCRIPTS))
 import sysroot  # noqa: E402
 
+PYTHON = sysroot.root() / f"usr/bin/python{sysroot.PYTHON}"
 # What qemu calls a processor that has a target's instructions; it has no model of the later ones.
 PROCESSORS = {"cortex-a53": "cortex-a53", "cortex-a72": "cortex-a72", "cortex-a76": "cortex-a76", "neoverse-n1": "neoverse-n1",
               "aarch64": "cortex-a53", "apple-m1": "cortex-a76", "neoverse-v1": "max,sve256=on,sve512=off",
@@ -47,21 +48,25 @@ def missing() -> str:
 needs_emulator = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
+def qemu(processor: str, **variables: Any) -> list[str | Path]:
+    """The command that a program of that processor's, such as PYTHON, and its arguments follow."""
+    variables = {"TVM_NUM_THREADS": 2, "PYTHONDONTWRITEBYTECODE": 1, "PYTHONNOUSERSITE": 1, **variables}
+    environment = [part for name, value in variables.items() for part in ("-E", f"{name}={value}")]
+    return ["qemu-aarch64", "-cpu", processor, "-L", sysroot.root(), *environment]
+
+
 class Emulator:
     """A process under qemu that runs kernels for a target. Raises RuntimeError where one of them fails or the process dies."""
 
     def __init__(self, target: Target, processor: str = "") -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._file, root = Path(self._folder.name) / "memory", sysroot.root()
+        self._file = Path(self._folder.name) / "memory"
         with self._file.open("wb") as file:
             file.truncate(SIZE)
         with self._file.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), SIZE)
         self._used, self._loaded, self._lock = 0, 0, threading.Lock()
-        variables = {"TVM_NUM_THREADS": 2, "PYTHONDONTWRITEBYTECODE": 1, "PYTHONNOUSERSITE": 1}
-        environment = [part for name, value in variables.items() for part in ("-E", f"{name}={value}")]
-        command = ["qemu-aarch64", "-cpu", processor or PROCESSORS[target.name], "-L", root, *environment, root / f"usr/bin/python{sysroot.PYTHON}",
-                   SCRIPTS / "guest.py", self._file, str(SIZE), root / "site"]
+        command = [*qemu(processor or PROCESSORS[target.name]), PYTHON, SCRIPTS / "guest.py", self._file, str(SIZE), sysroot.root() / "site"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self._base = int(self._answer()["base"])
 

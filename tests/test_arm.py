@@ -3,15 +3,18 @@ and the tests of kernels that run here on every kind of processor (`--target`)."
 
 from __future__ import annotations
 
+import ast
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from arm_emulator import Emulator, emulated, needs_emulator
+from arm_emulator import PROCESSORS, PYTHON, Emulator, emulated, needs_emulator, qemu
 from test_kernels import assert_right, mask_of
 
-from sparsify_compiler import catalog
+from sparsify_compiler import catalog, host_features
 from sparsify_compiler.codegen import build, elf, emit, runtime
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target, host, resolve
@@ -54,9 +57,16 @@ def test_a_process_that_ends_says_how() -> None:
         machine.load(b"")
 
 
+@pytest.mark.parametrize("name", ["cortex-a53", "cortex-a76", "neoverse-v2"])
+def test_the_system_tells_what_instructions_a_processor_has(name: str) -> None:
+    script = "import host_features; print(host_features.aarch64_features())"
+    command = [*qemu(PROCESSORS[name], PYTHONPATH=Path(host_features.__file__).parent), PYTHON, "-c", script]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert {feature for feature, there in ast.literal_eval(told).items() if there} == set(resolve(name).features)
+
+
 def _object(name: str, target: Target, body: Any) -> bytes:
     import tempfile
-    from pathlib import Path
 
     import tvm
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from arm_emulator import SCRIPTS, needs_emulator, sysroot
+from arm_emulator import PYTHON, SCRIPTS, needs_emulator, qemu, sysroot
 from torch import nn
 
 import sparsify_compiler as sc
@@ -162,10 +162,7 @@ def test_the_command_tells_of_it(capsys: pytest.CaptureFixture[str], tmp_path: A
 @contextmanager
 def emulated_board(processor: str) -> Iterator[str]:
     """HOST:PORT/KEY of a server in an emulated 64-bit Arm machine, which has TVM's runtime without the compiler."""
-    root = sysroot.root()
-    variables = {"PYTHONPATH": root / "site", "TVM_USE_RUNTIME_LIB": 1, "PYTHONNOUSERSITE": 1, "PYTHONDONTWRITEBYTECODE": 1, "TVM_NUM_THREADS": 2}
-    command = ["qemu-aarch64", "-cpu", processor, "-L", root, *(part for name, value in variables.items() for part in ("-E", f"{name}={value}")),
-               root / f"usr/bin/python{sysroot.PYTHON}", SCRIPTS / "rpc_server.py", "pi"]
+    command = [*qemu(processor, PYTHONPATH=sysroot.root() / "site", TVM_USE_RUNTIME_LIB=1), PYTHON, SCRIPTS / "rpc_server.py", "pi"]
     running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert running.stdout is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import platform
 from typing import Any
 
 import pytest
@@ -40,6 +42,26 @@ def test_the_names_that_the_other_parts_count_on() -> None:
     assert (resolve("cortex-a76").vector_bytes, resolve("cortex-a76").vector_registers) == (16, 32)
     assert (resolve("x86-avx2").vector_bytes, resolve("x86-avx2").vector_registers) == (32, 16)
     assert (resolve("x86-amx").vector_bytes, resolve("x86-amx").vector_registers) == (64, 32)
+    assert dataclasses.replace(resolve("x86-avx2"), features=()).vector_bytes == 16
+
+
+def test_the_host_has_no_feature_without_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a virtual machine hides some of them."""
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    told = {"neon": True, "dotprod": True, "fullfp16": False, "sve": True, "sve2": True}
+    monkeypatch.setattr("sparsify_compiler.target.aarch64_features", lambda: told)
+    assert (host.__wrapped__().arch, host.__wrapped__().features) == ("aarch64", ("dotprod", "neon"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if resolve(name).arch == "x86_64"])
+def test_the_host_is_tuned_for_as_the_target_of_its_features(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tvm
+
+    target = resolve(name)
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    monkeypatch.setattr(tvm, "get_global_func", lambda _: lambda: dict.fromkeys(target.features, 1))
+    assert (host.__wrapped__().mcpu, host.__wrapped__().features) == (target.mcpu, target.features)
+    assert target.cores == os.cpu_count()
 
 
 @pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
@@ -59,6 +81,15 @@ def test_processors_have_the_features_that_targets_give_them(name: str) -> None:
     plain = tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-unknown-linux-gnu", "mcpu": target.mcpu})
     assert {feature for feature in FEATURES["aarch64"] if feature in about(plain)} == set(target.features)
     assert {feature for feature in FEATURES["aarch64"] if feature in about(tvm_target(target))} == set(target.features)
+
+
+@pytest.mark.parametrize(("name", "level"), [("x86-avx2", {"avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"}),
+                                            ("x86-avx512", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})])
+def test_code_for_x86_has_all_instructions_of_its_level(name: str, level: set[str]) -> None:
+    """x86-64-v3, and what v4 has more: System V ABI, AMD64 supplement, section 3.1.1."""
+    import tvm
+
+    assert level <= set(map(str, tvm.get_global_func("target.llvm_get_cpu_features")(tvm_target(resolve(name)))))
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ import sparsify_compiler as sc
 from sparsify_compiler import catalog
 from sparsify_compiler.cli import main
 from sparsify_compiler.codegen import cache, runtime, tuned
-from sparsify_compiler.codegen.bound import BoundKernel, chosen_by
+from sparsify_compiler.codegen.bound import BoundKernel, chosen_by, elsewhere, workers
 from sparsify_compiler.codegen.tuned import Key, Record
 from sparsify_compiler.errors import ArtefactError, InputError, ParseError, StorageError, TargetError
 from sparsify_compiler.measure import Timing
@@ -253,6 +254,33 @@ def test_variants_are_chosen_as_they_were_measured() -> None:
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
     for variant in laid.variants.schedules:
         torch.testing.assert_close(kernel.by(variant, x), kernel(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("found", "expected", "right"), [
+    ((1.0, 1000.5), (1.0, 1000.0), True), ((1.0, 1002.5), (1.0, 1000.0), False), ((), (), True),
+    ((1.0, math.nan), (1.0, math.nan), True), ((1.0, 0.0), (1.0, math.nan), False), ((math.nan, 0.0), (0.0, 0.0), False),
+    ((9.0, math.inf), (1.0, math.inf), False), ((1.0, math.inf), (1.0, math.inf), True), ((1.0, -math.inf), (1.0, math.inf), False)])
+def test_variants_that_agree(found: tuple[float, ...], expected: tuple[float, ...], right: bool) -> None:
+    one, other = (torch.tensor(numbers, dtype=torch.float32) for numbers in (found, expected))
+    assert tuned.agrees(one, other, torch.float32) is right
+    assert tuned.agrees(one.bfloat16(), other.bfloat16(), torch.bfloat16) is (right or found == (1.0, 1002.5))
+
+
+def test_a_weight_cut_in_another_way_is_laid_out_anew() -> None:
+    weight, mask = torch.ones(32, 16, dtype=torch.float32), torch.ones(32, 16, dtype=torch.bool)
+    stored = catalog.get("format", "bsr").encode(weight, mask, r=16, c=1)
+    shared: runtime.Layouts = {}
+    options = {"family": "lanes", "vectors": 1, "dtype": "float32"}
+    laid = [runtime.lay("linear_bsr", {**options, "r": r}, stored.tensors(), stored.attributes(), None, host(), shared).prepared for r in (16, 8, 16)]
+    assert [made.layout.r for made in laid] == [16, 8, 16]
+    assert laid[0] is laid[2]
+
+
+def test_what_runs_without_torch_counts_on_every_core() -> None:
+    machine = replace(host(), cores=7)
+    assert workers(machine) == torch.get_num_threads()
+    with elsewhere():
+        assert workers(machine) == 7
 
 
 def test_bad_input(database: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from arm_emulator import PROCESSORS, missing, sysroot
+from arm_emulator import PROCESSORS, PYTHON, missing, qemu, sysroot
 from whole_graph_help import build_example, compiled_encoder, example, inputs, libraries
 
 from sparsify_compiler.target import resolve
@@ -42,8 +42,7 @@ def program(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def emulated(processor: str, site: Path) -> list[Any]:
     """The command that runs a program of that processor's."""
     path = ":".join(str(one / "lib") for one in libraries(site))
-    variables = {"LD_LIBRARY_PATH": path, "PYTHONPATH": site, "PYTHONDONTWRITEBYTECODE": 1, "PYTHONNOUSERSITE": 1, "TVM_NUM_THREADS": 2}
-    return ["qemu-aarch64", "-cpu", processor, "-L", sysroot.root(), *(part for one in variables.items() for part in ("-E", f"{one[0]}={one[1]}"))]
+    return qemu(processor, LD_LIBRARY_PATH=path, PYTHONPATH=site)
 
 
 def expected(ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -65,8 +64,7 @@ def test_from_c_plus_plus(program: Path, folder: Path, site: Path, tmp_path: Pat
 
 def test_from_python(folder: Path, site: Path, tmp_path: Path) -> None:
     ids, mask = inputs(2, 5)
-    python = sysroot.root() / f"usr/bin/python{sysroot.PYTHON}"
-    found = example(python, folder / "run.py", {"ids": ids, "mask": mask}, tmp_path, emulated(PROCESSORS[TARGET], site), site, [str(folder)])
+    found = example(PYTHON, folder / "run.py", {"ids": ids, "mask": mask}, tmp_path, emulated(PROCESSORS[TARGET], site), site, [str(folder)])
     agrees(found, ids, mask)
 
 

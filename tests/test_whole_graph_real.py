@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from arm_emulator import PROCESSORS, sysroot
+from arm_emulator import PROCESSORS, PYTHON
 from test_whole_graph_arm import TARGET, emulated, program, site  # noqa: F401
 from torch import nn
 from whole_graph_help import example
@@ -49,7 +49,7 @@ def test_agrees_with_torch(model_of: Any, tmp_path: Path, program: Path, site: P
     with torch.no_grad():
         result = model(**inputs)
     expected = dict(result) if isinstance(result, dict) else {"output": result}
-    python = [sysroot.root() / f"usr/bin/python{sysroot.PYTHON}", tmp_path / "out" / "run.py"]
+    python = [PYTHON, tmp_path / "out" / "run.py"]
     for command, more in (([program, tmp_path / "out"], []), (python, [str(tmp_path / "out")])):
         found = example(*command, inputs, tmp_path, emulated(PROCESSORS[TARGET], site), site, more)
         for name, value in expected.items():

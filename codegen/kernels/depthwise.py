@@ -60,7 +60,8 @@ def _body(how: Depthwise) -> None:
         source = e.opaque(b * a.x.image + tirx.truncdiv(o, e.opaque(tirx.truncdiv(a.O, a.C))) * a.x.plane)
         to, added = (None if one is None else e.opaque(b * one.image + o * one.plane) for one in (a.y, a.other))
         taps = how.kernel[0] * how.kernel[1]
-        weights = _weights(a, o * taps, taps)
+        load_weight = e.broadcasts(a.weight, o * taps, taps)
+        weights = [load_weight(tap) for tap in range(taps)]
         bias = e.let(e.broadcast(e.load(a.bias, o), e.lanes()))
         t = SimpleNamespace(source=source, to=to, added=added, begin=begin, end=end, weights=weights, bias=bias)
         if how.stride[1] > WHOLE or not e.vectors().masked:
@@ -69,17 +70,6 @@ def _body(how: Depthwise) -> None:
             room, last = e.lanes() * how.stride[1], (how.kernel[1] - 1) * how.dilation[1]
             fits = tirx.And((a.w - 1) * how.stride[1] + last < room, a.W + how.padding <= room)
             e.choose(fits, lambda: _bands(how, a, t, 0, a.w, lambda y: _row(how, a, e.opaque(source + y * a.W))), lambda: _pieces(how, a, t))
-
-
-def _weights(a: Any, first: Any, count: int) -> Callable[[int], Any]:
-    """weight(tap) in all lanes: each in a register of its own, or several in one, where lanes can be factors."""
-    if not e.vectors().by_element:
-        whole = [e.let(e.broadcast(e.load(a.weight, first + tap), e.lanes())) for tap in range(count)]
-        return lambda tap: whole[tap]
-    width = e.lanes()
-    parts = [(at, min(width, count - at)) for at in range(0, count, width)]
-    held = [e.let(e.load(a.weight, first + at, lanes=size)) for at, size in parts]
-    return lambda tap: e.broadcast(held[tap // width] if parts[tap // width][1] == 1 else e.lane(held[tap // width], tap % width), width)
 
 
 def _pieces(how: Depthwise, a: Any, t: Any) -> None:
@@ -123,7 +113,7 @@ def _tile(how: Depthwise, a: Any, t: Any, first: Any, column: Any, count: Any, i
             vectors = inputs(y)
             for row, ky in uses:
                 for kx, vector in enumerate(vectors):
-                    sums[row].multiply_add(t.weights(ky * how.kernel[1] + kx), vector)
+                    sums[row].multiply_add(t.weights[ky * how.kernel[1] + kx], vector)
     for row, total in enumerate(sums):
         with e.when(first + row < t.end):
             place = e.opaque((first + row) * a.w + column)

@@ -33,7 +33,7 @@ FEW_ROWS = {torch.float32: 4, torch.bfloat16: 2}
 
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
-    """Name and options of the kernel, for machines whose vectors can be compressed."""
+    """Name and options of the kernel."""
     if op != OP or dtype not in DTYPES or tensors["weight"].dtype is not dtype or min(tensors["weight"].shape) < 1:
         return []
     return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})]

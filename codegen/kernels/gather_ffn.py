@@ -24,7 +24,7 @@ NAME, OP, LABEL = "gather_ffn", "select_ffn", "gather by neuron"
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
     """Name and options of the kernel, for FFNs with a gate and a stored limit."""
-    known = op == OP and {"up", "limit"} <= set(tensors) and takes(tensors, attributes, dtype, target)
+    known = op == OP and {"up", "limit"} <= set(tensors) and takes(tensors, attributes, dtype)
     return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})] if known else []
 
 

@@ -27,7 +27,7 @@ BY = ("limit", "scale", "center")
 
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
-    """Name and options of the kernel, for machines whose vectors can be compressed, and limits that are stored."""
+    """Name and options of the kernel, for limits that are stored."""
     if op != OP or dtype not in DTYPES:
         return []
     weights = [tensors[name] for name in LINEARS if name in tensors]

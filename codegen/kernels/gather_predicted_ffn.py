@@ -25,7 +25,7 @@ NAME, OP, LABEL = "gather_predicted_ffn", "predicted_ffn", "gather by prediction
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
     """Name and options of the kernel."""
-    known = op == OP and takes(tensors, attributes, dtype, target)
+    known = op == OP and takes(tensors, attributes, dtype)
     return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})] if known else []
 
 

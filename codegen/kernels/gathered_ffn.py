@@ -21,8 +21,8 @@ from sparsify_compiler.target import Target
 WEIGHTS = ("gate", "up", "down")
 
 
-def takes(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, target: Target) -> bool:
-    """Are these weights of this dtype and of whole vectors, the activation known, and the machine one whose vectors can be compressed?"""
+def takes(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype) -> bool:
+    """Are these weights of this dtype and of whole vectors, and the activation known?"""
     weights = [tensors[name] for name in WEIGHTS if name in tensors]
     if dtype not in DTYPES or any(weight.dtype is not dtype for weight in weights):
         return False

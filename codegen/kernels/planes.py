@@ -132,10 +132,9 @@ def _sums(how: Planes, a: Any, t: Any, m: int, at: Any, start: Any) -> list[list
         with e.loop(last, start=first) as place:
             source = e.let(t.source + e.load(a.offsets, place))
             inputs = [e.let(e.load(a.x, source + v * lanes, lanes=lanes) if v < m - 1 else load_last(source + v * lanes)) for v in range(m)]
-            weights = e.let(e.load(a.values, place * how.r, lanes=how.r)) if e.vectors().by_element and how.r > 1 else None
+            weights = e.broadcasts(a.values, place * how.r, how.r)
             for row in range(how.r):
-                one = e.load(a.values, place * how.r + row) if weights is None else e.lane(weights, row)
-                weight = e.let(e.broadcast(one, lanes))
+                weight = weights(row)
                 for v in range(m):
                     sums[row][v].multiply_add(weight, inputs[v])
 

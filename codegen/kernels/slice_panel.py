@@ -96,11 +96,10 @@ def _sums(a: Arguments, how: SlicePanel, packed: Any, panel: Any, number: Any, l
         begin = e.let(first + chunk * CHUNK)
         with e.loop(count) as j:
             source, start_of = (values, j * LANES) if layout.step > 1 else (a.values, (begin + j) * LANES)
-            held = [e.let(e.load(source, start_of + lane + o, lanes=width)) for o in range(0, together, width)] if e.vectors().by_element else []
+            factors = e.broadcasts(source, start_of + lane, together)
             for o, row in enumerate(sums):
                 at = e.let(e.load(columns, j * LANES + lane + o))
-                one = e.lane(held[o // width], o % width) if held else e.load(source, start_of + lane + o)
-                weight = e.let(e.broadcast(one, width))
+                weight = factors(o)
                 for v, total in enumerate(row):
                     total.multiply_add(weight, e.load(packed, at + v * width, lanes=width))
     return sums

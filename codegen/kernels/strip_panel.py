@@ -123,16 +123,14 @@ def _visit(how: StripPanel, a: Any, t: Any, count: int, block: Any, before: Any,
 
     e.choose(tirx.EQ(block, 0), start, go_on)
     with e.loop(e.load(a.pointers, visit + 1), start=e.load(a.pointers, visit)) as step:
-        weights = e.let(e.read_float(a.values, step * SLICE, lanes=SLICE)) if e.vectors().by_element else None
+        weights = e.broadcasts(a.values, step * SLICE, SLICE)
         for lane in range(lanes):
             column = e.external("int32", "scalar", e.cast("int32", e.load(a.columns, step * lanes + lane)))
             at = e.let(column * width)
             inputs = [e.let(e.load(t.packed, at + v * e.lanes(), lanes=e.lanes())) for v in range(count)]
             for row in range(r):
-                number = lane * r + row
-                one = e.read_float(a.values, step * SLICE + number) if weights is None else e.lane(weights, number)
-                weight = e.let(e.broadcast(one, e.lanes()))
-                for register, value in zip(sums[number], inputs, strict=True):
+                weight = weights(lane * r + row)
+                for register, value in zip(sums[lane * r + row], inputs, strict=True):
                     register.multiply_add(weight, value)
     for at, registers in zip(held, sums, strict=True):
         again = e.opaque(e.external("int32", "scalar", at))  # else the places of all registers are kept on the stack meanwhile
