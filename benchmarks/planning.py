@@ -21,6 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ RULES = tuple(f"{rule} {structure}" for rule in ("uniform", "erk", "owl") for st
 METHODS = ("planned", *RULES, "greedy", "evolutionary", "randomly")
 SHARES = (0.85, 0.75, 0.65, 0.55, 0.45)
 ROUNDS, WARM = 11, 2
+OTHERS = {"inputs": "select_inputs()", "bfloat16": "cast_layers()"}  # choices that are no structure of a weight
+CORRECTED = 2  # times that a plan is lowered and made again by what was measured of its layers
 LOWERING = Pipeline((Pack(), Lower(rounds=7)))
 
 
@@ -63,14 +66,14 @@ def main() -> None:
     parser.add_argument("--model", choices=list(SUBJECTS), default="minilm")
     parser.add_argument("--out", type=Path, default=Path("planning_out"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
+    parser.add_argument("--structures", nargs="+", default=list(STRUCTURES), help="of weights; 'inputs': tokens select what they read; 'bfloat16'")
     parser.add_argument("--inputs", choices=["pruned", "dense"], default="pruned", help="of the repair: the pruned model's, or the dense one's")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the layers' dense seconds, that the layers may take")
     parser.add_argument("--probes", type=int, default=1)
     parser.add_argument("--speedup", type=float, default=1.5)
     parser.add_argument("--drop", type=float, default=0.05, help="quality: 1 - cosine, or the rise of SmolLM2's perplexity")
     parser.add_argument("--sentences", type=int, default=8, help="of 128 tokens, that are timed")
-    parser.add_argument("--decode", action="store_true", help="speedup: of one token with a cache, not of a text")
+    parser.add_argument("--decode", action="store_true", help="of one token, not of a text; speedup: with a cache")
     parser.add_argument("--group", type=int, default=8, help="models that take turns at a time")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -80,6 +83,8 @@ def main() -> None:
 def build(arguments: argparse.Namespace) -> None:
     """Every point of every method: its quality, and the lowered model on disk."""
     subject = SUBJECTS[arguments.model](arguments)
+    if arguments.decode:
+        subject.capture({"input_ids": {1: "tokens"}})
     out = arguments.out / arguments.model
     out.mkdir(parents=True, exist_ok=True)
     ctx = Context(target=host(), example_inputs=timed(subject, arguments), batches=subject.batches, kernels=runtime)
@@ -95,14 +100,27 @@ def build(arguments: argparse.Namespace) -> None:
         for method in arguments.methods:
             if (out / f"{method} {share}.json").exists():
                 continue
-            before = dict(survey.scale)
+            mine = replace(survey, scale=dict(survey.scale), _costs=dict(survey._costs))  # what one method found out is not for the others
             if method == "planned":
-                taken = planner.refine(survey, SECONDS, survey.plan(SECONDS, share * dense), subject.captured, ctx).taken
+                taken = planned(planner, mine, share, subject, ctx)
             else:
-                taken = rivals.made(method, survey, share * dense, subject.captured, ctx, arguments.structures)
-            about = {"method": method, "asked": share, "sentences": arguments.sentences, "lost": lost(survey, taken)}
-            survey.scale = before  # what one method found out is not for the others
+                taken = rivals.made(method, mine, share * dense, subject.captured, ctx, arguments.structures)
+            about = {"method": method, "asked": share, "sentences": arguments.sentences, "lost": lost(mine, taken)}
             keep(subject, ctx, out, f"{method} {share}", survey, taken, about)
+
+
+def planned(planner: ChooseLayers, survey: Survey, share: float, subject: Subject, ctx: Context) -> Mapping[str, Offer]:
+    """As compile() does it: plan, look again around the plan, lower, take over what was measured of each layer, and plan again."""
+    plan = planner.refine(survey, SECONDS, survey.plan(SECONDS, share * survey.as_it_is(SECONDS).cost), subject.captured, ctx)
+    for _ in range(CORRECTED):
+        rows = (plan.pipeline | LOWERING).run(subject.captured, ctx, ()).decisions
+        known = {site: rows[site] for site in plan.taken if site in rows}
+        survey.correct(SECONDS, {site: row.compiled_ms / 1e3 for site, row in known.items() if row.compiled_ms}, plan.taken,
+                       {site: row.dense_ms / 1e3 for site, row in known.items() if row.dense_ms})
+        before, plan = plan, survey.plan(SECONDS, share * survey.as_it_is(SECONDS).cost)
+        if plan.taken == before.taken:
+            break
+    return plan.taken
 
 
 def lost(survey: Survey, taken: Mapping[str, Offer]) -> float | None:
@@ -114,14 +132,16 @@ def lost(survey: Survey, taken: Mapping[str, Offer]) -> float | None:
 def timed(subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
     """What latency is measured on."""
     if isinstance(subject, SmolLM2):
-        return subject.batches[0]
+        batch = subject.batches[0]
+        return {**batch, "input_ids": batch["input_ids"][:, :1]} if arguments.decode else batch
     example: dict[str, Any] = subject.timed  # type: ignore[attr-defined]
     return {name: value[: arguments.sentences] for name, value in example.items()}
 
 
 def planner_of(arguments: argparse.Namespace) -> ChooseLayers:
-    masks = [f"mask_weights(score=repair, structure={structure!r}, repair=obs, inputs={arguments.inputs})" for structure in arguments.structures]
-    return ChooseLayers(choices=tuple(masks), probes=arguments.probes)
+    choices = [OTHERS.get(structure) or f"mask_weights(score=repair, structure={structure!r}, repair=obs, inputs={arguments.inputs})"
+               for structure in arguments.structures]
+    return ChooseLayers(choices=tuple(choices), probes=arguments.probes)
 
 
 def keep(subject: Subject, ctx: Context, out: Path, name: str, survey: Survey, taken: Mapping[str, Offer], about: dict[str, Any]) -> None:
@@ -168,7 +188,8 @@ def dense_of(arguments: argparse.Namespace, sentences: int) -> tuple[torch.nn.Mo
 
     drawn = torch.Generator().manual_seed(0)
     if arguments.model == "smollm2":
-        return smollm2(arguments.cache)[0], {"input_ids": torch.randint(1000, 20000, (1, 512), generator=drawn), "use_cache": False}
+        tokens = torch.randint(1000, 20000, (1, 1 if arguments.decode else 512), generator=drawn)
+        return smollm2(arguments.cache)[0], {"input_ids": tokens, "use_cache": False}
     place = object.__new__(SUBJECTS[arguments.model]).place(arguments.cache)  # type: ignore[call-overload, type-var, attr-defined]
     model = AutoModel.from_pretrained(place, dtype=torch.float32).eval()
     tokens = torch.randint(1000, 20000, (sentences, 128), generator=drawn)
@@ -213,7 +234,7 @@ def compiled_for(subject: Subject, arguments: argparse.Namespace, budget: sc.Bud
     """One compile() within a budget, by the planner."""
     example, batches = timed(subject, arguments), subject.batches
     if arguments.decode:  # with its cache a model is captured in parts
-        example, batches = {"input_ids": example["input_ids"][:, :1]}, [{"input_ids": batch["input_ids"]} for batch in batches]
+        example, batches = {"input_ids": example["input_ids"]}, [{"input_ids": batch["input_ids"]} for batch in batches]
     dynamic = {name: {0: "batch", 1: "length"} for name, value in example.items() if isinstance(value, torch.Tensor)}
     return sc.compile(subject.model, example, recipe=Pipeline((planner_of(arguments),)), budget=budget, calibration=batches, dynamic=dynamic,
                       progress=True)

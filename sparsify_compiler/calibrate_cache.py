@@ -6,7 +6,8 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,25 +90,49 @@ class Cache:
         self.folder, self.key, self.warn = folder, key, warn
 
     def read(self, entries: Sequence[Entry]) -> dict[Entry, Tensor] | None:
-        """The results, or None when they are not there or damaged."""
+        """The results, or None when they are not there or damaged. They may lie in groups that hold others besides."""
+        names = {_name(entry): entry for entry in entries}
+        found: dict[Entry, Tensor] = {}
+        left = set(names)
+        for place, held in chain([(self._place(entries), set(names))], self._others(set(names))):
+            tensors = self._read(place, held & left)
+            if tensors is not None:
+                found |= {names[name]: tensor for name, tensor in tensors.items()}
+                left -= held
+            if not left:
+                return found
+        return None
+
+    def _others(self, names: Collection[str]) -> Iterator[tuple[Path, set[str]]]:
+        """Groups of which some of these were asked, and which."""
+        for manifest in self.folder.glob("*/manifest.json"):
+            try:
+                told = json.loads(manifest.read_text(encoding="utf-8"))
+                held = {*names} & {*told["names"]} if told["key"] == self.key else set()
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if held:
+                yield manifest.parent, held
+
+    def _read(self, place: Path, names: Collection[str]) -> dict[str, Tensor] | None:
+        """Those of the tensors that a group holds; None of a damaged one."""
         try:
-            place = settled(self._place(entries))
+            place = settled(place)
             manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-            if manifest["sha256"] != sha256(place / "statistics.safetensors"):
+            if not names or manifest["sha256"] != sha256(place / "statistics.safetensors"):
                 return None
             tensors = read_safetensors(place / "statistics.safetensors")
             os.utime(place)
         except (OSError, ValueError, KeyError, TypeError, ArtefactError):
             return None
-        names = {_name(entry): entry for entry in entries}
-        return {names[name]: tensor for name, tensor in tensors.items() if name in names}
+        return {name: tensor for name, tensor in tensors.items() if name in names}
 
     def write(self, entries: Sequence[Entry], results: Mapping[Entry, Tensor]) -> None:
         """Keep the results, if that is possible."""
         try:
             with writing(self._place(entries), lambda path: True) as new:
                 write_safetensors(new / "statistics.safetensors", {_name(e): t.contiguous() for e, t in results.items()})
-                manifest = {"sha256": sha256(new / "statistics.safetensors")}
+                manifest = {"sha256": sha256(new / "statistics.safetensors"), "key": self.key, "names": sorted(map(_name, entries))}
                 (new / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
             _trim(self.folder)
         except (StorageError, OSError) as error:

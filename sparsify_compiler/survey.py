@@ -14,6 +14,7 @@ from .passes_api import Context, Pass
 from .pipeline import Pipeline
 from .planned import Option, Planned, Point
 from .program import Program
+from .silence import without_lines
 
 DENSE = "dense"
 SECONDS, BYTES, WEIGHTS, FLOPS, JOULES = "seconds", "bytes", "weights", "flops", "joules"
@@ -174,7 +175,8 @@ class Survey:
 
     def _solved(self, kind: str, objective: list[list[float]], limits: list[tuple[list[list[float]], float]], *, swapped: bool) -> Plan:
         start = time.perf_counter()
-        found = catalog.get("solver", "solve").solve(objective, limits, alike=self._groups())
+        with without_lines(b"HighsMipSolverData"):  # scipy's solver prints so for itself, whatever it is told
+            found = catalog.get("solver", "solve").solve(objective, limits, alike=self._groups())
         self.seconds += time.perf_counter() - start
         loss, cost = (found.spent[0], found.loss) if swapped else (found.loss, found.spent[0])
         return self._plan(found.choice, loss, cost, found.relaxed)

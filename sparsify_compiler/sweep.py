@@ -53,6 +53,7 @@ class Sweep:
         self._call = {node: (node.args, dict(node.kwargs)) for node in self._nodes}  # passes edit the graph while it is swept
         self._tensors = {node: get_tensor(self._region.module, str(node.target)) for node in self._nodes if node.op == "get_attr"}
         self._weights = dict(self._tensors)
+        self._reads: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
         self._streams = [Stream(values) for values in _begin(self._region, batches)]
         self._twins = [stream.copy() for stream in self._streams] if dense else []
 
@@ -63,6 +64,10 @@ class Sweep:
     def replace(self, weight: fx.Node, tensor: Tensor) -> None:
         """From here on the get_attr node `weight` reads `tensor`; beside it, what was dense stays dense."""
         self._weights[weight] = tensor
+
+    def read(self, op: fx.Node, function: Callable[[Tensor], Tensor]) -> None:
+        """From here on the linear `op` reads what the function makes of its input; beside it, what was dense stays dense."""
+        self._reads[op] = function
 
     def gather(self, wanted: Mapping[fx.Node, Collection[str]]) -> dict[fx.Node, dict[str, Tensor]]:
         """Bring all batches to the first of these ops (linears and convolutions), and gather statistics of what each of them reads.
@@ -76,7 +81,7 @@ class Sweep:
         sums = Gathering(wanted)
         with torch.no_grad():
             for stream, twin in zip_longest(self._streams, self._twins):
-                self._run(stream, min(map(self.order, wanted)), self._weights)
+                self._run(stream, min(map(self.order, wanted)), self._weights, self._reads)
                 if twin is not None:
                     self._run(twin, stream.place, self._tensors)
                 self._visit(stream, twin, sorted(wanted, key=self.order), sums)
@@ -86,7 +91,7 @@ class Sweep:
         """Bring all batches behind this node, which somebody reads. Returns its value in each."""
         with torch.no_grad():
             for stream in self._streams:
-                self._run(stream, self.order(node) + 1, self._weights)
+                self._run(stream, self.order(node) + 1, self._weights, self._reads)
         return [stream.values[node] for stream in self._streams]
 
     def ahead(self, node: fx.Node, reads: Mapping[fx.Node, Callable[[Tensor], Tensor]]) -> list[Tensor]:
@@ -95,18 +100,19 @@ class Sweep:
         with torch.no_grad():
             for stream in self._streams:
                 going = stream.copy()
-                self._run(going, self.order(node) + 1, self._weights, reads)
+                self._run(going, self.order(node) + 1, self._weights, {**self._reads, **reads})
                 found.append(going.values[node])
         return found
 
-    def outcome(self, weights: Mapping[fx.Node, Tensor]) -> list[list[Tensor]]:
-        """What the whole model would give in each batch, flat, if these get_attr nodes gave other tensors. The batches stay where they are."""
+    def outcome(self, weights: Mapping[fx.Node, Tensor], reads: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None) -> list[list[Tensor]]:
+        """What the whole model would give in each batch, flat, if these get_attr nodes gave other tensors, and these linears read what the functions
+        make of their inputs. The batches stay where they are."""
         (result,) = [node for node in self._nodes if node.op == "output"]
         found = []
         with torch.no_grad():
             for stream in self._streams:
                 going = stream.copy()
-                self._run(going, self.order(result), {**self._weights, **weights})
+                self._run(going, self.order(result), {**self._weights, **weights}, {**self._reads, **(reads or {})})
                 given = pytree.tree_leaves(fx.node.map_aggregate(result.args, partial(_value, values=going.values, weights=self._weights)))
                 found.append([leaf for leaf in given if isinstance(leaf, Tensor)])
         return found
@@ -115,7 +121,7 @@ class Sweep:
         """Bring all batches to just before an op."""
         with torch.no_grad():
             for stream in self._streams:
-                self._run(stream, self.order(op), self._weights)
+                self._run(stream, self.order(op), self._weights, self._reads)
 
     def substitute(self, node: fx.Node, values: Sequence[Tensor]) -> None:
         """From here on the readers of the node that was reached last see these values, one a batch."""
@@ -133,7 +139,7 @@ class Sweep:
             return
         ahead, beside = stream.copy(), None if twin is None else twin.copy()
         for op in waiting:
-            self._run(ahead, self.order(op), self._weights)
+            self._run(ahead, self.order(op), self._weights, self._reads)
             if beside is not None:
                 self._run(beside, self.order(op), self._tensors)
             sums.add(op, ahead.values, None if beside is None else beside.values)

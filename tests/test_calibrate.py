@@ -140,6 +140,18 @@ def test_the_cache_spares_the_run_and_depends_on_content(folder: Path) -> None:
     assert [c.runs for c in (other_model, other_batches, other_statistics, other_graph)] == [1, 1, 1, 1]
 
 
+def test_some_of_what_is_known_spares_the_run(folder: Path) -> None:
+    program, _ = program_of()
+    needs = {"q": frozenset({"input_norm", "gram"}), "out": frozenset({"gram"})}
+    first = gather(program, batches_of(), needs, cache=folder)
+    gather(program, batches_of(), {"conv": frozenset({"absmax"})}, cache=folder)
+    some = gather(program, batches_of(), {"out": frozenset({"gram"}), "conv": frozenset({"absmax"})}, cache=folder)
+    assert some.runs == 0
+    assert torch.equal(some.get("out", "gram"), first.get("out", "gram"))
+    assert gather(program, batches_of(), {"out": frozenset({"gram", "absmax"})}, cache=folder).runs == 1
+    assert gather(program_of(1)[0], batches_of(), {"out": frozenset({"gram"})}, cache=folder).runs == 1
+
+
 def test_another_budget_does_not_recalibrate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSIFY_CACHE", str(folder))
     program, _ = program_of()

@@ -22,6 +22,7 @@ from sparsify_compiler.errors import BudgetError, CalibrationError, ParseError
 from sparsify_compiler.passes.plan import _costs
 from sparsify_compiler.passes.plan._curves import between
 from sparsify_compiler.passes.plan._evidence import Evidence
+from sparsify_compiler.passes.plan._probes import Probes
 from sparsify_compiler.passes.plan.choose_layers import ChooseLayers
 from sparsify_compiler.passes.prune._layers import find_layers
 from sparsify_compiler.passes.prune.mask_weights import MaskWeights
@@ -170,6 +171,21 @@ def test_inputs_are_planned_for_as_weights_are(net: Net, batches: list[Any]) -> 
     assert ctx.planned is not None
     assert ctx.planned.pipeline.startswith("select_inputs(budget=")
     assert found.decisions["second.0"].budget < found.decisions["head.0"].budget
+
+
+@pytest.mark.parametrize("choice", [CHOICES[0], "select_inputs()"], ids=["weights", "inputs"])
+def test_probes_are_what_the_whole_model_does(net: Net, batches: list[Any], choice: str) -> None:
+    program = capture(net, batches[0])
+    layers = find_layers(program, ("linear",), ())[0]
+    (item,) = Pipeline.parse(choice).passes
+    everywhere = Pipeline((replace(item, density=0.5),)).run(program, context(batches), ())  # type: ignore[call-arg]
+    probes = Probes(program, layers, batches, context(batches))
+    whole, saved = probes.together(everywhere, ["first.2"])
+    assert whole == pytest.approx(moved(net, instantiate(everywhere), batches), rel=1e-3) == probes.whole(everywhere)
+    for path, value in {**probes.apart(everywhere, ["first.0", "head.2"]), "first.2": whole - saved["first.2"]}.items():
+        cut = {layer.path for layer in layers} - {path} if path == "first.2" else {path}
+        alone = Pipeline((replace(item, density=0.5, targets=tuple(sorted(cut))),)).run(program, context(batches), ())  # type: ignore[call-arg]
+        assert value == pytest.approx(moved(net, instantiate(alone), batches), rel=1e-3), path
 
 
 def test_without_a_budget_nothing_is_traded(net: Net, batches: list[Any]) -> None:

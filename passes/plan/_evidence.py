@@ -115,17 +115,17 @@ class Evidence:
             errors = ((change @ self.found.get(use.site.path, "gram").float()) * change).sum(1).double()
         else:
             seen = self.found.get(use.site.path, "input_rows").to(old.dtype)
-            moved = _at(rewritten.regions[use.region.path], op, source.name, seen) - _at(use.region, use.op, source.name, seen)
+            moved = value_at(rewritten.regions[use.region.path], op, source.name, seen) - value_at(use.region, use.op, source.name, seen)
             errors = moved.double().square().mean(0) * float(self.found.get(use.site.path, "samples"))
         return float((weighs * errors).sum()) / (2 * self.batches)
 
 
 def weight_of(region: Region, op: fx.Node) -> Tensor:
     """The weight that a linear computes with in effect, its mask included."""
-    return _at(region, op.kwargs["weight"], "", None)
+    return value_at(region, op.kwargs["weight"], "", None)
 
 
-def _at(region: Region, node: Any, source: str, rows: Tensor | None) -> Tensor:
+def value_at(region: Region, node: Any, source: str, rows: Tensor | None) -> Tensor:
     """The value of a node that depends on stored tensors and, where it is called `source`, on these rows."""
     known: dict[fx.Node, Any] = {}
 

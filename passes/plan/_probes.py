@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, fx
 
 from sparsify_compiler.divergence import divergence
-from sparsify_compiler.passes.plan._evidence import weight_of
+from sparsify_compiler.passes.plan._evidence import value_at, weight_of
 from sparsify_compiler.passes.prune._apply import sources_of
 from sparsify_compiler.passes.prune._layers import Layer
 from sparsify_compiler.passes_api import Context
@@ -31,7 +32,8 @@ class Probes:
     def apart(self, rewritten: Program, chosen: Iterable[str]) -> dict[str, float]:
         """Layer -> what the outputs move by when it alone is as it is in `rewritten`."""
         sweep = self._sweep()
-        return {layer.path: self._moved(sweep.outcome(_weights(layer, rewritten))) for layer in self._visited(sweep, set(chosen))}
+        return {layer.path: self._moved(sweep.outcome(_weights(layer, rewritten), _reads(layer, rewritten)))
+                for layer in self._visited(sweep, set(chosen))}
 
     def together(self, rewritten: Program, chosen: Iterable[str]) -> tuple[float, dict[str, float]]:
         """(what the outputs move by when all of these layers are as in `rewritten`, layer -> how much less when it alone stays dense)."""
@@ -39,7 +41,8 @@ class Probes:
         whole = self._moved(sweep.outcome({}))
         saved = {}
         for layer in self._visited(sweep, set(chosen)):
-            saved[layer.path] = whole - self._moved(sweep.outcome(dict.fromkeys(sources_of(layer), layer.weight.detach())))
+            dense = dict.fromkeys(sources_of(layer), layer.weight.detach()), dict.fromkeys((use.op for use in layer.uses), _as_it_is)
+            saved[layer.path] = whole - self._moved(sweep.outcome(*dense))
         return whole, saved
 
     def whole(self, rewritten: Program) -> float:
@@ -51,6 +54,8 @@ class Probes:
         for layer in self._layers:
             for source, weight in _weights(layer, rewritten).items():
                 sweep.replace(source, weight)
+            for op, function in _reads(layer, rewritten).items():
+                sweep.read(op, function)
         return sweep
 
     def _visited(self, sweep: Sweep, chosen: set[str]) -> Iterable[Layer]:
@@ -74,3 +79,19 @@ def _weights(layer: Layer, rewritten: Program) -> Mapping[fx.Node, Tensor]:
     use = layer.uses[0]
     region = rewritten.regions[use.region.path]
     return dict.fromkeys(sources_of(layer), weight_of(region, region.node(use.op.name)).to(layer.weight.dtype))
+
+
+def _reads(layer: Layer, rewritten: Program) -> dict[fx.Node, Callable[[Tensor], Tensor]]:
+    """Linears of the layer that read something else -> what is made of their input."""
+    found: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
+    for use in layer.uses:
+        region = rewritten.regions[use.region.path]
+        source, now = use.op.kwargs["input"], region.node(use.op.name).kwargs["input"]
+        assert isinstance(source, fx.Node)
+        if isinstance(now, fx.Node) and now.name != source.name:
+            found[use.op] = partial(value_at, region, now, source.name)
+    return found
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
