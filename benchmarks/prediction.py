@@ -172,10 +172,10 @@ def show(found: Mapping[str, Any], worst: int) -> None:
         table.add_row(key, str(len(errors)), *(f"{100 * value:.1f}" for value in (np.median(errors), np.mean(errors), np.quantile(errors, 0.9))))
     console = Console(width=150)
     console.print(table)
+    taus = f"; Kendall's tau within a layer mean {np.mean(found['tau']):.3f}, median {np.median(found['tau']):.3f}" if found["tau"] else ""
     console.print(f"{found['layers']} layers, {len(every)} forms: absolute percentage error median {100 * np.median(every):.1f}, mean "
-                  f"{100 * np.mean(every):.1f}, 90th percentile {100 * np.quantile(every, 0.9):.1f}; Kendall's tau within a layer "
-                  f"mean {np.mean(found['tau']):.3f}, median {np.median(found['tau']):.3f}; the form predicted to be the fastest takes "
-                  f"{np.mean(found['lost']):.3f} times as long as the fastest, at the 90th percentile {np.quantile(found['lost'], 0.9):.3f}")
+                  f"{100 * np.mean(every):.1f}, 90th percentile {100 * np.quantile(every, 0.9):.1f}{taus}; the form predicted to be the fastest "
+                  f"takes {np.mean(found['lost']):.3f} times as long as the fastest, at the 90th percentile {np.quantile(found['lost'], 0.9):.3f}")
     for error, name, about, guessed, taken in found["worst"][:worst]:
         console.print(f"  {100 * error:.0f} %  {name}: {1e6 * guessed:.1f} µs predicted, {1e6 * taken:.1f} measured; {about}")
 

@@ -92,14 +92,15 @@ class PlanLoop:
         return self._finish(best, kind, limit)
 
     def _approach(self, plan: Plan, kind: str, limit: float, tried: Callable[[Plan], Trial], rounds: int) -> None:
-        """Try a plan, and by what it was measured to take another, until one is near below the limit or was tried before."""
+        """Try a plan, and by what it was measured to take another, until one is near below the limit and no other is thought to lose much less, or
+        was tried before."""
         for _ in range(rounds):
             if any(plan.taken == old.plan.taken for old in self.trials):
                 return
             trial = tried(plan)
-            if limit * (1 - CLOSE) <= trial.value <= limit:
-                return
             plan = self._for_room(trial, kind, limit)
+            if limit * (1 - CLOSE) <= trial.value <= limit and plan.loss >= (1 - CLOSE) * self.survey.lost(trial.plan.taken):
+                return
 
     def _for_room(self, trial: Trial, kind: str, limit: float) -> Plan:
         """The plan for what the limit leaves to the sites."""

@@ -200,6 +200,7 @@ def test_torchs_own_operators() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("op", "sizes"), [("elementwise", {"read": 1e6, "written": 1e6, "taps": taps}) for taps in (1, 8, 20)]
                          + [("conv2d", {"M": 784, "N": 64, "K": 32, "taps": taps, "read": 25088, "written": 50176}) for taps in (1, 9)]
+                         + [("conv2d", {"M": 49, "N": 64, "K": 32, "taps": taps, "read": 1568, "written": 3136}) for taps in (1, 9)]
                          + [("attend", {"M": 1024, "K": 64, "E": 64, "pairs": 131072, "block_q": 1, "block_k": 1, "listed": 0, "read": 196608,
                                         "written": 65536})])
 def test_torchs_own_operators_have_a_time_on_every_machine(op: str, sizes: Mapping[str, float], dtype: str) -> None:

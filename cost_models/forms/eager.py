@@ -1,38 +1,49 @@
 """torch's own operators that are no linear layers: passes over tensors, convolutions, attention. Libraries, as in dense.py.
 
-elementwise  each element read and written moves between a core and its second cache; `taps` operations for each that is written
-conv2d       multiply-adds of whole registers, and passes over input and output
+elementwise  each element read and written moves between a core and its second cache, and arrives from where others left it; `taps` operations for
+             each that is written
+conv2d       multiply-adds of whole registers, the weight put in blocks, and passes over input and output; of a small image, what its windows hold is
+             written out before
 attend       multiply-adds of both products, an exponential for each pair of a query and a key, and passes over all four tensors
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from sympy import Expr, Integer, ceiling
 
 from sparsify_compiler.cost_models.forms._base import LANES, Form, Formula, Hardware, Values, costs
 from sparsify_compiler.cost_models.symbols import E, K, M, N, block_k, block_q, fma, near, pairs, read, taps, threads, value_bytes, written, x_bytes
 
+SMALL, WINDOW = 20480, 9  # elements of one image, and taps, up to which torch does not ask oneDNN
 GRAIN = 1 << 15         # elements up to which torch leaves a pass to one thread
 NORM, FUNCTION = 2, 16  # operations for each element from which a pass is taken for a norm, and for a function such as GELU
 
-operation, product, exponential, moved = costs("operation", "product", "exponential", "moved")
+operation, product, exponential, moved, reordered, unfolded = costs("operation", "product", "exponential", "moved", "reordered", "unfolded")
 PASSES: Expr = moved * x_bytes * (read + written) * near / threads
-ELEMENTWISE = Formula(Integer(0), operation * taps * written / LANES * fma / threads + PASSES, (written, GRAIN))
+ELEMENTWISE = Formula(x_bytes * (read + written), operation * taps * written / LANES * fma / threads + PASSES, (written, GRAIN))
 
 FMAS = M * N * K * taps / LANES
-CONV = Formula(value_bytes * N * K * taps, product * FMAS * fma / threads + PASSES)
+WEIGHT: Expr = value_bytes * N * K * taps
+CONV = Formula(WEIGHT, (product * FMAS * fma + reordered * WEIGHT * near) / threads + PASSES)
+SMALL_CONV = Formula(WEIGHT, (product * FMAS * fma + unfolded * x_bytes * M * K * taps * near) / threads + PASSES)
 
 PRODUCTS = pairs * block_q * block_k * (ceiling(K / LANES) + ceiling(E / LANES))
 ATTENTION = Formula(Integer(0), (product * PRODUCTS + exponential * pairs * block_q * block_k / LANES) * fma / threads + PASSES)
 
-FORMULAS = {"elementwise": ELEMENTWISE, "conv2d": CONV, "attend": ATTENTION}
+FORMULAS = {"elementwise": ELEMENTWISE, "conv2d": CONV, "small conv2d": SMALL_CONV, "attend": ATTENTION}
 
 
 def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
     """torch's form of such an op."""
     if op not in FORMULAS:
         return []
-    return [Form("dense eager", FORMULAS[op], "gpu" if machine.arch == "cuda" else f"eager {_kind(op, values)} {dtype}")]
+    if machine.arch == "cuda":
+        return [Form("dense eager", replace(FORMULAS[op], weight=Integer(0)) if op == "elementwise" else FORMULAS[op], "gpu")]  # passes are all
+    if op == "conv2d" and values["read"] <= SMALL and values["taps"] <= WINDOW:
+        op = "small conv2d"
+    return [Form("dense eager", FORMULAS[op], f"eager {_kind(op, values)} {dtype}")]
 
 
 def _kind(op: str, values: Values) -> str:
