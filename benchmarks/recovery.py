@@ -1,11 +1,12 @@
 """MiniLM recovered: a sparse sentence encoder trained on plain text to do what the dense one does.
 
-    python benchmarks/recovery.py --brown FOLDER [--cases "2:4" ...] [--steps 300] [--samples 32] [--json FILE]
+    python benchmarks/recovery.py --brown FOLDER [--cases "2:4" ...] [--steps 900] [--samples 64] [--json FILE]
 
 All linear layers of the encoder are cut; the recovery trains them, the biases and the norms (the embeddings are frozen) with sc.recover() on the
 Brown files that are not held out, in batches of 32 × 64 tokens, in bfloat16 autocast. Cosine to the dense model's embeddings on held-out Brown texts
-and Lee Pearson (subjects.py) are measured before the first and behind the last step; nothing is chosen by them. Settings are the same for all
-cases. The gradual case starts with the dense model. A killed run goes on where it was (--checkpoints).
+and Lee Pearson (subjects.py) are measured before the first and behind the last step; nothing is chosen by them: --split choose measures on other
+texts, by which rate and losses were chosen. Settings are the same for all cases. The gradual cases start with the dense model. A killed run goes on
+where it was (--checkpoints).
 """
 
 from __future__ import annotations
@@ -26,23 +27,34 @@ import sparsify_compiler as sc
 ROWS, LENGTH = 32, 64
 HESSIAN = "repair='obs', inputs='block'"
 SCORE = "weight_times_input_norm"
-WANDA = f"mask_weights(score={SCORE!r}, structure='32x1', density=0.2)"
+LOSSES = ("squarehead", "outputs", "embeddings")
+
+
+def gradual(steps: int, density: float, part: int) -> str:
+    """From the dense model to blocks at a density in the first 1 / part of the steps."""
+    end = steps // part
+    return (f"mask_weights(score={SCORE!r}, structure='32x1', density={density})"
+            f" | move_masks(sparsity='cubic(end={end})', drop={SCORE!r}, every=10, until={end})")
+
+
 CASES = {  # of the number of steps
     "2:4": lambda steps: f"mask_weights(score='repair', structure=NM(n=2, m=4), {HESSIAN})",
     "32x1 50 %": lambda steps: f"mask_weights(score='repair', structure='32x1', density=0.5, {HESSIAN})",
     "32x1 80 %": lambda steps: f"mask_weights(score='repair', structure='32x1', density=0.2, {HESSIAN})",
-    "32x1 80 %, gradual": lambda steps: f"{WANDA} | move_masks(sparsity='cubic(end={steps // 2})', drop={SCORE!r}, every=10, until={steps // 2})",
+    "32x1 50 %, gradual": lambda steps: gradual(steps, 0.5, 3),
+    "32x1 80 %, gradual": lambda steps: gradual(steps, 0.2, 2),
 }
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
-    parser.add_argument("--steps", type=int, nargs="+", default=[300])
-    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--steps", type=int, nargs="+", default=[900])
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--losses", nargs="+", default=LOSSES)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--checkpoints", type=Path)
-    parser.set_defaults(samples=32)
+    parser.set_defaults(samples=64)
     arguments = parser.parse_args()
     say = Console(stderr=True).print
     subject = MiniLM(arguments)
@@ -50,7 +62,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
     for steps in arguments.steps:
         for case in arguments.cases:
-            about = {"case": case, "steps": steps, "rate": arguments.rate, "samples": arguments.samples, "split": arguments.split}
+            about = {"case": case, "steps": steps, "rate": arguments.rate, "losses": list(arguments.losses), "samples": arguments.samples,
+                     "split": arguments.split}
             if not any(about.items() <= row.items() for row in rows):
                 rows.append({**about, **measured(subject, batches, case, steps, arguments)})
                 say(rows[-1])
@@ -72,8 +85,8 @@ def measured(subject: MiniLM, batches: list[dict[str, Tensor]], case: str, steps
     name = f"{case} {steps} {arguments.samples}.safetensors".replace(" ", "-")
     file = arguments.checkpoints / name if arguments.checkpoints else None
     whole = file is None or not file.exists()
-    module, recovery = sc.recover(module, model, batches, hook=hook, minutes=600, steps=steps, rate=arguments.rate, dtype=torch.bfloat16,
-                                  dynamic=dynamic, checkpoint=file, progress=True)
+    module, recovery = sc.recover(module, model, batches, hook=hook, minutes=600, steps=steps, rate=arguments.rate, losses=arguments.losses,
+                                  dtype=torch.bfloat16, dynamic=dynamic, checkpoint=file, progress=True)
     spent = time.process_time() - spent
     with torch.no_grad():
         after = subject.measure(module)

@@ -79,7 +79,7 @@ class Loop:
         self._module, self._hook, self._loss, self._course = module, hook, loss, course
         self._metric, self._file, self._show = metric, file, show
         self._parameters = parameters_of(module)
-        self._optimizer = torch.optim.AdamW(self._parameters, course.rate, weight_decay=course.decay)
+        self._optimizer = torch.optim.AdamW(self._parameters, course.rate, weight_decay=course.decay, fused=True)
         self._record, self._best = record, None
         found = file.read(module, self._optimizer, hook) if file is not None else None
         if found is not None:

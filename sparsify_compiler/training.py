@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,10 +12,12 @@ from torch import Tensor, fx, nn
 from .decision import Decision
 from .errors import InputError
 from .masked import Masked
+from .packed import Packed
 from .passes_api import Context, Pass, Preserves
 from .program import Region, Site
 
 KNOWN = "known in training"  # statistics of the calibration that a pass needs while it acts there: name -> tensor
+Layer = tuple[Tensor, Tensor] | Packed  # of a trained module: the weight and its mask, or the two as values in a storage format
 LOWEST = -1e9  # a score that stands for minus infinity, and has gradients
 META = "training"  # in a node's metadata: the passes that act on it in training
 
@@ -42,14 +44,15 @@ class Marked:
     """A value of the graph that a pass acts on in training.
 
     path      of the site that it belongs to
-    tap       stands in the graph: a Watch keeps the value of the last forward pass, a Masked the dense gradient of a weight * mask
+    tap       stands in the graph: a Watch keeps the value of the last forward pass, a Masked or a Packed the dense gradient
+              of a weight
     tensors   argument of the node -> the parameter or buffer of the trained module that it is: the limit of a selection, weight and mask
     decision  what the passes decided at the site, if they did
     known     statistics of the calibration that the pass has kept for it
     """
 
     path: str
-    tap: Watch | Masked
+    tap: Watch | Masked | Packed
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     decision: Decision | None = None
     known: Mapping[str, Tensor] = field(default_factory=dict)
@@ -58,6 +61,26 @@ class Marked:
     def value(self) -> Tensor | None:
         """What went by in the last forward pass; None before the first."""
         return self.tap.seen[0] if isinstance(self.tap, Watch) and self.tap.seen else None
+
+
+@dataclass(frozen=True)
+class Anew:
+    """What starts anew in a parameter.
+
+    shape   that the parameter had
+    carry   what an optimizer remembers of it, of that shape -> what it is to remember from now on
+    needed  has the parameter other places now, so that an optimizer that is not told would go wrong?
+    """
+
+    parameter: Tensor
+    shape: torch.Size
+    carry: Callable[[Tensor], Tensor]
+    needed: bool = False
+
+    @staticmethod
+    def at(parameter: Tensor, fresh: Tensor) -> Anew:
+        """Some places (bool, of its shape) of a parameter that stays as it is otherwise."""
+        return Anew(parameter, parameter.shape, lambda state: state.masked_fill(fresh, 0))
 
 
 class Part:
@@ -70,10 +93,10 @@ class Part:
     def move(self, step: int) -> None:
         """Set what depends on the number of steps done. Called when attached, after each step, and after a state was loaded."""
 
-    def update(self, step: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def update(self, step: int) -> Iterable[Anew]:
         """Change what is learnt. Called once after each step of the optimizer, before move(), and never when a state is loaded.
 
-        Gives the weights that start anew, as (parameter, bool of its shape): what an optimizer remembers of them is void.
+        Gives what starts anew: what an optimizer remembers of it is void.
         """
         return ()
 
@@ -135,9 +158,9 @@ class Hook:
     """
 
     def __init__(self, parts: Sequence[Part], watched: Mapping[str, Marked], states: Mapping[str, Watch],
-                 attentions: Mapping[str, WatchedAttention], masks: Mapping[str, Tensor]) -> None:
+                 attentions: Mapping[str, WatchedAttention], layers: Mapping[str, Layer]) -> None:
         self.steps = 0
-        self._parts, self._watched, self._states, self._masks = tuple(parts), dict(watched), dict(states), dict(masks)
+        self._parts, self._watched, self._states, self._layers = tuple(parts), dict(watched), dict(states), dict(layers)
         self._attentions = dict(attentions)
         self._move()
 
@@ -152,8 +175,13 @@ class Hook:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Path of each masked layer -> its mask, bool of the weight's shape: the buffer itself, not to be written to."""
-        return dict(self._masks)
+        """Path of each masked layer -> its mask, bool of the weight's shape: the buffer itself, not to be written to; of a packed layer a copy."""
+        return {path: one.stored.mask() if isinstance(one, Packed) else one[1] for path, one in self._layers.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Path of each masked layer -> its weight as a dense tensor of its own, zeros where nothing is kept: for who goes on without us."""
+        with torch.no_grad():
+            return {path: one.stored.decode() if isinstance(one, Packed) else one[0] * one[1] for path, one in self._layers.items()}
 
     @property
     def activations(self) -> dict[str, Tensor]:
@@ -172,16 +200,19 @@ class Hook:
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Move what depends on the number of steps: once after each step of the optimizer, however many backward passes that took.
 
-        optimizer  where weights are dropped and grown: it forgets what it knew of those (momentum and the like becomes 0)
+        optimizer  where weights are dropped and grown: it forgets what it knew of those (momentum and the like becomes 0); needed where packed
 
         Raises InputError where the optimizer is not that of the attached module's parameters.
         """
         self.steps += 1
         with torch.no_grad():
             for part in self._parts:
-                for weight, fresh in part.update(self.steps):
+                for anew in part.update(self.steps):
                     if optimizer is not None:
-                        forget(optimizer, weight, fresh)
+                        forget(optimizer, anew)
+                    elif anew.needed:
+                        raise InputError("packed weights have moved, and what the optimizer remembers of them has to move too", where="Hook.step",
+                                         hint="call hook.step(optimizer)")
         self._move()
 
     def state_dict(self) -> dict[str, int]:
@@ -202,14 +233,15 @@ class Hook:
                 part.move(self.steps)
 
 
-def forget(optimizer: torch.optim.Optimizer, weight: Tensor, fresh: Tensor) -> None:
-    """Set to 0 what an optimizer remembers of some places (bool) of a parameter. Raises InputError for a parameter that it does not train."""
-    if not any(weight is known for group in optimizer.param_groups for known in group["params"]):
+def forget(optimizer: torch.optim.Optimizer, anew: Anew) -> None:
+    """Bring what an optimizer remembers of a parameter to what has become of that. Raises InputError for a parameter that it does not train."""
+    if not any(anew.parameter is known for group in optimizer.param_groups for known in group["params"]):
         raise InputError("the optimizer does not train the attached module's weights", where="Hook.step",
                          hint="make it of module.parameters(), after attach(): the original model's parameters are others")
-    for value in optimizer.state.get(weight, {}).values():
-        if isinstance(value, Tensor) and value.shape == weight.shape:
-            value.masked_fill_(fresh, 0)
+    state = optimizer.state.get(anew.parameter, {})
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == anew.shape:
+            state[name] = anew.carry(value)
 
 
 def watch(region: Region, name: str, node: fx.Node) -> Watch:

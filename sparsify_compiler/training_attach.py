@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .calibrate import calibrate
 from .call import instantiate, own_tensors
@@ -16,13 +16,16 @@ from .compile import as_pipeline, read_batches
 from .errors import InputError
 from .masked import Masked, masked_weight
 from .normal_form_edit import argument
+from .operands import packed_operator
+from .packed import put_packed
 from .passes_api import Context, Pass
 from .pipeline import Pipeline
 from .program import Program, Region, Stage, get_tensor
 from .site_block import find_blocks
 from .site_ffn import neurons_of
 from .sites import find_sites
-from .training import KNOWN, META, Hook, Marked, Part, TrainingPass, Watch, WatchedAttention, watch
+from .training import KNOWN, META, Hook, Layer, Marked, Part, TrainingPass, Watch, WatchedAttention, watch
+from .training_attention import put_attentions
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
@@ -33,7 +36,8 @@ def attach(model: nn.Module, example_inputs: Inputs, recipe: str | Path | Pipeli
 
     model           in evaluation mode. It is not modified and shares no tensor with the result
     example_inputs  a tuple of positional or a dict of named arguments
-    recipe          as in compile(); it may not pack or lower
+    recipe          as in compile(); it may not lower. With pack() at its end linear layers train packed: their kept values are the parameters,
+                    gradients and the optimizer hold nothing else, and forward and backward run over the kept places alone
     calibration     batches like example_inputs, for recipes that need statistics
     density         for recipes that leave it to the budget
     dynamic         as in compile(): dimensions that may change between calls. By default the first of every tensor (the batch), where the model
@@ -51,16 +55,25 @@ def attach(model: nn.Module, example_inputs: Inputs, recipe: str | Path | Pipeli
         ctx.batches = batches
         ctx.calibrate = lambda program, needs: calibrate(program, batches, needs)
     with torch.no_grad():
-        program = pipeline.run(captured_for_any_batch(model, example_inputs, dynamic), ctx)
-    if program.stage not in (Stage.TRACED, Stage.SPARSE):
-        raise InputError("this recipe packs or lowers, and what is packed does not train", where="recipe",
+        captured = captured_for_any_batch(model, example_inputs, dynamic)
+        program = pipeline.run(captured, ctx)
+    made = [node for _, node in program.nodes() if node.meta.get("by") == "pack" and node.op == "call_function"]
+    foreign = [str(node.target) for node in made if not packed_operator(node)]
+    if program.stage not in (Stage.TRACED, Stage.SPARSE, Stage.PACKED) or foreign:
+        raise InputError(f"this recipe lowers, or packs what does not train packed{f': {foreign[0]}' if foreign else ''}", where="recipe",
                          hint="attach with the rewrites alone; compile() packs and lowers what was trained")
-    return hooked(program, own=True)
+    trained = {(region.path, name): tensor.requires_grad for region in captured.regions.values() for name, tensor in region.module.named_parameters()}
+    return hooked(program, own=True, trained=trained)
 
 
-def hooked(program: Program, own: bool) -> tuple[nn.Module, Hook]:
-    """A rewritten Program as a module to train, and its hook. `own`: with tensors of its own, else with those of the Program."""
+def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] | None = None) -> tuple[nn.Module, Hook]:
+    """A rewritten Program as a module to train, and its hook.
+
+    own      with tensors of its own, else with those of the Program
+    trained  (path of the region, name of a weight) -> was it trained in the model? Of those that are packed; all are where nothing is said
+    """
     watched = program.clone()
+    packed = put_packed(watched, trained or {})
     taps: dict[fx.Node, Watch | Masked] = {}
 
     def watch_of(region: Region, node: fx.Node) -> Watch:
@@ -79,17 +92,19 @@ def hooked(program: Program, own: bool) -> tuple[nn.Module, Hook]:
     marks = [(by, path, region, node) for region, node in watched.nodes() for by, path in node.meta.get(META, ())]
     reads = [(_stored(node), node.meta.get(KNOWN, {})) for _, _, _, node in marks]
     for by, _, region, node in marks:
-        if node not in taps:
+        if node not in packed and node not in taps:
             taps[node] = by.tap(region, f"sparsify_watch_{len(taps)}", node)
+    put_attentions(watched)
     for region in watched.regions.values():
         region.module.recompile()
     module = own_tensors(instantiate(watched)) if own else instantiate(watched)
     marked: dict[TrainingPass, list[Marked]] = {}
     for (by, path, region, node), (names, known) in zip(marks, reads, strict=True):
         tensors = {key: get_tensor(module, region.qualified(name)) for key, name in names.items()}
-        marked.setdefault(by, []).append(Marked(path, taps[node], tensors, watched.decisions.get(path), known))
+        marked.setdefault(by, []).append(Marked(path, packed.get(node) or taps[node], tensors, watched.decisions.get(path), known))
     parts: list[Part] = [by.part(places) for by, places in marked.items()]
-    return module, Hook(parts, values, states, attentions, _masks(module, program))
+    layers = _masked(module, program) | {_path_of(node): layer for node, layer in packed.items()}
+    return module, Hook(parts, values, states, attentions, layers)
 
 
 def _watched_attention(region: Region, node: fx.Node, watch_of: Callable[[Region, fx.Node], Watch]) -> WatchedAttention:
@@ -106,8 +121,12 @@ def _stored(node: fx.Node) -> dict[str, str]:
     return {key: str(value.target) for key, value in given.items() if isinstance(value, fx.Node) and value.op == "get_attr"}
 
 
-def _masks(module: nn.Module, program: Program) -> dict[str, Tensor]:
-    """Path of each masked layer -> its mask in the trained module."""
+def _masked(module: nn.Module, program: Program) -> dict[str, Layer]:
+    """Path of each masked layer -> its weight and mask in the trained module."""
     found = ((region, node, masked_weight(region, node)) for region, node in program.nodes())
-    return {str(node.meta.get("site") or node.meta.get("path") or node.name): get_tensor(module, region.qualified(names.mask))
+    return {_path_of(node): (get_tensor(module, region.qualified(names.weight)), get_tensor(module, region.qualified(names.mask)))
             for region, node, names in found if names is not None}
+
+
+def _path_of(node: fx.Node) -> str:
+    return str(node.meta.get("site") or node.meta.get("path") or node.name)

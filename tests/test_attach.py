@@ -185,8 +185,8 @@ def test_a_language_model_in_regions_trains() -> None:
 
 def test_bad_input_is_refused() -> None:
     net = GatedFfn(16, 32).eval()
-    with pytest.raises(InputError, match="does not train"):
-        sc.attach(net, (X,), "mask_weights(density=0.5) | pack()", calibration=[(X,)])
+    with pytest.raises(InputError, match=r"does not train packed: sparsify\.select"):
+        sc.attach(net, (X,), "select_inputs(density=0.5) | pack()", calibration=[(X,)])
     with pytest.raises(ParseError, match="0 or more"):
         PenaliseActivations(weight=-1.0)
     with pytest.raises(ParseError, match="of is"):

@@ -200,7 +200,11 @@ def test_gradients_are_clipped_weights_decay_and_batches_are_averaged() -> None:
 def test_the_optimizer_of_a_recovery_is_told_what_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     module, hook, model = sparse("mask_weights(score='random', density=0.25) | move_masks(grow='random', every=1, until=2)")
     told: list[Any] = []
-    monkeypatch.setattr(training, "forget", lambda optimizer, weight, fresh: told.append((type(optimizer), bool(fresh.any()))))
+
+    def forget(optimizer: torch.optim.Optimizer, anew: training.Anew) -> None:
+        told.append((type(optimizer), bool((anew.carry(torch.ones(anew.shape, dtype=torch.float32)) == 0).any())))
+
+    monkeypatch.setattr(training, "forget", forget)
     sc.recover(module, model, DATA, hook=hook, steps=3)
     assert told == [(torch.optim.AdamW, True)] * 2 * len(hook.masks)
 

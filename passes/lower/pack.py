@@ -19,6 +19,7 @@ from sparsify_compiler.passes.lower import _predicted, _selected, _selected_ffn
 from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage, get_tensor, set_tensor
+from sparsify_compiler.training import KNOWN, META
 
 aten = torch.ops.aten
 # Tried on a mask whose structure nobody wrote down, before the formats that need no numbers: kernels gain more from a structure than bits save.
@@ -68,7 +69,7 @@ class Pack(Pass):
             form = smallest(product.weight.flatten(1), product.mask.flatten(1), rows[layers[0]].structure)
             stored = _store(product, form)
             for user in layers:
-                _replace(product.region, user, stored, form, product.weight.shape[2:])
+                _replace(product, user, stored, form, product.weight.shape[2:])
                 rows[user].format, rows[user].bytes = form.name(), form.bytes() if user is layers[0] else 0
         if len(layers) < len(rows):
             _fold(product)
@@ -116,14 +117,15 @@ def _store(product: _Masked, form: Any) -> dict[str, fx.Node]:
     return {name: _read(product, f"{product.name}_packed.{name}", tensor) for name, tensor in form.tensors().items()}
 
 
-def _replace(region: Region, layer: fx.Node, stored: Mapping[str, fx.Node], form: Any, kernel_size: Sequence[int]) -> None:
-    """Compute a linear or convolution with the format's op instead."""
-    op = catalog.get("op", f"{operator_of(layer)}_{form.name()}").op
+def _replace(product: _Masked, layer: fx.Node, stored: Mapping[str, fx.Node], form: Any, kernel_size: Sequence[int]) -> None:
+    """Compute a linear or convolution with the format's op instead. Who acts on the product in training acts on that."""
+    graph, op = product.region.graph, catalog.get("op", f"{operator_of(layer)}_{form.name()}").op
     bias = {"bias": layer.kwargs["bias"]} if layer.kwargs.get("bias") is not None else {}
     geometry = {"kernel_size": list(kernel_size), **geometry_of(layer, len(kernel_size))} if kernel_size else {}
-    with region.graph.inserting_before(layer):
-        packed = region.graph.call_function(op, (), {"x": layer.kwargs["input"], **stored, **bias, **form.attributes(), **geometry})
+    with graph.inserting_before(layer):
+        packed = graph.call_function(op, (), {"x": layer.kwargs["input"], **stored, **bias, **form.attributes(), **geometry})
     take_place(layer, packed, "pack")
+    packed.meta |= {key: product.node.meta[key] for key in (META, KNOWN) if key in product.node.meta}
 
 
 def _fold(product: _Masked) -> None:

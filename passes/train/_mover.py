@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import InputError
-from sparsify_compiler.masked import Masked
 from sparsify_compiler.named import Named
-from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._moving import cut, regrown, thinned
-from sparsify_compiler.training import Marked, Part
+from sparsify_compiler.passes.train._places import Place, places_of
+from sparsify_compiler.training import Anew, Marked, Part
 
 if TYPE_CHECKING:
     from sparsify_compiler.passes.train.move_masks import MoveMasks
 
 
 GRADIENT = "gradient"  # the statistic that training itself gives
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A weight and its mask, which several sites may share. sparsity: the structure's, or that of the mask when attached."""
-
-    path: str
-    weight: Tensor
-    mask: Tensor
-    taps: tuple[Masked, ...]
-    structure: Structure
-    sparsity: float
-    known: Mapping[str, Tensor]  # statistics of the calibration
 
 
 class Mover(Part):
@@ -46,14 +30,12 @@ class Mover(Part):
         self._sparsity, self._decay = Named.parse("schedule", of.sparsity), Named.parse("schedule", of.decay)
         self._scores = of.scores()
         self._reads = of.smooth > 0 or any(GRADIENT in name.statistics for name in self._scores)
-        groups: dict[int, list[Marked]] = {}
-        for one in marked:
-            groups.setdefault(id(_mask_of(one)), []).append(one)
-        self._places = [_place(of, group) for group in groups.values()]
+        self._places = places_of(of, marked)
         if self._sparsity(0) != 1:
             for place in self._places:
-                start = self._scores[0](place.weight.detach(), {**place.known, GRADIENT: torch.zeros_like(place.weight)}, of.seed)
-                place.mask.copy_(cut(place.structure, start, self._density(place, 0)))
+                weight = place.weight()
+                start = self._scores[0](weight, {**place.known, GRADIENT: torch.zeros_like(weight)}, of.seed)
+                place.put(cut(place.structure, start, self._density(place, 0)))
 
     def move(self, step: int) -> None:
         """Ask for the dense gradients of the next step, where that updates."""
@@ -67,11 +49,11 @@ class Mover(Part):
         """Half the penalty times the sum of the squares of the weights that are not kept (SR-STE)."""
         if not self._of.penalty:
             return None
-        return torch.stack([(place.weight * ~place.mask).float().square().sum() for place in self._places]).sum() * (self._of.penalty / 2)
+        return torch.stack([place.beyond() for place in self._places]).sum() * (self._of.penalty / 2)
 
-    def update(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def update(self, step: int) -> Iterator[Anew]:
         """Move every mask, in the steps that do; the weights that went or came."""
-        places = [place for place in self._places if place.weight.requires_grad]
+        places = [place for place in self._places if place.trained]
         gradients = [self._gradient(place) for place in places] if self._reads and step <= self._of.until else [None] * len(places)
         if not self._due(step):
             return
@@ -80,16 +62,16 @@ class Mover(Part):
                              hint="call hook.step() once after each optimizer.step(), with loss.backward() before it")
         for place, gradient in zip(places, gradients, strict=True):
             if not self._reads or (gradient is not None and bool(gradient.isfinite().all())):
-                yield place.weight, self._update(place, gradient, step)
+                yield self._update(place, gradient, step)
 
     def _due(self, step: int) -> bool:
         return 0 < step <= self._of.until and (step % self._of.every == 0 or step == self._of.until)
 
-    def _density(self, place: _Place, step: int) -> float:
+    def _density(self, place: Place, step: int) -> float:
         level: float = self._sparsity(step)
         return 1 - place.sparsity * level
 
-    def _gradient(self, place: _Place) -> Tensor | None:
+    def _gradient(self, place: Place) -> Tensor | None:
         """The dense gradient of the step at hand, or the average: the sum over all uses, and the mean over all processes."""
         found = [gradient for tap in place.taps if (gradient := tap.take()) is not None]
         if not found:
@@ -105,37 +87,17 @@ class Mover(Part):
             smoothed.mul_(self._of.smooth).add_(total, alpha=1 - self._of.smooth)
         return smoothed
 
-    def _update(self, place: _Place, gradient: Tensor | None, step: int) -> Tensor:
-        """Move one mask; bool, the places whose weight starts anew."""
+    def _update(self, place: Place, gradient: Tensor | None, step: int) -> Anew:
+        """Move one mask."""
         given = place.known if gradient is None else {**place.known, GRADIENT: gradient}
         seed = zlib.crc32(f"{self._of.seed} {place.path} {step}".encode())
-        score, *growth = (named(place.weight.detach(), given, seed) for named in self._scores)
-        old = torch.ones_like(place.mask) if self._of.straight_through else place.mask.clone()
+        weight, mask = place.weight(), place.mask()
+        score, *growth = (named(weight, given, seed) for named in self._scores)
+        old = torch.ones_like(mask) if self._of.straight_through else mask
         density = self._density(place, step)
         if growth:
             least = 0.0 if place is self._places[-1] else self._of.least
             new = regrown(old, score, growth[0], place.structure, density, self._of.fraction * self._decay(step), least)
         else:
             new = thinned(old, score, place.structure, density)
-        place.mask.copy_(new)
-        if self._of.straight_through:  # what is not kept goes on learning
-            return torch.zeros_like(new)
-        place.weight.masked_fill_(~(new & old), 0)
-        return ~(new & old)
-
-
-def _mask_of(one: Marked) -> Tensor:
-    return next(tensor for tensor in one.tensors.values() if tensor.dtype == torch.bool)
-
-
-def _place(of: MoveMasks, group: Sequence[Marked]) -> _Place:
-    mask = _mask_of(group[0])
-    weight = next(tensor for tensor in group[0].tensors.values() if tensor is not mask)
-    taps = tuple(dict.fromkeys(one.tap for one in group if isinstance(one.tap, Masked)))
-    decision = group[0].decision
-    known = decision is not None and decision.structure not in ("dense", "unknown")  # else the mask was there before, made by somebody else
-    made_with = decision.structure if decision is not None and known else "unstructured"
-    structure = of.structure if isinstance(of.structure, Structure) else Structure.parse(made_with)
-    structure.check(tuple(weight.shape), structure.density or math.nextafter(1, 0))
-    density = float(mask.double().mean()) if structure.density is None else structure.density  # of a padded n:m the mask has a little more
-    return _Place(group[0].path, weight, mask, taps, structure, 1 - density, group[0].known)
+        return place.move(new, keep=self._of.straight_through)

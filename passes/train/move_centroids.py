@@ -15,7 +15,7 @@ from sparsify_compiler.passes.attention._clusters import LEARNED, directions, mo
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, Site
 from sparsify_compiler.selectors import select
-from sparsify_compiler.training import Marked, Part, TrainingPass, Watch
+from sparsify_compiler.training import Anew, Marked, Part, TrainingPass, Watch
 
 KIND = ("attention",)
 
@@ -87,7 +87,7 @@ class _Following(Part):
         self._decay = decay
         self._places = [(one.tap, one.tensors[one.tap.centroids]) for one in marked if isinstance(one.tap, _Both)]
 
-    def update(self, step: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def update(self, step: int) -> Iterable[Anew]:
         for tap, centroids in self._places:
             if tap.seen:
                 rows = torch.cat([directions(rows, len(centroids)) for rows in tap.seen], 1)
