@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sparsify_compiler as sc
-from sparsify_compiler import catalog
+from sparsify_compiler import catalog, training_attention
 from sparsify_compiler.errors import InputError, ParseError
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.passes.activation.select_neurons import GatedFfn
@@ -197,6 +197,32 @@ def test_values_are_kept_by_an_untrained_model() -> None:
     module, _, net = attached(sc.recipes.deft())
     x: Tensor = torch.randn(3, 16)
     torch.testing.assert_close(module(x), net(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_short_attention_of_16_bits_trains_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches torch's attention; an export sees the attention as it is, and gradients are those of the wide one."""
+    seen: list[torch.dtype] = []
+
+    def watched(query: Tensor, *rest: Any, **named: Any) -> Tensor:
+        seen.append(query.dtype)
+        return functional.scaled_dot_product_attention(query, *rest, **named)
+
+    monkeypatch.setattr(training_attention, "scaled_dot_product_attention", watched)
+    q, k, v = (torch.randn(2, 3, 7, 4, dtype=torch.float32, requires_grad=True) for _ in range(3))
+    mask = torch.randn(7, 7, dtype=torch.float32)
+    with torch.autocast("cpu", dtype):
+        y = training_attention.attend(q.to(dtype), k.to(dtype), v.to(dtype), mask.to(dtype), scale=0.3)
+    assert y.dtype == dtype
+    found = torch.autograd.grad(y.float().sum(), (q, k, v))
+    expected = torch.autograd.grad(functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3).sum(), (q, k, v))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2)
+    with torch.no_grad():
+        training_attention.attend(q.to(dtype), k.to(dtype), v.to(dtype))
+    long = torch.zeros(1, 1, training_attention.KEYS + 1, 4, dtype=dtype, requires_grad=True)
+    training_attention.attend(long, long, long)
+    assert seen == [torch.float32, dtype, dtype]
 
 
 def test_under_torch_compile_the_loss_is_the_same() -> None:

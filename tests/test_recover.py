@@ -116,6 +116,8 @@ def test_the_formulas_of_the_losses() -> None:
     ratio = [functional.mse_loss(a, b) / b.square().mean() for a, b in ((s, t), (3 * s, 2 * t))]
     assert float(catalog.get("distillation", "squarehead")(ours, theirs)) == pytest.approx(float(sum(ratio)) / 2)
     assert float(catalog.get("distillation", "outputs")(ours, theirs)) == pytest.approx(float(ratio[0]))
+    pooled = functional.mse_loss(s.mean(1), t.mean(1)) / t.mean(1).square().mean()
+    assert float(catalog.get("distillation", "embeddings")(ours, theirs)) == pytest.approx(float(pooled))
     mean = (functional.mse_loss(s, t) + functional.mse_loss(3 * s, 2 * t)) / 2
     assert float(catalog.get("distillation", "hidden_states")(ours, theirs)) == pytest.approx(float(mean))
     soft = functional.kl_div((s / 2).log_softmax(-1).flatten(0, 1), (t / 2).softmax(-1).flatten(0, 1), reduction="batchmean")
