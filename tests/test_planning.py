@@ -30,7 +30,7 @@ from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
 from sparsify_compiler.site_cost import flops_of, joules_of
-from sparsify_compiler.survey import SECONDS, WEIGHTS, Offer, Survey
+from sparsify_compiler.survey import SECONDS, WEIGHTS, Offer, Plan, Survey
 from sparsify_compiler.target import host
 from sparsify_compiler.work import Work
 
@@ -378,6 +378,22 @@ def test_a_limit_of_latency_is_solved_for_and_solved_again(net: Net, batches: li
         assert site.density == 1 or site.predicted_ms != pytest.approx(site.compiled_ms)
     with pytest.raises(BudgetError, match="best that a plan reaches"):
         sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(latency_ms=0.003), calibration=batches)
+
+
+def test_near_the_limit_is_not_enough_where_another_plan_loses_much_less() -> None:
+    offers = [Offer("dense"), Offer("tenth", 0, 0.1, loss=10.0), Offer("half", 1, 0.5, loss=1.0)]
+    survey = Survey({"a": offers}, lambda kind: {"a": [10.0, 5.0, 6.0]}, lambda taken: Pipeline())
+    loop: Any = plan_loop.PlanLoop(None, None, None, {})  # type: ignore[arg-type]
+    loop.survey = survey
+
+    def tried(plan: Plan) -> plan_loop.Trial:
+        value = {"tenth": 6.1, "half": 6.0}[plan.taken["a"].name]
+        survey.correct(SECONDS, {"a": value}, plan.taken, {})
+        loop.trials.append(plan_loop.Trial(plan, value, None))  # type: ignore[arg-type]
+        return loop.trials[-1]  # type: ignore[no-any-return]
+
+    loop._approach(survey.plan(SECONDS, 5.5), SECONDS, 6.2, tried, 5)
+    assert [trial.plan.taken["a"].name for trial in loop.trials] == ["tenth", "half"]
 
 
 def _times(lowered: Program, without: str = "") -> float:
