@@ -30,7 +30,7 @@ TARGETS = ("sm_80", "sm_90")
 LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_cuda.so")
 PACKAGE = ("errors.py", "target.py", "targets.json", "host_features.py", "pages.py", "formats", "ops")
 CODEGEN = ("__init__.py", "attend.py", "bound.py", "build.py", "cache.py", "elf.py", "elf_machines.py", "emit.py", "emit_tiles.py", "half.py",
-           "host.py", "permission.py", "cuda", "targets")
+           "host.py", "laid.py", "permission.py", "cuda", "targets")
 STUBS = ("tvm", "tvm.tirx", "tvm.script", "tvm.script.ir_builder", "tvm.tirx.script", "tvm.tirx.script.builder")
 SECONDS = 420       # of a run
 ROUNDS, INNER = 9, 12

@@ -21,7 +21,7 @@ from torch import Tensor
 from tvm import tirx
 
 from sparsify_compiler.codegen import build, emit, tuned
-from sparsify_compiler.codegen.bound import Laid
+from sparsify_compiler.codegen.laid import Laid
 from sparsify_compiler.errors import BoardError, InputError, TargetError
 from sparsify_compiler.host_features import AT_HWCAP, AT_HWCAP2, BITS
 from sparsify_compiler.target import FEATURES, Target
@@ -123,7 +123,7 @@ class Board:
         """
         found = {}
         with _errors(self.name):
-            fixed = [self._tensor(getattr(laid.prepared, name)) for name in laid.prepared.STATE]
+            fixed = [self._tensor(tensor) for tensor in laid.prepared.arguments().values()]
             given = [self._tensor(x), *fixed, *([] if other is None else [self._tensor(other)])]
             y = torch.empty_like(expected)
             for variant, schedule in laid.variants.schedules.items():

@@ -3,122 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.codegen import build
+from sparsify_compiler.codegen.laid import Laid, PreparedWeight
 from sparsify_compiler.errors import InputError
-from sparsify_compiler.pages import resident
-from sparsify_compiler.target import Target, host
 
 PLANS = 4096        # shapes of x remembered
 SLAB = 1 << 24      # elements of x or y in one call of a kernel: its indices are 32 bits wide, and its packed copy of x is bounded
 EVEN = 64           # rows of a slab are a multiple of this, so that only the last one has a partial panel
-
-
-Weight = TypeVar("Weight", bound="PreparedWeight")
-
-
-class PreparedWeight:
-    """A weight laid out for a family of kernels: a dataclass with the tensors named in STATE, which are the kernels' arguments, in this order."""
-
-    STATE: ClassVar[tuple[str, ...]] = ("values", "columns", "pointers", "bias")
-
-    layout: Any         # static facts, the dtype of x and y among them
-    out_features: int
-    in_features: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of x and y."""
-        return getattr(torch, self.layout.dtype)  # type: ignore[no-any-return]
-
-    def settled(self: Weight) -> Weight:
-        """The same, its tensors where kernels read them fastest."""
-        return replace(self, **{name: resident(getattr(self, name)) for name in self.STATE})  # type: ignore[type-var]
-
-    @property
-    def resident_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (getattr(self, name) for name in self.STATE))
-
-
-def shared_layout(shared: list[Any], bias: Tensor | None, lay_out: Callable[[], Weight], cut: Any = None) -> Weight:
-    """The layout with this very bias, cut in this way, from `shared`; made and added where there is none."""
-    for held, how, made in shared:
-        if held is bias and how == cut:
-            return made  # type: ignore[no-any-return]
-    shared.append((bias, cut, made := lay_out().settled()))
-    return made
-
-
-@dataclass(frozen=True)
-class Variants:
-    """The machine code of one bound weight.
-
-    schedules   by name; each is f(x [M, K], *prepared.STATE, y [M, N]), or f(x, *prepared.STATE, other [M, N], y) where it adds
-    choose      the name for a number of rows of x
-    adds        do they add another tensor?
-    """
-
-    schedules: Mapping[str, build.Schedule]
-    choose: Callable[[int], str]
-    adds: bool = False
-
-
-@dataclass(frozen=True)
-class Laid:
-    """A weight laid out for a family of kernels, for a machine that need not be this one: all but the machine code.
-
-    name       for reports
-    options    all that the family needs to know to lay the same weight out again
-    prepared   the kernels' fixed arguments
-    variants   the kernels
-    """
-
-    name: str
-    options: Mapping[str, Any]
-    prepared: PreparedWeight
-    variants: Variants
-    target: Target
-
-
-_elsewhere: ContextVar[bool] = ContextVar("elsewhere", default=False)
-
-
-@contextmanager
-def elsewhere() -> Iterator[None]:
-    """What is laid out meanwhile runs without torch, if maybe on this machine."""
-    token = _elsewhere.set(True)
-    try:
-        yield
-    finally:
-        _elsewhere.reset(token)
-
-
-def chosen_by(laid: Laid, table: Sequence[Sequence[Any]]) -> Laid:
-    """The same weight whose kernels are chosen as it was measured: [most rows, variant], by rising rows; beyond the last by the family's own rule.
-
-    A variant that there is none of (on another number of threads) is left to that rule too.
-    """
-    known = [(int(most), str(name)) for most, name in table if name in laid.variants.schedules]
-    usual = laid.variants.choose
-
-    def choose(rows: int) -> str:
-        return next((name for most, name in known if rows <= most), None) or usual(rows)
-
-    return replace(laid, variants=replace(laid.variants, choose=choose))
-
-
-def workers(target: Target) -> int:
-    """Threads among which a kernel for this machine divides its work: torch's own here, elsewhere one for each core."""
-    return torch.get_num_threads() if not _elsewhere.get() and target.runs_on(host()) else target.cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +89,27 @@ def as_matrix(x: Tensor, rows: int) -> Tensor:
     return x if x.dim() == 2 else x.view(rows, -1)
 
 
+def load_variants(laid: Laid, files: Mapping[str, bytes]) -> dict[str, build.Kernel]:
+    """The kernels of a laid out weight on this machine, by their names, from an artefact's files where it has some. Raises KernelError."""
+    made = {}
+    for variant, schedule in laid.variants.schedules.items():
+        stored = {name.removeprefix(f"{variant}."): data for name, data in files.items() if name.startswith(f"{variant}.")}
+        made[variant] = build.load_exported(stored, schedule, laid.target) if stored else build.load(schedule, laid.target)
+    return made
+
+
+def export_variants(kernels: Mapping[str, build.Kernel]) -> dict[str, bytes]:
+    """The inverse: IR, binary and description of each kernel, for an artefact."""
+    return {f"{variant}.{name}": data for variant, kernel in kernels.items() for name, data in build.export(kernel).items()}
+
+
+def as_arguments(prepared: PreparedWeight) -> tuple[Any, ...]:
+    """The fixed arguments as TVM's own tensors: converting them at each call would cost more than a small kernel."""
+    import tvm_ffi
+
+    return tuple(tvm_ffi.from_dlpack(tensor) for tensor in prepared.arguments().values())
+
+
 class BoundKernel(BoundLayer):
     """A prepared weight and its variants, called like a function: x [..., K] -> y [..., N], bias included; + other [..., N] where they add.
 
@@ -201,7 +121,7 @@ class BoundKernel(BoundLayer):
         self.name, self.options, self.prepared, self.target = laid.name, dict(laid.options), prepared, laid.target
         self.out_features, self.in_features = prepared.out_features, prepared.in_features
         self._dtype, self._variant, self._adds = prepared.dtype, variants.choose, variants.adds
-        self._kernels = {variant: self._load(variant, schedule, files or {}) for variant, schedule in variants.schedules.items()}
+        self._kernels = load_variants(laid, files or {})
         self._plans: dict[torch.Size, _Plan] = {}
         self._slab = max(EVEN, SLAB // max(1, self.in_features, self.out_features) // EVEN * EVEN)
 
@@ -247,15 +167,11 @@ class BoundKernel(BoundLayer):
         return plan
 
     def state(self) -> dict[str, Tensor]:
-        return {name: getattr(self.prepared, name) for name in self.prepared.STATE}
+        return self.prepared.arguments()
 
     def files(self) -> dict[str, bytes]:
         """IR, binary and description of each variant, by name, for the artefact."""
-        return {f"{variant}.{name}": data for variant, kernel in self._kernels.items() for name, data in build.export(kernel).items()}
-
-    def _load(self, variant: str, schedule: build.Schedule, files: Mapping[str, bytes]) -> build.Kernel:
-        stored = {name.removeprefix(f"{variant}."): data for name, data in files.items() if name.startswith(f"{variant}.")}
-        return build.load_exported(stored, schedule, self.target) if stored else build.load(schedule, self.target)
+        return export_variants(self._kernels)
 
     def _choose(self, rows: int) -> Callable[..., None]:
         """The function (x [rows, K], y [rows, N]), or (x, other, y), for this many rows."""
@@ -276,6 +192,4 @@ class BoundKernel(BoundLayer):
     @cached_property
     def _arguments(self) -> tuple[Any, ...]:
         """The fixed arguments as TVM's own tensors: converting them at each call would cost more than a small kernel."""
-        import tvm_ffi
-
-        return tuple(tvm_ffi.from_dlpack(getattr(self.prepared, name)) for name in self.prepared.STATE)
+        return as_arguments(self.prepared)

@@ -98,6 +98,11 @@ def scratch(size: Expr, dtype: str) -> Buffer:
     return builder.alloc_buffer((size,), dtype, align=64)
 
 
+def matrix(rows: Expr, columns: Expr) -> Buffer:
+    """A workspace of float32 [rows, columns]."""
+    return builder.decl_buffer((rows, columns), "float32", data=scratch(rows * columns, "float32").data, align=64)
+
+
 def loop(extent: Expr, start: Expr = 0, parallel: bool = False) -> Any:
     """`with loop(n) as i`: a serial loop, or one that runs on torch's threads."""
     return (builder.parallel if parallel else builder.serial)(start, extent)

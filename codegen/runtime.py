@@ -4,8 +4,9 @@
         kernel = candidate.bind(bias)
         y = kernel(x)                                        # x [..., K] -> y [..., N]
 
-A family of kernels is a module with NAME and offer(), which says what it can run, and lay(), which lays a weight out for any machine (bound.py),
-or bind(), where its kernels want more than that.
+A family of kernels is a module with NAME and offer(), which says what it can run, and lay(), which lays a weight out for any machine (laid.py); it
+is called as BOUND, a BoundKernel unless the family has a class of its own. Forms of torch, and kernels that are made for the sizes of a call, have
+bind() instead.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.codegen import pixels, planes, tuned
-from sparsify_compiler.codegen.bound import BoundKernel, Laid, chosen_by, workers
+from sparsify_compiler.codegen.bound import BoundKernel
 from sparsify_compiler.codegen.half import HalfKernel, widened
 from sparsify_compiler.codegen.kernels import (
     amx,
     conv2d,
+    dense,
     experts_ffn,
     experts_torch,
     gather,
@@ -38,11 +40,12 @@ from sparsify_compiler.codegen.kernels import (
     streams,
     strips,
 )
+from sparsify_compiler.codegen.laid import Laid, chosen_by, workers
 from sparsify_compiler.errors import KernelError, UnknownNameError, nearest
 from sparsify_compiler.target import Target
 
 # Most promising first.
-FAMILIES = {family.NAME: family for family in (linear, mkl, conv2d, repeated, planes, pixels, amx, streams, slices, strips, lanes, gather,
+FAMILIES = {family.NAME: family for family in (linear, mkl, conv2d, repeated, planes, pixels, amx, dense, streams, slices, strips, lanes, gather,
                                                gather_ffn, gather_inputs_ffn, gather_predicted_ffn, experts_ffn, experts_torch)}
 
 ARCHITECTURES = ("x86_64", "aarch64")    # that layers are lowered for
@@ -170,7 +173,7 @@ def rebind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], a
     with _fitting(op):
         family, layouts = _family(op, options, shared)
         given = (op, options, widened(tensors) if options.get("half") or family.NAME in FAMILIES else tensors, attributes, bias)
-        kernel = (BoundKernel(_laid(family, *given, target, layouts), files) if hasattr(family, "lay")
+        kernel = (getattr(family, "BOUND", BoundKernel)(_laid(family, *given, target, layouts), files) if hasattr(family, "lay")
                   else family.bind(*given, files, target, layouts))
         return HalfKernel(kernel, options) if options.get("half") else kernel
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from sparsify_compiler.codegen.bound import Laid
+from sparsify_compiler.codegen.laid import Laid
 from sparsify_compiler.codegen.targets import tvm_target
 from sparsify_compiler.codegen.whole_graph_planes import LaidPlanes
 from sparsify_compiler.errors import KernelError
@@ -29,12 +29,14 @@ class Product:
     """A layer with what follows it: laid out for the target (a convolution: for images of one size), its input, and what is added to it, if anything.
 
     name   of its parameters, before their own; layers that share a laid out weight share it
+    given  what its kernels are given beside x, computed by the graph
     """
 
     name: str
     laid: Laid | LaidPlanes
     x: fx.Node
     other: fx.Node | None = None
+    given: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ def product(graph: GraphImporter, node: fx.Node) -> Any:
         state = [graph.parameter(f"{found.name}:{part}", tensor) for part, tensor in laid.state.items()]
         inputs = [*state, graph.value(found.x), *other]
         return graph.call(graph.kernel_of(laid.schedule, [*map(_any_size, inputs), Parameter((None,) * 4, "float32")]), inputs, graph.shape(node))
-    state = [graph.parameter(f"{found.name}:{part}", getattr(laid.prepared, part)) for part in laid.prepared.STATE]
-    inputs = [graph.value(found.x), *state, *other]
+    state = [graph.parameter(f"{found.name}:{part}", tensor) for part, tensor in laid.prepared.arguments().items()]
+    inputs = [graph.value(found.x), *map(graph.value, found.given), *state, *other]
     shape = graph.shape(node)
     low, high = _rows(found.x)
     pieces = intervals(laid.variants, low, high)

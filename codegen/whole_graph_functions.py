@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from sparsify_compiler.codegen.bound import Variants
+from sparsify_compiler.codegen.laid import Variants
 
 PROBED = (*range(1, 1025), *(1 << power for power in range(11, 25)))     # numbers of rows at which variants are asked for
 Shape = tuple[int | None, ...]      # None where the size is known at run time only

@@ -18,7 +18,7 @@ from .program import Region
 from .target import Target
 
 if TYPE_CHECKING:
-    from .codegen.bound import Laid
+    from .codegen.laid import Laid
     from .codegen.whole_graph import Product
     from .codegen.whole_graph_planes import LaidPlanes
 
@@ -43,7 +43,7 @@ class Products:
     _names: dict[int, tuple[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from .codegen.bound import elsewhere
+        from .codegen.laid import elsewhere
 
         with torch.no_grad(), elsewhere():
             for node in list(self.region.graph.nodes):
@@ -107,16 +107,21 @@ class Products:
                           where=f"{node.name} on {self.target.name}", hint="whole graphs compute linear layers in float32 and bfloat16")
 
     def _candidates(self, node: fx.Node, epilogue: Epilogue) -> Iterator[Any]:
+        """Of a packed weight, then of a dense one as it is, then as blocks of which all are kept."""
         from .codegen.runtime import candidates
 
         tensors, attributes, _ = operands(self.region, node)
         dtype, rows = node.meta["val"].dtype, _rows(node) or self.rows
-        shared = self._layouts.setdefault(self._weight(node), {})
-        sources = [(operator_of(node), tensors, attributes, shared)] if packed_operator(node) else []
+
+        def found(how: str, operator: str, stored: Mapping[str, Tensor], facts: Mapping[str, Any]) -> list[Any]:
+            layouts = self._layouts.setdefault(f"{self._weight(node)} {how}", {})
+            return candidates(operator, stored, _with(facts, epilogue), dtype, rows, self.target, layouts)
+
+        if packed_operator(node):
+            yield from found("packed", operator_of(node), tensors, attributes)
         weight = packed_weight(self.region, node) if packed_operator(node) else tensors["weight"]
-        sources.append((*_dense(weight), self._layouts.setdefault(f"{self._weight(node)} dense", {})))
-        for operator, stored, facts, layouts in sources:
-            yield from candidates(operator, stored, _with(facts, epilogue), dtype, rows, self.target, layouts)
+        yield from found("dense", "linear", {"weight": weight}, {})
+        yield from found("blocks", *_dense(weight))
 
     def _weight(self, node: fx.Node) -> str:
         """The name of the layer's weight in the model."""

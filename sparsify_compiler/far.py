@@ -16,7 +16,7 @@ from .errors import KernelError, TargetError
 from .target import Target, host
 
 if TYPE_CHECKING:
-    from .codegen.bound import Laid
+    from .codegen.laid import Laid
     from .program import Program
 
 ELSEWHERE = "name a board with --rpc, or run it there, and bring the results with --export and --import"    # how it is tuned, from here
@@ -67,7 +67,7 @@ class FarKernel:
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that its kernels read."""
-        return {name: getattr(self.laid.prepared, name) for name in self.laid.prepared.STATE} if self._is_portable else {}
+        return self.laid.prepared.arguments() if self._is_portable else {}
 
     @property
     def resident_bytes(self) -> int:

@@ -48,7 +48,7 @@ def encoded(outputs: int, inputs: int, step: int, r: int, dtype: torch.dtype) ->
 
 def walked(schedule: Any, x: tuple[int, int], prepared: Any, outputs: int) -> Counts:
     """The counts of a kernel on a prepared weight."""
-    held = [getattr(prepared, name) for name in prepared.STATE]
+    held = list(prepared.arguments().values())
     return count(schedule.compute(), [(x, None), *((tuple(t.shape), t if t.dtype in INTEGERS else None) for t in held), ((x[0], outputs), None)])
 
 

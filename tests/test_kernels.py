@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from sparsify_compiler import catalog, pages
 from sparsify_compiler.codegen import build, omp, permission, runtime
-from sparsify_compiler.codegen.bound import BoundKernel, Laid, Variants
+from sparsify_compiler.codegen.bound import BoundKernel
 from sparsify_compiler.codegen.kernels import strips
 from sparsify_compiler.codegen.kernels.finish import finish_of
 from sparsify_compiler.codegen.kernels.tile_layout import prepare_tiles
 from sparsify_compiler.codegen.kernels.tiles import Tiles
+from sparsify_compiler.codegen.laid import Laid, Variants
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.target import Target, host
 

@@ -24,7 +24,8 @@ import sparsify_compiler as sc
 from sparsify_compiler import catalog
 from sparsify_compiler.cli import main
 from sparsify_compiler.codegen import cache, runtime, tuned
-from sparsify_compiler.codegen.bound import BoundKernel, chosen_by, elsewhere, workers
+from sparsify_compiler.codegen.bound import BoundKernel
+from sparsify_compiler.codegen.laid import chosen_by, elsewhere, workers
 from sparsify_compiler.codegen.tuned import Key, Record
 from sparsify_compiler.errors import ArtefactError, InputError, ParseError, StorageError, TargetError
 from sparsify_compiler.measure import Timing

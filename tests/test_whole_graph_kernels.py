@@ -13,12 +13,14 @@ from torch.nn import functional as F
 from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels.attend_dense import AttendDense
 from sparsify_compiler.codegen.kernels.cache_write import CacheWrite
+from sparsify_compiler.codegen.kernels.dense_panel import DensePanel
 from sparsify_compiler.codegen.kernels.finish import Finish
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
 from sparsify_compiler.codegen.kernels.mean_rows import MeanRows
 from sparsify_compiler.codegen.kernels.norm_rows import NormRows
 from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
 from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
+from sparsify_compiler.codegen.vectors import AVX512, Vectors
 from sparsify_compiler.target import host
 
 
@@ -43,6 +45,27 @@ def test_a_norm_of_large_numbers_keeps_its_digits() -> None:
     x = torch.randn(3, 64) + 4096
     found = run(NormRows(64, 1e-5, True, False, False, 1), x, like=x)
     torch.testing.assert_close(found, F.layer_norm(x.double(), (64,)).float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("layout", "dtype", "cut_for"), [
+    ("panels", torch.float32, AVX512), ("panels", torch.float32, Vectors(8, 16, False)), ("panels", torch.float32, Vectors(4, 32, False, True)),
+    ("inputs", torch.float32, AVX512), ("inputs", torch.bfloat16, AVX512), ("outputs", torch.float32, AVX512), ("outputs", torch.bfloat16, AVX512)])
+def test_dense_products(layout: str, dtype: torch.dtype, cut_for: Vectors) -> None:
+    """Rows and outputs that fill no tile, several blocks of inputs, two threads."""
+    schedule = DensePanel(layout, 2, Finish(True, "relu"), *[str(dtype).removeprefix("torch.")] * 3, cut_for)
+    run = build.load(schedule, host()).function
+    for rows, inputs, outputs in ((1, 1, 1), (5, 30, 70), (13, 150, 64), (200, 257, 5)):
+        inputs = inputs if dtype is torch.float32 else -(-inputs // 32) * 32
+        x, weight, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype), torch.randn(outputs)
+        other, found = torch.randn(rows, outputs).to(dtype), torch.full((rows, outputs), math.nan, dtype=dtype)
+        stored = F.pad(weight, (0, 0, 0, -outputs % schedule.width if layout != "outputs" else 0))
+        if layout == "panels":
+            stored = stored.view(-1, schedule.width, inputs).mT.contiguous()
+        elif layout == "inputs":
+            stored = F.pad(weight, (0, 0, 0, -outputs % 64)).t().contiguous()
+        run(x, stored if dtype is torch.float32 else stored.view(torch.int32), F.pad(bias, (0, -outputs % 64)), other, found)
+        expected = (F.linear(x.double(), weight.double(), bias.double()) + other.double()).relu().to(dtype)
+        torch.testing.assert_close(found, expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [16, 77])

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen import permission
-from sparsify_compiler.codegen.bound import Laid, Variants, shared_layout, workers
 from sparsify_compiler.codegen.kernels.finish import Finish, finish_of, needed_finish
 from sparsify_compiler.codegen.kernels.layout import dense_groups, groups_of
 from sparsify_compiler.codegen.kernels.tile_layout import DEPTH, SIZES, PreparedTiles, prepare_tiles, tile_rows
 from sparsify_compiler.codegen.kernels.tiles import WIDTH, Tiles
+from sparsify_compiler.codegen.laid import Laid, Variants, shared_layout, workers
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target, host
 

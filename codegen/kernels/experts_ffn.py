@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler.codegen import build, permission
-from sparsify_compiler.codegen.bound import SLAB, BoundLayer, as_matrix, workers
+from sparsify_compiler.codegen import permission
+from sparsify_compiler.codegen.bound import SLAB, BoundLayer, as_arguments, as_matrix, export_variants, load_variants
 from sparsify_compiler.codegen.kernels import amx
 from sparsify_compiler.codegen.kernels.expert_panels import ExpertPanels
 from sparsify_compiler.codegen.kernels.expert_rows import ExpertRows
@@ -20,6 +20,7 @@ from sparsify_compiler.codegen.kernels.experts_layout import BIASES, WEIGHTS, pr
 from sparsify_compiler.codegen.kernels.finish import ACTIVATIONS
 from sparsify_compiler.codegen.kernels.layout import DTYPES
 from sparsify_compiler.codegen.kernels.products import step_of
+from sparsify_compiler.codegen.laid import Laid, Variants, workers
 from sparsify_compiler.codegen.vectors import vectors_of
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.ops import select_ffn
@@ -27,6 +28,7 @@ from sparsify_compiler.target import Target
 
 NAME, OP, LABEL = "experts_ffn", "experts_ffn", "chosen experts"
 GIVEN = ("chosen", "weights")  # what the graph computes beside x
+ROW, ROWS = "expert_rows", "expert_panels"
 
 
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
@@ -43,14 +45,18 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})] if fits and known else []
 
 
-def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
-         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> Experts:
-    """The kernels with these weights. Raises KernelError."""
+def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+        target: Target, shared: list[Any]) -> Laid:
+    """The experts gate and up [E, H, K], down [E, N, H]. Raises KernelError."""
     gate, down = tensors["gate"], tensors["down"]
     whole = gate.dim() == down.dim() == 3 and tensors.get("up", gate).shape == gate.shape and (down.shape[0], down.shape[2]) == gate.shape[:2]
     if not whole or not offer(op, tensors, attributes, getattr(torch, str(options["dtype"])), (1,), target):
         raise KernelError("the stored experts do not fit this kernel", where=op, hint="save the model again")
-    return Experts(options, dict(tensors) if bias is None else {**tensors, "bias": bias}, str(attributes["activation"]), files, target)
+    given = tensors if bias is None else {**tensors, "bias": bias}
+    prepared = prepare_experts({name: given[name].detach() for name in (*WEIGHTS, *BIASES) if name in given}, str(attributes["activation"]))
+    layout, cut_for = prepared.layout, vectors_of(target)
+    kernels = {ROW: ExpertRows(layout, target.cores > 1, cut_for), ROWS: ExpertPanels(layout, workers(target), cut_for)}
+    return Laid(LABEL, options, prepared, Variants(kernels, lambda rows: ROW if rows == 1 else ROWS), target, GIVEN)
 
 
 class Experts(BoundLayer):
@@ -59,21 +65,12 @@ class Experts(BoundLayer):
     An expert that there is not counts as none. Results do not depend on the number of threads.
     """
 
-    name = LABEL
-
-    def __init__(self, options: Mapping[str, Any], tensors: Mapping[str, Tensor], activation: str, files: Mapping[str, bytes],
-                 target: Target) -> None:
-        import tvm_ffi
-
-        self.options, self.target = dict(options), target
-        self._held = {name: tensors[name].detach() for name in (*WEIGHTS, *BIASES) if name in tensors}
-        self._prepared = prepare_experts(self._held, activation)
-        self._dtype, self.in_features, self.out_features = tensors["gate"].dtype, self._prepared.in_features, self._prepared.out_features
-        self._widest = max(tensors["gate"].shape[1:])
-        layout, threads = self._prepared.layout, workers(target)
-        made = ExpertRows(layout, target.cores > 1, vectors_of(target)), ExpertPanels(layout, threads, vectors_of(target))
-        self._row, self._rows = (_load(schedule, files, target) for schedule in made)
-        self._arguments = tuple(tvm_ffi.from_dlpack(tensor) for tensor in self._prepared.tensors.values())
+    def __init__(self, laid: Laid, files: Mapping[str, bytes] | None = None) -> None:
+        self.laid, self.name, self.options, self.target, prepared = laid, laid.name, dict(laid.options), laid.target, laid.prepared
+        self._dtype, self.in_features, self.out_features = prepared.dtype, prepared.in_features, prepared.out_features
+        self._held: Mapping[str, Tensor] = prepared.plain  # type: ignore[attr-defined]
+        self._widest = max(self._held["gate"].shape[1:])
+        self._kernels, self._arguments = load_variants(laid, files or {}), as_arguments(prepared)
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor | None = None) -> Tensor:
         """x of the weights' dtype, chosen int32 or int64, weights of any float dtype; any strides -> a new y. Raises InputError."""
@@ -89,26 +86,24 @@ class Experts(BoundLayer):
         factors = torch.ones(chosen.shape, dtype=torch.float32) if weights is None else weights.float()
         whole = [as_matrix(x, rows), as_matrix(chosen, rows).view(torch.int32), as_matrix(factors, rows), as_matrix(y, rows)]
         if rows == 1:
-            self._run(self._row, *whole)
+            self._run(ROW, *whole)
         for start in range(0, rows if rows > 1 else 0, slab := max(1, SLAB // (chosen.shape[-1] * self._widest))):
-            self._run(self._rows, *[matrix[start : start + slab] for matrix in whole])
+            self._run(ROWS, *[matrix[start : start + slab] for matrix in whole])
         return y
 
-    def _run(self, kernel: build.Kernel, x: Tensor, chosen: Tensor, weights: Tensor, y: Tensor) -> None:
-        kernel.function(x, chosen, weights, *self._arguments, y)
+    def _run(self, kernel: str, x: Tensor, chosen: Tensor, weights: Tensor, y: Tensor) -> None:
+        self._kernels[kernel].function(x, chosen, weights, *self._arguments, y)
 
     def empty(self, x: Tensor, *given: Tensor) -> Tensor:  # type: ignore[override]
         """A y for this x, which may be fake. Raises InputError."""
         return super().empty(x)
 
     def state(self) -> dict[str, Tensor]:
-        return {**self._held, **{f"prepared.{name}": tensor for name, tensor in self._prepared.tensors.items()}}
+        return {**self._held, **{f"prepared.{name}": tensor for name, tensor in self.laid.prepared.arguments().items()}}
 
     def files(self) -> dict[str, bytes]:
         """IR, binary and description of both kernels, for the artefact."""
-        return {f"{kernel.schedule.name}.{name}": data for kernel in (self._row, self._rows) for name, data in build.export(kernel).items()}
+        return export_variants(self._kernels)
 
 
-def _load(schedule: ExpertRows | ExpertPanels, files: Mapping[str, bytes], target: Target) -> build.Kernel:
-    stored = {name.removeprefix(f"{schedule.name}."): data for name, data in files.items() if name.startswith(f"{schedule.name}.")}
-    return build.load_exported(stored, schedule, target) if stored else build.load(schedule, target)
+BOUND = Experts

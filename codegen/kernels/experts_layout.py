@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels.products import LANES
+from sparsify_compiler.codegen.laid import PreparedTensors
 
 WEIGHTS, BIASES = ("gate", "up", "down"), ("gate_bias", "up_bias", "bias")
 
@@ -28,19 +29,11 @@ class ExpertsLayout:
     biased: tuple[str, ...] = ()  # of BIASES
 
 
-@dataclass(frozen=True)
-class PreparedExperts:
-    """The tensors that kernels read, in the order of their arguments: `sizes`, the weights, the biases."""
+def prepare_experts(tensors: Mapping[str, Tensor], activation: str) -> PreparedTensors:
+    """gate and up [E, H, K], down [E, N, H], biases [E, H], [E, H], [E, N] as kernels read them: `sizes`, the weights, the biases.
 
-    layout: ExpertsLayout
-    tensors: dict[str, Tensor]
-    experts: int
-    in_features: int
-    out_features: int
-
-
-def prepare_experts(tensors: Mapping[str, Tensor], activation: str) -> PreparedExperts:
-    """gate and up [E, H, K], down [E, N, H], biases [E, H], [E, H], [E, N]. A weight is copied only where its rows are not whole and in order."""
+    A weight is copied only where its rows are not whole and in order.
+    """
     matrices = {name: _rows(tensors[name]) for name in WEIGHTS if name in tensors}
     steps = {name: step for name, (_, step) in matrices.items()}
     gate, down = tensors["gate"], tensors["down"]
@@ -48,7 +41,7 @@ def prepare_experts(tensors: Mapping[str, Tensor], activation: str) -> PreparedE
     biases = {name: torch.nn.functional.pad(tensors[name].detach().float().flatten(), (0, 2 * LANES)) for name in BIASES if name in tensors}
     layout = ExpertsLayout(str(gate.dtype).removeprefix("torch."), activation, "up" in tensors, tuple(biases))
     words = {name: rows if gate.dtype is torch.float32 else rows.view(torch.int32) for name, (rows, _) in matrices.items()}
-    return PreparedExperts(layout, {"sizes": sizes, **words, **biases}, gate.shape[0], gate.shape[2], down.shape[1])
+    return PreparedTensors(layout, {"sizes": sizes, **words, **biases}, tensors, down.shape[1], gate.shape[2])
 
 
 def _rows(weight: Tensor) -> tuple[Tensor, int]:

@@ -27,7 +27,7 @@ class How(Protocol):
 
 
 class Arguments:
-    """f(x [1, K], limit [1], by, gate [H, K], up [H, K], gate_bias [H], up_bias [H], weight [H, W], bias [W], y [1, N]), and what is written between.
+    """f(x [1, K], by, limit [1], gate [H, K], up [H, K], gate_bias [H], up_bias [H], weight [H, W], bias [W], y [1, N]), and what is written between.
 
     by      what the neurons are chosen by: a vector [H], or rows [1, H]; of any size where there is nothing
     gated   without a gate up and up_bias are of any size, and gate is the one projection that there is
@@ -37,10 +37,10 @@ class Arguments:
         self.M, self.N, self.K, self.H, self.W = (e.int32() for _ in range(5))
         words = "float32" if how.dtype == "float32" else "int32"
         self.x = e.argument((self.M, self.K), how.dtype)
-        self.limit = e.argument((e.int32(),), "float32")
         self.by = e.argument({"rows": (self.M, self.H), "vector": (self.H,), "": (e.int32(),)}[chosen_by], "float32")
+        self.limit = e.argument((e.int32(),), "float32")
         self.gate, self.up = (e.argument((self.H if given else e.int32(), e.int32()), words) for given in (True, gated))
-        self.gate_bias, self.up_bias = (e.argument((self.H if given else e.int32(),), "float32") for given in (True, gated))
+        self.gate_bias, self.up_bias = (e.argument((e.int32(),), "float32") for _ in range(2))
         weight, bias = weight_argument(self.H, how.dtype), e.argument((self.W,), "float32")
         self.y = e.argument((self.M, self.N), how.dtype)
         self.inputs = e.scratch(self.K, "float32")    # x; for bfloat16 the even inputs, then the odd ones, of every load of weights

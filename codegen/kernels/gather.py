@@ -7,17 +7,19 @@ mapped from a file, into huge pages.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsify_compiler.codegen import build
-from sparsify_compiler.codegen.bound import BoundLayer, as_matrix
-from sparsify_compiler.codegen.kernels.gather_rows import LANES, GatherRows
+from sparsify_compiler.codegen.bound import BoundLayer, as_arguments, as_matrix, export_variants, load_variants
+from sparsify_compiler.codegen.kernels.gather_rows import GatherRows
 from sparsify_compiler.codegen.kernels.layout import DTYPES, padded_bias
 from sparsify_compiler.codegen.kernels.select_rows import SelectRows
+from sparsify_compiler.codegen.kernels.selected_panels import SelectedPanels
+from sparsify_compiler.codegen.laid import Laid, PreparedTensors, Variants, without_torch
 from sparsify_compiler.codegen.vectors import vectors_of
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.pages import resident
@@ -29,6 +31,15 @@ WIDE = 2048         # outputs of a task, at the most: long runs of W, and their 
 ALONE = 1 << 16     # weights below which waking other threads costs more than they bring
 # Rows of x up to which reading the union of what they select beats the dense form at half of the inputs (measured, Sapphire Rapids).
 FEW_ROWS = {torch.float32: 4, torch.bfloat16: 2}
+FEW, SELECT, MANY = "few", "select", "many"     # variants: all for few rows; what torch multiplies for many; all for many, where there is no torch
+
+
+@dataclass(frozen=True)
+class GatherLayout:
+    """Static facts: the dtype of x, y and the weights; of an FFN its activation."""
+
+    dtype: str
+    activation: str = ""
 
 
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
@@ -39,16 +50,51 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})]
 
 
-def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
-         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> GatherLinear:
-    """The kernel with this weight, limit, scale and centre. Raises KernelError."""
-    weight = tensors["weight"]
-    if op != OP or weight.dim() != 2 or str(weight.dtype) != f"torch.{options['dtype']}" or min(weight.shape) < 1:
+def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+        target: Target, shared: list[Any]) -> Laid:
+    """The weight with its limit, scale and centre. Where the limit is not stored it is given with every call, [..., 1]. Raises KernelError."""
+    weight, dtype, parallel = tensors["weight"], str(options["dtype"]), target.cores > 1
+    if op != OP or weight.dim() != 2 or str(weight.dtype) != f"torch.{dtype}" or min(weight.shape) < 1:
         raise KernelError("the stored weight does not fit this kernel", where=op, hint="save the model again")
     for name in ("scale", "center"):
         if name in tensors and tuple(tensors[name].shape) != (weight.shape[0],):
             raise KernelError(f"{name} has shape {list(tensors[name].shape)}, the weight {weight.shape[0]} inputs", where=op)
-    return GatherLinear(options, tensors, bias, files, target)
+    prepared, kind, cut_for = _prepare(tensors, bias, dtype), ("scale" in tensors, "center" in tensors), vectors_of(target)
+    width = columns_of(rounded(weight.shape[1]), target)
+    few = GatherRows(dtype, width, *kind, weight.numel() >= ALONE and parallel, cut_for)
+    many = {MANY: SelectedPanels(dtype, *kind, target.cores, cut_for=cut_for)} if without_torch() else {SELECT: SelectRows(dtype, *kind, parallel)}
+    most, *other = FEW_ROWS[weight.dtype], *many
+    variants = Variants({FEW: few, **many}, lambda rows: FEW if rows <= most else other[0])
+    return Laid(LABEL, options, prepared, variants, target, () if "limit" in tensors else ("limit",))
+
+
+def _prepare(tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: str) -> PreparedTensors:
+    """limit [1], scale and center [K] or anything, weight [K, W], bias [W] with what the centre itself gives."""
+    weight = tensors["weight"].detach()
+    rows, none = by_rows(weight), torch.zeros(1, dtype=torch.float32)
+    total = padded_bias(bias, weight.shape[1], rows.shape[1])
+    if "center" in tensors:
+        total = total + tensors["center"].detach().float() @ rows.float()
+    given = {"limit": tensors["limit"].detach().float().reshape(1)} if "limit" in tensors else {}
+    given |= {name: tensors[name].detach().float().contiguous() if name in tensors else none for name in ("scale", "center")}
+    plain = {"weight": rows[:, : weight.shape[1]], **({} if bias is None else {"bias": bias.detach()})}
+    return PreparedTensors(GatherLayout(dtype), {**given, "weight": as_words(rows), "bias": total}, plain, weight.shape[1], weight.shape[0])
+
+
+def rounded(width: int) -> int:
+    """Outputs that kernels compute: whole cache lines."""
+    return -(-width // ROUND) * ROUND
+
+
+def by_rows(weight: Tensor) -> Tensor:
+    """[K, N] in rows of whole cache lines, in huge pages."""
+    width = rounded(weight.shape[1])
+    return resident(weight if width == weight.shape[1] else pad(weight, (0, width - weight.shape[1])))
+
+
+def as_words(weight: Tensor) -> Tensor:
+    """A weight as kernels take it: bfloat16 in int32 words of two."""
+    return weight.view(torch.int32) if weight.dtype is torch.bfloat16 else weight
 
 
 def columns_of(width: int, target: Target) -> int:
@@ -57,31 +103,22 @@ def columns_of(width: int, target: Target) -> int:
     return -(-width // (ROUND * tasks)) * ROUND
 
 
-def load_both(schedule: Any, target: Target, files: Mapping[str, bytes]) -> tuple[build.Kernel, build.Kernel]:
-    """The kernel for few rows, and what selects for many rows before they are multiplied densely: from an artefact's files, where it has some."""
-    many = SelectRows(schedule.dtype, schedule.scaled, getattr(schedule, "centered", False), schedule.parallel)
-    made = []
-    for name, one in (("few", schedule), ("many", many)):
-        stored = {key.removeprefix(f"{name}."): data for key, data in files.items() if key.startswith(f"{name}.")}
-        made.append(build.load_exported(stored, one, target) if stored else build.load(one, target))
-    return made[0], made[1]
-
-
-def in_order(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bias in the order of the kernel's sums."""
-    return total.view(-1, LANES, 2).transpose(1, 2).reshape(-1) if dtype is torch.bfloat16 else total.contiguous()
-
-
 class Gathering(BoundLayer):
-    """A layer bound to its weights: one kernel for few rows of x, and one that selects for many, before they are multiplied densely."""
+    """A layer bound to its weights: one kernel for few rows of x, and torch for many."""
 
-    _kernel: build.Kernel
-    _select: build.Kernel
+    def __init__(self, laid: Laid, files: Mapping[str, bytes] | None = None) -> None:
+        self.laid, self.name, self.options, self.target = laid, laid.name, dict(laid.options), laid.target
+        self._prepared: Any = laid.prepared
+        self._dtype, self.in_features, self.out_features = self._prepared.dtype, self._prepared.in_features, self._prepared.out_features
+        self._plain, self._kernels = self._prepared.plain, load_variants(laid, files or {})
+        self._arguments = as_arguments(self._prepared)
+
+    def state(self) -> dict[str, Tensor]:
+        return self._prepared.arguments()
 
     def files(self) -> dict[str, bytes]:
-        """IR, binary and description, for the artefact, as load_both reads them."""
-        made = (("few", self._kernel), ("many", self._select))
-        return {f"{name}.{key}": data for name, kernel in made for key, data in build.export(kernel).items()}
+        """IR, binary and description, for the artefact."""
+        return export_variants(self._kernels)
 
 
 class GatherLinear(Gathering):
@@ -90,61 +127,26 @@ class GatherLinear(Gathering):
     Where the limit is not stored it comes with every call, [..., 1]. Results do not depend on the number of threads.
     """
 
-    name = LABEL
-
-    def __init__(self, options: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: Tensor | None, files: Mapping[str, bytes],
-                 target: Target) -> None:
-        self.options, self.target = dict(options), target
-        weight = tensors["weight"].detach()
-        self.in_features, self.out_features = weight.shape
-        self.width = width = -(-self.out_features // ROUND) * ROUND  # outputs that the kernel computes
-        self._rows = resident(weight if width == self.out_features else pad(weight, (0, width - self.out_features)))
-        self._bias = None if bias is None else bias.detach()
-        self._vectors = {name: tensors[name].detach() for name in ("limit", "scale", "center") if name in tensors}
-        self._dtype, self._few = weight.dtype, FEW_ROWS[weight.dtype]
-        schedule = GatherRows(str(options["dtype"]), columns_of(width, target), "scale" in tensors, "center" in tensors,
-                              weight.numel() >= ALONE and target.cores > 1, vectors_of(target))
-        self._kernel, self._select = load_both(schedule, target, files)
-        self._prepare(width)
-
-    def _prepare(self, width: int) -> None:
-        """The fixed arguments of the kernel, as TVM's own tensors."""
-        import tvm_ffi
-
-        none, center = torch.zeros(1, dtype=torch.float32), self._vectors.get("center")
-        total = padded_bias(self._bias, self.out_features, width)
-        if center is not None:
-            total = total + center.float() @ self._rows.float()
-        words = self._rows
-        if self._dtype is torch.bfloat16:
-            words = self._rows.view(torch.int32)
-        self._sums = in_order(total, self._dtype)
-        fixed = [self._vectors.get(name, none).float().contiguous() for name in ("scale", "center")]
-        self._held = [*fixed, words, self._sums]
-        self._arguments = tuple(tvm_ffi.from_dlpack(tensor) for tensor in self._held)
-        limit = self._vectors.get("limit")
-        self._limit = None if limit is None else tvm_ffi.from_dlpack(limit.float().reshape(1))
-        self._matrix = self._rows[:, : self.out_features]
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """Of a kernel that selects by a stored limit: limit, scale, center, weight, bias."""
-        return (self._limit, *self._arguments)
+    def __init__(self, laid: Laid, files: Mapping[str, bytes] | None = None) -> None:
+        super().__init__(laid, files)
+        self._few = FEW_ROWS[self._dtype]
+        *self._limit, self._scale, self._center, self._weight, self._sums = self._arguments
 
     def __call__(self, x: Tensor, limit: Tensor | None = None) -> Tensor:
         """x [..., K] of the weight's dtype, any strides -> a new y [..., N]. Raises InputError."""
         rows, shape = self._sizes(x)
         if not rows:
             return x.new_empty(shape)
-        limits = self._limit if limit is None else torch.empty(rows, dtype=torch.float32).copy_(limit.detach().reshape(-1))
+        limits = self._limit[0] if limit is None else torch.empty(rows, dtype=torch.float32).copy_(limit.detach().reshape(-1))
         if rows <= self._few:
             y = x.new_empty(shape)
-            self._kernel.function(as_matrix(x, rows), limits, *self._arguments, as_matrix(y, rows))
+            self._kernels[FEW].function(as_matrix(x, rows), limits, self._scale, self._center, self._weight, self._sums, as_matrix(y, rows))
             return y
         x = as_matrix(x, rows)
         chosen = torch.empty_like(x)
-        self._select.function(x, limits, *self._arguments[:2], chosen)
-        return (torch.mm(chosen, self._matrix) if self._bias is None else torch.addmm(self._bias, chosen, self._matrix)).view(shape)
+        self._kernels[SELECT].function(x, limits, self._scale, self._center, chosen)
+        bias, matrix = self._plain.get("bias"), self._plain["weight"]
+        return (torch.mm(chosen, matrix) if bias is None else torch.addmm(bias, chosen, matrix)).view(shape)
 
-    def state(self) -> dict[str, Tensor]:
-        return {"weight": self._rows, "sums": self._sums, **self._vectors, **({} if self._bias is None else {"bias": self._bias})}
+
+BOUND = GatherLinear

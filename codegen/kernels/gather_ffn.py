@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from sparsify_compiler.codegen.bound import as_matrix
+from sparsify_compiler.codegen.kernels.ffn_panels import FfnPanels
 from sparsify_compiler.codegen.kernels.ffn_rows import FfnRows
-from sparsify_compiler.codegen.kernels.gather import Gathering, columns_of, load_both
-from sparsify_compiler.codegen.kernels.gathered_ffn import GatheredFfn, are_whole, takes
+from sparsify_compiler.codegen.kernels.gather import MANY, SELECT, GatherLayout, columns_of, rounded
+from sparsify_compiler.codegen.kernels.gathered_ffn import GatheredFfn, check, prepare, takes, variants
+from sparsify_compiler.codegen.kernels.select_rows import SelectRows
+from sparsify_compiler.codegen.laid import Laid, without_torch
 from sparsify_compiler.codegen.vectors import vectors_of
-from sparsify_compiler.errors import KernelError
 from sparsify_compiler.ops import select_ffn
 from sparsify_compiler.target import Target
 
@@ -28,47 +28,36 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})] if known else []
 
 
-def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
-         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> GatherFfn:
-    """The kernel with these weights. Raises KernelError."""
-    if not are_whole(tensors) or not offer(op, tensors, attributes, getattr(torch, str(options["dtype"])), (1,), target):
-        raise KernelError("the stored weights do not fit this kernel", where=op, hint="save the model again")
-    return GatherFfn(options, tensors, attributes, bias, files, target)
+def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+        target: Target, shared: list[Any]) -> Laid:
+    """The weights with what selects. Raises KernelError."""
+    dtype, activation, scaled = str(options["dtype"]), str(attributes["activation"]), "scale" in tensors
+    check(op, tensors, attributes, dtype)
+    by = tensors["scale"].detach().float().contiguous() if scaled else torch.zeros(1, dtype=torch.float32)
+    prepared = prepare(tensors, bias, GatherLayout(dtype, activation), {"by": by, "limit": tensors["limit"].detach().float().reshape(1)})
+    cut_for, columns = vectors_of(target), columns_of(rounded(prepared.out_features), target)
+    one = FfnRows(dtype, activation, columns, scaled, target.cores > 1, cut_for)
+    many = ({MANY: FfnPanels(dtype, activation, "scaled" if scaled else "gate", True, target.cores, cut_for)} if without_torch()
+            else {SELECT: SelectRows(dtype, scaled, False, target.cores > 1)})
+    return Laid(LABEL, options, prepared, variants(one, many), target)
 
 
-class GatherFfn(GatheredFfn, Gathering):
+class GatherFfn(GatheredFfn):
     """An FFN bound to its weights: x [..., K] -> y [..., N]. Results do not depend on the number of threads."""
-
-    name = LABEL
-
-    def __init__(self, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
-                 files: Mapping[str, bytes], target: Target) -> None:
-        import tvm_ffi
-
-        super().__init__(options, tensors, attributes, bias, target)
-        schedule = FfnRows(str(options["dtype"]), self._activation, columns_of(self.width, target), "scale" in tensors, target.cores > 1,
-                           vectors_of(target))
-        self._kernel, self._select = load_both(schedule, target, files)
-        scale = self._tensors["scale"].float() if "scale" in tensors else torch.zeros(1, dtype=torch.float32)
-        self._held = [self._tensors["limit"].float().reshape(1), scale, *self._fixed()]
-        self._arguments = tuple(tvm_ffi.from_dlpack(tensor) for tensor in self._held)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] of the weights' dtype, any strides -> a new y [..., N]. Raises InputError."""
         rows, shape = self._sizes(x)
-        if rows != 1:
-            return self._many(x)
-        y = x.new_empty(shape)
-        self._kernel.function(as_matrix(x, 1), *self._arguments, as_matrix(y, 1))
-        return y
+        return self._one(x, shape, *self._arguments) if rows == 1 else self._many(x)
 
     def _many(self, x: Tensor) -> Tensor:
-        given = self._tensors
-        gates = select_ffn.ACTIVATIONS[self._activation](linear(x, given["gate"], given.get("gate_bias"))).flatten(0, -2)
+        gates = select_ffn.ACTIVATIONS[self._activation](self._projected(x, "gate")).flatten(0, -2)
         if not gates.shape[0]:
             return x.new_empty((*x.shape[:-1], self.out_features))
         chosen = torch.empty_like(gates)
-        limit, scale = self._arguments[:2]
-        self._select.function(gates, limit, scale, scale, chosen)
-        hidden = chosen.view((*x.shape[:-1], -1)) * select_ffn.raised(self._activation, linear(x, given["up"], given.get("up_bias")))
-        return linear(hidden, self._down, self._bias)
+        by, limit = self._arguments[:2]
+        self._kernels[SELECT].function(gates, limit, by, by, chosen)
+        return self._down(chosen.view((*x.shape[:-1], -1)) * select_ffn.raised(self._activation, self._projected(x, "up")))
+
+
+BOUND = GatherFfn

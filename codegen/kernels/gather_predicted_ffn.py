@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.bound import as_matrix
-from sparsify_compiler.codegen.kernels.gather import columns_of
-from sparsify_compiler.codegen.kernels.gathered_ffn import GatheredFfn, are_whole, takes
+from sparsify_compiler.codegen.kernels.ffn_panels import FfnPanels
+from sparsify_compiler.codegen.kernels.gather import MANY, GatherLayout, columns_of, rounded
+from sparsify_compiler.codegen.kernels.gathered_ffn import GatheredFfn, check, prepare, takes, variants
 from sparsify_compiler.codegen.kernels.predicted_ffn_rows import PredictedFfnRows
+from sparsify_compiler.codegen.laid import Laid, without_torch
 from sparsify_compiler.codegen.vectors import vectors_of
-from sparsify_compiler.errors import KernelError
 from sparsify_compiler.ops import select, select_ffn
 from sparsify_compiler.target import Target
 
@@ -29,12 +28,18 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})] if known else []
 
 
-def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
-         files: Mapping[str, bytes], target: Target, shared: list[Any]) -> GatherPredictedFfn:
-    """The kernel with these weights. Raises KernelError."""
-    if not are_whole(tensors) or not offer(op, tensors, attributes, getattr(torch, str(options["dtype"])), (1,), target):
-        raise KernelError("the stored weights do not fit this kernel", where=op, hint="save the model again")
-    return GatherPredictedFfn(options, tensors, attributes, bias, files, target)
+def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
+        target: Target, shared: list[Any]) -> Laid:
+    """The weights, and the limit where that is stored; else it is given with every call, [..., 1], as scores always are. Raises KernelError."""
+    dtype, activation, gated = str(options["dtype"]), str(attributes["activation"]), "up" in tensors
+    check(op, tensors, attributes, dtype)
+    stored = {"limit": tensors["limit"].detach().float().reshape(1)} if "limit" in tensors else {}
+    prepared = prepare(tensors, bias, GatherLayout(dtype, activation), stored)
+    cut_for, columns = vectors_of(target), columns_of(rounded(prepared.out_features), target)
+    one = PredictedFfnRows(dtype, activation, columns, gated, target.cores > 1, cut_for)
+    many = {MANY: FfnPanels(dtype, activation, "scores", gated, target.cores, cut_for)} if without_torch() else {}
+    given = ("scores",) if stored else ("scores", "limit")
+    return Laid(LABEL, options, prepared, variants(one, many), target, given)
 
 
 class GatherPredictedFfn(GatheredFfn):
@@ -43,39 +48,26 @@ class GatherPredictedFfn(GatheredFfn):
     Where the limit is not stored it comes with every call, [..., 1]. Results do not depend on the number of threads.
     """
 
-    name = LABEL
-
-    def __init__(self, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
-                 files: Mapping[str, bytes], target: Target) -> None:
-        import tvm_ffi
-
-        super().__init__(options, tensors, attributes, bias, target)
-        schedule = PredictedFfnRows(str(options["dtype"]), self._activation, columns_of(self.width, target), "up" in tensors, target.cores > 1,
-                                    vectors_of(target))
-        self._kernel = build.load_exported(files, schedule, target) if files else build.load(schedule, target)
-        self._limit = tensors["limit"].detach().float().reshape(1) if "limit" in tensors else None
-        self._held = self._fixed()
-        self._arguments = tuple(tvm_ffi.from_dlpack(tensor) for tensor in self._held)
+    def __init__(self, laid: Laid, files: Mapping[str, bytes] | None = None) -> None:
+        super().__init__(laid, files)
+        stored = "limit" in self._prepared.tensors
+        self._limit, self._weights = (self._arguments[0] if stored else None), self._arguments[int(stored):]
 
     def __call__(self, x: Tensor, scores: Tensor, limit: Tensor | None = None) -> Tensor:
         """x [..., K] of the weights' dtype and scores float32 [..., H], any strides -> a new y [..., N]. Raises InputError."""
         rows, shape = self._sizes(x)
         if rows != 1:
-            return self._many(x, scores, self._tensors["limit"] if limit is None else limit)
-        y = x.new_empty(shape)
-        least = self._limit if limit is None else limit.reshape(1)
-        self._kernel.function(as_matrix(x, 1), least, as_matrix(scores, 1), *self._arguments, as_matrix(y, 1))
-        return y
+            return self._many(x, scores, self._prepared.tensors["limit"].reshape(()) if limit is None else limit)
+        return self._one(x, shape, as_matrix(scores, 1), self._limit if limit is None else limit.reshape(1), *self._weights)
 
-    def empty(self, x: Tensor, *given: Tensor) -> Tensor:
+    def empty(self, x: Tensor, *given: Tensor) -> Tensor:  # type: ignore[override]
+        """A y for this x, which may be fake. Raises InputError."""
         return super().empty(x)
 
     def _many(self, x: Tensor, scores: Tensor, limit: Tensor) -> Tensor:
-        given = self._tensors
-        ups = linear(x, given["up"], given.get("up_bias")) if "up" in given else None
-        hidden = select_ffn.hidden(self._activation, linear(x, given["gate"], given.get("gate_bias")), ups)
-        return linear(select.op(hidden, limit, scores=scores), self._down, self._bias)
+        ups = self._projected(x, "up") if "up" in self._plain else None
+        hidden = select_ffn.hidden(self._activation, self._projected(x, "gate"), ups)
+        return self._down(select.op(hidden, limit, scores=scores))
 
-    def files(self) -> dict[str, bytes]:
-        """IR, binary and description, for the artefact."""
-        return build.export(self._kernel)
+
+BOUND = GatherPredictedFfn

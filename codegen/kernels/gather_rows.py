@@ -44,7 +44,7 @@ class GatherRows:
     def compute(self) -> Any:
         """The PrimFunc f(x [M, K], limit [1 or M], scale [K], center [K], weight [K, W], bias [W], y [M, N]); W a multiple of 64, N <= W.
 
-        Weights of bfloat16 come as int32 words of two, [K, W / 2], and the bias in the order of the sums: 16 even outputs, then the odd ones.
+        Weights of bfloat16 come as int32 words of two, [K, W / 2].
         """
         return e.function("main", lambda: _body(self), self.cut_for)
 
@@ -158,8 +158,10 @@ class Sums:
 
     def add(self, chosen: Chosen, count: Any, start: Any, width: Any) -> None:
         """All rows times one task's columns of the weights of `count` inputs."""
-        with e.loop(self.rows) as m, e.loop(e.floordiv(width, LANES)) as j:
-            e.store(self._sums, e.load(self._bias, start + j * LANES, lanes=LANES), m * self.width + start + j * LANES, lanes=LANES)
+        with e.loop(self.rows) as m, e.loop(e.floordiv(width, self.step)) as j:
+            at = e.let(start + j * self.step)
+            for half, value in enumerate(as_read(e.let(e.load(self._bias, at, lanes=self.step)), self.step)):
+                e.store(self._sums, value, m * self.width + at + half * LANES, lanes=LANES)
         whole = e.let(e.floordiv(count, TOGETHER))
         with e.loop(whole) as group:
             self._add(chosen, group * TOGETHER, TOGETHER, start, width)
@@ -204,6 +206,11 @@ class Sums:
         with e.loop(self.rows) as m, e.loop(e.floordiv(width, self.step)) as j:
             column = e.let(start + j * self.step)
             e.store_tail(y, in_order(self.read(m, column)), self.step, m, column, columns)
+
+
+def as_read(value: Any, step: int) -> list[Any]:
+    """The outputs of one load of weights in the order in which these are read: all, or the even ones, then the odd ones."""
+    return [value] if step == LANES else [e.let(e.shuffle(value, value, [2 * i + half for i in range(LANES)])) for half in range(2)]
 
 
 def in_order(halves: list[Any]) -> Any:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler import catalog
-from sparsify_compiler.codegen.bound import Laid, Variants, shared_layout
 from sparsify_compiler.codegen.kernels import strips
 from sparsify_compiler.codegen.kernels.layout import LANES, OUTPUTS, Layout, Prepared, groups_of, prepare, takes
 from sparsify_compiler.codegen.kernels.panel import Panel
 from sparsify_compiler.codegen.kernels.rows import Rows
+from sparsify_compiler.codegen.laid import Laid, Variants, shared_layout
 from sparsify_compiler.codegen.vectors import AVX512, Vectors, vectors_of
 from sparsify_compiler.target import Target
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler import catalog
-from sparsify_compiler.codegen.bound import PreparedWeight
+from sparsify_compiler.codegen.laid import PreparedWeight
 
 DTYPES = (torch.float32, torch.bfloat16)   # of x and y
 LANES = 16      # numbers of a vector; LLVM splits it on machines with narrower registers

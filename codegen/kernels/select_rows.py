@@ -17,12 +17,16 @@ LANES = 16
 
 @dataclass(frozen=True)
 class SelectRows:
-    """How: with a scale, with a centre; on torch's threads or on the caller's alone."""
+    """How: with a scale, with a centre; on torch's threads or on the caller's alone.
+
+    apart   y is float32, and what lies between x and the centre: 0 where that is not selected
+    """
 
     dtype: str       # of x and y: "float32" or "bfloat16"
     scaled: bool
     centered: bool
     parallel: bool
+    apart: bool = False
     name = "select_rows"
 
     def compute(self) -> Any:
@@ -34,16 +38,17 @@ def _body(how: SelectRows) -> None:
     M, K, L = (e.int32() for _ in range(3))
     x, limit = e.argument((M, K), how.dtype), e.argument((L,), "float32")
     scale, center = (e.argument((K if given else e.int32(),), "float32") for given in (how.scaled, how.centered))
-    y = e.argument((M, K), how.dtype)
+    y = e.argument((M, K), "float32" if how.apart else how.dtype)
 
     def one(m: Any, at: Any, lanes: int) -> None:
         value = e.let(e.read_float(x, m, at, lanes=lanes))
         middle = e.load(center, at, lanes=lanes) if how.centered else e.broadcast(e.zero(), lanes)
-        distance = value - middle if how.centered else value
-        size = e.absolute(e.let(distance), lanes)
+        distance = e.let(value - middle) if how.centered else value
+        size = e.absolute(distance, lanes)
         score = size * e.load(scale, at, lanes=lanes) if how.scaled else size
         least = e.broadcast(e.load(limit, e.minimum(m, L - 1)), lanes)
-        e.write_float(y, tirx.Select(score < least, middle, value), m, at, lanes=lanes)
+        kept = (e.broadcast(e.zero(), lanes), distance) if how.apart else (middle, value)
+        e.write_float(y, tirx.Select(score < least, *kept), m, at, lanes=lanes)
 
     whole = e.floordiv(K, LANES)
     with e.loop(M, parallel=how.parallel) as m:

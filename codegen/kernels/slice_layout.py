@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsify_compiler.codegen.bound import PreparedWeight
 from sparsify_compiler.codegen.kernels.layout import Groups, padded_bias, split
+from sparsify_compiler.codegen.laid import PreparedWeight
 
 LANES = 16
 WINDOW = 256        # outputs that may change places: lines of y are then written while they are in the cache

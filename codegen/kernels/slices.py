@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler.codegen.bound import Laid, Variants, shared_layout
 from sparsify_compiler.codegen.kernels.gemv import Gemv
 from sparsify_compiler.codegen.kernels.layout import groups_of, takes
 from sparsify_compiler.codegen.kernels.slice_layout import LANES, PreparedSlices, places_fit, prepare_gaps, prepare_places
 from sparsify_compiler.codegen.kernels.slice_panel import SlicePanel
+from sparsify_compiler.codegen.laid import Laid, Variants, shared_layout
 from sparsify_compiler.codegen.vectors import Vectors, vectors_of
 from sparsify_compiler.target import Target
 

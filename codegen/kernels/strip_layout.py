@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsify_compiler.codegen.bound import PreparedWeight
 from sparsify_compiler.codegen.kernels.layout import OUTPUTS, Groups, padded_bias, split
+from sparsify_compiler.codegen.laid import PreparedWeight
 
 TILES = {16: 4, 8: 3, 4: 6}  # registers of rows of x that are multiplied at a time, by lanes of a register
 TILE = TILES[16]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler.codegen.bound import Laid, Variants, shared_layout, workers
 from sparsify_compiler.codegen.kernels.finish import Finish, finish_of, needed_finish
 from sparsify_compiler.codegen.kernels.layout import LANES, groups_of, takes
 from sparsify_compiler.codegen.kernels.strip_layout import SLICE, TILE, PreparedStrips, prepare_strips
 from sparsify_compiler.codegen.kernels.strip_panel import StripPanel
+from sparsify_compiler.codegen.laid import Laid, Variants, shared_layout, workers
 from sparsify_compiler.codegen.vectors import Vectors, vectors_of
 from sparsify_compiler.target import Target
 

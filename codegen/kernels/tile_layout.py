@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify_compiler.codegen.bound import PreparedWeight
 from sparsify_compiler.codegen.kernels.layout import Arguments, Groups, index_dtype, padded_bias, padded_groups
+from sparsify_compiler.codegen.laid import PreparedWeight
 from sparsify_compiler.errors import KernelError
 
 DEPTH = 32     # inputs of a chunk: the pairs of bfloat16 in 64 bytes of a tile's row, twice
