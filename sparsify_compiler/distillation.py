@@ -39,9 +39,20 @@ def see(model: nn.Module, hook: Hook, batch: Inputs, attention: bool) -> Seen:
     args, kwargs = call_arguments(batch)
     leaves = pytree.tree_leaves(model(*args, **kwargs))
     outputs = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    mask = kwargs.get("attention_mask")
-    tokens = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    return Seen(outputs, tuple(hook.states.values()), tokens, tuple(hook.attentions().values()) if attention else ())
+    return Seen(outputs, tuple(hook.states.values()), _tokens(kwargs), tuple(hook.attentions().values()) if attention else ())
+
+
+def see_block(model: nn.Module, hook: Hook, batch: Inputs, path: str) -> Seen:
+    """Run an attached model on a batch as far as a residual block goes: its state alone."""
+    args, kwargs = call_arguments(batch)
+    with hook.ending_at(path):
+        model(*args, **kwargs)
+    return Seen((), (hook.states[path],), _tokens(kwargs))
+
+
+def _tokens(named: Mapping[str, Any]) -> Tensor | None:
+    mask = named.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def parse_losses(losses: str | Sequence[str]) -> list[Named]:

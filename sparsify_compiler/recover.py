@@ -9,28 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .capture_batch import captured_for_any_batch
-from .distillation import Seen, check_alike, distance, parse_losses, see
+from .distillation import parse_losses
 from .errors import InputError
-from .named import Named
 from .pipeline import Pipeline
 from .progress import Show, display
+from .recover_blocks import by_blocks
 from .recover_loop import Course, Inputs, Loop, endless
+from .recover_pair import Student, Teacher
 from .recover_state import RunFile, fingerprint
 from .recovery import Recovery
 from .training import Hook
-from .training_attach import attach, hooked
-
-DEFAULT = ("squarehead", "outputs")
+from .training_attach import attach
 
 
 def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Inputs], *, hook: Hook | None = None, minutes: float = 10.0,
             steps: int | None = None, losses: str | Sequence[str] | None = None, quality: Callable[[nn.Module], float] | None = None,
             checks: int = 10, patience: int = 3, rate: float = 2e-4, warmup: float = 0.05, clip: float = 1.0, decay: float = 0.0,
-            accumulate: int = 1, dtype: torch.dtype | None = None, checkpoint: str | Path | None = None, dynamic: Any = None,
-            progress: bool | Show = False) -> tuple[nn.Module, Recovery]:
+            accumulate: int = 1, dtype: torch.dtype | None = None, blockwise: bool = False, checkpoint: str | Path | None = None,
+            dynamic: Any = None, progress: bool | Show = False) -> tuple[nn.Module, Recovery]:
     """Train a sparse model to do what its teacher does: (the trained module, what happened). It goes through compile() afterwards.
 
         module, hook = sc.attach(model, batches[0], sc.recipes.wanda("2:4"), calibration=batches[:8])
@@ -51,7 +49,10 @@ def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Inputs], *, 
     decay       weight decay of AdamW
     accumulate  batches a step
     dtype       torch.bfloat16 or float16 to run both models under autocast
-    checkpoint  a file that holds the whole state, replaced at once every half minute. Where it is there the run goes on from it
+    blockwise   train one residual block after another, on what those before it give, and at last what follows them: gradients, the optimizer and
+                what the backward pass needs are those of one block at a time. `steps`, and an equal share of `minutes`, are each block's; masks stay
+    checkpoint  a file that holds the whole state, replaced at once every half minute. Where it is there the run goes on from it. Block by block
+                there is one for each, <file>.<number>
     dynamic     as in compile(), for a model without a hook and for the teacher
     progress    True, or a function (what, done, total)
 
@@ -61,20 +62,20 @@ def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Inputs], *, 
     started = time.monotonic()
     course = Course(minutes, steps, rate, warmup, clip, decay, accumulate, checks, patience)
     named = [] if losses is None else parse_losses(losses)  # first of all: wrong names are told at once
-    first, batches = _first(batches)
+    first, walk = _first(batches)
     if hook is None:
         model, hook = attach(model, first, Pipeline(()), dynamic=dynamic)
     model.eval()
-    teach = _Teacher(teacher, first, dynamic)
-    student = _Student(model, hook, teach, dtype)
+    student = Student(model, hook, Teacher(teacher, first, dynamic), dtype)
     chosen = student.losses(first, named)
     key = fingerprint(model, f"{[(one.name, one.options) for one in chosen]} {steps} {rate} {warmup} {clip} {decay} {accumulate} {dtype}")
-    file = None if checkpoint is None else RunFile(Path(checkpoint), key)
+    file = None if checkpoint is None else Path(checkpoint)
     with display(progress) as show:
+        if blockwise:
+            return model, by_blocks(model, hook, student, chosen, batches, course, metric=quality, file=file, key=key, show=show, started=started)
         loop = Loop(model, hook, lambda batch: student.loss(batch, chosen), course, record=Recovery([one.name for one in chosen]), metric=quality,
-                    file=file, show=show, started=started)
-        record = loop.run(batches)
-    return model, record
+                    file=None if file is None else RunFile(file, key), show=show, started=started)
+        return model, loop.run(walk)
 
 
 def _first(batches: Iterable[Inputs]) -> tuple[Inputs, Iterable[Inputs]]:
@@ -84,45 +85,3 @@ def _first(batches: Iterable[Inputs]) -> tuple[Inputs, Iterable[Inputs]]:
     if first is None:
         raise InputError("there is no batch to train on", where="batches")
     return first, chain((first,), walk)
-
-
-class _Teacher:
-    """The dense model, whose residual stream is watched. It shares its tensors."""
-
-    def __init__(self, model: nn.Module, example: Inputs, dynamic: Any) -> None:
-        with torch.no_grad():
-            self._module, self._hook = hooked(captured_for_any_batch(model, example, dynamic), own=False)
-
-    def __call__(self, batch: Inputs, attention: bool) -> Seen:
-        with torch.no_grad():
-            return see(self._module, self._hook, batch, attention)
-
-
-class _Student:
-    """The model in training, beside its teacher."""
-
-    def __init__(self, model: nn.Module, hook: Hook, teacher: _Teacher, dtype: torch.dtype | None) -> None:
-        self._model, self._hook, self._teacher = model, hook, teacher
-        device = next(iter(model.parameters()), torch.empty(0, dtype=torch.float32)).device
-        self._cast = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-    def losses(self, batch: Inputs, named: list[Named]) -> list[Named]:
-        """Those that the user named, or the default of such a model where there are none; checked on one batch."""
-        attention = _reads_attention(named)
-        with torch.no_grad(), self._cast:
-            ours, theirs = see(self._model, self._hook, batch, attention), self._teacher(batch, attention)
-        chosen = named or parse_losses(DEFAULT if ours.states and theirs.states else "outputs")
-        check_alike(chosen, ours, theirs)
-        return chosen
-
-    def loss(self, batch: Inputs, losses: Sequence[Named]) -> Tensor:
-        """float32 []."""
-        attention = _reads_attention(losses)
-        with self._cast:
-            theirs = self._teacher(batch, attention)
-            ours = see(self._model, self._hook, batch, attention)
-        return distance(losses, ours, theirs)
-
-
-def _reads_attention(losses: Sequence[Named]) -> bool:
-    return any("attention" in loss.statistics for loss in losses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 KEPT_POINTS = 500
 
@@ -46,3 +46,17 @@ class Recovery:
         self.points.append(point)
         if len(self.points) > 2 * KEPT_POINTS:
             self.points = [one for i, one in enumerate(self.points) if i % 2 or one.quality is not None]
+
+    @property
+    def failed(self) -> bool:
+        """Did it end on a number that is none?"""
+        return "the last good weights" in self.stopped
+
+    def join(self, later: Recovery) -> None:
+        """Take in what came behind it, the next block's."""
+        for point in later.points:
+            self.add(replace(point, step=point.step + self.steps, seconds=point.seconds + self.seconds))
+        if later.best is not None:
+            self.before = later.before if self.before is None else self.before
+            self.best, self.best_step = later.best, (later.best_step or 0) + self.steps
+        self.steps, self.seconds, self.stopped = self.steps + later.steps, self.seconds + later.seconds, later.stopped

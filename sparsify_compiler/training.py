@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,18 +23,28 @@ LOWEST = -1e9  # a score that stands for minus infinity, and has gradients
 META = "training"  # in a node's metadata: the passes that act on it in training
 
 
+class EndsHereError(Exception):
+    """A forward pass has come to where it was to end. Caught by who asked for it."""
+
+
 class Watch(nn.Module):
-    """Stands in the graph and keeps the value that went by last, with its gradient's graph. It is no part of the model's state."""
+    """Stands in the graph and keeps the value that went by last, with its gradient's graph. It is no part of the model's state.
+
+    ends  a forward pass goes no further, by raising EndsHereError
+    """
 
     _is_impure = True  # so that fx does not drop it as dead code
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Tensor] = []
+        self.ends = False
 
     def forward(self, x: Tensor) -> None:
         if type(x) is Tensor:  # an export of the model, which runs on stand-ins, leaves nothing here
             self.seen = [x]
+            if self.ends:
+                raise EndsHereError
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "seen": []}
@@ -155,11 +166,14 @@ class Hook:
             loss = task_loss(model(**batch)) + hook.loss()
             loss.backward()
             optimizer.step(), hook.step(optimizer), optimizer.zero_grad()
+
+    blocks  path of each residual block -> the parameters that it computes with, but for those of blocks before it
     """
 
     def __init__(self, parts: Sequence[Part], watched: Mapping[str, Marked], states: Mapping[str, Watch],
-                 attentions: Mapping[str, WatchedAttention], layers: Mapping[str, Layer]) -> None:
-        self.steps = 0
+                 attentions: Mapping[str, WatchedAttention], layers: Mapping[str, Layer],
+                 blocks: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        self.steps, self.blocks = 0, dict(blocks)
         self._parts, self._watched, self._states, self._layers = tuple(parts), dict(watched), dict(states), dict(layers)
         self._attentions = dict(attentions)
         self._move()
@@ -168,6 +182,23 @@ class Hook:
     def states(self) -> dict[str, Tensor]:
         """Path of each residual block -> the residual stream behind it in the last forward pass, [..., width], with gradients."""
         return {path: one.seen[0] for path, one in self._states.items() if one.seen}
+
+    @property
+    def acts(self) -> bool:
+        """Is anything moved or added to the loss by step()?"""
+        return bool(self._parts)
+
+    @contextmanager
+    def ending_at(self, path: str) -> Iterator[None]:
+        """Within, a forward pass ends behind this residual block, and so does the block that runs it."""
+        watch = self._states[path]
+        watch.ends = True
+        try:
+            yield
+        except EndsHereError:
+            pass
+        finally:
+            watch.ends = False
 
     def attentions(self) -> dict[str, Tensor]:
         """Path of each attention of the graphs -> the logarithms of its weights in the last forward pass, [batch, heads, queries, keys]."""

@@ -104,7 +104,7 @@ def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] 
         marked.setdefault(by, []).append(Marked(path, packed.get(node) or taps[node], tensors, watched.decisions.get(path), known))
     parts: list[Part] = [by.part(places) for by, places in marked.items()]
     layers = _masked(module, program) | {_path_of(node): layer for node, layer in packed.items()}
-    return module, Hook(parts, values, states, attentions, layers)
+    return module, Hook(parts, values, states, attentions, layers, _block_parameters(module, watched, blocks))
 
 
 def _watched_attention(region: Region, node: fx.Node, watch_of: Callable[[Region, fx.Node], Watch]) -> WatchedAttention:
@@ -119,6 +119,30 @@ def _stored(node: fx.Node) -> dict[str, str]:
     for key, value in node.kwargs.items():
         given |= {f"{key}[{i}]": item for i, item in enumerate(value)} if isinstance(value, list | tuple) else {}
     return {key: str(value.target) for key, value in given.items() if isinstance(value, fx.Node) and value.op == "get_attr"}
+
+
+def _block_parameters(module: nn.Module, program: Program, blocks: Iterable[tuple[str, Region, fx.Node]]) -> dict[str, list[nn.Parameter]]:
+    """Path of each block -> the parameters of a trained module that its output depends on, without those of blocks before it."""
+    found: dict[str, list[nn.Parameter]] = {}
+    seen: set[fx.Node | nn.Parameter] = set()
+    for path, region, output in blocks:
+        waiting, found[path] = [output], []
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                waiting += node.all_input_nodes
+                found[path] += [one for one in _read(module, region, node) if isinstance(one, nn.Parameter) and one not in seen]
+                seen.update(found[path])
+    return found
+
+
+def _read(module: nn.Module, region: Region, node: fx.Node) -> Iterable[Tensor]:
+    """The tensors of a trained module that a node is, or calls."""
+    name = region.qualified(str(node.target))
+    if node.op == "get_attr":
+        return [get_tensor(module, name)]
+    return module.get_submodule(name).parameters() if node.op == "call_module" else ()
 
 
 def _masked(module: nn.Module, program: Program) -> dict[str, Layer]:
