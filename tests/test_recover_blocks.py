@@ -32,7 +32,8 @@ def test_blocks_learn_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> No
     start, trained = distance(module, model), list(module.parameters())
     masks = {name: mask.clone() for name, mask in hook.masks.items()}
     told: list[int] = []
-    _, recovery = sc.recover(module, model, DATA, hook=hook, steps=40, rate=1e-2, blockwise=True, progress=lambda what, done, total: told.append(done))
+    _, recovery = sc.recover(module, model, DATA, hook=hook, steps=40, rate=1e-2, blockwise=True,
+                             progress=lambda what, done, total: told.append(done))
     assert distance(module, model) < 0.3 * start
     block = 16 * 32 * 2 + 16 + 32
     assert held == [block, block, 16 * 5 + 5]
