@@ -52,19 +52,25 @@ def forms(op: str, values: Values, dtype: str, machine: Machine) -> list[Form]:
     return [form for family in families for form in family.offer(op, values, dtype, machine)]
 
 
-def numbers(form: Form, values: Values, machine: Machine, between: float) -> dict[str, float]:
-    """Every number that the form's formula asks for but what is fitted. between: bytes that are read between two calls."""
+def numbers(form: Form, values: Values, machine: Machine, between: float, again: float | None = None) -> dict[str, float]:
+    """Every number that the form's formula asks for but what is fitted.
+
+    between  bytes that are read between two calls
+    again    bytes between two calls of the same kernel, for other layers of its kind too, after which its code comes back; None: between
+    """
     given = {**values, **form.given, "threads": machine.cores}
     if form.formula.work is not None:
         count, alone = form.formula.work
         given["threads"] = 1 if compiled(count)(given) < alone else machine.cores
     threads = int(given["threads"])
     distance = between + compiled(form.formula.weight)(given)
-    return {**given, **machine.times(threads), "arrive": 1 / machine.rate(distance, threads), "cold": machine.cold(between)}
+    cold = machine.cold(between if again is None else again)
+    return {**given, **machine.times(threads), "arrive": 1 / machine.rate(distance, threads), "cold": cold}
 
 
-def seconds(form: Form, values: Values, machine: Machine, between: float, costs: Mapping[str, Mapping[str, float]] | None = None) -> Seconds:
+def seconds(form: Form, values: Values, machine: Machine, between: float, costs: Mapping[str, Mapping[str, float]] | None = None,
+            again: float | None = None) -> Seconds:
     """What a call takes. Raises KeyError for a size that is missing."""
-    given = {**numbers(form, values, machine, between), **(fitted() if costs is None else costs)[form.fitted]}
+    given = {**numbers(form, values, machine, between, again), **(fitted() if costs is None else costs)[form.fitted]}
     parts = (form.formula.overhead, form.formula.compute, form.formula.memory)
     return Seconds(*(compiled(part)(given) for part in parts))

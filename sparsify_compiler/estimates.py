@@ -136,7 +136,9 @@ def estimate_program(program: Program, example_inputs: Any, machine: Machine) ->
     paths = _paths(program)
     layers = [(region, node) for region, node in program.nodes() if (region.path, node.name) in paths]
     between = int(sum(_weight_bytes(node) for _, node in layers))
-    sites = tuple(_site(region, node, paths[region.path, node.name], example_inputs, between, machine) for region, node in layers)
+    alike = Counter(_shape(node) for _, node in layers)
+    sites = tuple(_site(region, node, paths[region.path, node.name], example_inputs, between, between / alike[_shape(node)], machine)
+                  for region, node in layers)
     assumed = tuple(sorted(name for name, number in machine.numbers.items() if number.source.startswith("estimate")))
     return Estimate(machine.name, machine.title, sites, _others(program, paths, machine), assumed)
 
@@ -153,26 +155,31 @@ def _weight_bytes(node: fx.Node) -> int:
     return int(value.numel() * value.element_size())
 
 
-def _site(region: Region, node: fx.Node, path: str, example: Any, between: int, machine: Machine) -> SiteEstimate:
+def _shape(node: fx.Node) -> tuple[int, ...]:
     weight: Any = node.kwargs["weight"]
-    shape = tuple(int(size) for size in weight.meta["val"].shape)
+    return tuple(int(size) for size in weight.meta["val"].shape)
+
+
+def _site(region: Region, node: fx.Node, path: str, example: Any, between: int, again: float, machine: Machine) -> SiteEstimate:
+    """between, again: bytes of weights that are read between two calls of this layer, and of any layer of its shape, which share a kernel."""
+    shape = _shape(node)
     dtype, cost = str(node.meta["val"].dtype).removeprefix("torch."), node_cost(node)
     places = example_shape(region, input_of(node), example)
     rows = math.prod(places[:-1]) if node.target is aten.linear.default else math.prod(example_shape(region, node, example)) // max(shape[0], 1)
     if node.target is aten.linear.default and dtype in FORMULAS:
-        return _linear(path, Work.of((shape[0], shape[1]), rows, dtype=dtype, between=between), machine)
+        return _linear(path, Work.of((shape[0], shape[1]), rows, dtype=dtype, between=between), again, machine)
     seconds, rough = _by_node(node, cost, between, machine)
     kind = "linear" if node.target is aten.linear.default else "conv"
     return SiteEstimate(path, kind, shape, rows, dtype, cost.flops, cost.bytes, "dense eager", seconds.total * 1e3, seconds.bound, rough)
 
 
-def _linear(path: str, work: Work, machine: Machine) -> SiteEstimate:
-    parts = {name: part for name, part in parts_of(work, machine).items() if is_dense(name)}
+def _linear(path: str, work: Work, again: float, machine: Machine) -> SiteEstimate:
+    parts = {name: part for name, part in parts_of(work, machine, again).items() if is_dense(name)}
     kernel = min(parts, key=lambda name: parts[name].total)
     dense, cost, sizes = parts[kernel], work.cost, dict(work.sizes)
     best = []
     for density in TRIED:
-        found = min(_choices(work, density, machine), default=None, key=lambda one: one.ms)
+        found = min(_choices(work, density, again, machine), default=None, key=lambda one: one.ms)
         ideal = Best(density, IDEAL, "", (dense.overhead + density * (dense.compute + dense.memory)) * 1e3)
         found = ideal if found is None else found
         best.append(found if found.ms < dense.total * 1e3 else Best(density, "dense", kernel, dense.total * 1e3))
@@ -180,7 +187,7 @@ def _linear(path: str, work: Work, machine: Machine) -> SiteEstimate:
                         dense.total * 1e3, dense.bound, best=tuple(best))
 
 
-def _choices(work: Work, density: float, machine: Machine) -> Iterator[Best]:
+def _choices(work: Work, density: float, again: float, machine: Machine) -> Iterator[Best]:
     """The fastest sparse kernel of every structure that fits the layer."""
     sizes = dict(work.sizes)
     shape, rows = (int(sizes["N"]), int(sizes["K"])), int(sizes["M"])
@@ -189,7 +196,7 @@ def _choices(work: Work, density: float, machine: Machine) -> Iterator[Best]:
              if (structure := parse(text)).misfit(*shape) is None]
     tried.append((SELECTED, Work.make("select_linear", work.dtype, work.between, M=rows, N=shape[0], K=shape[1], density=density)))
     for text, one in tried:
-        sparse = {name: part.total * 1e3 for name, part in parts_of(one, machine).items() if not is_dense(name)}
+        sparse = {name: part.total * 1e3 for name, part in parts_of(one, machine, again).items() if not is_dense(name)}
         if sparse:
             kernel = min(sparse, key=lambda name: sparse[name])
             yield Best(density, text, kernel, sparse[kernel])

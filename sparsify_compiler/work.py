@@ -103,22 +103,23 @@ def is_dense(form: str) -> bool:
     return form.startswith(DENSE)
 
 
-def predict(work: Work, target: Any = None) -> dict[str, float]:
+def predict(work: Work, target: Any = None, again: float | None = None) -> dict[str, float]:
     """Seconds of one call in each form that the machine has, dense ones included, by the names that lowering gives them: formulas, no kernel runs.
 
     target  a name of machines.names(), a Target, or a Machine; None: this machine
+    again   bytes that are read between two calls of the same kernel, where layers of one kind share it; None: as many as work.between
     Raises InputError for an op that no formula computes or a size that is missing, TargetError for a machine of which nothing is known.
     """
-    return {name: parts.total for name, parts in parts_of(work, target).items()}
+    return {name: parts.total for name, parts in parts_of(work, target, again).items()}
 
 
-def parts_of(work: Work, target: Any = None) -> dict[str, Seconds]:
+def parts_of(work: Work, target: Any = None, again: float | None = None) -> dict[str, Seconds]:
     """The same in parts: what calling, computing and waiting for the weight take."""
     from . import machines
 
     machine = machines.machine(target)
     try:
-        made = {form.name: _model().seconds(form, work.values, machine, work.between) for form in _forms(work, machine)}
+        made = {form.name: _model().seconds(form, work.values, machine, work.between, again=again) for form in _forms(work, machine)}
     except KeyError as error:
         raise InputError(f"the size {error.args[0]} is missing", where=f"work of {work.op}", hint="see cost_models/symbols.py") from error
     if not made:

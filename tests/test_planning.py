@@ -281,7 +281,7 @@ def test_between_densities_the_logarithm_is_interpolated() -> None:
 @pytest.fixture
 def priced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds by the share of weights that are read, without building any kernel."""
-    monkeypatch.setattr(_costs, "predict", lambda work, target: _forms(work))
+    monkeypatch.setattr(_costs, "predict", lambda work, target, again: _forms(work))
 
 
 def _forms(work: Work) -> dict[str, float]:

@@ -169,3 +169,13 @@ def test_gpus_have_forms_of_torch_only() -> None:
 def test_another_machine_has_the_kernels_that_run_there() -> None:
     found = predict(Work.make("linear_bsr", M=64, N=256, K=256, r=16, c=1, density=0.1), "neoverse-n1")
     assert set(found) == {"dense eager", "bsr_r16v1"}
+
+
+def test_the_code_of_a_kernel_comes_back_from_where_its_last_call_left_it() -> None:
+    """Layers of one shape share a kernel: their weights are as far away as before, its code is not."""
+    work = Work.of((576, 576), 1, between=1 << 28)
+    far, near = parts_of(work, made_up()), parts_of(work, made_up(), 1 << 20)
+    for name, parts in far.items():
+        assert near[name].overhead < parts.overhead
+        assert (near[name].compute, near[name].memory) == (parts.compute, parts.memory)
+    assert predict(work, made_up(), work.between) == predict(work, made_up())

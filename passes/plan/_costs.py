@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from sparsify_compiler import catalog
@@ -25,7 +26,8 @@ class Costs:
                  ctx: Context) -> None:
         self._layers, self._offers, self._choices, self._tried, self._ctx = layers, offers, choices, tried, ctx
         self._read = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-        self._known: dict[Work, dict[str, float]] = {}
+        self._alike = Counter(layer.weight.shape for layer in layers for _ in layer.uses)
+        self._known: dict[tuple[Work, float], dict[str, float]] = {}
 
     def __call__(self, kind: str) -> dict[str, list[float]]:
         """Site -> what each of its offers costs."""
@@ -57,22 +59,24 @@ class Costs:
         total = 0.0
         for use in layer.uses:
             rows = self._rows(use)
-            dense = self._fastest(self._works(layer, None, 1.0, rows))
+            dense = self._fastest(self._works(layer, None, 1.0, rows), layer)
             total += dense if offer.choice is None else min(dense, self._changed(layer, offer.choice, offer.density, rows))
         return total
 
     def _changed(self, layer: Layer, choice: int, density: float, rows: int) -> float:
         works = self._works(layer, choice, density, rows)
         if all(is_predicted(work, self._ctx.target) for work in works):
-            return self._fastest(works)
-        return between({tried: self._fastest(self._works(layer, choice, tried, rows)) for tried in self._tried[choice]}, density)
+            return self._fastest(works, layer)
+        return between({tried: self._fastest(self._works(layer, choice, tried, rows), layer) for tried in self._tried[choice]}, density)
 
-    def _fastest(self, works: Sequence[Work]) -> float:
-        """Of each its fastest form."""
+    def _fastest(self, works: Sequence[Work], layer: Layer) -> float:
+        """Of each its fastest form. Layers of one shape share their kernels, so that what a kernel needs comes back after a part of the model."""
+        again = self._read / self._alike[layer.weight.shape]
         for work in works:
-            if work not in self._known:
-                self._known[work] = (predict if is_predicted(work, self._ctx.target) else measure)(work, self._ctx.target)
-        return math.fsum(min(self._known[work].values()) for work in works)
+            if (work, again) not in self._known:
+                predicted = is_predicted(work, self._ctx.target)
+                self._known[work, again] = predict(work, self._ctx.target, again) if predicted else measure(work, self._ctx.target)
+        return math.fsum(min(self._known[work, again].values()) for work in works)
 
     def _works(self, layer: Layer, choice: int | None, density: float, rows: int) -> tuple[Work, ...]:
         (outputs, inputs), dtype = layer.weight.shape, str(layer.weight.dtype)
