@@ -169,7 +169,9 @@ def fold_combined(region: Region, ctx: Context, by: str) -> None:
     for node in list(region.graph.nodes):
         for argument in ("weight", "bias"):
             value = node.kwargs.get(argument)
-            if node in fixed or not isinstance(value, fx.Node) or value.op != "call_function" or value not in fixed or is_mask_product(region, value):
+            if isinstance(value, fx.Node) and is_mask_product(region, value):  # what is computed inside of a mask
+                value = next((one for one in value.all_input_nodes if one.op == "call_function"), None)
+            if node in fixed or not isinstance(value, fx.Node) or value.op != "call_function" or value not in fixed:
                 continue
             above = _sources(value)
             floats = [n for n in above if n.op == "get_attr" and get_tensor(region.module, str(n.target)).is_floating_point()]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, embedding, linear
 
+from sparsify_compiler.passes.reparam._unmask import unmask_changes
 from sparsify_compiler.passes.reparam._weights import fold_combined, lengthened, not_along, tied_in
 from sparsify_compiler.passes.reparam.merge_linear_chain import after
 from sparsify_compiler.passes_api import Context, Miss
@@ -29,7 +30,7 @@ class MergeAdapters(RulePass):
                h = linear(x, w, b) itself as the adapter's input, with one linear as adapter, with conv2d and 1x1 conv2d, with embedding;
                g * (h + s * linear(linear(x, p), u)), which is DoRA with g = m / norm(w + s u p), and peft's spelling of it,
                h + ((g - 1) * (h - b) + g * linear(linear(x, p), u) * s);
-               and weights that are computed from several parameters
+               and weights that are computed from several parameters. The mask of an adapter that is one linear is no promise beside a dense layer
     Rewrites   linear(x, w + s u p, b + s (u c + d)); for DoRA linear(x, g * (w + s u p), b)
     Preserves  values, up to float reassociation
     Paper      LoRA, arXiv:2106.09685, section 4.1; DoRA, arXiv:2402.09353, section 4.1; VeRA, arXiv:2310.11454; SPP, arXiv:2405.16057;
@@ -42,6 +43,8 @@ class MergeAdapters(RulePass):
         return LowRank(), Serial(), Parallel(), Magnitude(), ConvLowRank(), ConvMagnitude(), EmbeddingLowRank()
 
     def run(self, program: Program, ctx: Context) -> Program:
+        for region in program.regions.values():
+            unmask_changes(region, ctx, self.name())
         program = super().run(program, ctx)
         for region in program.regions.values():
             fold_combined(region, ctx, self.name())

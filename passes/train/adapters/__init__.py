@@ -1,0 +1,1 @@
+"""What is learnt in place of a frozen weight: one file a form."""

@@ -1,0 +1,128 @@
+"""Adapters and subsets: only they train, zeros stay, merging gives the same numbers, and what is packed is as small as the subset."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sparsify_compiler as sc
+from sparsify_compiler import catalog
+from sparsify_compiler.call import instantiate
+from sparsify_compiler.errors import BudgetError, ParseError, UnknownNameError
+from sparsify_compiler.passes.train.add_adapters import AddAdapters
+from sparsify_compiler.program import Program, get_tensor
+from sparsify_compiler.training import Hook
+
+X = torch.randn(32, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+MASKED = "mask_weights(structure='row', density=0.5)"
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+
+
+def train(recipe: str, steps: int = 12) -> tuple[nn.Module, Hook, list[float]]:
+    module, hook = sc.attach(net(), (X,), recipe, calibration=[(X,)])
+    optimizer = torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], 3e-2)
+    losses = []
+    for _ in range(steps):
+        loss = functional.mse_loss(module(X), Y) + hook.loss()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        hook.step(optimizer)
+        optimizer.zero_grad()
+    return module, hook, losses
+
+
+def merged(module: nn.Module) -> Program:
+    return sc.Pipeline.parse("merge_adapters()").run(sc.capture(module, (X,)))
+
+
+def linears(program: Program) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight and mask of each linear of a program, in order."""
+    found = []
+    for region, node in program.nodes():
+        if str(node.target) == "aten.linear.default":
+            sources = [one for one in node.kwargs["weight"].all_input_nodes or [node.kwargs["weight"]] if one.op == "get_attr"]
+            tensors = [get_tensor(region.module, str(one.target)) for one in sources]
+            found.append((next(t for t in tensors if t.dtype != torch.bool), next((t for t in tensors if t.dtype == torch.bool), None)))
+    return found
+
+
+@pytest.mark.parametrize("base", ["", MASKED])
+@pytest.mark.parametrize("added", ["add_adapters('masked_low_rank(rank=3, scale=0.5)')", "add_adapters('row_by_column')",
+                                   "train_subset(density=0.2)", "train_subset(structure='4x4', density=0.25, score='random')"])
+def test_only_what_was_added_trains_and_it_merges(base: str, added: str) -> None:
+    """Into one linear for each; where a mask was, the same mask."""
+    added = added.replace("add_adapters(", "add_adapters(adapter=")
+    module, _, losses = train(f"{base} | {added}" if base else added)
+    assert losses[-1] < losses[0]
+    before = dict(net().named_parameters())
+    for name, parameter in module.named_parameters():
+        assert parameter.requires_grad == (name not in before)
+        assert name not in before or torch.equal(parameter, before[name])
+    program = merged(module)
+    with torch.no_grad():
+        torch.testing.assert_close(instantiate(program)(X), module(X), rtol=1e-4, atol=1e-5)
+    found = linears(program)
+    assert len(found) == 2
+    if base:
+        for (weight, mask), layer in zip(found, ("0", "2"), strict=True):
+            kept = sc.attach(net(), (X,), MASKED)[1].masks[layer]
+            assert mask is not None
+            assert torch.equal(mask, kept)
+            assert not torch.equal(weight * mask, before[f"{layer}.weight"] * kept)
+
+
+def test_a_change_beside_a_mask_is_not_merged() -> None:
+    """DSEE's, which would fill the zeros."""
+    module, _, losses = train(f"{MASKED} | add_adapters(adapter='low_rank(rank=2)')")
+    assert losses[-1] < 0.9 * losses[0]
+    assert len(linears(merged(module))) == 6
+    assert [name for name, parameter in module.named_parameters() if parameter.requires_grad] == [
+        f"{layer}.low_rank_{kind}" for layer in ("0", "2") for kind in ("reads", "writes")]
+
+
+def test_a_packed_subset_is_all_that_the_optimizer_sees() -> None:
+    """As with masks, number for number."""
+    recipe = "train_subset(density=0.1, score='random') | move_masks(grow='gradient', structure='unstructured', every=4, until=8)"
+    _, hook, losses = train(recipe)
+    module, packed, again = train(f"{recipe} | pack()")
+    assert again == pytest.approx(losses, rel=1e-4)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    assert [one.numel() for one in trained] == [-(-24 * 32 // 10), -(-32 * 8 // 10)]
+    for name, weight in hook.weights().items():
+        torch.testing.assert_close(packed.weights()[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_that_share_a_weight_share_what_is_added() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(24, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.one(functional.relu(self.one(x)))
+            return y
+
+    torch.manual_seed(0)
+    model = Tied().eval()
+    for added in ("add_adapters()", "add_adapters(adapter='low_rank')", "train_subset()"):
+        module, _ = sc.attach(model, (X,), added)
+        torch.testing.assert_close(module(X), model(X))
+        assert sum(parameter.requires_grad for parameter in module.parameters()) == (1 if "subset" in added else 2)
+
+
+def test_bad_input() -> None:
+    assert set(catalog.names("adapter")) == {"low_rank", "masked_low_rank", "row_by_column"}
+    with pytest.raises(ParseError, match="1 or more"):
+        AddAdapters("low_rank(rank=0)")
+    with pytest.raises(UnknownNameError):
+        AddAdapters("lowrank")
+    with pytest.raises(BudgetError):
+        sc.Pipeline.parse("train_subset(density=0.0)")
