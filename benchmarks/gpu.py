@@ -54,14 +54,14 @@ def build(folder: Path, python: str) -> None:
     for name in LIBRARIES:
         shutil.copy(Path(tvm.__file__).parent / "lib" / name, folder / "lib" / name)
     _tvm_ffi(folder / "site", python)
-    asked = _asked()
+    asked, index = _asked(), dict[str, str]()
     for schedule in asked:
         for name in TARGETS:
             target = resolve(name)
-            archive = kernels.load(schedule, target)
+            archive, file = kernels.load(schedule, target), _file(schedule, target.mcpu)
             assert not kernels.resources_of(archive).spills, f"{schedule} spills"
-            (folder / "kernels" / _file(schedule, target.mcpu)).write_bytes(archive)
-    index = {_file(schedule, resolve(name).mcpu): repr(schedule) for schedule in asked for name in TARGETS}
+            (folder / "kernels" / file).write_bytes(archive)
+            index[file] = repr(schedule)
     (folder / "kernels" / "index.json").write_text(json.dumps(index, indent=1))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{len(asked)} kernels for {len(TARGETS)} generations, {size >> 20} MiB in {folder}")
@@ -116,23 +116,30 @@ def _tvm_ffi(site: Path, python: str) -> None:
 
 
 def _asked() -> list[Any]:
-    """The schedules that the cases launch: they run on the CPU, where a launch does nothing."""
+    """The schedules that the cases launch."""
+    from sparsify_compiler.codegen.cuda import device
+
+    asked: dict[Any, None] = {}
+
+    def function(schedule: Any, _: Any) -> Callable[..., None]:
+        asked[schedule] = None
+        return lambda *_: None
+
+    device.function = function
+    _launch_all()
+    return list(asked)
+
+
+def _launch_all() -> None:
+    """Every case on the CPU, where device.function's launches do nothing."""
     import gpu_cases
     import torch
 
     from sparsify_compiler.codegen.cuda import device
 
-    asked: dict[Any, None] = {}
-
-    def function(schedule: Any, _: torch.device) -> Callable[..., None]:
-        asked[schedule] = None
-        return lambda *_: None
-
-    device.function, device.processors = function, lambda _: 132
-    cpu = torch.device("cpu")
+    device.processors = lambda _: 132
     for make in (*gpu_cases.small(), *(make.shrunk() for make in gpu_cases.timed())):
-        make(cpu).ours()
-    return list(asked)
+        make(torch.device("cpu")).ours()
 
 
 def _file(schedule: Any, architecture: str) -> str:
@@ -179,17 +186,12 @@ def kernels_of(architecture: str, launches: bool) -> None:
 
 def check() -> None:
     """Every kernel that `run` asks for is in the folder."""
-    torch = prepare()
-    import gpu_cases
-
-    from sparsify_compiler.codegen.cuda import device
+    prepare()
     from sparsify_compiler.target import resolve
 
-    device.processors = lambda _: 132
     for name in TARGETS:
         kernels_of(resolve(name).mcpu, launches=False)
-        for make in (*gpu_cases.small(), *(make.shrunk() for make in gpu_cases.timed())):
-            make(torch.device("cpu")).ours()
+        _launch_all()
     print("whole")
 
 

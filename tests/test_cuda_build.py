@@ -176,7 +176,28 @@ def test_kernels_of_an_artefact_are_taken_where_they_fit(monkeypatch: pytest.Mon
     files = first.files()
     assert sorted(name.rpartition(".")[2] for name in files) == ["archive", "json"]
     monkeypatch.setattr(device, "function", lambda schedule, _: pytest.fail("it was stored"))
-    device.Kernels(here, files)(SMALL, 1)
+    loaded = device.Kernels(here, files)
+    loaded(SMALL, 1)
+    monkeypatch.setattr(build, "load", lambda schedule, target: pytest.fail("it was stored"))
+    assert loaded.files() == files      # saved again where there is no nvcc
     monkeypatch.setattr(cpu, "version", lambda: "another")
     with pytest.raises(pytest.fail.Exception):
         device.Kernels(here, files)(SMALL, 1)
+
+
+def test_counters_are_those_of_a_stream_and_new_in_every_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, counters, now = torch.device("cpu"), device.Counters(), [1, False]
+    monkeypatch.setattr(device, "stream", lambda _: tuple(now))
+    first = counters(here, 3)
+    assert first.tolist() == [0, 0, 0]
+    assert first.dtype is torch.int32
+    assert counters(here, 3) is first
+    assert len(counters(here, 4)) == 4
+    now[0] = 2
+    assert counters(here, 3) is not first
+    now[:] = 1, True    # a graph sets its own before each run, whichever graph runs first
+    one, two = counters(here, 3), counters(here, 3)
+    assert len({id(found) for found in (first, one, two)}) == 3
+    assert one.tolist() == two.tolist() == [0, 0, 0]
+    now[1] = False
+    assert counters(here, 3) is first

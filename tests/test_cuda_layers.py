@@ -206,6 +206,9 @@ def test_offers_and_refusals() -> None:
     csr = Csr.encode(weight * mask, mask)
     assert not offer("linear_csr", csr.tensors(), csr.attributes(), torch.bfloat16, (128,), ANY)            # many rows of no structure
     assert not gather.offer("select_linear", {"weight": weight[:, :9]}, {}, torch.bfloat16, (1,), ANY)      # rows that do not begin at 16 bytes
+    wide = {"n": 2, "m": 4, "out_features": 8, "in_features": 1 << 16}                                      # a row that shared memory cannot hold
+    assert not offer("linear_nm", {"values": weight}, wide, torch.bfloat16, (128,), ANY)
+    assert offer("linear_nm", {"values": weight}, {**wide, "in_features": 3 << 14}, torch.bfloat16, (128,), ANY)
     with pytest.raises(KernelError, match="does not fit"):
         linear.bind("linear_csr", {"dtype": "bfloat16", "kind": "strips"}, csr.tensors(), csr.attributes(), None, {}, ANY, [])
     with pytest.raises(KernelError, match="no family of kernels called 'cuda_nothing'"):

@@ -19,7 +19,7 @@ from sparsify_compiler.ops.attend_blocks import scale_of
 WIDEST = 128        # of queries and values: wider sums would not fit into registers
 FEW_KEYS = 16       # of a run, of the kernel for few rows
 BLOCKS = 2          # of threads for each processor, of that kernel
-_counters: dict[tuple[Any, ...], Tensor] = {}
+_counters = gpu.Counters()
 
 
 def refusal(query: Tensor, key: Tensor, value: Tensor) -> str:
@@ -69,11 +69,8 @@ def _few(given: tuple[Any, ...], numbers: tuple[Any, ...], together: int, call: 
     runs = call.indices.shape[3] * -(-call.block_k // FEW_KEYS)
     parts = max(1, min(-(-BLOCKS * gpu.processors(device) // blocks), runs // (2 * WARPS)))
     work = [torch.empty((parts, blocks, ROWS, size), dtype=torch.float32, device=device) for size in (last, 2)]
-    key = device, gpu.stream(device), blocks
-    if key not in _counters:
-        _counters[key] = torch.zeros(blocks, dtype=torch.int32, device=device)
     launch = gpu.function(CudaAttendFew(name_of(query.dtype), query.shape[-1], last, FEW_KEYS), device)
-    launch(*given, *work, _counters[key], together, parts, *numbers)
+    launch(*given, *work, _counters(device, blocks), together, parts, *numbers)
 
 
 def _rows_aligned(tensor: Tensor) -> Tensor:

@@ -71,8 +71,7 @@ class _Block:
                 self._merge_parts()
 
     def _tiles(self) -> None:
-        key_bytes, value_bytes, query_bytes = (size * self.how.keys * 2 for size in (self.width, self.last, 0))
-        query_bytes = ROWS * self.width * 2
+        query_bytes, key_bytes, value_bytes = ROWS * self.width * 2, self.how.keys * self.width * 2, self.how.keys * self.last * 2
         self.stage = key_bytes + value_bytes
         self.merged = WARPS * ROWS * self.last      # floats of the sums of the warps
         self.shared = c.Shared(query_bytes + max(WARPS * STAGES * self.stage, 4 * (self.merged + WARPS * ROWS * 2)))
@@ -97,8 +96,7 @@ class _Block:
         c.do("copies_end_group")
         begin, stop = (e.let(tirx.truncdiv(a.total * (self.part + i), self.parts)) for i in range(2))
         self.begin = e.let(begin + self.warp)
-        self.count = c.ceil(e.maximum(stop - self.begin, 0), WARPS)
-        self.count = e.let(self.count)
+        self.count = e.let(c.ceil(e.maximum(stop - self.begin, 0), WARPS))
         for stage in range(STAGES - 1):
             self._copy(c.const(stage), c.const(stage * self.stage))
         self.state = Rows(self.how.dtype, self.width, self.last, self.how.keys, self.lane)

@@ -20,17 +20,6 @@ DEVICE unsigned pair_bf16(float low, float high) { return bf16_of_float(low) | (
 DEVICE unsigned pair_fp16(float low, float high) { return fp16_of_float(low) | (unsigned)fp16_of_float(high) << 16; }
 DEVICE void write_word(void* to, unsigned word) { *(unsigned*)to = word; }
 
-// The numbers in four words.
-DEVICE void unpack_fp32(float* to, const unsigned* words) {
-  UNROLL for (int i = 0; i < 4; ++i) to[i] = float_of_bits(words[i]);
-}
-DEVICE void unpack_bf16(float* to, const unsigned* words) {
-  UNROLL for (int i = 0; i < 4; ++i) { to[2 * i] = low_bf16(words[i]); to[2 * i + 1] = high_bf16(words[i]); }
-}
-DEVICE void unpack_fp16(float* to, const unsigned* words) {
-  UNROLL for (int i = 0; i < 4; ++i) { to[2 * i] = low_fp16(words[i]); to[2 * i + 1] = high_fp16(words[i]); }
-}
-
 // sums[i] += factor * numbers[i], for 16 bytes of numbers.
 DEVICE void add_fp32(float* sums, const unsigned* words, float factor) {
   UNROLL for (int i = 0; i < 4; ++i) sums[i] = fused(factor, float_of_bits(words[i]), sums[i]);
@@ -46,20 +35,6 @@ DEVICE void add_fp16(float* sums, const unsigned* words, float factor) {
     sums[2 * i] = fused(factor, low_fp16(words[i]), sums[2 * i]);
     sums[2 * i + 1] = fused(factor, high_fp16(words[i]), sums[2 * i + 1]);
   }
-}
-
-// sum + the inner product of 16 bytes of numbers and as many floats.
-DEVICE float dot_fp32(const unsigned* words, const float* x, float sum) {
-  UNROLL for (int i = 0; i < 4; ++i) sum = fused(float_of_bits(words[i]), x[i], sum);
-  return sum;
-}
-DEVICE float dot_bf16(const unsigned* words, const float* x, float sum) {
-  UNROLL for (int i = 0; i < 4; ++i) sum = fused(high_bf16(words[i]), x[2 * i + 1], fused(low_bf16(words[i]), x[2 * i], sum));
-  return sum;
-}
-DEVICE float dot_fp16(const unsigned* words, const float* x, float sum) {
-  UNROLL for (int i = 0; i < 4; ++i) sum = fused(high_fp16(words[i]), x[2 * i + 1], fused(low_fp16(words[i]), x[2 * i], sum));
-  return sum;
 }
 
 // The sum over the lanes of a warp, in all of them; and over the lanes before this one and itself.

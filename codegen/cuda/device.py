@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsify_compiler.codegen import build as cpu
 from sparsify_compiler.codegen.cuda import build
@@ -40,6 +41,24 @@ def stream(device: torch.device) -> tuple[int, bool]:
     return int(torch.cuda.current_stream(device).cuda_stream), bool(torch.cuda.is_current_stream_capturing())
 
 
+class Counters:
+    """int32 zeros that kernels leave so: those of a stream; new ones, set in it, each time in a graph, which may run first, or beside others."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.device, int, int], Tensor] = {}
+
+    def __call__(self, device: torch.device, count: int) -> Tensor:
+        """So many."""
+        number, captured = stream(device)
+        key = device, number, count
+        if captured or key not in self._held:
+            made = torch.zeros(count, dtype=torch.int32, device=device)
+            if captured:
+                return made
+            self._held[key] = made
+        return self._held[key]
+
+
 @cache
 def function(schedule: cpu.Schedule, device: torch.device) -> Any:
     """The kernel, called with tensors of that device, on torch's current stream. Raises KernelError."""
@@ -60,17 +79,21 @@ class Kernels:
         found(*arguments)
 
     def _load(self, schedule: cpu.Schedule) -> Any:
+        stored = self._stored(schedule)
+        return function(schedule, self.device) if stored is None else build.load_function(stored)
+
+    def _stored(self, schedule: cpu.Schedule) -> bytes | None:
+        """The artefact's archive, where it fits."""
         stored = self._files.get(f"{_label(schedule)}.archive")
-        if stored is not None and json.loads(self._files[f"{_label(schedule)}.json"]) == _made(schedule, target_of(self.device)):
-            return build.load_function(stored)
-        return function(schedule, self.device)
+        fits = stored is not None and json.loads(self._files[f"{_label(schedule)}.json"]) == _made(schedule, target_of(self.device))
+        return stored if fits else None
 
     def files(self) -> dict[str, bytes]:
         """Of those that were needed so far."""
         kept = {}
         for schedule in self._loaded:
             target = target_of(self.device)
-            kept[f"{_label(schedule)}.archive"] = build.load(schedule, target)
+            kept[f"{_label(schedule)}.archive"] = self._stored(schedule) or build.load(schedule, target)
             kept[f"{_label(schedule)}.json"] = json.dumps(_made(schedule, target)).encode()
         return kept
 

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from sparsify_compiler.codegen.cuda.gather import parts_of
 from sparsify_compiler.codegen.cuda.gather_rows import CudaGatherRows
-from sparsify_compiler.codegen.cuda.layer import DTYPES, CudaLayer, aligned, device_of, lanes_of, name_of
+from sparsify_compiler.codegen.cuda.layer import DTYPES, CudaLayer, aligned, bias_of, device_of, lanes_of, name_of
 from sparsify_compiler.codegen.cuda.neurons import CudaNeurons
 from sparsify_compiler.codegen.kernels.finish import ACTIVATIONS
 from sparsify_compiler.errors import KernelError
@@ -57,7 +57,7 @@ class CudaFfn(CudaLayer):
         none = torch.zeros(1, dtype=torch.float32, device=self.device)
         made = {name: self._given[name].float().reshape(1, -1) if name in tensors else none.view(1, 1) for name in ("gate_bias", "up_bias")}
         made |= {"scale": self._given["scale"].float() if "scale" in tensors else none, "none": none, "not_zero": torch.full_like(none, NOT_ZERO)}
-        made |= {"sums": torch.zeros(self.out_features, dtype=torch.float32, device=self.device) if bias is None else bias.detach().float()}
+        made |= {"sums": bias_of(bias, self.out_features, self.device)}
         self._held = {**{name: self._given[name] for name in WEIGHTS if name in tensors}, **made}
         self._filler = gate.new_zeros((1, 1, 8))
         self._first = torch.zeros(1, dtype=torch.int32, device=self.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsify_compiler.codegen.cuda import device as gpu
 from sparsify_compiler.codegen.cuda.gather_rows import CudaGatherRows
-from sparsify_compiler.codegen.cuda.layer import DTYPES, CudaLayer, device_of, lanes_of, name_of
+from sparsify_compiler.codegen.cuda.layer import DTYPES, CudaLayer, bias_of, device_of, lanes_of, name_of
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.ops import select
 from sparsify_compiler.target import Target
@@ -61,11 +61,11 @@ class CudaGatherLinear(CudaLayer):
         self._bias = None if bias is None else bias.detach()
         none = torch.zeros(1, dtype=torch.float32, device=self.device)
         self._given = {name: tensors[name].detach() for name in ("limit", "scale", "center") if name in tensors}
-        total = torch.zeros(self.out_features, dtype=torch.float32, device=self.device) if bias is None else self._bias.float()  # type: ignore[union-attr]
+        total = bias_of(bias, self.out_features, self.device)
         if "center" in tensors:
             total = total + self._given["center"].float() @ weight.float()
         wide = {name: self._given[name].float().contiguous() if name in self._given else none for name in ("scale", "center")}
-        self._held = {"weight": weight, "sums": total.contiguous(), **wide}
+        self._held = {"weight": weight, "sums": total, **wide}
         self._limit = self._given["limit"].float().reshape(1) if "limit" in self._given else None
 
     def __call__(self, x: Tensor, limit: Tensor | None = None) -> Tensor:

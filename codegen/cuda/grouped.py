@@ -104,18 +104,7 @@ class _Block:
         for i, first in enumerate(range(0, self.how.tall * chunks, self.threads)):
             row = e.let(tirx.truncdiv(self.thread + first, chunks))
             e.store(self.numbers, e.load(self.rows, self.start + e.minimum(row, self.count - 1)), i)
-        for stage in range(STAGES - 1):
-            with e.when(count > stage):
-                self._copy(c.const(stage), stage * self.stage)
-            c.do("copies_end_group")
-        with e.loop(count) as step:
-            c.do("copies_wait", c.const(STAGES - 2))
-            c.barrier()
-            ahead = e.let(step + STAGES - 1)
-            with e.when(ahead < count):
-                self._copy(ahead, e.let(ahead % STAGES * self.stage))
-            c.do("copies_end_group")
-            self._multiply(e.let(step % STAGES * self.stage))
+        t.ahead(count, STAGES, self.stage, self._copy, self._multiply)
 
     def _copy(self, step: Any, by: Any) -> None:
         at = iter(range(self.how.tall))

@@ -43,7 +43,7 @@ class CudaLayer(BoundLayer):
         self.in_features, self.out_features = sizes
         self.kernels = gpu.Kernels(device, files)
         self._held: dict[str, Tensor] = {}
-        self._counters: dict[tuple[object, int], Tensor] = {}
+        self._counters = gpu.Counters()
 
     def files(self) -> dict[str, bytes]:
         """The kernels that were needed so far, for an artefact."""
@@ -64,15 +64,17 @@ class CudaLayer(BoundLayer):
         return aligned(as_matrix(x, rows))
 
     def counters(self, count: int) -> Tensor:
-        """int32 zeros, which the kernels leave so: of their own for each stream, and for graphs, in which they are set."""
-        key = gpu.stream(self.device), count
-        if key not in self._counters:
-            self._counters[key] = torch.zeros(count, dtype=torch.int32, device=self.device)
-        return self._counters[key]
+        """int32 zeros, which the kernels leave so."""
+        return self._counters(self.device, count)
 
     def floats(self, *shape: int) -> Tensor:
         """Room for float32 numbers."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+
+def bias_of(bias: Tensor | None, outputs: int, device: torch.device) -> Tensor:
+    """float32 [N], zeros where there is none."""
+    return torch.zeros(outputs, dtype=torch.float32, device=device) if bias is None else bias.detach().float().contiguous()
 
 
 def device_of(tensors: Mapping[str, Tensor]) -> torch.device:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsify_compiler.codegen.cuda import device as gpu
 from sparsify_compiler.codegen.cuda import layout
-from sparsify_compiler.codegen.cuda.layer import DTYPES, SHORT, CudaLayer, device_of, name_of
+from sparsify_compiler.codegen.cuda.layer import DTYPES, SHORT, CudaLayer, bias_of, device_of, name_of
 from sparsify_compiler.codegen.cuda.sparse24 import CudaSparse24
 from sparsify_compiler.codegen.cuda.sparse_rows import WARPS, CudaSparseRows
 from sparsify_compiler.codegen.cuda.strip_rows import CudaStripRows
@@ -36,7 +36,7 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     if min(outputs, inputs) < 1 or outputs % 8 or inputs % 8:
         return []
     kind = _kind(op, attributes, dtype, inputs)
-    if kind == "eights" and (max(rows, default=1) > FEW[-1] or _capacity(inputs) * dtype.itemsize > SHARED):
+    if (kind == "eights" and max(rows, default=1) > FEW[-1]) or (kind != "strips" and _capacity(inputs) * dtype.itemsize > SHARED):
         return []
     return [(LABELS[kind], {"dtype": name_of(dtype), "kind": kind})]
 
@@ -74,8 +74,7 @@ class CudaLinear(CudaLayer):
         self._short, self._r = name_of(self._dtype), int(attributes.get("r", 0))
         make: Any = {"strips": layout.strips, "halves": layout.halves, "eights": layout.eights}[self._kind]
         self._held = make(weight)
-        total = torch.zeros(self.out_features, dtype=torch.float32, device=device) if bias is None else bias.detach().float()
-        self._held["bias"] = total.contiguous()
+        self._held["bias"] = bias_of(bias, self.out_features, device)
         self._none = torch.zeros(1, dtype=torch.int32, device=device)
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:

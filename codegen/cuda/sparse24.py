@@ -14,7 +14,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.cuda import emit as c
 from sparsify_compiler.codegen.cuda import tiles as t
-from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, finished
+from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, Result
 
 OUTPUTS, DEPTH, STAGES = 128, 64, 3     # of a block: outputs; inputs of a step, half of them kept; steps under way
 LINE = OUTPUTS + 4                      # floats from one row of the turned result to the next
@@ -57,9 +57,7 @@ class _Block:
         half, steps, tiles = (e.int32() for _ in range(3))
         self.x = c.parameter("x", (self.M, self.K), how.dtype)
         self.values, self.places = c.parameter("values", (self.Np, half), how.dtype), c.parameter("places", (tiles, steps, 16), "int32")
-        self.bias = c.parameter("bias", (self.N,), "float32")
-        self.other = c.parameter("other", (self.M, self.N), how.dtype) if how.finish.add else None
-        self.y = c.parameter("y", (self.M, self.N), how.dtype)
+        self.result = Result(how.dtype, how.finish, self.M, self.N)
         with c.launch((c.ceil(self.Np, OUTPUTS), c.ceil(self.M, how.rows)), self.threads) as (bx, by, thread):
             self.thread, self.lane, warp = thread, e.let(thread % c.WARP), e.let(tirx.truncdiv(thread, c.WARP))
             self.row, self.output = e.let(warp % self.row_warps * 32), e.let(tirx.truncdiv(warp, self.row_warps) * self.own)
@@ -75,19 +73,7 @@ class _Block:
             self._write()
 
     def _steps(self) -> None:
-        count = e.let(tirx.truncdiv(self.K, DEPTH))
-        for stage in range(STAGES - 1):
-            with e.when(count > stage):
-                self._copy(c.const(stage), stage * self.stage)
-            c.do("copies_end_group")
-        with e.loop(count) as step:
-            c.do("copies_wait", c.const(STAGES - 2))
-            c.barrier()
-            ahead = e.let(step + STAGES - 1)
-            with e.when(ahead < count):
-                self._copy(ahead, e.let(ahead % STAGES * self.stage))
-            c.do("copies_end_group")
-            self._multiply(e.let(step % STAGES * self.stage))
+        t.ahead(e.let(tirx.truncdiv(self.K, DEPTH)), STAGES, self.stage, self._copy, self._multiply)
         c.do("copies_wait", c.const(0))
         c.barrier()
 
@@ -138,15 +124,11 @@ class _Block:
 
     def _write(self) -> None:
         """Eight outputs of a row a thread."""
-        short = c.SHORT[self.how.dtype]
         with e.loop(c.const(self.how.rows * OUTPUTS // 8 // self.threads)) as i:
             number = e.let(self.thread + i * self.threads)
             row, column = e.let(tirx.truncdiv(number, OUTPUTS // 8)), e.let(number % (OUTPUTS // 8) * 8)
             m, n = e.let(self.first_row + row), e.let(self.first_output + column)
             with e.when(e.both(m < self.M, n < self.N)):
                 for j in range(0, 8, 2):
-                    pair = []
-                    for k in range(j, j + 2):
-                        other = c.read(self.other, m, n + k) if self.other is not None else None
-                        pair.append(finished(self.how.finish, e.load(self.shared.floats, row * LINE + column + k) + e.load(self.bias, n + k), other))
-                    c.do("write_word", c.address(self.y, m, n + j), c.of("uint32", f"pair_{short}", *pair))
+                    totals = [e.load(self.shared.floats, row * LINE + column + k) + self.result.bias(n + k) for k in range(j, j + 2)]
+                    self.result.write_pair(totals, m, n + j)

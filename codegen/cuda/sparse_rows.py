@@ -13,7 +13,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.cuda import emit as c
 from sparsify_compiler.codegen.cuda import tiles as t
-from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, finished
+from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, Result
 
 WARPS, EIGHT = 16, 8
 THREADS = WARPS * c.WARP
@@ -62,9 +62,7 @@ class _Block:
             L = e.int32()
             self.values, self.columns = c.parameter("values", (L,), how.dtype), c.parameter("columns", (L,), how.index)
         self.pointers, self.counts = c.parameter("pointers", (e.int32(),), "int32"), c.parameter("counts", (e.int32(),), "int32")
-        self.bias = c.parameter("bias", (self.N,), "float32")
-        self.other = c.parameter("other", (self.M, self.N), how.dtype) if how.finish.add else None
-        self.y, blocks = c.parameter("y", (self.M, self.N), how.dtype), c.number("blocks")
+        self.result, blocks = Result(how.dtype, how.finish, self.M, self.N), c.number("blocks")
         with c.launch((blocks,), THREADS) as (block, thread):
             self.lane = e.let(thread % c.WARP)
             size = c.SIZE[how.dtype]
@@ -110,5 +108,4 @@ class _Block:
         for m in range(self.how.rows):
             total = c.of("float32", "warp_sum", e.load(sums, m))
             with e.when(e.both(tirx.EQ(self.lane, 0), m < self.M)):
-                other = c.read(self.other, m, n) if self.other is not None else None
-                c.write(self.y, finished(self.how.finish, total + e.load(self.bias, n), other), m, n)
+                self.result.write(total, m, n)

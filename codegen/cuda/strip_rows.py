@@ -14,7 +14,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.cuda import emit as c
 from sparsify_compiler.codegen.cuda import tiles as t
-from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, finished
+from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, Result
 from sparsify_compiler.codegen.cuda.strips import DEPTH
 
 WARPS = 8
@@ -44,9 +44,7 @@ class CudaStripRows:
         M, K, N, L = (e.int32() for _ in range(4))
         x, values = c.parameter("x", (M, K), self.dtype), c.parameter("values", (L, self.r), self.dtype)
         inputs, pointers = c.parameter("inputs", (L,), "int32"), c.parameter("pointers", (e.int32(),), "int32")
-        bias = c.parameter("bias", (N,), "float32")
-        other = c.parameter("other", (M, N), self.dtype) if self.finish.add else None
-        y = c.parameter("y", (M, N), self.dtype)
+        result = Result(self.dtype, self.finish, M, N)
         each16 = 16 // c.SIZE[self.dtype]   # outputs of a lane
         beside = self.r // each16           # lanes of an input
         each = THREADS // beside            # inputs at once
@@ -74,8 +72,7 @@ class CudaStripRows:
                     total = t.zeros(1)
                     for w in range(WARPS):
                         e.store(total, e.load(total, 0) + e.load(shared.floats, (w * self.rows + m) * self.r + output), 0)
-                    added = c.read(other, m, n) if other is not None else None
-                    c.write(y, finished(self.finish, e.load(total, 0) + e.load(bias, n), added), m, n)
+                    result.write(e.load(total, 0), m, n)
 
     def _add(self, shared: c.Shared, sums: list[Any], lane: Any, warp: Any, beside: int, each16: int) -> None:
         """Over the lanes that hold the same outputs, to shared memory."""

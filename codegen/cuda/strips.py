@@ -15,7 +15,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.cuda import emit as c
 from sparsify_compiler.codegen.cuda import tiles as t
-from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, finished
+from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, Result
 
 DEPTH, STAGES = 32, 4       # listed inputs of a step, steps under way
 OWN_ROWS, OWN_OUTPUTS = 32, 64      # of a warp, at the most
@@ -63,9 +63,7 @@ class _Block:
         self.M, self.N, self.Mp = M, N, Mp
         self.xt, self.values = c.parameter("xt", (K, Mp), how.dtype), c.parameter("values", (L, self.r), how.dtype)
         self.inputs, pointers = c.parameter("inputs", (L,), "int32"), c.parameter("pointers", (P,), "int32")
-        self.bias = c.parameter("bias", (N,), "float32")
-        self.other = c.parameter("other", (M, N), how.dtype) if how.finish.add else None
-        self.y = c.parameter("y", (M, N), how.dtype)
+        self.result = Result(how.dtype, how.finish, M, N)
         with c.launch((c.ceil(M, how.rows), P - 1), self.threads) as (bx, by, thread):
             self.thread, self.lane, warp = thread, e.let(thread % c.WARP), e.let(tirx.truncdiv(thread, c.WARP))
             self.row = e.let(tirx.truncdiv(warp, self.output_warps) * OWN_ROWS)
@@ -138,17 +136,13 @@ class _Block:
         return (i * (self.own // 8) + n) * 4
 
     def _write(self, block_row: Any) -> None:
-        short = c.SHORT[self.how.dtype]
         for n in range(self.own // 8):
             output = e.let(block_row * self.r + self.output + 8 * n + self.lane % 4 * 2)
             with e.when(output < self.N):
-                bias = [e.let(e.load(self.bias, output + j)) for j in range(2)]
+                bias = [e.let(self.result.bias(output + j)) for j in range(2)]
                 for i in range(OWN_ROWS // 16):
                     for half in range(2):
                         row = e.let(self.first_row + self.row + 16 * i + 8 * half + tirx.truncdiv(self.lane, 4))
                         with e.when(row < self.M):
-                            value = []
-                            for j in range(2):
-                                other = c.read(self.other, row, output + j) if self.other is not None else None
-                                value.append(finished(self.how.finish, e.load(self.sums, self._at(i, n) + 2 * half + j) + bias[j], other))
-                            c.do("write_word", c.address(self.y, row, output), c.of("uint32", f"pair_{short}", *value))
+                            totals = [e.load(self.sums, self._at(i, n) + 2 * half + j) + bias[j] for j in range(2)]
+                            self.result.write_pair(totals, row, output)

@@ -13,7 +13,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.cuda import emit as c
 from sparsify_compiler.codegen.cuda import tiles as t
-from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, finished
+from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, Result
 from sparsify_compiler.codegen.cuda.strips import DEPTH
 
 ROWS, OWN = 64, 4       # rows of x of a block; rows, and outputs, of a thread
@@ -48,9 +48,7 @@ class _Block:
         M, N, K, Mp, L, P = (e.int32() for _ in range(6))
         self.xt, self.values = c.parameter("xt", (K, Mp), "float32"), c.parameter("values", (L, self.r), "float32")
         self.inputs, pointers = c.parameter("inputs", (L,), "int32"), c.parameter("pointers", (P,), "int32")
-        bias = c.parameter("bias", (N,), "float32")
-        other = c.parameter("other", (M, N), "float32") if self.how.finish.add else None
-        y = c.parameter("y", (M, N), "float32")
+        result = Result("float32", self.how.finish, M, N)
         with c.launch((c.ceil(M, ROWS), P - 1), self.threads) as (bx, by, thread):
             self.thread, self.first_row, self.Mp = thread, e.let(bx * ROWS), Mp
             self.row, self.output = e.let(thread % self.across * OWN), e.let(tirx.truncdiv(thread, self.across) * OWN)
@@ -73,8 +71,7 @@ class _Block:
                     for i in range(OWN):
                         m = e.let(self.first_row + self.row + i)
                         with e.when(m < M):
-                            added = e.load(other, m, n) if other is not None else None
-                            e.store(y, finished(self.how.finish, e.load(self.sums, OWN * i + j) + e.load(bias, n), added), m, n)
+                            result.write(e.load(self.sums, OWN * i + j), m, n)
 
     def _copy(self, step: Any, end: Any, by: Any) -> None:
         """Begin to copy a step, if there is one: DEPTH lines of x, and of the weight."""

@@ -9,6 +9,7 @@ Fragments (PTX ISA, "Matrix Fragments for mma.m16n8k16"): a product is sums [16,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,6 @@ class Tile:
     offset: Any
     rows: int
     columns: int
-
-    @property
-    def bytes(self) -> int:
-        return self.rows * self.columns * 2
 
     def moved(self, by: Any) -> Tile:
         """The tile as many bytes further."""
@@ -68,6 +65,22 @@ def copy_rows(tile: Tile, thread: Any, threads: int, source: Any) -> None:
         else:
             with e.when(number < tile.rows * chunks):
                 one()
+
+
+def ahead(count: Any, stages: int, size: Any, copy: Callable[[Any, Any], None], work: Callable[[Any], None]) -> None:
+    """`count` steps whose copies run stages - 1 ahead: copy(step, offset) begins those of a step, work(offset) is its turn, offsets in bytes."""
+    for stage in range(stages - 1):
+        with e.when(count > stage):
+            copy(c.const(stage), stage * size)
+        c.do("copies_end_group")
+    with e.loop(count) as step:
+        c.do("copies_wait", c.const(stages - 2))
+        c.barrier()
+        later = e.let(step + stages - 1)
+        with e.when(later < count):
+            copy(later, e.let(later % stages * size))
+        c.do("copies_end_group")
+        work(e.let(step % stages * size))
 
 
 def zeros(count: int) -> Any:
