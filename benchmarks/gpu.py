@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -29,8 +30,6 @@ ROOT = HERE.parent
 TARGETS = ("sm_80", "sm_90")
 LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_cuda.so")
 PACKAGE = ("errors.py", "target.py", "targets.json", "host_features.py", "pages.py", "formats", "ops")
-CODEGEN = ("__init__.py", "attend.py", "bound.py", "build.py", "cache.py", "elf.py", "elf_machines.py", "emit.py", "emit_tiles.py", "half.py",
-           "host.py", "laid.py", "permission.py", "cuda", "targets")
 STUBS = ("tvm", "tvm.tirx", "tvm.script", "tvm.script.ir_builder", "tvm.tirx.script", "tvm.tirx.script.builder")
 SECONDS = 420       # of a run
 ROUNDS, INNER = 9, 12
@@ -46,25 +45,25 @@ def build(folder: Path, python: str) -> None:
     from sparsify_compiler.target import resolve
 
     shutil.rmtree(folder, ignore_errors=True)
-    for part in ("kernels", "lib", "package/sparsify_compiler/codegen"):
+    for part in ("kernels", "lib", "package/sparsify_compiler"):
         (folder / part).mkdir(parents=True)
-    for name in (Path(__file__).name, "gpu_cases.py"):
+    for name in (Path(__file__).name, "gpu_cases.py", "gpu_triton.py"):
         shutil.copy(HERE / name, folder / name)
     _copy_package(folder / "package" / "sparsify_compiler")
     for name in LIBRARIES:
         shutil.copy(Path(tvm.__file__).parent / "lib" / name, folder / "lib" / name)
     _tvm_ffi(folder / "site", python)
-    asked, index = _asked(), dict[str, str]()
-    for schedule in asked:
-        for name in TARGETS:
-            target = resolve(name)
+    index = dict[str, str]()
+    for name in TARGETS:
+        target = resolve(name)
+        for schedule in _asked(target):
             archive, file = kernels.load(schedule, target), _file(schedule, target.mcpu)
             assert not kernels.resources_of(archive).spills, f"{schedule} spills"
             (folder / "kernels" / file).write_bytes(archive)
             index[file] = repr(schedule)
     (folder / "kernels" / "index.json").write_text(json.dumps(index, indent=1))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{len(asked)} kernels for {len(TARGETS)} generations, {size >> 20} MiB in {folder}")
+    print(f"{len(index)} kernels of {len(TARGETS)} generations, {size >> 20} MiB in {folder}")
     assert size < MOST, "too large to be sent"
 
 
@@ -72,15 +71,17 @@ def table(folder: Path) -> None:
     """What each kernel needs, as Markdown."""
     sys.path.insert(0, str(ROOT))
     from sparsify_compiler.codegen.cuda import build as kernels
+    from sparsify_compiler.target import resolve
 
     rows: dict[str, dict[str, Any]] = {}
     for file, schedule in json.loads((folder / "kernels" / "index.json").read_text()).items():
         rows.setdefault(schedule, {})[file.split(".")[-2]] = kernels.resources_of((folder / "kernels" / file).read_bytes())
     print("| kernel | threads | shared KiB | registers sm_80 | sm_90 | warps a processor, sm_90 | spills |\n|---|--:|--:|--:|--:|--:|--:|")
     for schedule, found in sorted(rows.items()):
-        old, new = (found[name] for name in sorted(found))
         label = schedule.replace("Finish(add=False, activation='', numbers=(), rough=False)", "").replace(", finish=", "")
-        used = (new.threads, round(new.shared / 1024), old.registers, new.registers, new.warps(), old.spills + new.spills)
+        registers = [found[resolve(name).mcpu].registers if resolve(name).mcpu in found else "" for name in TARGETS]
+        some = list(found.values())[-1]
+        used = (some.threads, round(some.shared / 1024), *registers, some.warps(), sum(one.spills for one in found.values()))
         print(f"| {label} | {' | '.join(map(str, used))} |")
 
 
@@ -88,13 +89,13 @@ def _copy_package(home: Path) -> None:
     """As much of the package as the kernels' layers need; TVM's compiler is not among it."""
     (home / "__init__.py").write_text('"""A part of sparsify_compiler: kernels for GPUs."""\n')
     ignore = shutil.ignore_patterns("__pycache__")
-    for source, names, to in ((ROOT / "sparsify_compiler", PACKAGE, home), (ROOT / "codegen", CODEGEN, home / "codegen")):
-        for name in names:
-            if (source / name).is_dir():
-                shutil.copytree(source / name, to / name, ignore=ignore)
-            else:
-                shutil.copy(source / name, to / name)
-    shutil.copytree(ROOT / "codegen" / "kernels", home / "codegen" / "kernels", ignore=ignore)
+    for name in PACKAGE:
+        source = ROOT / "sparsify_compiler" / name
+        if source.is_dir():
+            shutil.copytree(source, home / name, ignore=ignore)
+        else:
+            shutil.copy(source, home / name)
+    shutil.copytree(ROOT / "codegen", home / "codegen", ignore=ignore)
 
 
 def _tvm_ffi(site: Path, python: str) -> None:
@@ -115,8 +116,8 @@ def _tvm_ffi(site: Path, python: str) -> None:
     shutil.rmtree(wheels)
 
 
-def _asked() -> list[Any]:
-    """The schedules that the cases launch."""
+def _asked(target: Any) -> list[Any]:
+    """The schedules that the cases launch on such a GPU."""
     from sparsify_compiler.codegen.cuda import device
 
     asked: dict[Any, None] = {}
@@ -126,18 +127,18 @@ def _asked() -> list[Any]:
         return lambda *_: None
 
     device.function = function
-    _launch_all()
+    _launch_all(target)
     return list(asked)
 
 
-def _launch_all() -> None:
-    """Every case on the CPU, where device.function's launches do nothing."""
+def _launch_all(target: Any) -> None:
+    """Every case on the CPU as if it were such a GPU, where device.function's launches do nothing."""
     import gpu_cases
     import torch
 
     from sparsify_compiler.codegen.cuda import device
 
-    device.processors = lambda _: 132
+    device.processors, device.target_of = lambda _: 132, lambda _: target
     for make in (*gpu_cases.small(), *(make.shrunk() for make in gpu_cases.timed())):
         make(torch.device("cpu")).ours()
 
@@ -151,7 +152,7 @@ def _file(schedule: Any, architecture: str) -> str:
 def prepare() -> Any:
     """There: imports find the folder's package, and its kernels."""
     for name in STUBS:
-        sys.modules[name] = MagicMock()
+        sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))  # torch.compile asks whether there is a TVM
     sys.path[:0] = [str(HERE / "package"), str(HERE / "site"), str(HERE)]
     import torch  # first: it brings CUDA's own libraries
     import tvm_ffi  # noqa: F401
@@ -191,11 +192,11 @@ def check() -> None:
 
     for name in TARGETS:
         kernels_of(resolve(name).mcpu, launches=False)
-        _launch_all()
+        _launch_all(resolve(name))
     print("whole")
 
 
-def run(seconds: float) -> None:
+def run(seconds: float, only: str) -> None:
     """Correctness, then speed; results.json holds both."""
     torch = prepare()
     import gpu_cases
@@ -208,7 +209,8 @@ def run(seconds: float) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(gpu), "torch": torch.__version__, "bandwidth": bandwidth(torch, gpu), "cases": []}
     print(f"{results['gpu']}, {results['bandwidth'] / 1e9:.0f} GB/s read")
-    for stage, makes in (("small", gpu_cases.small()), ("timed", gpu_cases.timed())):
+    small = [] if only else gpu_cases.small()
+    for stage, makes in (("small", small), ("timed", (make for make in gpu_cases.timed() if only in make.label()))):
         for make in makes:
             if time.monotonic() - begun > seconds:
                 print("out of time")
@@ -245,7 +247,14 @@ def one(torch: Any, make: Any, gpu: Any, timed: bool, peak: float) -> dict[str, 
 
 def _timings(torch: Any, case: Any, peak: float) -> dict[str, Any]:
     """All contenders in turn."""
-    runs = {name: prepared(torch, call) for name, call in {"ours": case.ours, **case.rivals}.items()}
+    inner = -(-INNER // case.turns) * case.turns
+    runs, failed = {"ours": prepared(torch, case.ours, inner, "ours" not in case.waits)}, {}
+    for name, call in case.rivals.items():
+        try:
+            runs[name] = prepared(torch, call, inner, name not in case.waits)
+        except Exception as error:  # noqa: BLE001  a rival that cannot run is named, and the others go on
+            failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
+            print(f"  {name}: {failed[name]}")
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():
@@ -254,24 +263,21 @@ def _timings(torch: Any, case: Any, peak: float) -> dict[str, Any]:
     ours = medians.pop("ours")
     spread = [min(taken["ours"]) * 1e6, max(taken["ours"]) * 1e6]
     return {"microseconds": ours * 1e6, "spread": spread, "ratios": {n: m / ours for n, m in medians.items()},
-            "rivals": {n: m * 1e6 for n, m in medians.items()}, "bandwidth": case.bytes / ours / peak, "tflops": 2 * case.products / ours / 1e12}
+            "rivals": {n: m * 1e6 for n, m in medians.items()}, "failed_rivals": failed,
+            "bandwidth": case.bytes / ours / peak, "tflops": 2 * case.products / ours / 1e12}
 
 
-def prepared(torch: Any, call: Callable[[], Any]) -> Callable[[], float]:
-    """Seconds of a call: INNER of them as a CUDA graph where it can be one, so that the host's time is not measured."""
+def prepared(torch: Any, call: Callable[[], Any], inner: int = INNER, graph: bool = True) -> Callable[[], float]:
+    """Seconds of a call: `inner` of them, as a CUDA graph unless they wait for the device, so that the host's time is not measured."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
-    replay: Callable[[], Any]
-    try:
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        with torch.cuda.graph(graph, stream=side):
-            for _ in range(INNER):
-                call()
-        replay = graph.replay
-    except Exception:  # noqa: BLE001  what waits for the device cannot be a graph
-        torch.cuda.synchronize()
-        replay = partial(_several, call)
+    replay: Callable[[], Any] = partial(_several, call, inner)
+    if graph:
+        captured, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(captured, stream=side):
+            replay()
+        replay = captured.replay
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run() -> float:
@@ -280,14 +286,14 @@ def prepared(torch: Any, call: Callable[[], Any]) -> Callable[[], float]:
         replay()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / INNER
+        return begin.elapsed_time(end) / 1e3 / inner
 
     run()
     return run
 
 
-def _several(call: Callable[[], Any]) -> None:
-    for _ in range(INNER):
+def _several(call: Callable[[], Any], inner: int) -> None:
+    for _ in range(inner):
         call()
 
 
@@ -305,7 +311,9 @@ def main() -> None:
     made.add_argument("--python", default="3.12", help="version of Python there")
     verbs.add_parser("check")
     verbs.add_parser("table").add_argument("folder", type=Path)
-    verbs.add_parser("run").add_argument("--seconds", type=float, default=SECONDS)
+    ran = verbs.add_parser("run")
+    ran.add_argument("--seconds", type=float, default=SECONDS)
+    ran.add_argument("--only", default="", help="timed cases whose name or arguments hold this; none of the small ones")
     given = parser.parse_args()
     if given.verb == "build":
         build(given.folder.resolve(), given.python)
@@ -314,7 +322,7 @@ def main() -> None:
     elif given.verb == "table":
         table(given.folder.resolve())
     else:
-        run(given.seconds)
+        run(given.seconds, given.only)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,16 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     launched.clear()
     monkeypatch.setattr(gpu, "function", function)
     monkeypatch.setattr(gpu, "processors", lambda device: PROCESSORS)
+    monkeypatch.setattr(gpu, "target_of", lambda device: ANY)
     torch.manual_seed(0)
     return launched
+
+
+@pytest.fixture
+def hopper(emulated: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The same, and the GPU has what Hopper has."""
+    monkeypatch.setattr(gpu, "target_of", lambda device: resolve("sm_90"))
+    return emulated
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import gpu
 import gpu_cases
 
+from sparsify_compiler.target import resolve
+
 __all__ = ["emulated"]
 SMALL, TIMED = list(gpu_cases.small()), list(gpu_cases.timed())
 
@@ -49,8 +51,10 @@ def test_every_case_that_is_timed_can_be_made(monkeypatch: pytest.MonkeyPatch) -
     asked: list[Any] = []
     monkeypatch.setattr(device, "function", lambda schedule, _: asked.append(schedule) or (lambda *given: None))
     monkeypatch.setattr(device, "processors", lambda _: 132)
-    for make in TIMED:
-        make.shrunk()(torch.device("cpu")).ours()
+    for name in gpu.TARGETS:
+        monkeypatch.setattr(device, "target_of", lambda _, name=name: resolve(name))
+        for make in TIMED:
+            make.shrunk()(torch.device("cpu")).ours()
     kinds = ("gather_rows", "sparse24", "strips", "grouped", "attend_many", "attend_few", "neurons", "down_rows", "sparse_rows", "strip_rows")
     assert {schedule.name for schedule in asked} >= {f"cuda_{kind}" for kind in kinds}
 
@@ -111,7 +115,8 @@ class Clock:
 @pytest.mark.parametrize("graphs", [True, False])
 def test_times_are_of_one_call_each(graphs: bool) -> None:
     clock = Clock(graphs)
-    case = gpu_cases.Case("case", lambda: clock.spend(1e-6), lambda: None, {"rival": lambda: clock.spend(3e-6)}, bytes=2e6, products=5e6)
+    case = gpu_cases.Case("case", lambda: clock.spend(1e-6), lambda: None, {"rival": lambda: clock.spend(3e-6)}, bytes=2e6, products=5e6, turns=5,
+                          waits=() if graphs else ("ours", "rival"))
     found = gpu._timings(clock, case, peak=4e12)
     assert found["microseconds"] == pytest.approx(1.0)
     assert found["ratios"] == {"rival": pytest.approx(3.0)}

@@ -20,10 +20,13 @@ from sparsify_compiler.codegen.cuda.gather_rows import CudaGatherRows
 from sparsify_compiler.codegen.cuda.grouped import CudaCombine, CudaGrouped
 from sparsify_compiler.codegen.cuda.neurons import CudaDownRows, CudaNeurons
 from sparsify_compiler.codegen.cuda.sparse24 import CudaSparse24
+from sparsify_compiler.codegen.cuda.sparse24_group import CudaSparse24Group
 from sparsify_compiler.codegen.cuda.sparse_rows import CudaSparseRows
 from sparsify_compiler.codegen.cuda.strip_rows import CudaStripRows
 from sparsify_compiler.codegen.cuda.strips import CudaStrips
+from sparsify_compiler.codegen.cuda.strips_group import CudaStripsGroup
 from sparsify_compiler.codegen.cuda.strips_wide import CudaStripsWide
+from sparsify_compiler.codegen.cuda.turn import CudaTurn
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.formats.csr import Csr
 from sparsify_compiler.target import Target, resolve
@@ -47,6 +50,15 @@ EVERY = [
     *[CudaNeurons(dtype, "gelu", select=select) for dtype in ("bfloat16", "float16", "float32") for select in ("", "gate", "scores")],
     *[CudaDownRows(dtype, True) for dtype in ("bfloat16", "float16", "float32")],
     *[CudaCombine(dtype) for dtype in ("bfloat16", "float16")],
+    CudaTurn(),
+]  # fmt: skip
+HOPPER = [
+    *[CudaStripsGroup(dtype, r, rows, straight) for dtype in ("bfloat16", "float16") for r in (64, 128) for rows in (128, 256)
+      for straight in (False, True)],
+    *[CudaSparse24Group(dtype, rows) for dtype in ("bfloat16", "float16") for rows in (128, 256)],
+    *[CudaGrouped(dtype, True, "silu", biased=True, raised=True, group=True) for dtype in ("bfloat16", "float16")],
+    *[CudaGrouped(dtype, False, "", True, True, result="float32", group=True) for dtype in ("bfloat16", "float16")],
+    *[CudaAttendMany(dtype, width, width, group=True) for dtype in ("bfloat16", "float16") for width in (64, 128)],
 ]  # fmt: skip
 
 
@@ -81,6 +93,14 @@ def test_no_kernel_spills(schedule: Any, target: Target) -> None:
     assert used.registers <= 255
 
 
+@needs_nvcc
+@pytest.mark.parametrize("schedule", [HOPPER[0], *[pytest.param(one, marks=pytest.mark.cuda) for one in HOPPER[1:]]], ids=repr)
+def test_no_kernel_for_hopper_spills_or_waits_for_each_product(schedule: Any) -> None:
+    used = build.resources_of(build.load(schedule, resolve("sm_90")))
+    assert used.spills == used.stack == used.serialized == 0
+    assert used.registers <= 255
+
+
 def test_without_nvcc_it_says_what_to_do(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "nvcc", lambda: None)
     with pytest.raises(KernelError, match="no nvcc") as refused:
@@ -93,7 +113,7 @@ def test_without_nvcc_it_says_what_to_do(kept: Path, monkeypatch: pytest.MonkeyP
 
 @needs_nvcc
 def test_source_that_nvcc_refuses(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "whole_text", lambda cuda: "this is no source")
+    monkeypatch.setattr(build, "whole_text", lambda cuda, target: "this is no source")
     with pytest.raises(KernelError, match="nvcc refuses it"):
         build.load(SMALL, GPUS[0])
 

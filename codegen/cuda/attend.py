@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.codegen.cuda import device as gpu
+from sparsify_compiler.codegen.cuda import groups as g
 from sparsify_compiler.codegen.cuda.attend_few import WARPS, CudaAttendFew
 from sparsify_compiler.codegen.cuda.attend_many import CudaAttendMany
 from sparsify_compiler.codegen.cuda.attend_rows import ROWS
@@ -16,6 +17,7 @@ from sparsify_compiler.codegen.cuda.layer import ALIGNED, SHORT, name_of
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.ops.attend_blocks import scale_of
 
+GROUP_WIDTHS = (64, 128)
 WIDEST = 128        # of queries and values: wider sums would not fit into registers
 FEW_KEYS = 16       # of a run, of the kernel for few rows
 BLOCKS = 2          # of threads for each processor, of that kernel
@@ -59,7 +61,8 @@ def run(call: Any) -> tuple[Tensor, Tensor]:
     else:
         warps = max(1, min(4, call.block_q // ROWS))
         keys = 64 if call.block_k >= 64 and warps > 1 else 32 if call.block_k >= 32 else 16     # a lone warp copies them all: registers
-        gpu.function(CudaAttendMany(name_of(query.dtype), width, last, warps, keys), query.device)(*given, *numbers)
+        group = keys == g.HIGH and warps == g.WARPS and {width, last} <= set(GROUP_WIDTHS) and g.FEATURE in gpu.target_of(query.device).features
+        gpu.function(CudaAttendMany(name_of(query.dtype), width, last, warps, keys, group), query.device)(*given, *numbers)
     return out, lse
 
 

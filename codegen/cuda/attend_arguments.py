@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -67,16 +68,20 @@ class Given:
 
     def copy(self, keys: t.Tile, values: t.Tile, thread: Any, threads: int, start: Any, count: Any) -> None:
         """Begin to copy a run; keys that do not count at all as zeros, whatever they hold."""
-        def there(row: Any) -> Any:
+        def marked(row: Any) -> Any:
             found = c.registers(1, "int32")
-            e.store(found, e.cast("int32", row < count), 0)
-            with e.when(e.both(self.padded > 0, row < count)):
+            e.store(found, c.const(0), 0)
+            with e.when(row < count):
                 e.store(found, e.cast("int32", e.load(self.key_mask, self.batch, start + row)), 0)
             return e.let(e.load(found, 0) > 0)
 
-        for tile, source in ((keys, self.key), (values, self.value)):
-            t.copy_rows(tile, thread, threads, lambda row, chunk, source=source: (
-                source(self.batch, self.group, e.either(row < count, start + row, 0), chunk * t.CHUNK), there(row)))
+        def both(there: Callable[[Any], Any]) -> None:
+            for tile, source in ((keys, self.key), (values, self.value)):
+                begin, step = source.index(self.batch, self.group, start), e.cast("int64", source.steps[2])
+                t.copy_rows(tile, thread, threads, lambda row, chunk, begin=begin, step=step, source=source: (
+                    c.address(source.flat, begin + e.cast("int64", e.either(row < count, row, 0)) * step + chunk * t.CHUNK), there(row)))
+
+        e.choose(self.padded > 0, lambda: both(marked), lambda: both(lambda row: row < count))
 
     def plain(self, first: Any, start: Any, count: Any, tile: Any) -> Any:
         """Do all query rows from `first` on count all keys of a whole run?"""

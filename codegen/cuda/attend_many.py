@@ -12,20 +12,25 @@ from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.cuda import emit as c
+from sparsify_compiler.codegen.cuda import groups as g
 from sparsify_compiler.codegen.cuda import tiles as t
 from sparsify_compiler.codegen.cuda.attend_arguments import Given
-from sparsify_compiler.codegen.cuda.attend_rows import ROWS, Rows, inverse, log_of_sum
+from sparsify_compiler.codegen.cuda.attend_rows import ROWS, GroupRows, Rows, inverse, log_of_sum
 
 
 @dataclass(frozen=True)
 class CudaAttendMany:
-    """The arguments of attend_arguments.Given. width and value_width are multiples of 16; `warps` of sixteen query rows each, runs of `keys`."""
+    """The arguments of attend_arguments.Given. width and value_width are multiples of 16; `warps` of sixteen query rows each, runs of `keys`.
+
+    group: four warps multiply at once; widths 64 or 128, keys too.
+    """
 
     dtype: str
     width: int
     value_width: int
     warps: int = 4
     keys: int = 64
+    group: bool = False
 
     @property
     def name(self) -> str:
@@ -61,27 +66,31 @@ class _Block:
         how = self.how
         query_bytes, key_bytes, value_bytes = self.rows * how.width * 2, how.keys * how.width * 2, how.keys * how.value_width * 2
         self.stage = key_bytes + value_bytes
-        shared = c.Shared(query_bytes + 2 * self.stage)
-        self.query = t.Tile(shared, 0, self.rows, how.width)
-        self.keys = t.Tile(shared, query_bytes, how.keys, how.width)
-        self.values = t.Tile(shared, query_bytes + key_bytes, how.keys, how.value_width)
+        shared = c.Shared(query_bytes + 2 * self.stage, g.ALIGN if how.group else 128)
+        tile = g.Parts if how.group else t.Tile
+        self.query = tile(shared, 0, self.rows, how.width)
+        self.keys = tile(shared, query_bytes, how.keys, how.width)
+        self.values = tile(shared, query_bytes + key_bytes, how.keys, how.value_width)
 
     def _attend(self) -> None:
         a = self.a
         t.copy_rows(self.query, self.thread, self.threads, lambda row, chunk: (
             a.query(a.batch, a.head, e.minimum(self.first + row, self.end - 1), chunk * t.CHUNK), t.true()))
+        self.found = c.registers(4, "int32")    # of the run that is copied: start, count, tile, column
         self._copy(c.const(0), 0)
         c.do("copies_end_group")
-        self.state = Rows(self.how.dtype, self.how.width, self.how.value_width, self.how.keys, self.lane)
+        self.state = (GroupRows if self.how.group else Rows)(self.how.dtype, self.how.width, self.how.value_width, self.how.keys, self.lane)
         c.do("copies_wait", c.const(0))
         c.barrier()
         self.state.take(self.query, self.warp * ROWS)
         with e.loop(a.total) as number:
+            start, count, tile, column = (e.let(e.load(self.found, i)) for i in range(4))
             self._copy(e.let(number + 1), e.let((number + 1) % 2 * self.stage))
             c.do("copies_end_group")
             c.do("copies_wait", c.const(1))
+            if self.how.group:
+                c.do("copies_for_group")
             c.barrier()
-            start, count, tile, column = a.run(number, self.first, self.end)
             by = e.let(number % 2 * self.stage)
             row = e.let(self.first + self.warp * ROWS + tirx.truncdiv(self.lane, 4))
             with e.when(count > 0):
@@ -91,7 +100,9 @@ class _Block:
 
     def _copy(self, number: Any, by: Any) -> None:
         with e.when(number < self.a.total):
-            start, count, _, _ = self.a.run(number, self.first, self.end)
+            start, count, *_ = found = self.a.run(number, self.first, self.end)
+            for i, value in enumerate(found):
+                e.store(self.found, value, i)
             self.a.copy(self.keys.moved(by), self.values.moved(by), self.thread, self.threads, start, count)
 
     def _write(self) -> None:

@@ -14,6 +14,7 @@ from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.cuda import emit as c
+from sparsify_compiler.codegen.cuda import groups as g
 from sparsify_compiler.codegen.cuda import tiles as t
 
 ROWS = 16
@@ -34,8 +35,12 @@ class Strided:
         self.buffer = c.builder.match_buffer(c.builder.arg(name, c.builder.handle()), shape, dtype, strides=[*self.steps, c.const(1)], align=16)
 
     def __call__(self, *index: Any) -> Any:
-        steps = [e.cast("int64", i) * e.cast("int64", step) for i, step in zip(index, self.steps, strict=False)]
-        return c.address(self.flat, sum(steps, start=e.cast("int64", index[-1])))
+        return c.address(self.flat, self.index(*index[:-1]) + e.cast("int64", index[-1]))
+
+    def index(self, *index: Any) -> Any:
+        """Of a row in `flat`."""
+        steps = [e.cast("int64", i) * e.cast("int64", step) for i, step in zip(index, self.steps, strict=True)]
+        return e.let(sum(steps, start=e.cast("int64", c.const(0))))
 
     @cached_property
     def flat(self) -> Any:
@@ -68,28 +73,39 @@ class Rows:
                     with e.when(tirx.Not(allowed(key, i // 2))):
                         e.store(scores, lowest(), 4 * n + i)
         self._shares(scores)
-        for k in range(self.keys // 16):
-            shares = c.registers(4, "uint32")
-            for i in range(4):
-                at = 4 * (2 * k + i // 2) + i % 2 * 2
-                e.store(shares, c.of("uint32", f"pair_{c.SHORT[self.dtype]}", e.load(scores, at), e.load(scores, at + 1)), i)
+        self._weigh(values, [self._pairs(scores, k) for k in range(self.keys // 16)])
+
+    def _pairs(self, scores: Any, k: int) -> Any:
+        """Shares of sixteen keys, as the left operand of a product."""
+        shares = c.registers(4, "uint32")
+        for i in range(4):
+            at = 4 * (2 * k + i // 2) + i % 2 * 2
+            e.store(shares, c.of("uint32", f"pair_{c.SHORT[self.dtype]}", e.load(scores, at), e.load(scores, at + 1)), i)
+        return shares
+
+    def _weigh(self, values: t.Tile, shares: list[Any]) -> None:
+        """Add values by their shares."""
+        for k, left in enumerate(shares):
             for n in range(self.value_width // 16):
                 b = c.registers(4, "uint32")
                 values.matrices(b.data, 16 * k, 2 * n, self.lane, down=True, turned=True)
                 for j in range(2):
-                    t.product(self.dtype, t.part(self.sums, 4 * (2 * n + j)), shares.data, t.part(b, 2 * j))
+                    t.product(self.dtype, t.part(self.sums, 4 * (2 * n + j)), left.data, t.part(b, 2 * j))
 
     def _scores(self, keys: t.Tile, factor: Any) -> Any:
         scores = t.zeros(self.keys // 8 * 4)
+        self._products(scores, keys)
+        for i in range(self.keys // 8 * 4):
+            e.store(scores, e.load(scores, i) * factor, i)
+        return scores
+
+    def _products(self, scores: Any, keys: t.Tile) -> None:
         for k in range(self.width // 16):
             for n in range(self.keys // 16):
                 b = c.registers(4, "uint32")
                 keys.matrices(b.data, 16 * n, 2 * k, self.lane, down=False, turned=False)
                 for j in range(2):
                     t.product(self.dtype, t.part(scores, 4 * (2 * n + j)), t.part(self.query, 4 * k), t.part(b, 2 * j))
-        for i in range(self.keys // 8 * 4):
-            e.store(scores, e.load(scores, i) * factor, i)
-        return scores
 
     def _shares(self, scores: Any) -> None:
         """Scores become shares of the sum so far; what was summed is scaled to them."""
@@ -116,6 +132,25 @@ class Rows:
         """The totals, of all keys now."""
         for half in range(2):
             e.store(self.total, c.of("float32", "quad_sum", e.load(self.total, half)), half)
+
+
+class GroupRows(Rows):
+    """The same where four warps multiply at once (groups.py), each for its own sixteen of 64 rows; tiles are Parts."""
+
+    def take(self, tile: t.Tile, row: Any) -> None:
+        self.queries = tile
+
+    def _products(self, scores: Any, keys: t.Tile) -> None:
+        with g.products():
+            for k in range(0, self.width, g.DEEP):
+                g.product(self.dtype, self.keys, scores, g.straight(self.queries, 0, k), g.straight(keys, 0, k))
+        c.do(g.WAITED)
+
+    def _weigh(self, values: t.Tile, shares: list[Any]) -> None:
+        with g.products():
+            for k, left in enumerate(shares):
+                g.product_own(self.dtype, self.value_width, self.sums, left, g.turned(values, 0, k * g.DEEP))
+        c.do(g.WAITED)
 
 
 def or_zero(top: Any) -> Any:

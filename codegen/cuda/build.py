@@ -26,9 +26,12 @@ from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
 
 HOME = Path(__file__).parent
+HEADERS = ("ptx.cuh", GROUPS := "group.cuh", "device.cuh")
+EARLY = "dependent-launch"  # the feature of targets whose kernels may begin before the last one's end
 FUNCTION = "main_kernel"    # what TVM calls the device's part of "main"
 USED = re.compile(r"Used (\d+) registers")
 THREADS, SHARED = re.compile(r'launch_thread\("threadIdx.x", (\d+)\)'), re.compile(r'alloc_buffer\(\((\d+),\), "uint8", scope="shared.dyn"')
+SERIALIZED = "wgmma.mma_async instructions are serialized"
 SPILLED = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -45,13 +48,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel needs: registers of a thread, bytes of stack and of spills (none may spill); threads, and bytes of shared memory, of a block."""
+    """What a kernel needs: registers of a thread, bytes of stack and of spills (none may spill); threads, and bytes of shared memory, of a block;
+    and whether ptxas makes products of four warps wait for each other."""
 
     registers: int
     stack: int
     spills: int
     threads: int
     shared: int
+    serialized: bool = False
 
     def warps(self, registers: int = 1 << 16, shared: int = 227 << 10, most: int = 64) -> int:
         """How many a processor holds at once, which has so many registers and bytes, and room for so many: those of Hopper."""
@@ -89,10 +94,10 @@ def compile_archive(schedule: cpu.Schedule, target: Target) -> bytes:
         raise KernelError(f"{schedule.name} is a kernel for GPUs", where=target.name, hint="compile it for sm_80 or sm_90")
     compiler = require_nvcc(schedule.name)
     source = source_of(schedule)
-    text = whole_text(source.cuda)
+    text = whole_text(source.cuda, target)
     code, used = _compiled(compiler, text, target.mcpu, schedule.name)
     resources = {**used, **source.block}
-    files = {"host.so": host_library(source), "device": _device(source, code), "kernel.cu": text.encode(),
+    files = {"host.so": host_library(source), "device": _device(source, code, target), "kernel.cu": text.encode(),
              "resources.json": json.dumps(resources).encode()}
     return packed(files)
 
@@ -119,9 +124,10 @@ def source_of(schedule: cpu.Schedule) -> Source:
     return Source(host, cuda[cuda.index('extern "C" __global__'):], description, _block(function.script()), _tags(description))
 
 
-def whole_text(cuda: str) -> str:
-    """With the device functions in front."""
-    return "\n".join([(HOME / name).read_text() for name in ("ptx.cuh", "device.cuh")] + [cuda])
+def whole_text(cuda: str, target: Target) -> str:
+    """With the device functions in front that a target has."""
+    names = [name for name in HEADERS if name != GROUPS or "wgmma" in target.features]
+    return "\n".join([(HOME / name).read_text() for name in names] + [cuda])
 
 
 def host_library(source: Source) -> bytes:
@@ -172,7 +178,8 @@ def _compiled(compiler: str, text: str, architecture: str, name: str) -> tuple[b
             raise KernelError(f"nvcc refuses it: {lines[0].replace(folder, '')}", where=name, hint="report this as a bug")
         used, spilled = USED.search(done.stderr), SPILLED.search(done.stderr)
         stack, stores, loads = (int(number) for number in spilled.groups()) if spilled else (0, 0, 0)
-        return made.read_bytes(), {"registers": int(used[1]) if used else 0, "stack": stack, "spills": stores + loads}
+        registers, serialized = int(used[1]) if used else 0, SERIALIZED in done.stderr
+        return made.read_bytes(), {"registers": registers, "stack": stack, "spills": stores + loads, "serialized": serialized}
 
 
 # The format of TVM's serialised CUDA modules (src/backend/cuda/runtime/cuda_module.cc, SaveToBytes): format, description of the functions, code;
@@ -193,8 +200,19 @@ def _description(blob: bytes, cuda: str) -> bytes:
     return blob[first + len(begin):last]
 
 
-def _device(source: Source, code: bytes) -> bytes:
-    return _text(b"cubin") + source.description + _text(code)
+def _device(source: Source, code: bytes, target: Target) -> bytes:
+    description = _begins_early(source.description) if EARLY in target.features else source.description
+    return _text(b"cubin") + description + _text(code)
+
+
+def _begins_early(description: bytes) -> bytes:
+    """The same with the tag that lets a launch begin before the last kernel's end; the one for shared memory has to be the last."""
+    tags, last = _tags(description), _text(b"tirx.use_dyn_shared_memory")
+    whole = b"".join(_text(tag.encode()) for tag in tags)
+    at = description.index(struct.pack("<Q", len(tags)) + whole)
+    front = whole.removesuffix(last)
+    return (description[:at] + struct.pack("<Q", len(tags) + 1) + front + _text(b"tirx.use_programtic_dependent_launch") + whole[len(front):]
+            + description[at + 8 + len(whole):])
 
 
 def _tags(description: bytes) -> tuple[str, ...]:
@@ -221,7 +239,7 @@ def _tags(description: bytes) -> tuple[str, ...]:
 
 @cache
 def _device_sources() -> str:
-    return cpu.digest("".join((HOME / name).read_text() for name in ("ptx.cuh", "device.cuh")))
+    return cpu.digest("".join((HOME / name).read_text() for name in HEADERS))
 
 
 def load_function(archive: bytes) -> Any:

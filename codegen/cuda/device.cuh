@@ -19,6 +19,10 @@ DEVICE void write_fp16(void* to, float value) { *(unsigned short*)to = fp16_of_f
 DEVICE unsigned pair_bf16(float low, float high) { return bf16_of_float(low) | (unsigned)bf16_of_float(high) << 16; }
 DEVICE unsigned pair_fp16(float low, float high) { return fp16_of_float(low) | (unsigned)fp16_of_float(high) << 16; }
 DEVICE void write_word(void* to, unsigned word) { *(unsigned*)to = word; }
+DEVICE int read_word(const void* from) { return *(const int*)from; }
+DEVICE int pair_of(int low, int high) { return (low & 0xFFFF) | high << 16; }
+struct alignas(16) Sixteen { int words[4]; };
+DEVICE void write16(void* to, const int* words) { *(Sixteen*)to = Sixteen{{words[0], words[1], words[2], words[3]}}; }
 
 // sums[i] += factor * numbers[i], for 16 bytes of numbers.
 DEVICE void add_fp32(float* sums, const unsigned* words, float factor) {

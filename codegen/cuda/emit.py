@@ -47,17 +47,21 @@ def real(name: str) -> Expr:
 
 @contextmanager
 def launch(blocks: Sequence[Expr], threads: int) -> Iterator[tuple[Expr, ...]]:
-    """`with launch((nx, ny), 128) as (x, y, thread):` what a thread of a block does."""
+    """`with launch((nx, ny), 128) as (x, y, thread):` what a thread of a block does. It is launched while the kernel before it still runs, where
+    the GPU can do that, and waits for it here."""
     with ExitStack() as stack:
         axes = [stack.enter_context(builder.launch_thread(f"blockIdx.{axis}", extent)) for axis, extent in zip("xyz", blocks, strict=False)]
-        yield (*axes, stack.enter_context(builder.launch_thread("threadIdx.x", threads)))
+        thread = stack.enter_context(builder.launch_thread("threadIdx.x", threads))
+        do("let_next_begin")
+        do("after_previous")
+        yield (*axes, thread)
 
 
 class Shared:
     """The block's shared memory, cut into parts by hand."""
 
-    def __init__(self, size: int) -> None:
-        self.buffer = builder.alloc_buffer((size,), "uint8", scope="shared.dyn", align=128)
+    def __init__(self, size: int, align: int = 128) -> None:
+        self.buffer = builder.alloc_buffer((size,), "uint8", scope="shared.dyn", align=align)
         self.words, self.floats = (builder.decl_buffer((size // 4,), dtype, data=self.buffer.data, scope="shared.dyn")
                                    for dtype in ("int32", "float32"))
 

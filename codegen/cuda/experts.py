@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify_compiler.codegen.cuda import device as gpu
+from sparsify_compiler.codegen.cuda import groups as g
 from sparsify_compiler.codegen.cuda.expert_order import order_of
 from sparsify_compiler.codegen.cuda.grouped import CudaCombine, CudaGrouped
 from sparsify_compiler.codegen.cuda.layer import DTYPES, SHORT, CudaLayer, device_of, name_of
@@ -96,13 +98,14 @@ class CudaExperts(CudaLayer):
         held, experts, places = self._held, self._held["gate"].shape[0], chosen.numel()
         tall = 32 if places <= TALL * experts else 128
         order = order_of(chosen, experts, tall)
-        gated = "up" in held
+        gated, group = "up" in held, tall >= g.HIGH and g.FEATURE in gpu.target_of(self.device).features
         hidden = x.new_empty((places, held["gate"].shape[1]))
-        first = CudaGrouped(self._short, gated, self._activation, biased="gate_bias" in self._given, raised="up_bias" in self._given, tall=tall)
+        first = CudaGrouped(self._short, gated, self._activation, biased="gate_bias" in self._given, raised="up_bias" in self._given, tall=tall,
+                            group=group)
         self.kernels(first, x, order.rows, order.ends, order.firsts, held["gate"], held["up"] if gated else self._filler, held["gate_bias"],
                      held["up_bias"], self._none.view(1), hidden, order.tiles)
         parts = self.floats(places, self.out_features)
-        second = CudaGrouped(self._short, False, weighted=True, biased="bias" in self._given, result="float32", tall=tall)
+        second = CudaGrouped(self._short, False, weighted=True, biased="bias" in self._given, result="float32", tall=tall, group=group)
         own = torch.arange(places, dtype=torch.int32, device=self.device)
         self.kernels(second, hidden, own, order.ends, order.firsts, held["down"], self._filler, held["bias"], self._none,
                      factors[order.sorted], parts, order.tiles)

@@ -17,8 +17,8 @@ from sparsify_compiler.target import Target
 
 NAME, OP, LABEL = "cuda_gather", "select_linear", "gather by input"
 FEW = (1, 2, 4)     # rows of x that read the union of what they select
-BLOCKS = 4          # of threads, for each processor
-PART = 256          # inputs of a part, at least
+BLOCKS = (3, 4)     # of threads, for each processor: all run at once
+PART = 128          # inputs of a part, at least
 
 
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
@@ -44,9 +44,11 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
 
 
 def parts_of(inputs: int, outputs: int, lanes: int, device: torch.device) -> tuple[int, int]:
-    """Tiles of outputs, and parts of the inputs that there are blocks for."""
-    tiles = -(-outputs // (32 * lanes))
-    return tiles, max(1, min(-(-BLOCKS * gpu.processors(device) // tiles), inputs // PART))
+    """Tiles of outputs, and parts of the inputs that there are blocks for: as many as fill all processors with as few places left empty as may be."""
+    tiles, all_of = -(-outputs // (32 * lanes)), gpu.processors(device)
+    most = max(1, inputs // PART)
+    counts = {max(1, min(blocks * all_of // tiles, most)) for blocks in BLOCKS}
+    return tiles, max(counts, key=lambda parts: (tiles * parts / (-(-tiles * parts // all_of) * all_of), parts))
 
 
 class CudaGatherLinear(CudaLayer):

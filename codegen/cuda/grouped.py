@@ -13,10 +13,11 @@ from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.cuda import emit as c
+from sparsify_compiler.codegen.cuda import groups as g
 from sparsify_compiler.codegen.cuda import tiles as t
 from sparsify_compiler.codegen.cuda.finish import activated
 
-COLUMNS, DEPTH, STAGES, OWN_ROWS = 128, 32, 4, 32   # of a block; of a step; steps under way; rows of a warp
+STAGES = 4                                          # steps under way
 RAISED = {"drelu": "relu"}                          # what up has an activation of its own in: its name
 
 
@@ -28,7 +29,8 @@ class CudaGrouped:
     x and the matrices of `dtype` (16 bits), K and N multiples of 8. rows int32: the row of x at each place; places lie by expert, those of expert e
     from firsts[e] on; ends[e] counts the tiles of `tall` rows up to those of expert e, of at most `tiles`. Biases and factors float32.
     gated: y = activation(first x + bias) * (second x + second_bias), with the biases that there are (`biased`, `raised`); else
-    activation(first x + bias), "" for none, times the place's factor where `weighted`. y is of dtype `result`.
+    activation(first x + bias), "" for none, times the place's factor where `weighted`. y is of dtype `result`. group: products of four warps at once
+    (groups.py), `tall` a multiple of 64.
     """
 
     dtype: str
@@ -39,6 +41,7 @@ class CudaGrouped:
     raised: bool = False
     result: str = ""
     tall: int = 128
+    group: bool = False
 
     @property
     def name(self) -> str:
@@ -53,10 +56,12 @@ class _Block:
 
     def __init__(self, how: CudaGrouped) -> None:
         self.how = how
-        self.row_warps, self.column_warps = how.tall // OWN_ROWS, 2 if how.tall > OWN_ROWS else 4
+        self.depth, self.across = (64, 256) if how.group else (32, 128)     # inputs of a step, columns of both matrices
+        self.own_rows = 16 if how.group else 32     # of a warp
+        self.row_warps, self.column_warps = how.tall // self.own_rows, 1 if how.group else 2 if how.tall > self.own_rows else 4
         self.threads = self.row_warps * self.column_warps * c.WARP
-        self.own = COLUMNS // self.column_warps     # columns of a warp, half of them of the second matrix where there is one
-        self.columns = COLUMNS // 2 if how.gated else COLUMNS
+        self.own = self.across // self.column_warps     # columns of a warp, half of them of the second matrix where there is one
+        self.columns = self.across // 2 if how.gated else self.across
 
     def run(self) -> None:
         how = self.how
@@ -71,15 +76,15 @@ class _Block:
         self.y = c.parameter("y", (P, self.N), how.result or how.dtype)
         tiles = c.number("tiles")
         self.flat = [c.flat(weight, E, self.N, self.K) for weight in (self.first, self.second)]
-        with c.launch((c.ceil(self.N, self.columns), tiles), self.threads) as (bx, by, thread), e.when(by < e.load(self.ends, E - 1)):
+        with c.launch((tiles, c.ceil(self.N, self.columns)), self.threads) as (bx, by, thread), e.when(bx < e.load(self.ends, E - 1)):
             self.thread, self.lane, warp = thread, e.let(thread % c.WARP), e.let(tirx.truncdiv(thread, c.WARP))
-            self.row, self.place = e.let(tirx.truncdiv(warp, self.column_warps) * OWN_ROWS), e.let(warp % self.column_warps)
-            self._find(by)
-            self.column = e.let(bx * self.columns)
-            x_bytes, self.stage = how.tall * DEPTH * 2, (how.tall + COLUMNS) * DEPTH * 2
-            shared = c.Shared(STAGES * self.stage)
-            self.x_tile, self.w_tile = t.Tile(shared, 0, how.tall, DEPTH), t.Tile(shared, x_bytes, COLUMNS, DEPTH)
-            self.sums = t.zeros(OWN_ROWS // 16 * self.own // 8 * 4)
+            self.row, self.place = e.let(tirx.truncdiv(warp, self.column_warps) * self.own_rows), e.let(warp % self.column_warps)
+            self._find(bx)
+            self.column = e.let(by * self.columns)
+            x_bytes, self.stage = how.tall * self.depth * 2, (how.tall + self.across) * self.depth * 2
+            shared = c.Shared(STAGES * self.stage, g.ALIGN if how.group else 128)
+            self.x_tile, self.w_tile = t.Tile(shared, 0, how.tall, self.depth), t.Tile(shared, x_bytes, self.across, self.depth)
+            self.sums = t.zeros(self.own_rows // 16 * self.own // 8 * 4)
             self._steps()
             self._write()
 
@@ -98,25 +103,25 @@ class _Block:
         self.base = e.let(e.cast("int64", self.expert) * e.cast("int64", self.N) * e.cast("int64", self.K))
 
     def _steps(self) -> None:
-        count = c.ceil(self.K, DEPTH)
-        chunks = DEPTH // t.CHUNK
+        count = c.ceil(self.K, self.depth)
+        chunks = self.depth // t.CHUNK
         self.numbers = c.registers(-(-self.how.tall * chunks // self.threads), "int32")
         for i, first in enumerate(range(0, self.how.tall * chunks, self.threads)):
             row = e.let(tirx.truncdiv(self.thread + first, chunks))
             e.store(self.numbers, e.load(self.rows, self.start + e.minimum(row, self.count - 1)), i)
-        t.ahead(count, STAGES, self.stage, self._copy, self._multiply)
+        (g if self.how.group else t).ahead(count, STAGES, self.stage, self._copy, self._multiply_group if self.how.group else self._multiply)
 
     def _copy(self, step: Any, by: Any) -> None:
         at = iter(range(self.how.tall))
 
         def of_x(row: Any, chunk: Any) -> tuple[Any, Any]:
-            k = e.let(step * DEPTH + chunk * t.CHUNK)
+            k = e.let(step * self.depth + chunk * t.CHUNK)
             there = e.both(row < self.count, k < self.K)
             return c.address(self.x, e.load(self.numbers, next(at)), e.either(k < self.K, k, 0)), there
 
         def of(flat: Any) -> Any:
             def of_w(row: Any, chunk: Any) -> tuple[Any, Any]:
-                k, column = e.let(step * DEPTH + chunk * t.CHUNK), e.let(self.column + row)
+                k, column = e.let(step * self.depth + chunk * t.CHUNK), e.let(self.column + row)
                 there = e.let(e.both(column < self.N, k < self.K))
                 index = self.base + e.cast("int64", e.either(there, column, 0)) * e.cast("int64", self.K)
                 return c.address(flat, index + e.cast("int64", e.either(there, k, 0))), there
@@ -124,7 +129,7 @@ class _Block:
 
         t.copy_rows(self.x_tile.moved(by), self.thread, self.threads, of_x)
         for i, flat in enumerate(self.flat if self.how.gated else self.flat[:1]):  # one tile behind the other: rows go on counting
-            part = t.Tile(self.w_tile.shared, self.w_tile.offset + i * self.columns * DEPTH * 2, self.columns, DEPTH)
+            part = t.Tile(self.w_tile.shared, self.w_tile.offset + i * self.columns * self.depth * 2, self.columns, self.depth)
             t.copy_rows(part.moved(by), self.thread, self.threads, of(flat))
 
     def _groups(self) -> list[Any]:
@@ -134,10 +139,17 @@ class _Block:
         half = self.own // 2
         return [e.let(which * self.columns + self.place * half + 16 * j) for which in range(2) for j in range(half // 16)]
 
+    def _multiply_group(self, by: Any) -> None:
+        x, w = self.x_tile.moved(by), self.w_tile.moved(by)
+        first = e.let(tirx.truncdiv(self.row, g.HIGH) * g.HIGH)
+        with g.products():
+            for k in range(0, self.depth, g.DEEP):
+                g.product(self.how.dtype, self.across, self.sums, g.straight(x, first, k), g.straight(w, 0, k))
+
     def _multiply(self, by: Any) -> None:
         x, w, groups = self.x_tile.moved(by), self.w_tile.moved(by), self._groups()
-        for k in range(DEPTH // 16):
-            a = [c.registers(4, "uint32") for _ in range(OWN_ROWS // 16)]
+        for k in range(self.depth // 16):
+            a = [c.registers(4, "uint32") for _ in range(self.own_rows // 16)]
             for i, fragment in enumerate(a):
                 x.matrices(fragment.data, self.row + 16 * i, 2 * k, self.lane, down=True, turned=False)
             for j, group in enumerate(groups):
@@ -155,7 +167,7 @@ class _Block:
         for n in range(eights):
             column = e.let(self.column + self.place * (self.own // 2 if self.how.gated else self.own) + 8 * n + self.lane % 4 * 2)
             with e.when(column < self.N):
-                for i in range(OWN_ROWS // 16):
+                for i in range(self.own_rows // 16):
                     for half in range(2):
                         row = e.let(self.row + 16 * i + 8 * half + tirx.truncdiv(self.lane, 4))
                         with e.when(row < self.count):

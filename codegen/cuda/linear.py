@@ -9,19 +9,25 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.codegen.cuda import device as gpu
+from sparsify_compiler.codegen.cuda import groups as g
 from sparsify_compiler.codegen.cuda import layout
+from sparsify_compiler.codegen.cuda import tiles as t
 from sparsify_compiler.codegen.cuda.layer import DTYPES, SHORT, CudaLayer, bias_of, device_of, name_of
 from sparsify_compiler.codegen.cuda.sparse24 import CudaSparse24
+from sparsify_compiler.codegen.cuda.sparse24_group import DEPTH, CudaSparse24Group
 from sparsify_compiler.codegen.cuda.sparse_rows import WARPS, CudaSparseRows
 from sparsify_compiler.codegen.cuda.strip_rows import CudaStripRows
 from sparsify_compiler.codegen.cuda.strips import CudaStrips
+from sparsify_compiler.codegen.cuda.strips_group import CudaStripsGroup
 from sparsify_compiler.codegen.cuda.strips_wide import CudaStripsWide
+from sparsify_compiler.codegen.cuda.turn import CudaTurn
 from sparsify_compiler.codegen.kernels.finish import Finish, finish_of, needed_finish
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.target import Target
 
 NAME = "cuda_linear"
 FEW = (1, 2, 4)             # rows of x that kernels for a few hold
+GROUP_ROWS, MANY = (128, 256), 1024     # rows of x of a block of groups of warps: of few, and of so many or more
 SHARED = 96 * 1024          # bytes of shared memory that a block may ask for, on every GPU
 STRIPS = (16, 32, 64, 128)  # outputs of a block row
 LABELS = {"strips": "strips of blocks", "halves": "2:4 on sparse tensor cores", "eights": "lists of eights"}
@@ -72,6 +78,7 @@ class CudaLinear(CudaLayer):
         device, self._kind, self._finish = device_of(tensors), str(options["kind"]), finish
         super().__init__(LABELS[self._kind], options, weight.values.dtype, device, (weight.in_features, weight.out_features), files)
         self._short, self._r = name_of(self._dtype), int(attributes.get("r", 0))
+        self._eights = int(attributes.get("c", 1)) % t.CHUNK == 0   # blocks are whole eights of inputs
         make: Any = {"strips": layout.strips, "halves": layout.halves, "eights": layout.eights}[self._kind]
         self._held = make(weight)
         self._held["bias"] = bias_of(bias, self.out_features, device)
@@ -100,13 +107,31 @@ class CudaLinear(CudaLayer):
             return None
         held = self._held
         if self._kind == "strips":
-            turned = x.new_empty((self.in_features, -(-rows // 8) * 8))
-            turned[:, :rows].copy_(x.t())
-            wide = self._dtype not in SHORT
-            schedule = CudaStripsWide(self._r, self._finish) if wide else CudaStrips(self._short, self._r, 32 if rows <= 64 else 128, self._finish)
-            return self.kernels(schedule, turned, held["values"], held["inputs"], held["pointers"], held["bias"], *added, y)
-        tall = 32 if rows <= 32 else 64 if rows <= 64 else 128
-        return self.kernels(CudaSparse24(self._short, tall, self._finish), x, held["values"], held["places"], held["bias"], *added, y)
+            schedule = self._strips(rows)
+            given = x if isinstance(schedule, CudaStripsGroup) and schedule.straight else self._turned(x)
+            return self.kernels(schedule, given, held["values"], held["inputs"], held["pointers"], held["bias"], *added, y)
+        return self.kernels(self._halves(rows), x, held["values"], held["places"], held["bias"], *added, y)
+
+    def _strips(self, rows: int) -> CudaStripsWide | CudaStrips | CudaStripsGroup:
+        """The kernel for strips and so many rows of x."""
+        if self._dtype not in SHORT:
+            return CudaStripsWide(self._r, self._finish)
+        if rows <= GROUP_ROWS[0] // 2 or self._r < g.HIGH or g.FEATURE not in gpu.target_of(self.device).features:
+            return CudaStrips(self._short, self._r, 32 if rows <= 64 else 128, self._finish)
+        tall = GROUP_ROWS[rows >= MANY]
+        return CudaStripsGroup(self._short, self._r, tall, self._eights, self._finish)
+
+    def _halves(self, rows: int) -> CudaSparse24 | CudaSparse24Group:
+        """The kernel for 2:4 and so many rows of x."""
+        if rows <= GROUP_ROWS[0] // 2 or self.in_features % DEPTH or g.FEATURE not in gpu.target_of(self.device).features:
+            return CudaSparse24(self._short, 32 if rows <= 32 else 64 if rows <= 64 else 128, self._finish)
+        return CudaSparse24Group(self._short, GROUP_ROWS[rows >= MANY], self._finish)
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """x transposed, [K, Mp]."""
+        turned = x.new_empty((self.in_features, -(-x.shape[0] // 8) * 8))
+        self.kernels(CudaTurn(), x.view(torch.int16), turned.view(torch.int16)) if x.element_size() == 2 else turned[:, : x.shape[0]].copy_(x.t())
+        return turned
 
     def _few(self, x: Tensor, added: tuple[Tensor, ...], y: Tensor) -> None:
         most, held = next(size for size in FEW if size >= x.shape[0]), self._held

@@ -37,7 +37,13 @@ DEVICE void load16(unsigned* to, const void* from) {
   asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
 }
-// The same where neighbours read it again.
+// The same where `really`, zeros else.
+DEVICE void load16_if(unsigned* to, const void* from, bool really) {
+  asm("{.reg .pred p; setp.ne.b32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0; "
+      "@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "=&r"(to[0]), "=&r"(to[1]), "=&r"(to[2]), "=&r"(to[3]) : "l"(from), "r"((int)really));
+}
+// 16 bytes that neighbours read again.
 DEVICE void load16_shared_by_many(unsigned* to, const void* from) {
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
 }
@@ -54,6 +60,8 @@ DEVICE void copies_wait(int open) {
   if (open == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
   if (open == 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
   if (open == 3) asm volatile("cp.async.wait_group 3;" ::: "memory");
+  if (open == 4) asm volatile("cp.async.wait_group 4;" ::: "memory");
+  if (open == 5) asm volatile("cp.async.wait_group 5;" ::: "memory");
 }
 
 // Four 8x8 matrices of 16 bits: lane i gives the address of row i % 8 of matrix i / 8; lane l gets numbers 2 (l % 4) and the next of row l / 4
@@ -81,6 +89,16 @@ DEVICE void multiply_sparse_##TYPE(float* sums, const unsigned* a, const unsigne
 }
 MULTIPLY(bf16, "bf16")
 MULTIPLY(fp16, "f16")
+
+// The next kernel of the stream may be launched from now on; what the kernels before wrote is there from now on. Where a generation has no such
+// launches, each kernel begins after the last one's end.
+#if __CUDA_ARCH__ >= 900
+DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void after_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+DEVICE void let_next_begin() {}
+DEVICE void after_previous() {}
+#endif
 
 // What this thread wrote is seen by all before what it writes next.
 DEVICE void publish() { __threadfence(); }

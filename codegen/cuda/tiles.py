@@ -52,9 +52,12 @@ class Tile:
 def copy_rows(tile: Tile, thread: Any, threads: int, source: Any) -> None:
     """Begin to copy a tile: source(row, chunk) -> the address of 16 bytes and whether they are there, zeros where they are not."""
     chunks = tile.columns // CHUNK
+    whole = threads % chunks == 0      # a thread's chunk is the same in all of its rows
+    own_row, own_chunk = e.let(tirx.truncdiv(thread, chunks)), e.let(thread % chunks)
     for first in range(0, tile.rows * chunks, threads):
-        number = e.let(thread + first)
-        row, chunk = e.let(tirx.truncdiv(number, chunks)), e.let(number % chunks)
+        number = thread + first
+        row = own_row + first // chunks if whole else e.let(tirx.truncdiv(number, chunks))
+        chunk = own_chunk if whole else e.let(number % chunks)
 
         def one(row: Any = row, chunk: Any = chunk) -> None:
             pointer, there = source(row, chunk)

@@ -28,7 +28,7 @@ from sparsify_compiler.codegen.cuda import build
 HOME = Path(__file__).parent
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="the emulator needs g++ on Linux")
 SIGNATURE = re.compile(r"main_kernel\(([^()]*)\)\s*\{")
-DYNAMIC = re.compile(r"extern __shared__ \S+ (\w+) (\w+)\[\];")
+DYNAMIC = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];")
 PAGE = mmap.PAGESIZE
 DEVICE = 2          # DLPack's number of CUDA
 KINDS = {torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.int32: (0, 32), torch.int16: (0, 16),
@@ -89,8 +89,8 @@ def _no_device_to_set() -> None:
 
 def _program(source: build.Source) -> str:
     """The kernel, and the function that TVM's host part calls."""
-    cuda = DYNAMIC.sub(r"\1* \2 = (\1*)machine::dynamic;", source.cuda)
-    found = SIGNATURE.search(cuda)
+    cuda = DYNAMIC.sub(r"\2* \3 = (\2*)machine::dynamic;", source.cuda)
+    found, align = SIGNATURE.search(cuda), DYNAMIC.search(source.cuda)
     assert found is not None, cuda
     types = [parameter.strip().rpartition(" ")[0].replace("__restrict__", "") for parameter in found[1].split(",")]
     fields = {kind: "pointer" if "*" in kind else "real" if kind == "float" else "whole" for kind in types}
@@ -103,10 +103,11 @@ extern "C" int __tvm_ffi_{build.FUNCTION}(void*, const Argument* given, int, Arg
   arguments = given;
   Place blocks{{1, 1, 1}}; int threads = 1, shared = 0;
   {' '.join(sizes)}
+  machine::alignment = {align[1] if align else 128};
   return machine::launch(blocks, threads, shared, [] {{ {build.FUNCTION}({', '.join(given)}); }});
 }}
 """
-    texts = [(HOME / "machine.h").read_text(), (HOME / "instructions.h").read_text(), (build.HOME / "device.cuh").read_text()]
+    texts = [*((HOME / name).read_text() for name in ("machine.h", "instructions.h", "group.h")), (build.HOME / "device.cuh").read_text()]
     return "\n".join([*texts, cuda, launch])
 
 

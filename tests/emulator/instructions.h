@@ -46,6 +46,7 @@ DEVICE int shuffle_from(int value, int other) {
 DEVICE int shuffle_up(int value, int steps) { return shuffle_from(value, lane() >= steps ? lane() - steps : lane()); }
 
 DEVICE void load16(unsigned* to, const void* from) { machine::aligned(from, 16); memcpy(to, from, 16); }
+DEVICE void load16_if(unsigned* to, const void* from, bool really) { if (really) load16(to, from); else memset(to, 0, 16); }
 DEVICE void load16_shared_by_many(unsigned* to, const void* from) { load16(to, from); }
 
 DEVICE void copy16(void* to, const void* from, bool really) {
@@ -133,6 +134,8 @@ DEVICE void multiply_sparse_##TYPE(float* sums, const unsigned* a, const unsigne
 MULTIPLY_OF(bf16, 10)
 MULTIPLY_OF(fp16, 20)
 
+DEVICE void let_next_begin() {}
+DEVICE void after_previous() {}
 DEVICE void publish() {}
 DEVICE int take_number(int* counter, int parts) { int before = *counter; *counter = before >= parts - 1 ? 0 : before + 1; return before; }
 DEVICE void warp_barrier() { int none = 0; WARP(5, &none, ) }

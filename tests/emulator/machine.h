@@ -37,7 +37,7 @@ struct Warp { int arrived, what; void* arguments[32]; };
 static Fiber* fibers; static Warp warps[THREADS / 32];
 static Fiber* current; static jmp_buf scheduler; static sigjmp_buf failed;
 static Place block, grid, size; static int threads, waiting;
-static bool backwards; static char* dynamic; static char message[256];
+static bool backwards; static char* dynamic; static size_t alignment = 128; static char message[256];
 static void (*body)();
 static long reads, conflicts;   // of eight rows of a matrix; how many times a bank of 16 bytes is read again
 
@@ -100,7 +100,7 @@ static char* guarded(size_t bytes) {  // with a page that cannot be touched on e
   size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
   char* base = (char*)mmap(nullptr, whole + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   mprotect(base + PAGE, whole, PROT_READ | PROT_WRITE);
-  return base + PAGE + (backwards ? 0 : (whole - bytes) / 128 * 128);
+  return base + PAGE + (backwards ? 0 : (whole - bytes) / alignment * alignment);
 }
 static int launch(Place blocks, int number, int shared, void (*kernel)()) {
   static char stacks_are_made;
