@@ -27,14 +27,14 @@ TRIES = POPULATION * GENERATIONS    # of the random search, as many as the evolu
 
 
 def cost_at(survey: Survey, site: str, choice: int, density: float) -> float:
-    """Seconds of a choice at any density, on the line between its offers; those of the dense layer where they are fewer."""
+    """Seconds of a choice at any density, on the line between its offers and the dense layer; those of the dense layer where they are fewer."""
     costs = survey.costs(SECONDS)[site]
     known = sorted((offer.density, cost) for offer, cost in zip(survey.offers[site], costs, strict=True) if offer.choice == choice)
     dense = costs[0]
     if density >= 1 or not known:
         return dense
     below = [pair for pair in known if pair[0] <= density] or known[:1]
-    above = [pair for pair in known if pair[0] > density] or known[-1:]
+    above = [pair for pair in known if pair[0] > density] or [(1.0, dense)]
     (low, cheap), (high, dear) = below[-1], above[0]
     return min(dense, cheap + (dear - cheap) * (density - low) / (high - low) if high > low else cheap)
 
