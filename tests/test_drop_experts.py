@@ -102,6 +102,93 @@ def test_a_second_time_drops_of_those_that_are_left(model: Mixture, batches: lis
 
 
 @torch.no_grad()
+def test_a_third_time_experts_are_still_called_by_their_first_names(model: Mixture, batches: list[tuple[Tensor]]) -> None:
+    program = dropped(model, batches, *(DropExperts(density=density) for density in (0.84, 0.8, 0.5)))
+    left = list(range(EXPERTS))
+    for count in (5, 4, 2):
+        total = torch.zeros(EXPERTS, dtype=torch.float64)
+        for (x,) in batches:
+            weights, places = model.router(x)[..., left].softmax(-1).topk(TOP, -1)
+            total.index_add_(0, torch.tensor(left)[places.flatten()], (weights / weights.sum(-1, keepdim=True)).double().flatten())
+        total[[e for e in range(EXPERTS) if e not in left]] = -1.0
+        left = total.argsort(descending=True)[:count].sort().values.tolist()
+    x = torch.randn(3, 20, WIDTH)
+    torch.testing.assert_close(instantiate(program)(x), wanted(model, x, left))
+
+
+class Thresholded(Mixture):
+    """A second expert of little weight is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(TOP, -1)
+        y: Tensor = experts_ffn.op(x, torch.where(weights < 0.2, -1, chosen), weights, self.gate, self.up, self.down, activation="silu")
+        return y
+
+
+@torch.no_grad()
+def test_none_stays_none(batches: list[tuple[Tensor]]) -> None:
+    torch.manual_seed(0)
+    model = Thresholded().eval()
+    total = torch.zeros(EXPERTS, dtype=torch.float64)
+    for (x,) in batches:
+        weights, chosen = model.router(x).softmax(-1).topk(TOP, -1)
+        total.index_add_(0, chosen[weights >= 0.2], weights[weights >= 0.2].double())
+    kept, x = total.argsort(descending=True)[:3].sort().values, torch.randn(3, 20, WIDTH)
+    weights, places = model.router(x)[..., kept].softmax(-1).topk(TOP, -1)
+    none = weights < 0.2
+    assert none.any()
+    assert model.up is not None
+    expected = experts_ffn.reference(x, torch.where(none, -1, places), weights, model.gate[kept], model.up[kept], model.down[kept], activation="silu")
+    torch.testing.assert_close(instantiate(dropped(model, batches, DropExperts()))(x), expected)
+
+
+class Computed(Mixture):
+    """Gates are made anew in each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(TOP, -1)
+        y: Tensor = experts_ffn.op(x, chosen, weights, self.gate * x.mean(), self.up, self.down, activation="silu")
+        return y
+
+
+@torch.no_grad()
+def test_weights_that_are_not_stored_are_left_alone(batches: list[tuple[Tensor]]) -> None:
+    torch.manual_seed(0)
+    model, ctx = Computed().eval(), Context(batches=batches, density=0.5)
+    program = sc.Pipeline([DropExperts()]).run(capture(model, batches[0]), ctx)
+    assert "not stored" in str(ctx.misses[0])
+    torch.testing.assert_close(instantiate(program)(*batches[0]), model(*batches[0]))
+
+
+class Two(nn.Module):
+    """Two mixtures, the second of which has a favourite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Mixture(), Mixture()
+        self.second.router.weight.data *= 0.05
+        self.second.router.bias.data = torch.tensor([9.0, 3.0, 0.0, 0.0, 0.0, 0.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x) + self.second(x)
+        return y
+
+
+@torch.no_grad()
+def test_a_global_budget_takes_from_the_mixture_that_needs_fewer(batches: list[tuple[Tensor]]) -> None:
+    torch.manual_seed(0)
+    model = Two().eval()
+    program, x = dropped(model, batches, DropExperts(budget="global")), torch.randn(3, 20, WIDTH)
+    kept = [int(row.structure.split()[0]) for row in program.decisions.values() if row.structure]
+    assert sum(kept) == EXPERTS
+    assert kept[0] > kept[1]
+    parts = (wanted(one, x, most_routed(one, batches, count)) for one, count in zip((model.first, model.second), kept, strict=True))
+    torch.testing.assert_close(instantiate(program)(x), sum(parts))
+    even = dropped(model, batches, DropExperts())
+    assert [row.structure for row in even.decisions.values()] == ["3 of 6 experts kept"] * 2
+
+
+@torch.no_grad()
 def test_one_expert_is_a_dense_ffn(model: Mixture, batches: list[tuple[Tensor]]) -> None:
     program = dropped(model, batches, DropExperts(density=0.01))
     x = torch.randn(3, 20, WIDTH)
@@ -136,6 +223,8 @@ def test_the_mean_of_merged_experts_is_weighted_with_their_rows() -> None:
     made = _merge.merged(seen, kept, groups)
     torch.testing.assert_close(made["gate"][0], gate[0] * (3 + 1.1) / 4)
     assert torch.equal(made["down"][1], down[1])
+    unseen = Observed(torch.randn(1, 5), torch.tensor([[1]]), torch.ones(1, 1), seen.tensors, "relu", 0)
+    torch.testing.assert_close(_merge.merged(unseen, kept, groups)["gate"][0], gate[0] * (1 + 1.1) / 2)   # that nobody chose: each counts once
 
 
 @torch.no_grad()
@@ -162,6 +251,7 @@ def test_a_global_budget_keeps_one_of_each() -> None:
     high, low = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([10.0, 0.0, 0.0, 0.0])
     assert _shared_out([high, low], 4) == [3, 1]
     assert _shared_out([high, low], 2) == [1, 1]
+    assert _shared_out([high, torch.tensor([2.0, 2.0, 0.0, 0.0])], 2) == [1, 1], "though both of the second score higher"
 
 
 @torch.no_grad()
