@@ -39,6 +39,7 @@ METHODS: dict[str, Callable[[float, int], Pipeline]] = {  # of density and the s
     "SET": lambda density, last: sc.recipes.sparse_evolutionary(density, steps=last, every=EVERY),
     "RigL, uniform": lambda density, last: sc.recipes.rigl(density, "uniform", steps=last, every=EVERY),
     "RigL": lambda density, last: sc.recipes.rigl(density, steps=last, every=EVERY),
+    "sparse momentum": lambda density, last: sc.recipes.sparse_momentum(density, "erk", steps=last, every=EVERY),
     "SRigL": lambda density, last: sc.recipes.srigl(density, steps=last, every=EVERY),
     "GraNet": lambda density, last: sc.recipes.granet(density, steps=last, every=EVERY),
     "GMP": lambda density, last: sc.recipes.gmp(density, budget="erk", steps=last, every=EVERY),

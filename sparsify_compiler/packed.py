@@ -46,8 +46,8 @@ class Packed(nn.Module):
 
     @property
     def stored(self) -> Format:
-        """The weight as it is."""
-        fields: dict[str, Any] = self._tensors() | self._attributes
+        """The weight as it is now, without gradients; it stays what it is when the kept places move."""
+        fields: dict[str, Any] = self._tensors() | self._attributes | {"values": self.values.detach()}
         return self._kind(**fields)
 
     @property

@@ -20,7 +20,7 @@ from sparsify_compiler.errors import InputError, ParseError, StructureError
 from sparsify_compiler.masked import Masked
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train import _mover
-from sparsify_compiler.passes.train._moving import regrown, thinned
+from sparsify_compiler.passes.train._moving import regrown, shared, thinned
 from sparsify_compiler.passes.train.move_masks import MoveMasks
 from sparsify_compiler.training import Hook
 
@@ -269,12 +269,12 @@ def test_rows_of_which_little_matters_go_as_a_whole() -> None:
     score[:6], growth[:6] = score[:6] * 1e-3, growth[:6] * 1e-3
     fan_in = Structure.parse("fan_in")
     mask = fan_in.mask(score, 0.25)
-    found = regrown(mask, score, growth, fan_in, 0.25, 0.5, least=0.5)
+    found = regrown(mask, score, growth, fan_in, 0.25, 0.125, least=0.5)
     counts = found.sum(1)
     assert counts[:6].tolist() == [0] * 6
     assert len(set(counts[6:].tolist())) == 1
     assert abs(int(found.sum()) - int(mask.sum())) < 10
-    everything = regrown(mask, score, growth, fan_in, 0.25, 0.5, least=1.0)
+    everything = regrown(mask, score, growth, fan_in, 0.25, 0.125, least=1.0)
     assert everything.any(1).sum() >= math.ceil(0.25 * 16), "enough rows stay to hold what is kept"
 
 
@@ -284,7 +284,7 @@ def test_rows_that_could_not_hold_what_is_kept_do_not_stay_alone() -> None:
     mask[:5, :28] = True
     growth[:3], growth[3, 0] = torch.tensor([3.0, 2.0, 1.0])[:, None], 4.0
     score = torch.arange(16.0, 0.0, -1.0)[:, None].expand(16, 32)
-    found = regrown(mask, score, growth, Structure.parse("fan_in"), 0.27, 0.5, least=1.0)
+    found = regrown(mask, score, growth, Structure.parse("fan_in"), 0.27, 0.135, least=1.0)
     assert int(found.sum()) >= 139
 
 
@@ -293,18 +293,51 @@ def test_rows_of_the_last_layer_stay_and_the_fraction_falls(monkeypatch: pytest.
     found: list[tuple[float, float]] = []
 
     def noted(*given: Any) -> Tensor:
-        found.append(given[-2:])
+        density, stays, least = given[-3:]
+        found.append((stays / density, least))
         return regrown(*given)
 
     monkeypatch.setattr(_mover, "regrown", noted)
     step(module, hook, torch.optim.SGD(module.parameters(), 0.1))
-    assert found == [(pytest.approx(0.3 / 2), 0.5), (pytest.approx(0.3 / 2), 0.0)]
+    assert found == [(pytest.approx(1 - 0.3 / 2), 0.5), (pytest.approx(1 - 0.3 / 2), 0.0)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(places=st.lists(st.tuples(st.integers(0, 20), st.floats(0, 4)), min_size=1, max_size=6), share=st.floats(0, 1))
+def test_what_is_shared_out_adds_up(places: list[tuple[int, float]], share: float) -> None:
+    """In proportion where there is room, and never above it."""
+    room, weights = [size for size, _ in places], [weight for _, weight in places]
+    total = int(share * sum(room))
+    found = shared(total, room, weights)
+    assert sum(found) == total
+    assert all(0 <= got <= size for got, size in zip(found, room, strict=True))
+    if sum(weights) and all(total * weight / sum(weights) <= size for weight, size in zip(weights, room, strict=True)):
+        assert all(abs(got - total * weight / sum(weights)) <= 1 for got, weight in zip(found, weights, strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_move_between_layers_by_their_gradients(packed: bool) -> None:
+    """As many in all; more in the layer of larger gradients; packed parameters grow and shrink, with what the optimizer remembers."""
+    recipe = "mask_weights(score='random', density=0.25) | move_masks(grow='gradient', fraction=0.5, redistribute=True, every=1, until=3)"
+    module, hook = attached(recipe + (" | pack()" if packed else ""))
+    optimizer = OPTIMIZERS["adamw"](module.parameters())
+    counts = [[int(mask.sum()) for mask in masks(hook)]]
+    for _ in range(3):
+        step(module, hook, optimizer)
+        counts.append([int(mask.sum()) for mask in masks(hook)])
+    assert len({sum(count) for count in counts}) == 1
+    assert counts[1] != counts[0]
+    step(module, hook, optimizer)
+    masked, other = attached(recipe)
+    (functional.mse_loss(masked(X), Y) * 8).backward()
+    gradients = [masked.get_parameter(f"{name}.weight").grad[mask].abs().mean() for name, mask in other.masks.items()]  # type: ignore[index]
+    assert (counts[1][0] > counts[0][0]) == bool(gradients[0] > gradients[1] * counts[0][0] / counts[0][1]), "in proportion to the means"
 
 
 def test_edges_of_one_update() -> None:
     free = Structure.parse("unstructured")
     one = torch.tensor([[True, False]])
-    assert int(regrown(one, torch.ones(1, 2), torch.zeros(1, 2), free, 0.5, 1.0).sum()) == 1
+    assert int(regrown(one, torch.ones(1, 2), torch.zeros(1, 2), free, 0.5, 0.0).sum()) == 1
     empty = torch.zeros(0, 4, dtype=torch.bool)
     assert thinned(empty, torch.zeros(0, 4), free, 0.5).shape == (0, 4)
     full = torch.ones(3, 5, dtype=torch.bool)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import InputError
 from sparsify_compiler.named import Named
-from sparsify_compiler.passes.train._moving import cut, regrown, thinned
+from sparsify_compiler.passes.train._moving import cut, regrown, shared, thinned
 from sparsify_compiler.passes.train._places import Place, places_of
 from sparsify_compiler.training import Anew, Marked, Part
 
@@ -60,9 +60,10 @@ class Mover(Part):
         if self._reads and places and all(gradient is None for gradient in gradients):
             raise InputError("no gradient has reached a masked weight since the last step", where="Hook.step",
                              hint="call hook.step() once after each optimizer.step(), with loss.backward() before it")
+        targets = self._targets(places, gradients, step)
         for place, gradient in zip(places, gradients, strict=True):
             if not self._reads or (gradient is not None and bool(gradient.isfinite().all())):
-                yield self._update(place, gradient, step)
+                yield self._update(place, gradient, step, targets.get(place.path))
 
     def _due(self, step: int) -> bool:
         return 0 < step <= self._of.until and (step % self._of.every == 0 or step == self._of.until)
@@ -87,17 +88,31 @@ class Mover(Part):
             smoothed.mul_(self._of.smooth).add_(total, alpha=1 - self._of.smooth)
         return smoothed
 
-    def _update(self, place: Place, gradient: Tensor | None, step: int) -> Anew:
-        """Move one mask."""
+    def _targets(self, places: Sequence[Place], gradients: Sequence[Tensor | None], step: int) -> dict[str, float]:
+        """Densities behind an update in which what all layers drop comes back where gradients are large on average (sparse momentum); else none."""
+        found = [(place, gradient) for place, gradient in zip(places, gradients, strict=True) if gradient is not None]
+        if not self._of.redistribute or not all(bool(gradient.isfinite().all()) for _, gradient in found):
+            return {}
+        masks = [place.mask() for place, _ in found]
+        kept, sizes = [int(mask.sum()) for mask in masks], [mask.numel() for mask in masks]
+        dropped = [int(count * self._of.fraction * self._decay(step)) for count in kept]
+        means = [float(gradient[mask].abs().double().mean()) if count else 0.0 for (_, gradient), mask, count in zip(found, masks, kept, strict=True)]
+        stay = [count - gone for count, gone in zip(kept, dropped, strict=True)]
+        grown = shared(sum(dropped), [size - count for size, count in zip(sizes, stay, strict=True)], means)
+        return {place.path: (a + b) / size for (place, _), a, b, size in zip(found, stay, grown, sizes, strict=True)}
+
+    def _update(self, place: Place, gradient: Tensor | None, step: int, target: float | None) -> Anew:
+        """Move one mask, to a density of its own where one is given."""
         given = place.known if gradient is None else {**place.known, GRADIENT: gradient}
         seed = zlib.crc32(f"{self._of.seed} {place.path} {step}".encode())
         weight, mask = place.weight(), place.mask()
         score, *growth = (named(weight, given, seed) for named in self._scores)
         old = torch.ones_like(mask) if self._of.straight_through else mask
-        density = self._density(place, step)
+        density = self._density(place, step) if target is None else target
         if growth:
             least = 0.0 if place is self._places[-1] else self._of.least
-            new = regrown(old, score, growth[0], place.structure, density, self._of.fraction * self._decay(step), least)
+            before = density if target is None else float(mask.double().mean())
+            new = regrown(old, score, growth[0], place.structure, density, before * (1 - self._of.fraction * self._decay(step)), least)
         else:
             new = thinned(old, score, place.structure, density)
         return place.move(new, keep=self._of.straight_through)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,14 +28,14 @@ def thinned(mask: Tensor, score: Tensor, structure: Structure, density: float) -
     return mask & cut(structure, score.masked_fill(~mask, -math.inf), density)
 
 
-def regrown(mask: Tensor, score: Tensor, growth: Tensor, structure: Structure, density: float, fraction: float, least: float = 0.0) -> Tensor:
-    """A mask of `density`: the best of what is kept but for a `fraction`, then what grows best, of places dropped just now too (RigL, algorithm 1).
+def regrown(mask: Tensor, score: Tensor, growth: Tensor, structure: Structure, density: float, stays: float, least: float = 0.0) -> Tensor:
+    """A mask of `density`: the best of what is kept, down to the density `stays`, then what grows best, of what was dropped too (RigL, algorithm 1).
 
     mask bool, score and growth float >= 0, of the weight's shape [out, in, ...]. With `least`, rows go as a whole in which less than that share of
     the inputs a row has on average is salient: kept, or among the best to grow as many as were dropped; their places go to the others (SRigL,
     arXiv:2305.02299, section 3.1).
     """
-    keep = mask & cut(structure.loose, score.masked_fill(~mask, -math.inf), density * (1 - fraction))
+    keep = mask & cut(structure.loose, score.masked_fill(~mask, -math.inf), stays)
     growth = growth.to(torch.promote_types(growth.dtype, torch.float32))
     ranking = torch.where(keep, CHOSEN, growth / growth.max().clamp_min(torch.finfo(growth.dtype).tiny))
     if not least:
@@ -42,6 +43,21 @@ def regrown(mask: Tensor, score: Tensor, growth: Tensor, structure: Structure, d
     rows = _salient(keep, growth, mask, density, least)
     found = torch.zeros_like(mask)
     found[rows] = cut(structure, ranking[rows], density * len(rows) / max(int(rows.sum()), 1))
+    return found
+
+
+def shared(total: int, room: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Whole numbers that add up to `total` and are in proportion to weights >= 0, none above its room; all rooms together hold the total."""
+    wanted, open_ = [0.0] * len(room), [i for i, size in enumerate(room) if size]
+    while open_ and total - sum(wanted) > SLACK:
+        left, sum_ = total - sum(wanted), sum(weights[i] for i in open_)
+        for i in open_:
+            part = weights[i] / sum_ if sum_ > 0 else 1 / len(open_)
+            wanted[i] = min(float(room[i]), wanted[i] + left * part)
+        open_ = [i for i in open_ if wanted[i] < room[i] and (weights[i] > 0 or sum(weights[k] for k in open_ if wanted[k] < room[k]) == 0)]
+    found = [math.floor(value + SLACK) for value in wanted]
+    for i in sorted(range(len(room)), key=lambda i: found[i] - wanted[i])[: total - sum(found)]:
+        found[i] += 1
     return found
 
 

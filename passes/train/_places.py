@@ -147,6 +147,8 @@ def _place(of: MoveMasks, group: Sequence[Marked]) -> Place:
     known = one.decision is not None and one.decision.structure not in ("dense", "unknown")  # else the mask was there before, made by somebody else
     made_with = one.decision.structure if one.decision is not None and known else "unstructured"
     structure = of.structure if isinstance(of.structure, Structure) else Structure.parse(made_with)
+    if of.redistribute and structure.density is not None:
+        raise InputError(f"{structure} fixes how many weights a layer keeps", where=one.path, hint="leave out redistribute")
     structure.check(tuple(mask.shape), structure.density or math.nextafter(1, 0))
     density = float(mask.double().mean()) if structure.density is None else structure.density  # of a padded n:m the mask has a little more
     taps = tuple(dict.fromkeys(each.tap for each in group if isinstance(each.tap, Masked | Packed)))

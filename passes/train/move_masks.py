@@ -44,6 +44,8 @@ class MoveMasks(TrainingPass):
     structure  which weights may be kept together; None for that with which mask_weights() made the mask (unstructured, where the mask was there)
     straight_through  the weights that are not kept get gradients too, and compete for a place (STE)
     penalty    weight of half the sum of the squares of the weights that are not kept, a term of the loss (SR-STE, arXiv:2102.04010, equation 9)
+    redistribute  what all layers drop comes back in those whose kept weights have the largest gradients on average (arXiv:1907.04840, section 3.3); a
+               layer's density then is its own, and the schedule's no more
     least      rows with less than this share of the usual number of inputs go as a whole, but in the last layer (SRigL, arXiv:2305.02299)
     seed       of random growth
     targets    selectors of linear and convolution sites; all that have a mask by default
@@ -65,6 +67,7 @@ class MoveMasks(TrainingPass):
     straight_through: bool = False
     penalty: float = 0.0
     least: float = 0.0
+    redistribute: bool = False
     seed: int = 0
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -85,6 +88,9 @@ class MoveMasks(TrainingPass):
             raise ParseError(f"every is 1 or more, got {self.every}", where="move_masks")
         if self.least and self.grow is None:
             raise ParseError("rows go where others grow: least needs grow", where="move_masks", hint="grow='gradient'")
+        if self.redistribute and (self.grow != "gradient" or self.sparsity != "constant" or self.least or self.straight_through):
+            raise ParseError("redistribute moves weights between layers by their gradients, at a constant number of them", where="move_masks",
+                             hint="grow='gradient', and neither sparsity, least nor straight_through")
         self.take_selectors("targets", "ignore")
 
     def scores(self) -> list[Named]:
