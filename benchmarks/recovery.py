@@ -7,12 +7,17 @@ Brown files that are not held out, in batches of 32 × 64 tokens, in bfloat16 au
 and Lee Pearson (subjects.py) are measured before the first and behind the last step; nothing is chosen by them: --split choose measures on other
 texts, by which rate and losses were chosen. Settings are the same for all cases. The gradual cases start with the dense model. A killed run goes on
 where it was (--checkpoints).
+
+--speed measures nothing but time: 8 × 128 tokens through the encoder cut in each case's structure (by magnitude: which weights they are changes no
+time), compiled in float32 and in bfloat16, against the dense model in both, eager and through torch.compile, in turns.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,8 @@ from subjects import MiniLM, brown, options
 from torch import Tensor
 
 import sparsify_compiler as sc
+from sparsify_compiler.measure import interleave
+from sparsify_compiler.yardstick import dense_forms
 
 ROWS, LENGTH = 32, 64
 HESSIAN = "repair='obs', inputs='block'"
@@ -46,6 +53,9 @@ CASES = {  # of the number of steps
 }
 
 
+STRUCTURES = {"2:4": "structure='2:4'", "32x1 50 %": "structure='32x1', density=0.5", "32x1 80 %": "structure='32x1', density=0.2"}
+
+
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
@@ -54,10 +64,14 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=LOSSES)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--speed", action="store_true")
     parser.set_defaults(samples=64)
     arguments = parser.parse_args()
     say = Console(stderr=True).print
     subject = MiniLM(arguments)
+    if arguments.speed:
+        timed(subject, [case for case in arguments.cases if case in STRUCTURES])
+        return
     batches = batches_of(arguments)
     rows: list[dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
     for steps in arguments.steps:
@@ -93,6 +107,25 @@ def measured(subject: MiniLM, batches: list[dict[str, Tensor]], case: str, steps
     kept, total = (sum(count) for count in zip(*((int(mask.sum()), mask.numel()) for mask in hook.masks.values()), strict=True))
     return {"before": before, "after": after, "processor seconds": round(spent) if whole else None, "first loss": recovery.points[0].loss,
             "last loss": recovery.points[-1].loss, "density": kept / total}
+
+
+def timed(subject: MiniLM, cases: list[str]) -> None:
+    models = {"fp32": subject.model, "bf16": copy.deepcopy(subject.model).bfloat16()}
+    with torch.inference_mode():
+        forms = {name: form for model in models.values() for name, form in dense_forms(model, (), subject.timed, ("eager", "compile"))[0].items()}
+        dense = list(forms)
+        for case in cases:
+            recipe = f"mask_weights(score='magnitude', {STRUCTURES[case]}) | pack() | lower()"
+            made = {dtype: sc.compile(model, subject.timed, recipe=recipe) for dtype, model in models.items()}
+            forms |= {f"{case}, {dtype}": partial(compiled, **subject.timed) for dtype, compiled in made.items()}
+        timings = interleave(forms, rounds=21, at_most=15.0)
+    best = min(dense, key=lambda name: timings[name].median)
+    table = Table(title=f"MiniLM, 8 × 128 tokens, {torch.get_num_threads()} threads; the fastest dense form is {best}")
+    for name in ("form", "ms", "quartiles", "fastest dense / this"):
+        table.add_column(name, justify="left" if name == "form" else "right")
+    for name, found in timings.items():
+        table.add_row(name, f"{found.median:.1f}", f"{found.low:.1f}-{found.high:.1f}", f"{timings[best].median / found.median:.2f}")
+    Console(width=130).print(table)
 
 
 def batches_of(arguments: Any) -> list[dict[str, Tensor]]:
