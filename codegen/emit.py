@@ -141,6 +141,12 @@ def wide(index: Expr) -> Expr:
     return let(tirx.Cast("int64", index))
 
 
+def scalar(index: Expr) -> Expr:
+    """An index of 64 bits in a register of its own, inside of `with llvm(vectors().text("scalar"))`: LLVM would compute several in a vector and take
+    them out of it again."""
+    return let(external("int64", "scalar_index", index))
+
+
 def store(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> None:
     """buffer[index] = value, a vector when lanes > 1."""
     *outer, last = [tirx.const(i, "int32") if isinstance(i, int) else i for i in index]
@@ -157,9 +163,9 @@ def stack(size: int, dtype: str) -> Buffer:
     return builder.alloc_buffer((size,), dtype, align=64)
 
 
-def opaque(value: Expr) -> Expr:
-    """An int32 as a name that TVM does not see through: its simplifier takes seconds for nests of quotients and remainders. LLVM removes the cell."""
-    cell = stack(1, "int32")
+def opaque(value: Expr, dtype: str = "int32") -> Expr:
+    """A number as a name that TVM does not see through: its simplifier takes seconds for nests of quotients and remainders. LLVM removes the cell."""
+    cell = stack(1, dtype)
     store(cell, value, 0)
     return let(load(cell, 0))
 

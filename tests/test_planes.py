@@ -17,7 +17,7 @@ from torch.nn.functional import conv2d
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen import planes, runtime
 from sparsify_compiler.errors import InputError, KernelError
-from sparsify_compiler.target import Target, host
+from sparsify_compiler.target import Target, host, resolve
 
 ACTIVATIONS: Mapping[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
     "relu": ({}, torch.relu), "relu6": ({}, functional.relu6), "hardswish": ({}, functional.hardswish), "silu": ({}, functional.silu),
@@ -98,6 +98,19 @@ def test_dense_depthwise_and_small_convolutions(data: st.DataObject) -> None:
     assert ("depthwise" in candidate.name) == (taken == 1 and groups > 1)
     for x in (torch.randn(shape), torch.randn(1, shape[1], size[0] + 3, size[1] + 17)):
         assert_right(candidate.bind(bias), weight, bias, x, geometry)
+
+
+@pytest.mark.parametrize("name", ["native", "x86-avx2"])
+def test_depthwise_planes_of_many_blocks(name: str) -> None:
+    """Wider and higher than a block, one column wider, of as many columns as a register and fewer; groups of columns that are not whole."""
+    target = host() if name == "native" or host().arch != "x86_64" else resolve(name)
+    for kernel, stride, padding, dilation in (((3, 3), 1, 1, 1), ((5, 3), 2, 2, 1), ((2, 3), 3, 4, 2)):
+        geometry = {"stride": [stride] * 2, "padding": [padding] * 2, "dilation": [dilation] * 2, "groups": 3}
+        weight, bias = torch.randn(3, 1, *kernel), torch.randn(3)
+        (candidate,) = runtime.candidates("conv2d", {"weight": weight}, {**geometry, **PLANES}, torch.float32, (2, 3, 40, 140), target)
+        bound = candidate.bind(bias)
+        for height, width in ((40, 140), (8, 57), (57, 113), (7, 8), (9, 4), (7, 7), (5, 3), (6, 505)):
+            assert_right(bound, weight, bias, torch.randn(2, 3, height * stride, width * stride + height % 2), geometry)
 
 
 @pytest.mark.parametrize(("name", "residual"), [*((name, False) for name in ACTIVATIONS), ("", True), ("relu", True)])

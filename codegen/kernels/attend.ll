@@ -4,12 +4,6 @@ define i32 @next_task(ptr %counter) alwaysinline {
   ret i32 %task
 }
 
-; The same number, in a register of its own (see scalar.ll).
-define i64 @scalar_index(i64 %x) alwaysinline {
-  %same = call i64 asm "", "=r,0"(i64 %x)
-  ret i64 %same
-}
-
 ; 2 ** x, at least 2 ** -126, NaN for NaN: a minimax polynomial on [-1/2, 1/2], relative error 9e-8. Denormal results would take 100 times as long.
 define <16 x float> @exp2(<16 x float> %x) alwaysinline {
   %far = fcmp olt <16 x float> %x, splat (float -126.0)

@@ -16,7 +16,7 @@ from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels import softmax
 
 MOST = 2.0**20      # what a finite bias is at most, scaled: a row whose keys all have the least number, as masks do, would lose all digits
-PARTS = ("attend", "part")   # what the kernels call
+PARTS = ("attend", "part", "scalar")   # what the kernels call
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Strided:
     def at(self, *index: Any) -> Any:
         """Where the last dimension begins, as an index of 64 bits."""
         steps = (e.cast("int64", i) * e.cast("int64", stride) for i, stride in zip(index, self.strides, strict=False))
-        return scalar(sum(steps, start=tirx.const(0, "int64")))
+        return e.scalar(sum(steps, start=tirx.const(0, "int64")))
 
 
 def _parameter(shape: tuple[Any, ...], dtype: str) -> tuple[Any, tuple[Any, ...]]:
@@ -43,11 +43,6 @@ def _parameter(shape: tuple[Any, ...], dtype: str) -> tuple[Any, tuple[Any, ...]
 def _strided(buffer: Any, strides: tuple[Any, ...]) -> Strided:
     size, dtype = e.cast("int64", buffer.shape[0]) * e.cast("int64", strides[0]), str(buffer.dtype)
     return Strided(e.builder.decl_buffer((size,), dtype, data=buffer.data, align=2 if "16" in dtype else 4), tuple(buffer.shape), strides)
-
-
-def scalar(index: Any) -> Any:
-    """An index of 64 bits in a register of its own: LLVM would compute several of them in a vector, to take them out of it again."""
-    return e.let(e.external("int64", "scalar_index", index))
 
 
 def arguments(dtype: str, *more: str) -> Any:
@@ -111,7 +106,7 @@ class Places:
 
     def at(self, name: str, number: Any) -> Any:
         """Index of the first element of a query or output row, a key or a value."""
-        return scalar(self.bases[name] + e.cast("int64", number) * e.cast("int64", getattr(self.a, name).strides[2]))
+        return e.scalar(self.bases[name] + e.cast("int64", number) * e.cast("int64", getattr(self.a, name).strides[2]))
 
     @contextmanager
     def each(self, first: Any, end: Any, most: int, part: Any = 0, parts: Any = 1, whole_steps: int = 1) -> Iterator[Any]:
@@ -177,7 +172,7 @@ class Places:
         """The bias of a query row of a head for 16 keys from `number` on, the first `count` of them, as it is added to scores not scaled yet."""
         a = self.a
         steps = ((self.batch, a.bias_batch), (head, a.bias_head), (row, a.bias_row), (number, a.bias_key))
-        address = scalar(sum((e.cast("int64", i) * step for i, step in steps), start=a.bias))
+        address = e.scalar(sum((e.cast("int64", i) * step for i, step in steps), start=a.bias))
         return e.let(tirx.call_extern(e.floats(e.lanes()), "load_bias", address, a.bias_key, a.bias_size, a.bias_scale, a.bias_limit, count))
 
     def finish(self, top: Any, total: Any, row: Any, count: Any) -> Any:

@@ -20,7 +20,7 @@ from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels import softmax
-from sparsify_compiler.codegen.kernels.attend_arguments import PARTS, Places, arguments, each_rows, scalar
+from sparsify_compiler.codegen.kernels.attend_arguments import PARTS, Places, arguments, each_rows
 from sparsify_compiler.codegen.kernels.finish import load_part, store_part
 from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
@@ -235,10 +235,10 @@ def _plain(a: Any, places: Places, keys: Any) -> Any:
 def _add(how: AttendPanel, a: Any, room: Any, places: Places, keys: Any, whole: bool) -> None:
     """sums [column][row] = sums * fade + shares * values."""
     base = places.at("value", keys.first)
-    step, width = scalar(e.cast("int64", a.value.strides[2])), e.lanes()
+    step, width = e.scalar(e.cast("int64", a.value.strides[2])), e.lanes()
 
     def group(first: Any, size: int) -> None:
-        columns = [scalar(base + e.cast("int64", e.minimum(first + g, a.E - 1))) for g in range(size)]
+        columns = [e.scalar(base + e.cast("int64", e.minimum(first + g, a.E - 1))) for g in range(size)]
         fades = [e.let(e.load(room.fade, v * e.lanes(), lanes=e.lanes())) for v in range(how.vectors)]
         sums = [[e.Register(width, e.load(room.sums, (first + g) * how.rows + v * width, lanes=width) * fades[v]) for v in range(how.vectors)]
                 for g in range(size)]

@@ -3,7 +3,8 @@
 Processors share a large image by its rows, as those of planes.py do: what one of them writes, it reads in the next layer. `numbers` are the padding
 of the height and the number of such pieces.
 
-Nothing is padded or copied: lanes outside of x are masked off where they are loaded. A tile is ROWS rows of y, so that each loaded vector serves
+Where no lanes can be left out, planes of y that are not narrower than a register are computed by depthwise_blocks.py. Else nothing is padded or
+copied: lanes outside of x are masked off where they are loaded. A tile is ROWS rows of y, so that each loaded vector serves
 every row of the kernel that it meets. Where a row of x and its padding fit into as many registers as the stride has columns, each row is loaded once,
 and what each column of the kernel sees of it is a permutation; else each column of the kernel has loads of its own.
 
@@ -21,6 +22,7 @@ from typing import Any
 from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen.kernels import depthwise_blocks
 from sparsify_compiler.codegen.kernels.finish import Finish, images, load_between, load_part, store_part
 from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
@@ -53,7 +55,8 @@ def _body(how: Depthwise) -> None:
     made = (a.B, a.O, a.h, a.w)
     a.x, a.other, a.y = images((a.B, a.C, a.H, a.W), made if how.finish.add else None, made)
     a.top, pieces = (e.opaque(e.load(numbers, i)) for i in range(2))
-    with e.loop(a.B * pieces * a.O, parallel=how.parallel) as task, e.llvm(e.vectors().text("part")):
+    text = e.vectors().text("part") if e.vectors().masked else depthwise_blocks.text()
+    with e.loop(a.B * pieces * a.O, parallel=how.parallel) as task, e.llvm(text):
         o, part = e.opaque(tirx.truncmod(task, a.O)), e.opaque(tirx.truncdiv(task, a.O))
         b, piece = e.opaque(tirx.truncdiv(part, pieces)), e.opaque(tirx.truncmod(part, pieces))
         begin, end = e.opaque(tirx.truncdiv(piece * a.h, pieces)), e.opaque(tirx.truncdiv((piece + 1) * a.h, pieces))
@@ -64,7 +67,9 @@ def _body(how: Depthwise) -> None:
         weights = [load_weight(tap) for tap in range(taps)]
         bias = e.let(e.broadcast(e.load(a.bias, o), e.lanes()))
         t = SimpleNamespace(source=source, to=to, added=added, begin=begin, end=end, weights=weights, bias=bias)
-        if how.stride[1] > WHOLE or not e.vectors().masked:
+        if not e.vectors().masked:
+            e.choose(a.w >= e.lanes(), lambda: depthwise_blocks.planes(how, a, t), lambda: _pieces(how, a, t))
+        elif how.stride[1] > WHOLE:
             _pieces(how, a, t)
         else:
             room, last = e.lanes() * how.stride[1], (how.kernel[1] - 1) * how.dilation[1]
@@ -80,18 +85,10 @@ def _pieces(how: Depthwise, a: Any, t: Any) -> None:
         left = e.opaque(column * how.stride[1] - how.padding)
         first, end = e.opaque(-left), e.opaque(a.W - left)
 
-        def bands(load: Any) -> None:
-            _bands(how, a, t, column, count, lambda y: _line(how, e.opaque(t.source + y * a.W + left), load))
-
         def between(at: Any, place: int) -> Any:
             return load_between(a.x.elements, at + place, first - place, end - place)
 
-        if e.vectors().masked:
-            bands(between)
-        else:   # where no lanes can be left out, part of a register is loaded by branches
-            reach = e.lanes() * how.stride[1] + (how.kernel[1] - 1) * how.dilation[1]
-            inside = tirx.And(first <= 0, end >= reach)
-            e.choose(inside, lambda: bands(lambda at, place: e.load(a.x.elements, at + place, lanes=e.lanes())), lambda: bands(between))
+        _bands(how, a, t, column, count, lambda y: _line(how, e.opaque(t.source + y * a.W + left), between))
 
 
 def _bands(how: Depthwise, a: Any, t: Any, column: Any, count: Any, inputs: Callable[[Any], list[Any]]) -> None:
@@ -107,7 +104,7 @@ def _tile(how: Depthwise, a: Any, t: Any, first: Any, column: Any, count: Any, i
     """
     top = e.opaque(first * how.stride[0] - a.top)
     sums = [e.Register(e.lanes(), t.bias) for _ in range(ROWS)]
-    for line, uses in sorted(_uses(how).items()):
+    for line, uses in sorted(depthwise_blocks.uses_of(how, ROWS).items()):
         y = e.opaque(top + line)
         with e.when(tirx.And(y >= 0, y < a.H)):
             vectors = inputs(y)
@@ -128,15 +125,6 @@ def _row(how: Depthwise, a: Any, source: Any) -> list[Any]:
     shifts = [kx * how.dilation[1] - how.padding for kx in range(how.kernel[1])]
     return [parts[0] if over == 1 and shift == 0 else
             e.let(tirx.Shuffle(parts, [tirx.const((i * over + shift) % (e.lanes() * over), "int32") for i in range(e.lanes())])) for shift in shifts]
-
-
-def _uses(how: Depthwise) -> dict[int, list[tuple[int, int]]]:
-    """Row of x below the tile's first -> (row of the tile, row of the kernel) that read it."""
-    uses: dict[int, list[tuple[int, int]]] = {}
-    for row in range(ROWS):
-        for ky in range(how.kernel[0]):
-            uses.setdefault(row * how.stride[0] + ky * how.dilation[0], []).append((row, ky))
-    return uses
 
 
 def _line(how: Depthwise, source: Any, load_from: Callable[[Any, int], Any]) -> list[Any]:

@@ -39,6 +39,11 @@ class Finish:
     numbers: tuple[float, ...] = ()
     rough: bool = False
 
+    @property
+    def long(self) -> bool:
+        """Is it better written once, in a loop of its own, than behind every sum: do its numbers take many registers?"""
+        return self.activation in LONG
+
     def __call__(self, value: Any, other: Any = None) -> Any:
         """The vector that is written, of a vector of sums and one of what is added."""
         value = e.let(value if other is None else value + other)
@@ -187,3 +192,4 @@ ACTIVATIONS: Mapping[str, Any] = {
     "hardsigmoid": lambda _, x: _gate(x), "hardswish": lambda _, x: x * _gate(x),
     "sigmoid": _sigmoid, "silu": lambda how, x: x * _sigmoid(how, x), "gelu": _gelu, "gelu_tanh": _gelu_tanh,
 }  # fmt: skip
+LONG = frozenset(("sigmoid", "silu", "gelu", "gelu_tanh"))  # which compute powers
