@@ -5,11 +5,12 @@
 Of each kernel the hottest loop is looked at: the innermost one with the most multiply-adds. Peak is one multiply-add a cycle and pipe, of which a
 Cortex-A76 has two and a Neoverse-V2 four. The model knows ports and latencies; it sees no cache, no branch that is guessed wrong and no memory.
 LLVM models the Cortex-A76 as a Cortex-A57, so its figures are those of the Neoverse-N1, which is the same core. Spills are stores to and loads from
-the stack in that loop.
+the stack in that loop. The busiest ports are those of the kind that has the fewest cycles to spare: a loop that keeps them busy is at its limit.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -32,10 +33,12 @@ from sparsify_compiler.codegen.kernels.experts_layout import ExpertsLayout
 from sparsify_compiler.codegen.kernels.ffn_rows import FfnRows
 from sparsify_compiler.codegen.kernels.finish import NOTHING
 from sparsify_compiler.codegen.kernels.gather_rows import GatherRows
+from sparsify_compiler.codegen.kernels.gemv import Gemv
 from sparsify_compiler.codegen.kernels.layout import Layout
 from sparsify_compiler.codegen.kernels.panel import Panel
 from sparsify_compiler.codegen.kernels.planes import Planes
 from sparsify_compiler.codegen.kernels.rows import Rows
+from sparsify_compiler.codegen.kernels.slice_layout import SliceLayout
 from sparsify_compiler.codegen.kernels.stream_rows import StreamRows
 from sparsify_compiler.codegen.kernels.strip_layout import StripLayout
 from sparsify_compiler.codegen.kernels.strip_panel import StripPanel
@@ -46,6 +49,7 @@ from sparsify_compiler.target import resolve
 MODELS = {"cortex-a76": ("neoverse-n1", 2), "neoverse-v2": ("neoverse-v2", 4)}   # LLVM's model, and its pipes that multiply
 ITERATIONS = 200
 MULTIPLY = re.compile(r"^(fml[as]|bfdot|bfmmla|[su]dot|smmla)$")
+PORTS = {"V": "vectors", "L": "loads", "B": "branches"}     # LLVM's letters of ports: vectors are multiplied, moved and stored; loads and stores
 JUMP = re.compile(r"^(b\.\w+|cbn?z|tbn?z)$")
 
 
@@ -76,11 +80,14 @@ def cases(cut_for: Vectors) -> Iterator[tuple[str, str, Any]]:
     yield "attend, panel", "compute", AttendPanel(4, cut_for)
     yield "experts, panels", "compute", ExpertPanels(ExpertsLayout("float32", "silu", True), 2, cut_for)
     for r in (8, 4, 2, 1):
-        yield f"planes r={r}", "compute" if r >= 4 else "loads", Planes(r, planes.TILES_OF[cut_for.lanes][r], False, NOTHING, True, None, cut_for)
-    for size in (3, 5):
-        yield f"depthwise {size}x{size}", "compute", Depthwise((size, size), (1, 1), (1, 1), size // 2, NOTHING, True, cut_for)
+        yield f"planes r={r}", "compute" if r >= 2 else "loads", Planes(r, planes.TILES_OF[cut_for.lanes][r], False, NOTHING, True, None, cut_for)
+    for size, stride in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1)):
+        name = f"depthwise {size}x{size}" + (f", stride {stride}" if stride > 1 else "")
+        yield name, "compute", Depthwise((size, size), (stride, stride), (1, 1), size // 2, NOTHING, True, cut_for)
     for r in (16, 4, 1):
         yield f"lanes, rows r={r}", "memory", Rows(Layout(r, "float32", "int16"), True)
+    for n, m in ((0, 0), (2, 4)):   # not offered for Arm: rows r=1 computes the same weights
+        yield f"slices, {'places' if n else 'gaps'}", "vectors", Gemv(SliceLayout("float32", "float32", False, n, m), True, cut_for)
     yield "streams", "memory", StreamRows("float32", True, cut_for)
     yield "streams bfloat16", "memory", StreamRows("bfloat16", True, cut_for)
     yield "gather", "memory", GatherRows("float32", 256, False, False, True, cut_for)
@@ -118,16 +125,30 @@ def hottest(lines: list[str]) -> Loop:
     return max(loops(lines), key=lambda loop: (loop.multiply_adds * (loop.multiply_adds >= len(loop.lines) / 8), loop.multiply_adds))
 
 
-def modelled(loop: Loop, model: str, tool: str) -> float:
-    """Cycles of one iteration in the long run. Raises SystemExit where the model does not know an instruction."""
+@dataclass(frozen=True)
+class Modelled:
+    """Cycles of one iteration in the long run, which kind of port is busiest, and its share of those cycles."""
+
+    cycles: float
+    port: str
+    busy: float
+
+
+def modelled(loop: Loop, model: str, tool: str) -> Modelled:
+    """Raises SystemExit where the model does not know an instruction."""
     text = "loop:\n" + "\n".join(re.sub(r"\.LBB\w+$", "loop", line) for line in loop.lines) + "\n"
-    command = [tool, "-mtriple=aarch64-linux-gnu", f"-mcpu={model}", f"-iterations={ITERATIONS}"]
+    command = [tool, "-mtriple=aarch64-linux-gnu", f"-mcpu={model}", f"-iterations={ITERATIONS}", "-json"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
-    assert found is not None
-    return int(found[1]) / ITERATIONS
+    found = json.loads(done.stdout)
+    (region,), names = found["CodeRegions"], found["TargetInfo"]["Resources"]
+    cycles = region["SummaryView"]["TotalCycles"] / ITERATIONS
+    # Behind those of each instruction are those of the whole loop.
+    used = [one for one in region["ResourcePressureView"]["ResourcePressureInfo"] if one["InstructionIndex"] == len(loop.lines)]
+    busiest = max(used, key=lambda one: float(one["ResourceUsage"]))
+    letter = names[busiest["ResourceIndex"]].partition("Unit")[2][0]
+    return Modelled(cycles, PORTS.get(letter, "integers"), busiest["ResourceUsage"] / cycles)
 
 
 def rows_of(target: str, tool: str) -> Iterator[Mapping[str, Any]]:
@@ -135,9 +156,9 @@ def rows_of(target: str, tool: str) -> Iterator[Mapping[str, Any]]:
     model, pipes = MODELS[target]
     for name, bound, schedule in cases(vectors_of(resolve(target))):
         loop = hottest(assembly(schedule, target))
-        cycles = modelled(loop, model, tool)
-        yield {"kernel": name, "bound": bound, "instructions": len(loop.lines), "multiply-adds": loop.multiply_adds, "cycles": cycles,
-               "share": loop.multiply_adds / pipes / cycles, "spills": loop.spills}
+        found = modelled(loop, model, tool)
+        yield {"kernel": name, "bound": bound, "instructions": len(loop.lines), "multiply-adds": loop.multiply_adds, "cycles": found.cycles,
+               "share": loop.multiply_adds / pipes / found.cycles, "port": f"{found.port} {found.busy:.0%}", "spills": loop.spills}
 
 
 def main() -> None:
@@ -146,11 +167,11 @@ def main() -> None:
         raise SystemExit("llvm-mca is missing: apt-get install llvm-19")
     for target in sys.argv[1:] or MODELS:
         table = Table(title=f"{target}, modelled by LLVM's {MODELS[target][0]}")
-        for column in ("kernel", "bound by", "instructions", "multiply-adds", "cycles", "of peak", "spills"):
-            table.add_column(column, justify="left" if column in ("kernel", "bound by") else "right")
+        for column in ("kernel", "bound by", "instructions", "multiply-adds", "cycles", "of peak", "busiest ports", "spills"):
+            table.add_column(column, justify="left" if column in ("kernel", "bound by", "busiest ports") else "right")
         for row in rows_of(target, tool):
             table.add_row(row["kernel"], row["bound"], str(row["instructions"]), str(row["multiply-adds"]), f"{row['cycles']:.1f}",
-                          f"{row['share']:.0%}", str(row["spills"]))
+                          f"{row['share']:.0%}", row["port"], str(row["spills"]))
         Console(width=120).print(table)
 
 

@@ -27,7 +27,7 @@ from sparsify_compiler.target import Target
 NAME = LAYOUT = "planes"
 # Registers of pixels in a tile, for r outputs that share columns: r * vectors sums must leave some of 32 registers.
 TILES: Mapping[int, tuple[int, ...]] = {1: (8, 4), 2: (6,), 4: (4,), 8: (3,)}
-TILES_OF = {8: {1: 8, 2: 4, 4: 2, 8: 1}, 4: {1: 8, 2: 4, 4: 4, 8: 2}}     # the same without AVX-512, by lanes of a register
+TILES_OF = {8: {1: 8, 2: 4, 4: 2, 8: 1}, 4: {1: 8, 2: 8, 4: 4, 8: 2}}     # the same without AVX-512, by lanes of a register
 DENSE_ROWS = 8       # outputs computed together where all are kept
 DENSE_INPUTS = 256   # above so many inputs of a group oneDNN is out of reach
 CHUNK = 512          # columns of 64 bytes: what a tile reads of x between two visits of a group stays in L1

@@ -141,6 +141,13 @@ def test_machine_code_depends_on_the_processor_of_arm_and_on_the_features_of_x86
     assert build.key(kernel, x86) != build.key(kernel, resolve("x86-avx512"))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMED if resolve(name).arch != "x86_64"])
+def test_every_processor_has_a_data_sheet(name: str) -> None:
+    made, own = machines.nearest_machine(resolve(name))
+    assert own is (name != "aarch64")
+    assert made.features == resolve(name).features
+
+
 def test_a_machine_of_the_cost_model_takes_its_facts_from_its_target() -> None:
     for name in sheets.names():
         made, text = sheets.known(name), json.loads((sheets.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
