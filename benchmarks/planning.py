@@ -228,13 +228,14 @@ def show(arguments: argparse.Namespace) -> None:
 
 def quality_at(curve: list[dict[str, Any]], at: float, key: str) -> float | None:
     """A method's quality at a speed-up, on the line between the points around it; None beyond its fastest point."""
+    best = min if key.startswith("perplexity") else max
     points = sorted((row["speedup"], row[key]) for row in curve)
     above = [value for speed, value in points if speed >= at]
     for (slow, before), (fast, after) in pairwise(points):
         if slow <= at <= fast:
-            between = before + (after - before) * (at - slow) / (fast - slow) if fast > slow else max(before, after)
-            return max([between, *above])  # a faster and better point counts for a slower one as well
-    return max(above) if above else None
+            between = before + (after - before) * (at - slow) / (fast - slow) if fast > slow else best(before, after)
+            return best([between, *above])  # a faster and better point counts for a slower one as well
+    return best(above) if above else None
 
 
 def compiled_for(subject: Subject, arguments: argparse.Namespace, budget: sc.Budget) -> sc.CompiledModel:
