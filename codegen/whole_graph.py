@@ -56,6 +56,7 @@ class Function:
     tensors    name of a stored tensor, as get_attr nodes have it -> the tensor
     products   node -> the layer that gives its value
     computed   nodes whose values products compute on their way
+    reference  ops that had no kernel, and were written as others
     """
 
     name: str
@@ -65,6 +66,7 @@ class Function:
     outputs: Sequence[str]
     products: Mapping[fx.Node, Product] = field(default_factory=dict)
     computed: frozenset[fx.Node] = frozenset()
+    reference: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def compile_graphs(functions: Sequence[Function], ranges: Mapping[str, tuple[int
     if target.arch not in ARCHITECTURES:
         raise KernelError(f"whole graphs are for processors, not for {target.arch}", where=target.name, hint="save the model with save() instead")
     compiler_for(target)
-    parts = Parts(relax.BlockBuilder(), target, dict(ranges))
+    parts = Parts(relax.BlockBuilder(), target, dict(ranges), reference=[name for one in functions for name in one.reference])
     described = {one.name: GraphImporter(one, parts).translate() for one in functions}
     reference: list[str] = sorted(set(parts.reference))
     try:

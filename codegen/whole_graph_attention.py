@@ -113,8 +113,9 @@ def _is_one(size: Any) -> bool:
 
 def _mask_of(added: Any) -> Mask:
     one = declared(added)
+    assert one.dtype in ("bool", "float32"), f"a mask is {one.dtype}"
     batch, heads, queries = (size != 1 for size in one.shape[:3])
-    return Mask("bool" if one.dtype == "bool" else "float32", (batch, heads, queries))
+    return Mask(one.dtype, (batch, heads, queries))
 
 
 def _without_truths(mask: fx.Node) -> fx.Node:

@@ -15,9 +15,11 @@ from sparsify_compiler.codegen.kernels.mean_rows import MeanRows
 from sparsify_compiler.codegen.kernels.norm_rows import NormRows
 from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
 from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
+from sparsify_compiler.codegen.kernels.top_rows import TopRows
 from sparsify_compiler.codegen.whole_graph_attention import attend, attend_cached
 from sparsify_compiler.codegen.whole_graph_functions import Parameter, chosen, declared, intervals
 from sparsify_compiler.codegen.whole_graph_planes import LaidPlanes
+from sparsify_compiler.errors import KernelError
 
 if TYPE_CHECKING:
     from sparsify_compiler.codegen.whole_graph_import import GraphImporter
@@ -138,6 +140,11 @@ def _view(graph: GraphImporter, node: fx.Node) -> Any:
     return _in_shape(graph, graph.value(node.args[0]), graph.shape(node))
 
 
+def _turn(graph: GraphImporter, node: fx.Node) -> Any:
+    """A matrix on its side."""
+    return graph.block_builder.emit(relax.op.permute_dims(graph.value(node.args[0])))
+
+
 def _expand(graph: GraphImporter, node: fx.Node) -> Any:
     return graph.block_builder.emit(relax.op.broadcast_to(graph.value(node.args[0]), graph.shape(node)))
 
@@ -180,6 +187,68 @@ def _embedding(graph: GraphImporter, node: fx.Node) -> Any:
     return _in_shape(graph, rows, graph.shape(node))
 
 
+def _cumsum(graph: GraphImporter, node: fx.Node) -> Any:
+    """In the dtype of the sums: TVM would add up truths."""
+    x, dim = node.args[:2]
+    return graph.block_builder.emit(relax.op.cumsum(_in_dtype(graph, graph.value(x), node), dim))
+
+
+def _in_dtype(graph: GraphImporter, value: Any, node: fx.Node) -> Any:
+    """A number or a tensor in the dtype of a node's value."""
+    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+    if isinstance(value, int | float):
+        return relax.const(value, dtype)
+    return value if declared(value).dtype == dtype else graph.block_builder.emit(relax.op.astype(value, dtype))
+
+
+def _where(graph: GraphImporter, node: fx.Node) -> Any:
+    """One of two, each a tensor or a number."""
+    condition, *both = (graph.value(one) for one in node.args)
+    return graph.block_builder.emit(relax.op.where(condition, *(_in_dtype(graph, one, node) for one in both)))
+
+
+def _extreme(operator: Callable[..., Any]) -> Callable[[GraphImporter, fx.Node], Any]:
+    def convert(graph: GraphImporter, node: fx.Node) -> Any:
+        given: list[Any] = list(node.args)
+        dims, keep = given[1:] + [[], False][len(given) - 1:]
+        return graph.block_builder.emit(operator(graph.value(given[0]), list(dims) if isinstance(dims, list | tuple) else [dims], bool(keep)))
+
+    return convert
+
+
+def _topk(graph: GraphImporter, node: fx.Node) -> Any:
+    given: list[Any] = list(node.args)
+    dim, largest = (given[2:] + [-1, True][len(given) - 2:])[:2]
+    return _top(graph, node, given[0], dim, bool(largest))
+
+
+def _sort(graph: GraphImporter, node: fx.Node) -> Any:
+    given: list[Any] = list(node.args)
+    dim, descending = given[1:] + [-1, False][len(given) - 1:]
+    return _top(graph, node, given[0], dim, bool(descending))
+
+
+def _top(graph: GraphImporter, node: fx.Node, x: Any, dim: int, largest: bool) -> tuple[Any, Any]:
+    """Values and places of the last dimension: all that there are is sorting."""
+    seen, places = x.meta["val"], node.meta["val"][1]
+    if dim not in (-1, seen.dim() - 1) or seen.dtype is not torch.float32:
+        raise KernelError("whole graphs sort numbers of float32, along the last dimension", where=node.name,
+                          hint="save() keeps the model for PyTorch")
+    values = [graph.value(x), *(Parameter(tuple(size if isinstance(size, int) else None for size in places.shape), dtype)
+                                for dtype in ("float32", "int64"))]
+    kernel = graph.kernel_of(TopRows(largest, graph.parts.target.cores), [declared(values[0]), *values[1:]])
+    shape = [graph.size(size) for size in places.shape]
+    found = graph.block_builder.emit(relax.call_tir(kernel, values[:1], out_ty=[relax.TensorType(shape, dtype) for dtype in ("float32", "int64")]))
+    first, second = (graph.block_builder.emit(relax.TupleGetItem(found, i)) for i in range(2))
+    return first, second
+
+
+def _item(graph: GraphImporter, node: fx.Node) -> Any:
+    given: list[Any] = list(node.args)
+    values = graph.value(given[0])
+    return values[given[1]] if isinstance(values, tuple) else graph.plain(node)
+
+
 def _same(a: Any, b: Any) -> bool:
     return bool(a == b) if isinstance(a, int) and isinstance(b, int) else a is b or (hasattr(a, "same_as") and a.same_as(b))
 
@@ -189,7 +258,12 @@ CONVERTERS: Mapping[str, Callable[[GraphImporter, fx.Node], Any]] = {
     "layer_norm.default": _norm(True), "rms_norm.default": _norm(False), "softmax.int": _softmax, "_softmax.default": _softmax,
     **{f"{name}.default": _activation for name in ACTIVATIONS},
     "reshape.default": _view, "view.default": _view, "flatten.using_ints": _view, "unflatten.int": _view, "unsqueeze.default": _view,
-    "squeeze.dim": _view, "squeeze.dims": _view, "squeeze.default": _view, "expand.default": _expand, "sym_size.int": _size_of, "select.int": _select,
+    "squeeze.dim": _view, "squeeze.dims": _view, "squeeze.default": _view, "expand.default": _expand, "t.default": _turn,
+    "sym_size.int": _size_of, "select.int": _select,
     "slice.Tensor": _slice, "embedding.default": _embedding, "mean.dim": _mean, "adaptive_avg_pool2d.default": _pool,
+    "amin.default": _extreme(lambda x, dims, keep: relax.op.min(x, dims or None, keep)),
+    "amax.default": _extreme(lambda x, dims, keep: relax.op.max(x, dims or None, keep)),
+    **{f"where.{kind}": _where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")}, "cumsum.default": _cumsum,
+    "topk.default": _topk, "sort.default": _sort, "getitem": _item,
     "scaled_dot_product_attention.default": attend, "attend_cached": attend_cached,
 }  # fmt: skip

@@ -123,7 +123,14 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         return self.plain(node) if own is None else own(self, node)
 
     def plain(self, node: fx.Node) -> Any:
-        """A node as TVM's importer translates it."""
+        """A node as TVM's importer translates it, in the dtype that it has: of some operators the importer leaves that out."""
+        found, wanted = self._by_tvm(node), node.meta.get("val")
+        dtype = str(wanted.dtype).removeprefix("torch.") if isinstance(wanted, Tensor) else ""
+        if isinstance(found, relax.Expr) and isinstance(found.ty, relax.TensorType) and dtype not in ("", declared(found).dtype):
+            return self.block_builder.emit(relax.op.astype(found, dtype))
+        return found
+
+    def _by_tvm(self, node: fx.Node) -> Any:
         if _name(node) not in self.convert_map:
             raise KernelError(f"no whole graph has the operator {node.target}", where=node.name, hint="save() keeps the model for PyTorch")
         return self.convert_map[_name(node)](node)

@@ -25,6 +25,7 @@ from .export_library_attentions import plain_attentions
 from .export_library_cached import CAPACITY, PAST, with_cache
 from .export_library_limits import limits_of
 from .export_library_products import ROWS, Products
+from .export_library_selections import spell
 from .program import InputSpec, Program, Region, TensorSpec, get_tensor
 from .storage import sha256, write_safetensors, writing
 from .target import Target, host, resolve
@@ -83,11 +84,13 @@ def _functions(region: Region, target: Target, inputs: Mapping[str, list[Any]], 
 
     region = region.clone()
     plain_attentions(region)
+    spell(region)
     products, functions = Products(region, target, rows), []
     for name, given in inputs.items():
         copy = region.clone()
         found, computed = products.within(copy)
-        functions.append(Function(name, copy.graph, lambda tensor: get_tensor(region.module, tensor), given, outputs, found, computed))
+        functions.append(Function(name, copy.graph, lambda tensor: get_tensor(region.module, tensor), given, outputs, found, computed,
+                                  tuple(products.reference)))
     return functions
 
 

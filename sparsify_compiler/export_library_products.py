@@ -1,4 +1,4 @@
-"""The linear layers of a Program, laid out for a target that need not be here: what a whole graph without torch computes them with."""
+"""The layers of a Program, laid out for a target that need not be here: what a whole graph without torch computes them with."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, fx
 
 from .epilogue import Epilogue, epilogue_of, epilogues
 from .errors import KernelError
+from .export_library_selections import FORMULAS, as_formula
 from .formats.bsr import Bsr
 from .normal_form_edit import argument
-from .operands import input_of, is_stored, operands, operator_of, packed_operator, packed_weight
+from .operands import input_of, inputs_of, is_stored, operands, operator_of, packed_operator, packed_weight
 from .program import Region
 from .target import Target
 
@@ -29,9 +30,10 @@ DENSE_ROWS = 16     # outputs of a block of a dense weight
 
 @dataclass
 class Products:
-    """Every linear layer and convolution of a region with its kernels; `computed` are the nodes that these compute on their way.
+    """Every layer of a region with its kernels; `computed` are the nodes that these compute on their way.
 
-    rows   numbers of rows of x that a layer is laid out for, where they vary
+    rows       numbers of rows of x that a layer is laid out for, where they vary
+    reference  ops without a kernel, which were written as formulas, by name
     """
 
     region: Region
@@ -39,6 +41,7 @@ class Products:
     rows: tuple[int, ...] = ROWS
     found: dict[fx.Node, Product] = field(default_factory=dict)
     computed: set[fx.Node] = field(default_factory=set)
+    reference: list[str] = field(default_factory=list)
     _layouts: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     _names: dict[int, tuple[str, Any]] = field(default_factory=dict)
 
@@ -46,6 +49,9 @@ class Products:
         from .codegen.laid import elsewhere
 
         with torch.no_grad(), elsewhere():
+            for node in list(self.region.graph.nodes):
+                if node.target in FORMULAS:
+                    self._add_selecting(node)
             for node in list(self.region.graph.nodes):
                 if _is_layer(node, "linear"):
                     self._add(node)
@@ -55,8 +61,8 @@ class Products:
     def within(self, region: Region) -> tuple[dict[fx.Node, Product], frozenset[fx.Node]]:
         """The same for a copy of the region: `found` and `computed` of its nodes."""
         nodes = {node.name: node for node in region.graph.nodes}
-        moved = {nodes[node.name]: replace(one, x=nodes[one.x.name], other=None if one.other is None else nodes[one.other.name])
-                 for node, one in self.found.items()}
+        moved = {nodes[node.name]: replace(one, x=nodes[one.x.name], other=None if one.other is None else nodes[one.other.name],
+                                           given=tuple(nodes[each.name] for each in one.given)) for node, one in self.found.items()}
         return moved, frozenset(nodes[node.name] for node in self.computed)
 
     def _add(self, node: fx.Node) -> None:
@@ -84,12 +90,31 @@ class Products:
         if given is not x and len(given.users) == 1:
             self.computed.add(given)
 
+    def _add_selecting(self, node: fx.Node) -> None:
+        """A layer that reads what each row selects; a formula where its sizes or its dtype have no kernel."""
+        from .codegen.runtime import candidates
+
+        tensors, attributes, bias = operands(self.region, node)
+        dtype = node.meta["val"].dtype
+        for candidate in candidates(operator_of(node), tensors, attributes, dtype, _rows(node) or self.rows, self.target):
+            try:
+                laid = candidate.lay(bias)
+            except KernelError:
+                continue  # a form of torch
+            if {input_of(node), *(node.kwargs[one] for one in laid.given)} != set(inputs_of(node)):
+                continue  # the graph computes something that kernels are made with
+            self._keep(node, Epilogue(), self._name(node, laid), laid, input_of(node))
+            return
+        self.reference.append(operator_of(node))
+        as_formula(self.region, node, FORMULAS[node.target])
+
     def _keep(self, node: fx.Node, epilogue: Epilogue, name: str, laid: Laid | LaidPlanes, x: fx.Node) -> None:
         """The layer and what follows it are computed by what was laid out."""
         from .codegen.whole_graph import Product
 
         *before, last = node, *epilogue.nodes
-        self.found[last] = Product(name, laid, x, epilogue.other)
+        given: Any = [node.kwargs[one] for one in getattr(laid, "given", ())]
+        self.found[last] = Product(name, laid, x, epilogue.other, tuple(given))
         self.computed.update(before)
 
     def _laid(self, node: fx.Node) -> tuple[Epilogue, Laid]:
@@ -125,7 +150,7 @@ class Products:
 
     def _weight(self, node: fx.Node) -> str:
         """The name of the layer's weight in the model."""
-        first: Any = next(value for key, value in node.kwargs.items() if is_stored(value) and key != "bias")
+        first: Any = next(value for key, value in node.kwargs.items() if is_stored(value) and key not in ("bias", "limit"))
         parts: list[str] = []
         while first.op != "get_attr":   # a view of a stored tensor: half of a gate and up in one
             parts.append(first.name)

@@ -28,7 +28,7 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
     """Name and options of the kernel where it can run this op."""
     weight = tensors.get("weight" if op == DENSE else "values")
-    if weight is None or dtype is not torch.bfloat16 or weight.dtype is not dtype or not _runs(target) or finish_of(attributes) is None:
+    if weight is None or dtype is not torch.bfloat16 or weight.dtype is not dtype or not runs(target) or finish_of(attributes) is None:
         return []
     if op == DENSE:
         fits = weight.dim() == 2 and weight.shape[1] % DEPTH == 0 and weight.numel() > 0
@@ -40,7 +40,7 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
 def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
         target: Target, shared: list[Any]) -> Laid:
     """The weight laid out, or its layout with this very bias from `shared`. Raises KernelError."""
-    if not _runs(target):
+    if not runs(target):
         raise KernelError("this machine, or its operating system, does not give AMX tiles", where=op, hint="compile the model again here")
     finish = needed_finish(op, attributes, rough=True)
 
@@ -55,7 +55,8 @@ def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
     return Laid(name, options, prepared, _variants(prepared, finish, workers(target)), target)
 
 
-def _runs(target: Target) -> bool:
+def runs(target: Target) -> bool:
+    """Has it tiles, and does the operating system, where it is this machine, give them?"""
     return all(target.has(feature) for feature in FEATURES) and (not target.runs_on(host()) or permission.tiles())
 
 

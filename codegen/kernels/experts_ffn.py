@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler.codegen import permission
 from sparsify_compiler.codegen.bound import SLAB, BoundLayer, as_arguments, as_matrix, export_variants, load_variants
 from sparsify_compiler.codegen.kernels import amx
 from sparsify_compiler.codegen.kernels.expert_panels import ExpertPanels
@@ -40,7 +39,7 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     step, wide = step_of(str(dtype).removeprefix("torch.")), dtype is torch.bfloat16
     fits = all(weight.dtype is dtype and weight.dim() == 3 and min(weight.shape) > 0 and weight.shape[2] % step == 0 for weight in weights)
     if wide:
-        fits = fits and tensors["down"].shape[1] % step == 0 and all(target.has(feature) for feature in amx.FEATURES) and permission.tiles()
+        fits = fits and tensors["down"].shape[1] % step == 0 and amx.runs(target)
     known = attributes["activation"] in ACTIVATIONS and attributes["activation"] in select_ffn.ACTIVATIONS
     return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})] if fits and known else []
 
