@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 from arm_emulator import PROCESSORS, PYTHON, missing, qemu, sysroot
+from test_whole_graph_selections import Choosing
 from whole_graph_help import build_example, compiled_encoder, example, inputs, libraries
 
+from sparsify_compiler.capture import capture
+from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.target import resolve
 
 pytestmark = pytest.mark.arm
@@ -66,6 +69,20 @@ def test_from_python(folder: Path, site: Path, tmp_path: Path) -> None:
     ids, mask = inputs(2, 5)
     found = example(PYTHON, folder / "run.py", {"ids": ids, "mask": mask}, tmp_path, emulated(PROCESSORS[TARGET], site), site, [str(folder)])
     agrees(found, ids, mask)
+
+
+def test_layers_that_choose_what_they_read(program: Path, site: Path, tmp_path: Path) -> None:
+    """Inputs, and experts that a router takes: one row, and several."""
+    torch.manual_seed(0)
+    compiled = CompiledModel(capture(Choosing(32, 48, ("inputs", "experts")).eval(), {"x": torch.randn(1, 3, 32, dtype=torch.float32)},
+                                     {"x": {0: "batch", 1: "tokens"}}))
+    compiled.export(tmp_path / "library", TARGET)
+    for tokens in (1, 9):
+        x = torch.randn(1, tokens, 32, dtype=torch.float32)
+        found = example(program, tmp_path / "library", {"x": x}, tmp_path, emulated(PROCESSORS[TARGET], site), site)["output"]
+        with torch.no_grad():
+            wanted = compiled(x)
+        assert float((torch.from_numpy(found) - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
 
 
 def test_a_processor_that_lacks_instructions_says_so(program: Path, folder: Path, site: Path) -> None:
