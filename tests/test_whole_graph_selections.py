@@ -16,7 +16,7 @@ from sparsify_compiler.capture import capture
 from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels.top_rows import TopRows
 from sparsify_compiler.compiled import CompiledModel
-from sparsify_compiler.errors import KernelError
+from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.export_library_products import Products
 from sparsify_compiler.export_library_selections import FORMULAS, every_expert, spell
 from sparsify_compiler.ops import experts_ffn
@@ -144,13 +144,20 @@ class Odd(nn.Module):
         return torch.special.zeta(x, x)
 
 
+class Blocks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, None]
+        return OPS.attend(x, x, x, indexer="Indexer(always=(SlidingWindow(window=4),))")
+
+
 @pytest.mark.parametrize(("model", "told", "advice"), [
+    (Blocks(), "this attention chooses the blocks that it reads, which whole graphs do not", "compile without select_blocks()"),
     (Held(), "held_ffn reads what a text's prompt used, which whole graphs do not remember", "compile without the pass"),
     (Sorted(), "sort numbers of float32, along the last dimension", "save() keeps the model"),
     (Odd(), "no whole graph has the operator aten.special_zeta", "save() keeps the model")])
 def test_what_is_refused(model: nn.Module, told: str, advice: str, tmp_path: Path) -> None:
     """What, where, and what next; nothing is written."""
-    with pytest.raises(KernelError) as refused:
+    with pytest.raises(SparsifyError) as refused:
         exported(model, torch.randn(2, 3, 8, dtype=torch.float32), tmp_path / "out")
     assert told in str(refused.value)
     assert advice in str(refused.value)
