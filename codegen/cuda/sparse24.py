@@ -18,7 +18,7 @@ from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, Result
 
 OUTPUTS, DEPTH, STAGES = 128, 64, 3     # of a block: outputs; inputs of a step, half of them kept; steps under way
 LINE = OUTPUTS + 4                      # floats from one row of the turned result to the next
-PLACES = DEPTH // 32 * OUTPUTS // 16 * 64   # bytes of places of a step
+WORDS = 16                              # places of 16 outputs and 32 inputs
 
 
 @dataclass(frozen=True)
@@ -41,62 +41,77 @@ class CudaSparse24:
         return e.function("main", lambda: _Block(self).run())
 
 
+class Halves:
+    """The arguments, and what a block of 128 outputs copies in a step of `depth` inputs."""
+
+    def __init__(self, dtype: str, finish: Finish, rows: int, depth: int, tile: type[t.Tile]) -> None:
+        self.dtype, self.finish, self.rows, self.depth, self._tile = dtype, finish, rows, depth, tile
+        self.places_at = rows * depth * 2 + OUTPUTS * depth
+        self.stage = self.places_at + depth // 32 * OUTPUTS // 16 * WORDS * 4   # bytes of a step
+
+    def arguments(self) -> None:
+        """All parameters."""
+        self.M, self.N, self.Np, self.K = (e.int32() for _ in range(4))
+        half, steps, tiles = (e.int32() for _ in range(3))
+        self.x = c.parameter("x", (self.M, self.K), self.dtype)
+        self.values, self.places = c.parameter("values", (self.Np, half), self.dtype), c.parameter("places", (tiles, steps, WORDS), "int32")
+        self.result = Result(self.dtype, self.finish, self.M, self.N)
+
+    def take(self, shared: c.Shared, thread: Any, threads: int, first_row: Any, first_output: Any) -> None:
+        """The block's place, and its shared memory."""
+        self.shared, self.thread, self.threads, self.first_row, self.first_output = shared, thread, threads, first_row, first_output
+        self.x_tile = self._tile(shared, 0, self.rows, self.depth)
+        self.w_tile = self._tile(shared, self.rows * self.depth * 2, OUTPUTS, self.depth // 2)
+
+    def copy(self, step: Any, by: Any) -> None:
+        """Begin to."""
+        def of_x(row: Any, chunk: Any) -> tuple[Any, Any]:
+            number = e.let(self.first_row + row)
+            return c.address(self.x, e.minimum(number, self.M - 1), step * self.depth + chunk * t.CHUNK), number < self.M
+
+        def of_w(row: Any, chunk: Any) -> tuple[Any, Any]:
+            number = e.let(self.first_output + row)
+            return c.address(self.values, e.minimum(number, self.Np - 1), step * (self.depth // 2) + chunk * t.CHUNK), number < self.Np
+
+        t.copy_rows(self.x_tile.moved(by), self.thread, self.threads, of_x)
+        t.copy_rows(self.w_tile.moved(by), self.thread, self.threads, of_w)
+        with e.when(self.thread < (self.stage - self.places_at) // 16):     # of 16 outputs four words a thread, all inputs after each other
+            tile, quarter = e.let(tirx.truncdiv(self.thread, self.depth // 8)), e.let(self.thread % (self.depth // 8))
+            number = e.let(tirx.truncdiv(self.first_output, 16) + tile)
+            there = e.let(number * 16 < self.Np)
+            at = step * (self.depth // 32) + tirx.truncdiv(quarter, 4)
+            pointer = c.address(self.places, e.either(there, number, 0), at, quarter % 4 * 4)
+            c.do("copy16", self.shared.at(by + self.places_at + self.thread * 16), pointer, there)
+
+
 class _Block:
     """What a block does: 8 warps, each 32 or 64 outputs × 32 rows."""
 
     def __init__(self, how: CudaSparse24) -> None:
-        self.how = how
+        self.how, self.halves = how, Halves(how.dtype, how.finish, how.rows, DEPTH, t.Tile)
         self.row_warps = how.rows // 32
         self.output_warps = 4 if how.rows <= 64 else 2
         self.threads = self.row_warps * self.output_warps * c.WARP
         self.own = OUTPUTS // self.output_warps
 
     def run(self) -> None:
-        how = self.how
-        self.M, self.N, self.Np, self.K = (e.int32() for _ in range(4))
-        half, steps, tiles = (e.int32() for _ in range(3))
-        self.x = c.parameter("x", (self.M, self.K), how.dtype)
-        self.values, self.places = c.parameter("values", (self.Np, half), how.dtype), c.parameter("places", (tiles, steps, 16), "int32")
-        self.result = Result(how.dtype, how.finish, self.M, self.N)
-        with c.launch((c.ceil(self.Np, OUTPUTS), c.ceil(self.M, how.rows)), self.threads) as (bx, by, thread):
+        how, halves = self.how, self.halves
+        halves.arguments()
+        with c.launch((c.ceil(halves.Np, OUTPUTS), c.ceil(halves.M, how.rows)), self.threads) as (bx, by, thread):
             self.thread, self.lane, warp = thread, e.let(thread % c.WARP), e.let(tirx.truncdiv(thread, c.WARP))
             self.row, self.output = e.let(warp % self.row_warps * 32), e.let(tirx.truncdiv(warp, self.row_warps) * self.own)
-            self.first_row, self.first_output = e.let(by * how.rows), e.let(bx * OUTPUTS)
-            x_bytes, w_bytes = how.rows * DEPTH * 2, OUTPUTS * DEPTH
-            self.stage = x_bytes + w_bytes + PLACES
-            self.shared = c.Shared(max(STAGES * self.stage, how.rows * LINE * 4))
-            self.x_tile, self.w_tile = t.Tile(self.shared, 0, how.rows, DEPTH), t.Tile(self.shared, x_bytes, OUTPUTS, DEPTH // 2)
-            self.places_at = x_bytes + w_bytes
+            self.shared = c.Shared(max(STAGES * halves.stage, how.rows * LINE * 4))
+            halves.take(self.shared, thread, self.threads, e.let(by * how.rows), e.let(bx * OUTPUTS))
             self.sums = t.zeros(self.own // 16 * 4 * 4)
-            self._steps()
+            t.ahead(e.let(tirx.truncdiv(halves.K, DEPTH)), STAGES, halves.stage, halves.copy, self._multiply)
+            c.do("copies_wait", c.const(0))
+            c.barrier()
             self._turn()
             self._write()
 
-    def _steps(self) -> None:
-        t.ahead(e.let(tirx.truncdiv(self.K, DEPTH)), STAGES, self.stage, self._copy, self._multiply)
-        c.do("copies_wait", c.const(0))
-        c.barrier()
-
-    def _copy(self, step: Any, by: Any) -> None:
-        def of_x(row: Any, chunk: Any) -> tuple[Any, Any]:
-            number = e.let(self.first_row + row)
-            return c.address(self.x, e.minimum(number, self.M - 1), step * DEPTH + chunk * t.CHUNK), number < self.M
-
-        def of_w(row: Any, chunk: Any) -> tuple[Any, Any]:
-            number = e.let(self.first_output + row)
-            return c.address(self.values, e.minimum(number, self.Np - 1), step * (DEPTH // 2) + chunk * t.CHUNK), number < self.Np
-
-        t.copy_rows(self.x_tile.moved(by), self.thread, self.threads, of_x)
-        t.copy_rows(self.w_tile.moved(by), self.thread, self.threads, of_w)
-        with e.when(self.thread < PLACES // 16):    # 64 bytes of a tile of outputs and 32 inputs, after each other for both halves of a step
-            tile, quarter = e.let(tirx.truncdiv(self.thread, 8)), e.let(self.thread % 8)
-            number = e.let(tirx.truncdiv(self.first_output, 16) + tile)
-            there = e.let(number * 16 < self.Np)
-            pointer = c.address(self.places, e.either(there, number, 0), step * 2 + tirx.truncdiv(quarter, 4), quarter % 4 * 4)
-            c.do("copy16", self.shared.at(by + self.places_at + self.thread * 16), pointer, there)
-
     def _multiply(self, by: Any) -> None:
-        x, w, words = self.x_tile.moved(by), self.w_tile.moved(by), e.let(tirx.truncdiv(by + self.places_at, 4))
+        halves = self.halves
+        x, w, words = halves.x_tile.moved(by), halves.w_tile.moved(by), e.let(tirx.truncdiv(by + halves.places_at, 4))
         own = e.let(tirx.truncdiv(self.lane, 4) * 2 + self.lane % 2)
         for half in range(DEPTH // 32):
             rows = [c.registers(4, "uint32") for _ in range(4)]
@@ -127,8 +142,8 @@ class _Block:
         with e.loop(c.const(self.how.rows * OUTPUTS // 8 // self.threads)) as i:
             number = e.let(self.thread + i * self.threads)
             row, column = e.let(tirx.truncdiv(number, OUTPUTS // 8)), e.let(number % (OUTPUTS // 8) * 8)
-            m, n = e.let(self.first_row + row), e.let(self.first_output + column)
-            with e.when(e.both(m < self.M, n < self.N)):
+            m, n = e.let(self.halves.first_row + row), e.let(self.halves.first_output + column)
+            with e.when(e.both(m < self.halves.M, n < self.halves.N)):
                 for j in range(0, 8, 2):
-                    totals = [e.load(self.shared.floats, row * LINE + column + k) + self.result.bias(n + k) for k in range(j, j + 2)]
-                    self.result.write_pair(totals, m, n + j)
+                    totals = [e.load(self.shared.floats, row * LINE + column + k) + self.halves.result.bias(n + k) for k in range(j, j + 2)]
+                    self.halves.result.write_pair(totals, m, n + j)
