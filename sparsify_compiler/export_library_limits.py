@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from .export_library_selections import FORMULAS
 from .program import Region, TensorSpec
 
 ELEMENTS = (1 << 31) - 1
@@ -18,10 +19,10 @@ def limits_of(region: Region) -> list[dict[str, Any]]:
     names = _names(region)
     most: dict[tuple[str, ...], int] = {}
     for node in region.graph.nodes:
-        value = node.meta.get("val")
-        found = _monomial(value, names) if isinstance(value, Tensor) else None
-        if found is not None and found[0]:
-            most[found[0]] = max(most.get(found[0], 1), found[1])
+        for shape in (_shape(node.meta.get("val")), _held(node)):
+            found = _monomial(shape, names)
+            if found is not None and found[0]:
+                most[found[0]] = max(most.get(found[0], 1), found[1])
     limits = {symbols: ELEMENTS // elements for symbols, elements in most.items()}
     ranges = region.spec.ranges
     return [{"symbols": list(symbols), "product": limit} for symbols, limit in sorted(limits.items()) if _reachable(symbols, limit, ranges)]
@@ -34,11 +35,24 @@ def _names(region: Region) -> dict[Any, str]:
             for size, seen in zip(leaf.shape, node.meta["val"].shape, strict=True) if isinstance(size, str) and isinstance(seen, torch.SymInt)}
 
 
-def _monomial(value: Tensor, names: Mapping[Any, str]) -> tuple[tuple[str, ...], int] | None:
+def _shape(value: Any) -> list[Any]:
+    return list(value.shape) if isinstance(value, Tensor) else []
+
+
+def _held(node: fx.Node) -> list[Any]:
+    """The shape of what the kernels of an FFN hold of its neurons: those of every row, and of every expert that it chose."""
+    gate = node.kwargs.get("gate") if node.target in FORMULAS else None
+    if not isinstance(gate, fx.Node):
+        return []
+    rows: Any = node.kwargs.get("chosen", node.kwargs["x"])
+    sizes = _shape(rows.meta["val"])
+    return [*(sizes if "chosen" in node.kwargs else sizes[:-1]), max(_shape(gate.meta["val"])[-2:])]
+
+
+def _monomial(sizes: list[Any], names: Mapping[Any, str]) -> tuple[tuple[str, ...], int] | None:
     """The number of elements as symbols times a number; None where it is something else."""
     symbols: list[str] = []
     number = 1
-    sizes: list[Any] = list(value.shape)
     for size in sizes:
         if isinstance(size, int):
             number *= max(size, 1)

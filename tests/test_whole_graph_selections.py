@@ -17,6 +17,7 @@ from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels.top_rows import TopRows
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.export_library_limits import limits_of
 from sparsify_compiler.export_library_products import Products
 from sparsify_compiler.export_library_selections import FORMULAS, every_expert, spell
 from sparsify_compiler.ops import experts_ffn
@@ -101,6 +102,12 @@ def test_kernels_of_other_machines(target: str) -> None:
     products = Products(region, resolve(target))
     assert not products.reference
     assert sum(node.target in FORMULAS for node in products.found) == len(KINDS)
+
+
+def test_what_kernels_hold_is_counted_too() -> None:
+    """Of each row the neurons of the two experts that it chose are more than any tensor of the graph."""
+    program = capture(Choosing(32, 80, ("experts",)).eval(), {"x": torch.randn(2, 3, 32, dtype=torch.float32)}, {"x": {0: "batch", 1: "tokens"}})
+    assert limits_of(program.regions[""]) == [{"symbols": ["batch", "tokens"], "product": (2**31 - 1) // 160}]
 
 
 def test_every_expert_is_what_the_chosen_ones_are() -> None:
