@@ -13,17 +13,14 @@ import statistics
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from tvm import tirx
 
-from sparsify_compiler.codegen import build, emit, tuned
+from sparsify_compiler.codegen import board_features, build, tuned
 from sparsify_compiler.codegen.laid import Laid
 from sparsify_compiler.errors import BoardError, InputError, TargetError
-from sparsify_compiler.host_features import AT_HWCAP, AT_HWCAP2, BITS
 from sparsify_compiler.target import FEATURES, Target
 
 REACH = 5.0             # seconds within which a machine that is there answers
@@ -31,23 +28,6 @@ SESSION = 120           # seconds that a session may last
 TRACKER = 0x2F271       # TVM's rpc/base.py
 REPEATS = 15
 SERVER = "start one there: python -m tvm.exec.rpc_server --host 0.0.0.0 --port 9090"
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A kernel that asks the operating system of a 64-bit Arm machine for its features: y int64 [2] becomes both words."""
-
-    name = "probe"
-
-    def compute(self) -> Any:
-        """The PrimFunc f(y)."""
-        return emit.function("main", _ask)
-
-
-def _ask() -> None:
-    y = emit.argument((2,), "int64")
-    for place, word in enumerate((AT_HWCAP, AT_HWCAP2)):
-        emit.store(y, emit.external("int64", "getauxval", tirx.IntImm("int64", word)), place)
 
 
 class Board:
@@ -103,16 +83,14 @@ class Board:
 
     def _asked(self) -> set[str]:
         """By a kernel of the least that the architecture has: for boards with TVM's runtime alone."""
-        if self.target.arch != "aarch64":
-            raise TargetError("the board does not say what its processor has", where=self.name, hint="install all of apache-tvm there")
-        least = Target("aarch64", "aarch64", "generic", ("neon",), 1)
+        arch = self.target.arch
+        probe = board_features.Probe(arch)
         try:
-            answer = self._tensor(torch.zeros(2, dtype=torch.int64))
-            self._loaded(build.binary(Probe(), least))["main"](answer)
+            answer = self._tensor(torch.zeros(probe.words, dtype=torch.int64))
+            self._loaded(build.binary(probe, board_features.LEAST[arch]))["main"](answer)
         except RuntimeError as error:
-            raise TargetError("the board does not load code of 64-bit Arm", where=self.name, hint=str(error).strip().splitlines()[-1]) from error
-        words = dict(zip((AT_HWCAP, AT_HWCAP2), answer.numpy().tolist(), strict=True))
-        return {name for name, (word, bit) in BITS.items() if words[word] >> bit & 1}
+            raise TargetError(f"the board does not load code of {arch}", where=self.name, hint=str(error).strip().splitlines()[-1]) from error
+        return board_features.features_of(arch, answer.numpy().tolist())
 
     def times(self, laid: Laid, x: Tensor, expected: Tensor, other: Tensor | None = None, between: int = 0) -> dict[str, float]:
         """Seconds of each variant of a laid weight for x [rows, K] (and other [rows, N]); none of those that compute something else.

@@ -20,7 +20,7 @@ import sparsify_compiler as sc
 from sparsify_compiler import catalog
 from sparsify_compiler.cli import main
 from sparsify_compiler.codegen import board as boards
-from sparsify_compiler.codegen import cache, runtime, tuned
+from sparsify_compiler.codegen import board_features, cache, runtime, tuned
 from sparsify_compiler.codegen.board import Board
 from sparsify_compiler.errors import BoardError, InputError, TargetError
 from sparsify_compiler.far import far_kernels
@@ -143,6 +143,23 @@ def test_a_board_that_lacks_a_feature_is_never_asked_to_use_it(server: str, monk
     other = Target("board", "aarch64", "generic", ("neon",), 1) if host().arch == "x86_64" else Target("pc", "x86_64", "x86-64", ("avx2",), 1)
     with pytest.raises(TargetError, match=f"the board is {host().arch}"), Board.connect(other, server):
         pass
+
+
+@pytest.mark.skipif(host().arch != "x86_64", reason="asks an x86 processor")
+def test_a_board_without_the_compiler_is_asked_by_a_kernel(server: str) -> None:
+    with Board.connect(host(), server) as board:
+        assert board._asked() == board.features() == set(host().features)
+
+
+def test_what_the_system_does_not_keep_is_not_there() -> None:
+    """As under a hypervisor that hides AVX-512 or tiles from what it runs, though the processor tells of them."""
+    everything = [~0] * len(board_features.WORDS)
+    assert board_features.features_of("x86_64", [*everything, 0]) == set()
+    assert board_features.features_of("x86_64", [*everything, 0b111]) == {"avx2", "fma", "f16c"}
+    assert board_features.features_of("x86_64", [*everything, 0b11100111]) == {name for name in FEATURES["x86_64"] if not name.startswith("amx")}
+    assert board_features.features_of("x86_64", [*everything, ~0]) == set(FEATURES["x86_64"])
+    assert board_features.features_of("x86_64", [0, 1 << 5, 0, 0, 0, ~0]) == {"avx2"}
+    assert board_features.features_of("aarch64", [1 << 1 | 1 << 20, 1 << 13]) == {"neon", "dotprod", "i8mm"}
 
 
 def test_a_session_that_takes_too_long(server: str) -> None:
