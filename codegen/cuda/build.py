@@ -31,6 +31,7 @@ EARLY = "dependent-launch"  # the feature of targets whose kernels may begin bef
 FUNCTION = "main_kernel"    # what TVM calls the device's part of "main"
 USED = re.compile(r"Used (\d+) registers")
 THREADS, SHARED = re.compile(r'launch_thread\("threadIdx.x", (\d+)\)'), re.compile(r'alloc_buffer\(\((\d+),\), "uint8", scope="shared.dyn"')
+BOUNDS = re.compile(r"__launch_bounds__\((\d+)\)")
 SERIALIZED = "wgmma.mma_async instructions are serialized"
 SPILLED = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -96,6 +97,9 @@ def compile_archive(schedule: cpu.Schedule, target: Target) -> bytes:
     source = source_of(schedule)
     text = whole_text(source.cuda, target)
     code, used = _compiled(compiler, text, target.mcpu, schedule.name)
+    if used["spills"]:  # ptxas does that to have more blocks at once
+        text = BOUNDS.sub(r"__launch_bounds__(\1, 1)", text)
+        code, used = _compiled(compiler, text, target.mcpu, schedule.name)
     resources = {**used, **source.block}
     files = {"host.so": host_library(source), "device": _device(source, code, target), "kernel.cu": text.encode(),
              "resources.json": json.dumps(resources).encode()}
