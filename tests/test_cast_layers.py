@@ -77,7 +77,7 @@ def test_bad_options_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_a_plan_mixes_dtypes_and_masks(net: Net, batches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def forms(work: Work, target: Any) -> dict[str, float]:
+    def forms(work: Work, target: Any, again: float | None) -> dict[str, float]:
         sizes = dict(work.sizes)
         if work.op == "elementwise":
             return {"dense eager": 0.0}

@@ -13,7 +13,7 @@ from sparsify_compiler.passes.plan._evidence import value_at, weight_of
 from sparsify_compiler.passes.prune._apply import sources_of
 from sparsify_compiler.passes.prune._layers import Layer
 from sparsify_compiler.passes_api import Context
-from sparsify_compiler.program import Program
+from sparsify_compiler.program import Program, Region
 from sparsify_compiler.sweep import Sweep
 
 
@@ -82,15 +82,19 @@ def _weights(layer: Layer, rewritten: Program) -> Mapping[fx.Node, Tensor]:
 
 
 def _reads(layer: Layer, rewritten: Program) -> dict[fx.Node, Callable[[Tensor], Tensor]]:
-    """Linears of the layer that read something else -> what is made of their input."""
+    """Linears of the layer that read something else -> what is made of their input. Of another dtype, the rounding is seen."""
     found: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
     for use in layer.uses:
         region = rewritten.regions[use.region.path]
         source, now = use.op.kwargs["input"], region.node(use.op.name).kwargs["input"]
         assert isinstance(source, fx.Node)
         if isinstance(now, fx.Node) and now.name != source.name:
-            found[use.op] = partial(value_at, region, now, source.name)
+            found[use.op] = partial(_read, region, now, source.name)
     return found
+
+
+def _read(region: Region, now: fx.Node, source: str, x: Tensor) -> Tensor:
+    return value_at(region, now, source, x).to(x.dtype)
 
 
 def _as_it_is(x: Tensor) -> Tensor:
