@@ -78,9 +78,20 @@ def test_machine_code_is_made_once(kept: Path, target: Target, monkeypatch: pyte
     assert files["device"][:13] == b"\x05\0\0\0\0\0\0\0cubin"
     assert b"\x7fELF" in files["device"]
     assert b"main_kernel" in files["device"]
+    assert (b"use_programtic_dependent_launch" in files["device"]) == (target.name == "sm_90")
     assert build.resources_of(archive).spills == 0 < build.resources_of(archive).registers
     monkeypatch.setattr(build, "nvcc", lambda: None)
     assert build.load(SMALL, target) == archive     # out of the cache, without a compiler
+
+
+def test_a_launch_that_begins_early_says_so_before_its_shared_memory() -> None:
+    for schedule in (SMALL, CudaTurn()):
+        source = build.source_of(schedule)
+        early = build._begins_early(source.description)
+        tag = "tirx.use_programtic_dependent_launch"
+        own = [one for one in source.tags if "shared_memory" not in one]
+        assert list(build._tags(early)) == [*own, tag, *source.tags[len(own):]]
+        assert early.replace(build._text(tag.encode()), b"")[-24:] == source.description[-24:], "what stands behind the tags is the same"
 
 
 @needs_nvcc

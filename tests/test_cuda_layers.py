@@ -146,6 +146,16 @@ def test_gather_selects_a_nan_and_nothing_at_all(emulated: list[Any]) -> None:
         layer(x.float())
 
 
+def test_gather_of_an_infinity_gives_no_nan(emulated: list[Any]) -> None:
+    """Where lists are filled up to what a warp reads at once, the last input that is listed is not counted again, as infinity times zero."""
+    x, weight = torch.zeros(1, 72, dtype=torch.float32), numbers(72, 40, dtype=torch.float32)
+    x[0, :5] = torch.tensor([1.0, 2.0, 3.0, 4.0, torch.inf], dtype=torch.float32)
+    tensors = {"weight": weight, "limit": torch.tensor(0.5, dtype=torch.float32)}
+    (_, options), = gather.offer("select_linear", tensors, {}, torch.float32, (1,), ANY)
+    found = gather.bind("select_linear", options, tensors, {}, None, {}, ANY, [])(x)
+    assert torch.equal(found, torch.where(weight[4] > 0, torch.inf, -torch.inf)[None])
+
+
 @pytest.mark.parametrize(("activation", "biased", "rows"), [("silu", True, 1), pytest.param("drelu", False, 1, marks=MORE), ("relu", True, 3)])
 def test_selected_neurons(emulated: list[Any], activation: str, biased: bool, rows: int) -> None:
     inputs, hidden, outputs = 136, 90, 264

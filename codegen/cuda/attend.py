@@ -61,7 +61,7 @@ def run(call: Any) -> tuple[Tensor, Tensor]:
     else:
         warps = max(1, min(4, call.block_q // ROWS))
         keys = 64 if call.block_k >= 64 and warps > 1 else 32 if call.block_k >= 32 else 16     # a lone warp copies them all: registers
-        group = keys == g.HIGH and warps == g.WARPS and {width, last} <= set(GROUP_WIDTHS) and g.FEATURE in gpu.target_of(query.device).features
+        group = keys == g.HIGH and warps == g.WARPS and {width, last} <= set(GROUP_WIDTHS) and gpu.multiplies_by_groups(query.device)
         gpu.function(CudaAttendMany(name_of(query.dtype), width, last, warps, keys, group), query.device)(*given, *numbers)
     return out, lse
 

@@ -26,7 +26,7 @@ from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
 
 HOME = Path(__file__).parent
-HEADERS = ("ptx.cuh", GROUPS := "group.cuh", "device.cuh")
+HEADERS = {"ptx.cuh": "", "group.cuh": "wgmma", "device.cuh": ""}    # device functions, and the feature that targets need for them
 EARLY = "dependent-launch"  # the feature of targets whose kernels may begin before the last one's end
 FUNCTION = "main_kernel"    # what TVM calls the device's part of "main"
 USED = re.compile(r"Used (\d+) registers")
@@ -130,7 +130,7 @@ def source_of(schedule: cpu.Schedule) -> Source:
 
 def whole_text(cuda: str, target: Target) -> str:
     """With the device functions in front that a target has."""
-    names = [name for name in HEADERS if name != GROUPS or "wgmma" in target.features]
+    names = [name for name, feature in HEADERS.items() if not feature or feature in target.features]
     return "\n".join([(HOME / name).read_text() for name in names] + [cuda])
 
 

@@ -28,6 +28,11 @@ def target_of(device: torch.device) -> Target:
     return resolve(BY_GENERATION[capability[0]])
 
 
+def multiplies_by_groups(device: torch.device) -> bool:
+    """Has it the products of four warps (groups.py)?"""
+    return build.HEADERS["group.cuh"] in target_of(device).features
+
+
 @cache
 def processors(device: torch.device) -> int:
     """How many there are."""

@@ -98,7 +98,7 @@ class CudaExperts(CudaLayer):
         held, experts, places = self._held, self._held["gate"].shape[0], chosen.numel()
         tall = 32 if places <= TALL * experts else 128
         order = order_of(chosen, experts, tall)
-        gated, group = "up" in held, tall >= g.HIGH and g.FEATURE in gpu.target_of(self.device).features
+        gated, group = "up" in held, tall >= g.HIGH and gpu.multiplies_by_groups(self.device)
         hidden = x.new_empty((places, held["gate"].shape[1]))
         first = CudaGrouped(self._short, gated, self._activation, biased="gate_bias" in self._given, raised="up_bias" in self._given, tall=tall,
                             group=group)

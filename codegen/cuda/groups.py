@@ -19,7 +19,6 @@ from sparsify_compiler.codegen.cuda import emit as c
 from sparsify_compiler.codegen.cuda import tiles as t
 from sparsify_compiler.codegen.cuda.finish import Result
 
-FEATURE = "wgmma"           # of targets that have them
 WARPS, HIGH = 4, 64         # of a group: warps, rows of its sums
 COLUMNS, CHUNKS = 64, 8     # of a tile: numbers of a row, and chunks
 ROW, EIGHT = 128, 1024      # bytes: of a row of a tile, of eight of them
@@ -36,8 +35,12 @@ class Parts(t.Tile):
     def moved(self, by: Any) -> Parts:
         return Parts(self.shared, self.offset + by, self.rows, self.columns)
 
+    def part(self, number: int | Any) -> t.Tile:
+        """One of them."""
+        return t.Tile(self.shared, self.offset + number * (self.rows * ROW), self.rows, COLUMNS)
+
     def at(self, row: Any, chunk: Any) -> Any:
-        return t.Tile(self.shared, self.offset + tirx.truncdiv(chunk, CHUNKS) * (self.rows * ROW), self.rows, COLUMNS).at(row, chunk % CHUNKS)
+        return self.part(tirx.truncdiv(chunk, CHUNKS)).at(row, chunk % CHUNKS)
 
 
 def straight(tile: t.Tile, row: int | Any, k: int) -> Any:
@@ -77,20 +80,13 @@ def product_own(dtype: str, columns: int, sums: Any, a: Any, b: Any) -> None:
 
 def ahead(count: Any, stages: int, size: Any, copy: Callable[[Any, Any], None], work: Callable[[Any], None]) -> None:
     """As tiles.ahead: `count` steps whose copies run stages - 1 ahead; those of a step are asked for while the products of another go on."""
-    early = stages - 1
-    for stage in range(early):
-        with e.when(count > stage):
-            copy(c.const(stage), stage * size)
-        c.do("copies_end_group")
+    t.copy_first(count, stages, size, copy)
     with e.loop(count) as step:
-        c.do("copies_wait", c.const(early - 1))
+        c.do("copies_wait", c.const(stages - 2))
         c.do("copies_for_group")
         c.barrier()
         work(e.let(step % stages * size))
-        later = e.let(step + early)
-        with e.when(later < count):
-            copy(later, e.let(later % stages * size))
-        c.do("copies_end_group")
+        t.copy_later(step, count, stages, size, copy)
         c.do(WAITED)
 
 

@@ -116,21 +116,27 @@ class CudaLinear(CudaLayer):
         """The kernel for strips and so many rows of x."""
         if self._dtype not in SHORT:
             return CudaStripsWide(self._r, self._finish)
-        if rows <= GROUP_ROWS[0] // 2 or self._r < g.HIGH or g.FEATURE not in gpu.target_of(self.device).features:
+        if self._r < g.HIGH or not self._by_groups(rows):
             return CudaStrips(self._short, self._r, 32 if rows <= 64 else 128, self._finish)
-        tall = GROUP_ROWS[rows >= MANY]
-        return CudaStripsGroup(self._short, self._r, tall, self._eights, self._finish)
+        return CudaStripsGroup(self._short, self._r, GROUP_ROWS[rows >= MANY], self._eights, self._finish)
 
     def _halves(self, rows: int) -> CudaSparse24 | CudaSparse24Group:
         """The kernel for 2:4 and so many rows of x."""
-        if rows <= GROUP_ROWS[0] // 2 or self.in_features % DEPTH or g.FEATURE not in gpu.target_of(self.device).features:
+        if self.in_features % DEPTH or not self._by_groups(rows):
             return CudaSparse24(self._short, 32 if rows <= 32 else 64 if rows <= 64 else 128, self._finish)
         return CudaSparse24Group(self._short, GROUP_ROWS[rows >= MANY], self._finish)
+
+    def _by_groups(self, rows: int) -> bool:
+        """Do four warps multiply at once? Tiles of rows that would be half empty are not worth it."""
+        return rows > GROUP_ROWS[0] // 2 and gpu.multiplies_by_groups(self.device)
 
     def _turned(self, x: Tensor) -> Tensor:
         """x transposed, [K, Mp]."""
         turned = x.new_empty((self.in_features, -(-x.shape[0] // 8) * 8))
-        self.kernels(CudaTurn(), x.view(torch.int16), turned.view(torch.int16)) if x.element_size() == 2 else turned[:, : x.shape[0]].copy_(x.t())
+        if x.element_size() == 2:
+            self.kernels(CudaTurn(), x.view(torch.int16), turned.view(torch.int16))
+        else:
+            turned[:, : x.shape[0]].copy_(x.t())
         return turned
 
     def _few(self, x: Tensor, added: tuple[Tensor, ...], y: Tensor) -> None:

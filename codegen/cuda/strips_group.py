@@ -1,7 +1,7 @@
 """Strips (strips.py) by products of four warps: a block row of 64 or 128 outputs times a tile of many rows of x.
 
 What is computed is y transposed, outputs by rows, so that one product takes up to 256 rows; it is turned in shared memory before it is written.
-Where blocks are eight inputs wide or more, x is read as it lies.
+Where blocks are whole eights of inputs, x is read as it lies.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from sparsify_compiler.codegen.cuda import emit as c
 from sparsify_compiler.codegen.cuda import groups as g
 from sparsify_compiler.codegen.cuda import tiles as t
 from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, Result
-
-STEP = 32       # listed inputs that pointers count
-CHUNKS = 64 // t.CHUNK
+from sparsify_compiler.codegen.cuda.strips import DEPTH
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class CudaStripsGroup:
     @property
     def depth(self) -> int:
         """Listed inputs of a step."""
-        return 64 if self.straight else STEP
+        return g.COLUMNS if self.straight else DEPTH
 
     @property
     def stages(self) -> int:
@@ -73,39 +71,40 @@ class _Block:
             self.first_row = e.let(bx * how.rows)
             x_bytes, self.stage = how.depth * how.rows * 2, how.depth * (how.rows + how.r) * 2
             shared = c.Shared(max(how.stages * self.stage, g.result_bytes(how.rows, how.r)), g.ALIGN)
-            self.x_tile = t.Tile(shared, 0, *((how.rows, 64) if how.straight else (how.depth, 64)))
-            self.w_tile = t.Tile(shared, x_bytes, how.depth, 64)
+            self.x_tile = g.Parts(shared, 0, *((how.rows, how.depth) if how.straight else (how.depth, how.rows)))
+            self.w_tile = g.Parts(shared, x_bytes, how.depth, how.r)
             self.sums = t.zeros(how.rows // 2)
-            self.begin, self.end = (e.let(e.load(pointers, by + i) * STEP) for i in range(2))
+            self.begin, self.end = (e.let(e.load(pointers, by + i) * DEPTH) for i in range(2))
             self._steps()
             g.write_turned(shared, self.sums, self.result, thread, how.rows, how.r, self.first_row, e.let(by * how.r), M, N)
 
     def _steps(self) -> None:
         count = e.let(c.ceil(self.end - self.begin, self.how.depth))
-        self.places = c.registers(1 if self.how.straight else self.how.depth * CHUNKS // self.threads, "int32")
+        self.own = 1 if self.how.straight else self.how.depth * g.CHUNKS // self.threads    # listed inputs of a thread in a step
+        self.places = c.registers(self.own, "int32")
         with e.when(count > 0):
             self._look(c.const(0))
         g.ahead(count, self.how.stages, self.stage, self._copy, self._multiply)
 
     def _look(self, step: Any) -> None:
         """The inputs that this thread copies in that step; -1 behind the list."""
-        for i in range(1 if self.how.straight else self.how.depth * CHUNKS // self.threads):
-            own = self.thread % CHUNKS * t.CHUNK if self.how.straight else tirx.truncdiv(self.thread + i * self.threads, CHUNKS)
+        for i in range(self.own):
+            own = self.thread % g.CHUNKS * t.CHUNK if self.how.straight else tirx.truncdiv(self.thread + i * self.threads, g.CHUNKS)
             at = e.let(self.begin + step * self.how.depth + own)
             e.store(self.places, e.either(at < self.end, e.load(self.inputs, e.minimum(at, self.end - 1)), c.const(-1)), i)
 
     def _copy(self, step: Any, by: Any) -> None:
         (self._copy_straight if self.how.straight else self._copy_turned)(self.x_tile.moved(by))
         first = e.let(self.begin + step * self.how.depth)
-        for part in range(self.how.r // 64):
-            def of(row: Any, chunk: Any, part: int = part) -> tuple[Any, Any]:
-                at = e.let(first + row)
-                return c.address(self.values, e.minimum(at, self.end - 1), part * 64 + chunk * t.CHUNK), at < self.end
 
-            t.copy_rows(self.w_tile.moved(by + part * self.how.depth * g.ROW), self.thread, self.threads, of)
+        def of(row: Any, chunk: Any) -> tuple[Any, Any]:
+            at = e.let(first + row)
+            return c.address(self.values, e.minimum(at, self.end - 1), chunk * t.CHUNK), at < self.end
+
+        t.copy_rows(self.w_tile.moved(by), self.thread, self.threads, of)
         self._look(step + 1)
 
-    def _copy_straight(self, tile: t.Tile) -> None:
+    def _copy_straight(self, tile: g.Parts) -> None:
         place = e.let(e.load(self.places, 0))
 
         def of(row: Any, chunk: Any) -> tuple[Any, Any]:
@@ -114,17 +113,17 @@ class _Block:
 
         t.copy_rows(tile, self.thread, self.threads, of)
 
-    def _copy_turned(self, tile: t.Tile) -> None:
-        for part in range(self.how.rows // 64):
+    def _copy_turned(self, tile: g.Parts) -> None:
+        for part in range(self.how.rows // g.COLUMNS):     # one after the other: a thread's inputs are the same in each
             number = iter(range(self.how.depth))
 
             def of(row: Any, chunk: Any, part: int = part, number: Any = number) -> tuple[Any, Any]:
                 place = e.let(e.load(self.places, next(number)))
-                column = e.let(self.first_row + part * 64 + chunk * t.CHUNK)
+                column = e.let(self.first_row + part * g.COLUMNS + chunk * t.CHUNK)
                 inside = column < self.Mp
                 return c.address(self.x, e.maximum(place, 0), e.either(inside, column, 0)), e.both(place >= 0, inside)
 
-            t.copy_rows(tile.moved(part * self.how.depth * g.ROW), self.thread, self.threads, of)
+            t.copy_rows(tile.part(part), self.thread, self.threads, of)
 
     def _multiply(self, by: Any) -> None:
         x, w = self.x_tile.moved(by), self.w_tile.moved(by)

@@ -72,18 +72,28 @@ def copy_rows(tile: Tile, thread: Any, threads: int, source: Any) -> None:
 
 def ahead(count: Any, stages: int, size: Any, copy: Callable[[Any, Any], None], work: Callable[[Any], None]) -> None:
     """`count` steps whose copies run stages - 1 ahead: copy(step, offset) begins those of a step, work(offset) is its turn, offsets in bytes."""
+    copy_first(count, stages, size, copy)
+    with e.loop(count) as step:
+        c.do("copies_wait", c.const(stages - 2))
+        c.barrier()
+        copy_later(step, count, stages, size, copy)
+        work(e.let(step % stages * size))
+
+
+def copy_first(count: Any, stages: int, size: Any, copy: Callable[[Any, Any], None]) -> None:
+    """Before the first step: begin those that run ahead of it."""
     for stage in range(stages - 1):
         with e.when(count > stage):
             copy(c.const(stage), stage * size)
         c.do("copies_end_group")
-    with e.loop(count) as step:
-        c.do("copies_wait", c.const(stages - 2))
-        c.barrier()
-        later = e.let(step + stages - 1)
-        with e.when(later < count):
-            copy(later, e.let(later % stages * size))
-        c.do("copies_end_group")
-        work(e.let(step % stages * size))
+
+
+def copy_later(step: Any, count: Any, stages: int, size: Any, copy: Callable[[Any, Any], None]) -> None:
+    """In a step: begin those of the one that is as far ahead, if there is one."""
+    later = e.let(step + stages - 1)
+    with e.when(later < count):
+        copy(later, e.let(later % stages * size))
+    c.do("copies_end_group")
 
 
 def zeros(count: int) -> Any:
