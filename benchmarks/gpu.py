@@ -39,20 +39,10 @@ MOST = 64 << 20     # bytes of the folder
 def build(folder: Path, python: str) -> None:
     """Write the folder."""
     sys.path.insert(0, str(ROOT))
-    import tvm
-
     from sparsify_compiler.codegen.cuda import build as kernels
     from sparsify_compiler.target import resolve
 
-    shutil.rmtree(folder, ignore_errors=True)
-    for part in ("kernels", "lib", "package/sparsify_compiler"):
-        (folder / part).mkdir(parents=True)
-    for name in (Path(__file__).name, "gpu_cases.py", "gpu_triton.py"):
-        shutil.copy(HERE / name, folder / name)
-    _copy_package(folder / "package" / "sparsify_compiler")
-    for name in LIBRARIES:
-        shutil.copy(Path(tvm.__file__).parent / "lib" / name, folder / "lib" / name)
-    _tvm_ffi(folder / "site", python)
+    copy(folder, python)
     index = dict[str, str]()
     for name in TARGETS:
         target = resolve(name)
@@ -65,6 +55,21 @@ def build(folder: Path, python: str) -> None:
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{len(index)} kernels of {len(TARGETS)} generations, {size >> 20} MiB in {folder}")
     assert size < MOST, "too large to be sent"
+
+
+def copy(folder: Path, python: str) -> None:
+    """All of the folder but the kernels."""
+    import tvm
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in ("kernels", "lib", "package/sparsify_compiler"):
+        (folder / part).mkdir(parents=True)
+    for name in (Path(__file__).name, "gpu_cases.py", "gpu_triton.py"):
+        shutil.copy(HERE / name, folder / name)
+    _copy_package(folder / "package" / "sparsify_compiler")
+    for name in LIBRARIES:
+        shutil.copy(Path(tvm.__file__).parent / "lib" / name, folder / "lib" / name)
+    _tvm_ffi(folder / "site", python)
 
 
 def table(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,28 @@ def test_every_case_that_is_timed_can_be_made(monkeypatch: pytest.MonkeyPatch) -
             make.shrunk()(torch.device("cpu")).ours()
     kinds = ("gather_rows", "sparse24", "strips", "grouped", "attend_many", "attend_few", "neurons", "down_rows", "sparse_rows", "strip_rows")
     assert {schedule.name for schedule in asked} >= {f"cuda_{kind}" for kind in kinds}
+
+
+def test_the_folder_holds_all_modules_that_its_cases_need(tmp_path: Path) -> None:
+    """As on the machine with the GPU: without TVM's compiler, and without this checkout."""
+    gpu.copy(tmp_path / "folder", f"{sys.version_info.major}.{sys.version_info.minor}")
+    said = """
+import sys, gpu
+torch = gpu.prepare()
+import gpu_cases, sparsify_compiler
+from sparsify_compiler.codegen.cuda import device
+from sparsify_compiler.target import resolve
+asked = []
+device.function = lambda schedule, _: asked.append(schedule.name) or (lambda *given: None)
+device.processors, device.target_of = lambda _: 132, lambda _: resolve("sm_90")
+for make in {make.case.__name__: make for make in gpu_cases.small()}.values():
+    make(torch.device("cpu")).ours()
+assert sparsify_compiler.__file__.startswith(str(gpu.HERE)), sparsify_compiler.__file__
+print(len(set(asked)))
+"""
+    done = subprocess.run([sys.executable, "-c", said], cwd=tmp_path / "folder", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.splitlines()[-1]) >= 6
 
 
 class Clock:
