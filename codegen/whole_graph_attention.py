@@ -12,7 +12,7 @@ from tvm import relax
 from sparsify_compiler.codegen.kernels.attend_dense import AttendDense
 from sparsify_compiler.codegen.kernels.cache_write import CacheWrite
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
-from sparsify_compiler.codegen.whole_graph_functions import declared
+from sparsify_compiler.codegen.whole_graph_functions import arguments_of, declared
 from sparsify_compiler.target import Target
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ VIEWS = (aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten
 
 def attend(graph: GraphImporter, node: fx.Node) -> Any:
     """scaled_dot_product_attention in float32."""
-    query, key, value, mask, dropout, causal, scale, grouped = _arguments(node)
+    query, key, value, mask, dropout, causal, scale, grouped = arguments_of(node)
     tensors = [one.meta["val"] for one in (query, key, value)]
     if any(one.dtype is not torch.float32 or one.dim() != 4 for one in tensors):
         return graph.plain(node)
@@ -77,20 +77,14 @@ def registers(target: Target) -> tuple[int, int, int]:
     return (lanes, 2, target.vector_registers // 4) if target.arch == "x86_64" else (lanes, 4, target.vector_registers // 8)
 
 
-def _arguments(node: fx.Node) -> list[Any]:
-    """All of them, in the order of the schema, whether they are given by position, by name or not at all."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    return [node.args[i] if i < len(node.args) else node.kwargs.get(one.name, one.default_value) for i, one in enumerate(schema)]
-
-
 def _as_it_lies(node: fx.Node) -> tuple[fx.Node, str]:
     """The tensor before it was turned from [B, S, H, D] to [B, H, S, D], where it was."""
-    return (_arguments(node)[0], "bshd") if _turns(node) else (node, "bhsd")
+    return (arguments_of(node)[0], "bshd") if _turns(node) else (node, "bhsd")
 
 
 def _turns(node: fx.Node) -> bool:
     """Does it exchange heads and places?"""
-    return node.target is aten.transpose.int and {dim % 4 for dim in _arguments(node)[1:]} == {1, 2}
+    return node.target is aten.transpose.int and {dim % 4 for dim in arguments_of(node)[1:]} == {1, 2}
 
 
 def _turned(node: fx.Node) -> fx.Node:
@@ -136,7 +130,7 @@ def _is_true(node: Any) -> bool:
         return True
     if node.target in (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default):
         return all(map(_is_true, inputs))
-    if node.target is aten.ge.Scalar and _arguments(node)[1] == 0:
+    if node.target is aten.ge.Scalar and arguments_of(node)[1] == 0:
         return _counts(inputs[0])
     return node.target in VIEWS and _is_true(inputs[0])
 
@@ -144,5 +138,5 @@ def _is_true(node: Any) -> bool:
 def _counts(node: fx.Node) -> bool:
     """Is it made of arange from 0 on?"""
     while node.target in VIEWS:
-        node = _arguments(node)[0]
+        node = arguments_of(node)[0]
     return node.target is aten.arange.default

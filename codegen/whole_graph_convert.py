@@ -17,7 +17,7 @@ from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
 from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
 from sparsify_compiler.codegen.kernels.top_rows import TopRows
 from sparsify_compiler.codegen.whole_graph_attention import attend, attend_cached
-from sparsify_compiler.codegen.whole_graph_functions import Parameter, chosen, declared, intervals
+from sparsify_compiler.codegen.whole_graph_functions import Parameter, arguments_of, chosen, declared, intervals
 from sparsify_compiler.codegen.whole_graph_planes import LaidPlanes
 from sparsify_compiler.errors import KernelError
 
@@ -107,12 +107,11 @@ def _norm(centred: bool) -> Callable[[GraphImporter, fx.Node], Any]:
 
 
 def _norm_arguments(node: fx.Node, centred: bool) -> tuple[fx.Node, Any, Any, Any, float]:
-    given: list[Any] = list(node.args)
-    x, sizes, *rest = given + [None] * (5 - len(given))
+    x, sizes, weight, *rest = arguments_of(node)
     if centred:
-        return x, sizes, rest[0], rest[1], float(1e-5 if rest[2] is None else rest[2])
-    eps = rest[1] if rest[1] is not None else torch.finfo(node.meta["val"].dtype).eps
-    return x, sizes, rest[0], None, float(eps)
+        return x, sizes, weight, rest[0], float(rest[1])
+    eps = rest[0] if rest[0] is not None else torch.finfo(node.meta["val"].dtype).eps
+    return x, sizes, weight, None, float(eps)
 
 
 def _softmax(graph: GraphImporter, node: fx.Node) -> Any:
@@ -127,8 +126,8 @@ def _softmax(graph: GraphImporter, node: fx.Node) -> Any:
 def _activation(graph: GraphImporter, node: fx.Node) -> Any:
     name = str(node.target).split(".")[1]
     operator: Any = node.target
-    arguments = {argument.name: node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else argument.default_value)
-                 for i, argument in enumerate(operator._schema.arguments) if i}
+    arguments = dict(zip([one.name for one in operator._schema.arguments], arguments_of(node), strict=True))
+    del arguments["self"]
     finish = finish_of({"activation": name, "arguments": arguments}) if _are_float32(node, node.args[0]) else None
     if finish is None:
         return graph.plain(node)
@@ -209,23 +208,20 @@ def _where(graph: GraphImporter, node: fx.Node) -> Any:
 
 def _extreme(operator: Callable[..., Any]) -> Callable[[GraphImporter, fx.Node], Any]:
     def convert(graph: GraphImporter, node: fx.Node) -> Any:
-        given: list[Any] = list(node.args)
-        dims, keep = given[1:] + [[], False][len(given) - 1:]
-        return graph.block_builder.emit(operator(graph.value(given[0]), list(dims) if isinstance(dims, list | tuple) else [dims], bool(keep)))
+        x, dims, keep = arguments_of(node)
+        return graph.block_builder.emit(operator(graph.value(x), list(dims) if isinstance(dims, list | tuple) else [dims], bool(keep)))
 
     return convert
 
 
 def _topk(graph: GraphImporter, node: fx.Node) -> Any:
-    given: list[Any] = list(node.args)
-    dim, largest = (given[2:] + [-1, True][len(given) - 2:])[:2]
-    return _top(graph, node, given[0], dim, bool(largest))
+    x, _, dim, largest, _ = arguments_of(node)
+    return _top(graph, node, x, dim, largest)
 
 
 def _sort(graph: GraphImporter, node: fx.Node) -> Any:
-    given: list[Any] = list(node.args)
-    dim, descending = given[1:] + [-1, False][len(given) - 1:]
-    return _top(graph, node, given[0], dim, bool(descending))
+    x, dim, descending = arguments_of(node)
+    return _top(graph, node, x, dim, descending)
 
 
 def _top(graph: GraphImporter, node: fx.Node, x: Any, dim: int, largest: bool) -> tuple[Any, Any]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from torch import fx
+
 from sparsify_compiler.codegen.laid import Variants
 
 PROBED = (*range(1, 1025), *(1 << power for power in range(11, 25)))     # numbers of rows at which variants are asked for
@@ -20,6 +22,12 @@ class Parameter:
 
     shape: Shape
     dtype: str
+
+
+def arguments_of(node: fx.Node) -> list[Any]:
+    """All arguments of an operator, in the order of its schema, whether they are given by position, by name or not at all."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    return [node.args[i] if i < len(node.args) else node.kwargs.get(one.name, one.default_value) for i, one in enumerate(schema)]
 
 
 def declared(value: Any) -> Parameter:

@@ -186,3 +186,17 @@ def test_dtypes_are_those_of_the_graph(tmp_path: Path) -> None:
     compiled, model = exported(Dtypes(), x, tmp_path / "out")
     for found, expected in zip(model.run(x=x.numpy()).values(), compiled(x), strict=True):  # type: ignore[attr-defined]
         torch.testing.assert_close(torch.from_numpy(numpy.array(found)), expected)
+
+
+class Orders(nn.Module):
+    """Every way of asking for the first of an order, arguments given and left out."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (*x.topk(3), *x.topk(3, largest=False), *x.sort(), *x.sort(descending=True), x.amin(-1), x.amax(2, keepdim=True), x.amin((1, 2)))
+
+
+def test_orders_are_those_of_the_graph(tmp_path: Path) -> None:
+    x = torch.randn(2, 4, 8, dtype=torch.float32)
+    compiled, model = exported(Orders(), x, tmp_path / "out")
+    for found, expected in zip(model.run(x=x.numpy()).values(), compiled(x), strict=True):  # type: ignore[attr-defined]
+        torch.testing.assert_close(torch.from_numpy(numpy.array(found)), expected, rtol=0, atol=0)
