@@ -100,6 +100,22 @@ def test_a_packed_subset_is_all_that_the_optimizer_sees() -> None:
         torch.testing.assert_close(packed.weights()[name], weight, rtol=1e-3, atol=1e-4)
 
 
+def test_a_subset_lies_inside_of_the_mask() -> None:
+    """As many places as were asked for, whatever the score says of those that are not kept."""
+    _, hook = sc.attach(net(), (X,), f"{MASKED} | train_subset(density=0.25, score='random')")
+    for layer, size in (("0", 24 * 32), ("2", 32 * 8)):
+        change = hook.masks[f"{layer}.change"]
+        assert not bool((change & ~hook.masks[layer]).any())
+        assert int(change.sum()) == size // 4
+
+
+def test_biases_train_where_nothing_is_frozen_and_the_change_has_its_scale() -> None:
+    module, _ = sc.attach(net(), (X,), "add_adapters(adapter='low_rank(rank=2, scale=0.5)', freeze=False)")
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    whole, _ = sc.attach(net(), (X,), "add_adapters(adapter='low_rank(rank=2)')")
+    torch.testing.assert_close(module.get_parameter("0.low_rank_reads"), 0.5 * whole.get_parameter("0.low_rank_reads"))
+
+
 def test_layers_that_share_a_weight_share_what_is_added() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

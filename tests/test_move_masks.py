@@ -28,6 +28,7 @@ X = torch.randn(48, 16, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(48, 8, generator=torch.Generator().manual_seed(2))
 RIGL = "mask_weights(score='random', density=0.25) | move_masks(grow='gradient', decay='cosine(end=12)', every=3, until=12)"
 SMOOTHED = "mask_weights(structure='fan_in', density=0.25) | move_masks(grow='gradient', smooth=0.9, every=3, until=12)"
+SHARED = "mask_weights(score='random', density=0.25) | move_masks(grow='gradient', fraction=0.5, redistribute=True, every=1, until=3)"
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -318,8 +319,7 @@ def test_what_is_shared_out_adds_up(places: list[tuple[int, float]], share: floa
 @pytest.mark.parametrize("packed", [False, True])
 def test_weights_move_between_layers_by_their_gradients(packed: bool) -> None:
     """As many in all; more in the layer of larger gradients; packed parameters grow and shrink, with what the optimizer remembers."""
-    recipe = "mask_weights(score='random', density=0.25) | move_masks(grow='gradient', fraction=0.5, redistribute=True, every=1, until=3)"
-    module, hook = attached(recipe + (" | pack()" if packed else ""))
+    module, hook = attached(SHARED + (" | pack()" if packed else ""))
     optimizer = OPTIMIZERS["adamw"](module.parameters())
     counts = [[int(mask.sum()) for mask in masks(hook)]]
     for _ in range(3):
@@ -328,10 +328,39 @@ def test_weights_move_between_layers_by_their_gradients(packed: bool) -> None:
     assert len({sum(count) for count in counts}) == 1
     assert counts[1] != counts[0]
     step(module, hook, optimizer)
-    masked, other = attached(recipe)
+    masked, other = attached(SHARED)
     (functional.mse_loss(masked(X), Y) * 8).backward()
     gradients = [masked.get_parameter(f"{name}.weight").grad[mask].abs().mean() for name, mask in other.masks.items()]  # type: ignore[index]
     assert (counts[1][0] > counts[0][0]) == bool(gradients[0] > gradients[1] * counts[0][0] / counts[0][1]), "in proportion to the means"
+
+
+def test_each_layer_drops_a_share_of_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many it is to have when those of all layers are shared out."""
+    module, hook = attached(SHARED)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    step(module, hook, optimizer)
+    kept, found = [float(mask.double().mean()) for mask in masks(hook)], []
+
+    def noted(*given: Any) -> Tensor:
+        found.append(given[-2])
+        return regrown(*given)
+
+    monkeypatch.setattr(_mover, "regrown", noted)
+    step(module, hook, optimizer)
+    assert found == pytest.approx([0.5 * density for density in kept])
+
+
+def test_a_layer_whose_gradient_is_not_finite_takes_no_part_in_sharing_out() -> None:
+    """As many weights in all as before: what moved between layers in earlier steps stays with them."""
+    module, hook = attached(SHARED)
+    step(module, hook, torch.optim.SGD(module.parameters(), 0.1))
+    before = masks(hook)
+    assert len({float(mask.double().mean()) for mask in before}) == 2
+    functional.mse_loss(module(X), Y).backward()
+    next(tap for tap in module.modules() if isinstance(tap, Masked)).take = lambda: torch.full((32, 16), math.inf)  # type: ignore[method-assign]
+    hook.step()
+    assert torch.equal(masks(hook)[0], before[0])
+    assert [int(mask.sum()) for mask in masks(hook)] == [int(mask.sum()) for mask in before]
 
 
 def test_edges_of_one_update() -> None:

@@ -202,6 +202,16 @@ def test_other_places_in_the_same_parameter() -> None:
     assert held.grad_fn is not None
 
 
+def test_places_that_are_loaded_over_others_are_seen() -> None:
+    """As many of them, copied into the same buffers after kernels have run."""
+    torch.manual_seed(0)
+    form, other = stored("condensed", 12, 16, 0.25), stored("condensed", 12, 16, 0.25)
+    layer, x = layer_of(form), torch.randn(4, 16, dtype=torch.float32)
+    layer(x)
+    layer.load_state_dict(layer_of(other).state_dict())
+    torch.testing.assert_close(layer(x).detach(), x @ other.decode().T)
+
+
 def test_frozen_weights_stay_and_compile_takes_what_was_trained() -> None:
     module, hook = attached("mask_weights(structure='8x1', density=0.5) | pack()", frozen=True)
     before = hook.weights()

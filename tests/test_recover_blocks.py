@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import sparsify_compiler as sc
 from sparsify_compiler import recover_loop
 from sparsify_compiler.errors import InputError
+from sparsify_compiler.recover_pair import Student
 from sparsify_compiler.training import EndsHereError
 
 
@@ -96,12 +97,22 @@ def test_a_killed_run_goes_on_in_its_block(tmp_path: Path, monkeypatch: pytest.M
     assert [(p.step, p.loss, p.rate) for p in found.points] == [(p.step, p.loss, p.rate) for p in expected.points]
 
 
-def test_a_loss_that_is_no_number_ends_all() -> None:
+def test_a_loss_that_is_no_number_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No later block is trained on what a failed one hands on."""
+    tried: list[int] = []
+
+    def counted(*given: Any, number: int, **named: Any) -> Tensor:
+        tried.append(number)
+        return block_loss(*given, number=number, **named)
+
+    block_loss = Student.block_loss
+    monkeypatch.setattr(Student, "block_loss", counted)
     module, hook, model = sparse()
     before = copy.deepcopy(module.state_dict())
     data = [(DATA[0][0] * torch.nan,)]
     _, recovery = sc.recover(module, model, data, hook=hook, steps=5, blockwise=True)
     assert recovery.failed
+    assert tried == [0]
     assert recovery.steps == 0
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 

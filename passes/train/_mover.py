@@ -60,10 +60,11 @@ class Mover(Part):
         if self._reads and places and all(gradient is None for gradient in gradients):
             raise InputError("no gradient has reached a masked weight since the last step", where="Hook.step",
                              hint="call hook.step() once after each optimizer.step(), with loss.backward() before it")
-        targets = self._targets(places, gradients, step)
-        for place, gradient in zip(places, gradients, strict=True):
-            if not self._reads or (gradient is not None and bool(gradient.isfinite().all())):
-                yield self._update(place, gradient, step, targets.get(place.path))
+        moved = [(place, gradient) for place, gradient in zip(places, gradients, strict=True)
+                 if not self._reads or (gradient is not None and bool(gradient.isfinite().all()))]
+        targets = self._targets(moved, step)
+        for place, gradient in moved:
+            yield self._update(place, gradient, step, targets.get(place.path))
 
     def _due(self, step: int) -> bool:
         return 0 < step <= self._of.until and (step % self._of.every == 0 or step == self._of.until)
@@ -88,11 +89,14 @@ class Mover(Part):
             smoothed.mul_(self._of.smooth).add_(total, alpha=1 - self._of.smooth)
         return smoothed
 
-    def _targets(self, places: Sequence[Place], gradients: Sequence[Tensor | None], step: int) -> dict[str, float]:
-        """Densities behind an update in which what all layers drop comes back where gradients are large on average (sparse momentum); else none."""
-        found = [(place, gradient) for place, gradient in zip(places, gradients, strict=True) if gradient is not None]
-        if not self._of.redistribute or not all(bool(gradient.isfinite().all()) for _, gradient in found):
+    def _targets(self, moved: Sequence[tuple[Place, Tensor | None]], step: int) -> dict[str, float]:
+        """Densities behind an update in which what all layers drop comes back where gradients are large on average (sparse momentum); else none.
+
+        Of the layers that move: those without a gradient, or with one that is not finite, keep their places.
+        """
+        if not self._of.redistribute:
             return {}
+        found = [(place, gradient) for place, gradient in moved if gradient is not None]
         masks = [place.mask() for place, _ in found]
         kept, sizes = [int(mask.sum()) for mask in masks], [mask.numel() for mask in masks]
         dropped = [int(count * self._of.fraction * self._decay(step)) for count in kept]
