@@ -110,6 +110,21 @@ def test_what_kernels_hold_is_counted_too() -> None:
     assert limits_of(program.regions[""]) == [{"symbols": ["batch", "tokens"], "product": (2**31 - 1) // 160}]
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_kernels_get_choices_in_the_dtypes_that_they_take(weighted: bool) -> None:
+    class Half(Choosing):
+        def experts(self, x: Tensor) -> Tensor:
+            weights, chosen = F.linear(x, self.router).softmax(-1).topk(2, -1)
+            given = weights.half() if weighted else None
+            return OPS.experts_ffn(x, chosen, given, self.experts_gate, self.experts_up, self.experts_down, activation="silu")
+
+    region = capture(Half(32, 48, ("experts",)).eval(), {"x": torch.randn(2, 3, 32, dtype=torch.float32)}).regions[""]
+    spell(region)
+    (op,) = [node for node in region.graph.nodes if node.target is experts_ffn.op]
+    assert op.kwargs["chosen"].meta["val"].dtype is torch.int32
+    assert op.kwargs["weights"].meta["val"].dtype is torch.float32
+
+
 def test_every_expert_is_what_the_chosen_ones_are() -> None:
     gate, down = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 6, 5, dtype=torch.float64)
     x, chosen, weights = torch.randn(7, 4, dtype=torch.float64), torch.randint(-1, 3, (7, 2)), torch.rand(7, 2, dtype=torch.float64)
