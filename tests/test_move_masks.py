@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -304,6 +304,8 @@ def test_rows_of_the_last_layer_stay_and_the_fraction_falls(monkeypatch: pytest.
 
 
 @settings(max_examples=50, deadline=None)
+@example(places=[(1, 2.0), (3, 1.0), (4, 0.0)], share=1.0)
+@example(places=[(1, 1.0), (1, 0.0), (3, 1.0)], share=1.0)
 @given(places=st.lists(st.tuples(st.integers(0, 20), st.floats(0, 4)), min_size=1, max_size=6), share=st.floats(0, 1))
 def test_what_is_shared_out_adds_up(places: list[tuple[int, float]], share: float) -> None:
     """In proportion where there is room, and never above it."""

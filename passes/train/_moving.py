@@ -54,7 +54,7 @@ def shared(total: int, room: Sequence[int], weights: Sequence[float]) -> list[in
         for i in open_:
             part = weights[i] / sum_ if sum_ > 0 else 1 / len(open_)
             wanted[i] = min(float(room[i]), wanted[i] + left * part)
-        open_ = [i for i in open_ if wanted[i] < room[i] and (weights[i] > 0 or sum(weights[k] for k in open_ if wanted[k] < room[k]) == 0)]
+        open_ = [i for i in open_ if wanted[i] < room[i]]  # of weight 0 too: they get what the others have no room for
     found = [math.floor(value + SLACK) for value in wanted]
     for i in sorted(range(len(room)), key=lambda i: found[i] - wanted[i])[: total - sum(found)]:
         found[i] += 1
