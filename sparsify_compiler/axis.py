@@ -184,7 +184,10 @@ class Axes:
     # --- indices --------------------------------------------------------------------------------------------------------------------------
 
     def kept(self, axis: Axis, masks: Mapping[Atom, Tensor]) -> Tensor:
-        """bool [size]: which indices stay when of each leaf those of its mask stay; all of a leaf that has none."""
+        """bool [size]: which indices stay when of each leaf those of its mask stay; all of a leaf that has none.
+
+        int64, how often each index is there, where masks are int64: how often each unit of the leaf is.
+        """
         pieces = []
         for term in axis:
             piece = torch.ones(1, dtype=torch.bool)
@@ -192,9 +195,23 @@ class Axes:
                 root = self.root(atom)
                 mine = self.kept(self.parts[root], masks) if root in self.parts else masks.get(root)
                 mine = torch.ones(self.sizes[root], dtype=torch.bool) if mine is None else mine
-                piece = (piece[:, None] & mine[None, :]).reshape(-1)
+                piece = (piece[:, None] * mine[None, :]).reshape(-1)
             pieces.append(piece)
         return torch.cat(pieces) if pieces else torch.ones(0, dtype=torch.bool)
+
+    def index(self, axis: Axis, masks: Mapping[Atom, Tensor]) -> Tensor:
+        """int64: the index that it was before, of each that is there when of each leaf the units of its mask are, or each as often as it says."""
+        pieces, start = [], 0
+        for term in axis:
+            piece, size = torch.zeros(1, dtype=torch.int64), 1
+            for atom in term:
+                root = self.root(atom)
+                mine = self.index(self.parts[root], masks) if root in self.parts else torch.arange(self.sizes[root])
+                mine = mine.repeat_interleave(masks[root].long()) if root not in self.parts and root in masks else mine
+                piece, size = (piece[:, None] * self.sizes[root] + mine[None, :]).reshape(-1), size * self.sizes[root]
+            pieces.append(piece + start)
+            start += size
+        return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
 
     def units(self, axis: Axis, leaf: Atom) -> Tensor:
         """int64 [size]: which unit of a leaf each index belongs to; -1 where to none."""

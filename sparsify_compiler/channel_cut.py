@@ -1,4 +1,4 @@
-"""Taking units out of a Program for real: smaller parameters, and a graph whose sizes say so."""
+"""Taking units out of a Program for real, or repeating them: smaller or larger parameters, and a graph whose sizes say so."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .program import Program, Region, get_tensor, set_tensor
 class Cut:
     """What goes, and what was made smaller so far.
 
-    masks  leaf of the axes -> bool, True for the units that stay
+    masks  leaf of the axes -> bool, True for the units that stay; or int64, how often each is there
     by     the pass that does it
     """
 
@@ -38,8 +38,12 @@ class Cut:
         return axis is not None and any(leaf in self.masks for leaf in self.found.axes.leaves(axis))
 
     def kept(self, axis: Axis) -> Tensor:
-        """bool: which of its indices stay."""
+        """bool: which of its indices stay; or int64: how often each is there."""
         return self.found.axes.kept(axis, self.masks)
+
+    def index(self, axis: Axis) -> Tensor:
+        """int64 [size]: the index before the cut of each index behind it."""
+        return self.found.axes.index(axis, self.masks)
 
     def size(self, axis: Axis) -> int:
         """How many of its indices stay."""
@@ -50,9 +54,9 @@ def cut_channels(program: Program, found: Follow, masks: Mapping[Atom, Tensor], 
     """Take the units out of every parameter, buffer and size of the Program, in place; its tensors are replaced, never changed.
 
     found  what `follow` said of this very Program
-    masks  atom of a group -> bool [units], True for those that stay, at least one of each
+    masks  atom of a group -> bool [units], True for those that stay, at least one of each; or int64 [units], how often each is there
     """
-    cut = Cut(found, {atom: mask for atom, mask in masks.items() if not bool(mask.all())}, by)
+    cut = Cut(found, {atom: mask for atom, mask in masks.items() if bool((mask != 1).any())}, by)
     if not cut.masks:
         return
     for region in program.regions.values():
@@ -89,7 +93,7 @@ def _shrink(cut: Cut, region: Region, node: fx.Node) -> None:
             made = old.detach()
             for dim, axis in enumerate(dims):
                 if cut.touched(axis):
-                    made = made.index_select(dim, cut.kept(axis).nonzero()[:, 0].to(made.device))
+                    made = made.index_select(dim, cut.index(axis).to(made.device))
         made = nn.Parameter(made, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else made
         cut.tensors[key] = old, made
     set_tensor(region.module, str(node.target), made)
@@ -157,13 +161,13 @@ def _groups(cut: Cut, region: Region, node: Any) -> None:
 
 
 def _normed(cut: Cut, region: Region, node: Any) -> None:
-    """A norm over fewer features. An rms_norm goes on to divide by the root of the sum over as many as there were: what went counts as zero."""
+    """A norm over other features. An rms_norm of fewer still divides by the root of the sum over as many as there were: what went is zero."""
     shape = node.kwargs["normalized_shape"]
     dims = cut.found.values[node][-len(shape):]
     sizes = [cut.size(axis) for axis in dims]
     share = math.prod(shape) / math.prod(sizes)
     _set(node, normalized_shape=sizes)
-    if is_call(node, aten.rms_norm.default) and share != 1:
+    if is_call(node, aten.rms_norm.default) and share > 1:
         weight, dtype = node.kwargs.get("weight"), node.meta["val"].dtype
         eps = argument(node, "eps")
         old = torch.ones(sizes, dtype=dtype, device=node.meta["val"].device) if weight is None else evaluate(region, weight)
@@ -183,7 +187,7 @@ def _attention(cut: Cut, region: Region, node: Any) -> None:
         name, number = "kept_heads", 1
         while hasattr(region.module, f"{name}_{number}"):
             number += 1
-        index = cut.kept(dims[-3]).nonzero()[:, 0]
+        index = cut.index(dims[-3])
         set_tensor(region.module, f"{name}_{number}", index)
         with region.graph.inserting_before(node):
             kept = region.graph.get_attr(f"{name}_{number}")

@@ -10,7 +10,7 @@ from torch.nn import functional
 import sparsify_compiler as sc
 from sparsify_compiler import catalog
 from sparsify_compiler.call import instantiate
-from sparsify_compiler.errors import BudgetError, ParseError, UnknownNameError
+from sparsify_compiler.errors import BudgetError, ParseError, StructureError, UnknownNameError
 from sparsify_compiler.passes.train.add_adapters import AddAdapters
 from sparsify_compiler.program import Program, get_tensor
 from sparsify_compiler.training import Hook
@@ -113,7 +113,10 @@ def test_biases_train_where_nothing_is_frozen_and_the_change_has_its_scale() -> 
     module, _ = sc.attach(net(), (X,), "add_adapters(adapter='low_rank(rank=2, scale=0.5)', freeze=False)")
     assert all(parameter.requires_grad for parameter in module.parameters())
     whole, _ = sc.attach(net(), (X,), "add_adapters(adapter='low_rank(rank=2)')")
-    torch.testing.assert_close(module.get_parameter("0.low_rank_reads"), 0.5 * whole.get_parameter("0.low_rank_reads"))
+    before = net()(X)
+    for one in (module, whole):
+        one.get_parameter("2.low_rank_writes").data.fill_(1.0)
+    torch.testing.assert_close(module(X) - before, 0.5 * (whole(X) - before), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_share_a_weight_share_what_is_added() -> None:
@@ -136,6 +139,10 @@ def test_layers_that_share_a_weight_share_what_is_added() -> None:
 
 def test_bad_input() -> None:
     assert set(catalog.names("adapter")) == {"low_rank", "masked_low_rank", "row_by_column"}
+    with pytest.raises(ParseError, match="zero, principal"):
+        AddAdapters("low_rank(start='svd')")
+    with pytest.raises(StructureError, match="leave its mask"):
+        sc.attach(net(), (X,), f"{MASKED} | add_adapters(adapter=\"low_rank(start='principal')\")")
     with pytest.raises(ParseError, match="1 or more"):
         AddAdapters("low_rank(rank=0)")
     with pytest.raises(UnknownNameError):

@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 from sparsify_compiler import catalog
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError
-from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.normal_form_edit import take_place
 from sparsify_compiler.operands import geometry_of, input_of, operator_of
 from sparsify_compiler.passes.lower import _predicted, _selected, _selected_ffn
 from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure
 from sparsify_compiler.passes_api import Context, Pass, Preserves
-from sparsify_compiler.program import Program, Region, Stage, get_tensor, set_tensor
+from sparsify_compiler.program import Program, Region, Stage, get_tensor
+from sparsify_compiler.stored import read_stored
 from sparsify_compiler.training import KNOWN, META
 
 aten = torch.ops.aten
@@ -137,11 +137,8 @@ def _fold(product: _Masked) -> None:
 
 def _read(product: _Masked, name: str, tensor: Tensor) -> fx.Node:
     """Store a tensor in the region; the get_attr of it, before the product."""
-    set_tensor(product.region.module, name, tensor)
-    with product.region.graph.inserting_before(product.node):
-        node = product.region.graph.get_attr(name)
-    about = {key: product.node.meta[key] for key in ("path", "module") if key in product.node.meta}
-    node.meta = {"by": "pack", "val": fake_like(tensor, mode_of(product.region))} | about
+    node = read_stored(product.region, product.node, name, "pack", tensor)
+    node.meta |= {key: product.node.meta[key] for key in ("path", "module") if key in product.node.meta}
     return node
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify_compiler.fakes import fake_like, mode_of
-from sparsify_compiler.program import Region, get_tensor, set_tensor
+from sparsify_compiler.fakes import mode_of
+from sparsify_compiler.program import Region, get_tensor
+from sparsify_compiler.stored import beside, read_stored, reads
 
 aten = torch.ops.aten
 MARK = "low_rank_of"  # node meta of the two layers: the path of the layer that they stand beside
@@ -23,12 +24,10 @@ def add_low_rank(region: Region, op: fx.Node, weight: fx.Node, factors: tuple[Te
     path = str(op.meta.get("path", op.name))
     through: Any = op.kwargs["input"] if value is None else value
     for name, factor in zip(("low_rank_reads", "low_rank_writes"), factors, strict=True):
-        target = f"{str(weight.target).rpartition('.')[0]}.{name}".lstrip(".")
-        if target not in {str(node.target) for node in region.graph.nodes if node.op == "get_attr"}:
-            set_tensor(region.module, target, nn.Parameter(factor, requires_grad=get_tensor(region.module, str(weight.target)).requires_grad))
+        target = beside(str(weight.target), name)
+        trained = get_tensor(region.module, str(weight.target)).requires_grad
+        source = read_stored(region, op, target, by, None if reads(region, target) else nn.Parameter(factor, requires_grad=trained))
         with region.graph.inserting_before(op):
-            source = region.graph.get_attr(target)
-            source.meta = {"by": by, "val": fake_like(get_tensor(region.module, target), mode_of(region))}
             through = _call(region, aten.linear.default, {"input": through, "weight": source, "bias": None}, by)
         through.meta |= {"path": f"{path}.{name}", "module": op.meta.get("module"), MARK: path}
     with region.graph.inserting_after(op):

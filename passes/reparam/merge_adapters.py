@@ -35,7 +35,11 @@ class MergeAdapters(RulePass):
     Preserves  values, up to float reassociation
     Paper      LoRA, arXiv:2106.09685, section 4.1; DoRA, arXiv:2402.09353, section 4.1; VeRA, arXiv:2310.11454; SPP, arXiv:2405.16057;
                SQFT, arXiv:2410.03750
+
+    fill  one dense weight of a masked layer and a low-rank one beside it too (SLTrain's, arXiv:2406.02214): the mask's zeros go
     """
+
+    fill: bool = False
 
     about: ClassVar[frozenset[str]] = frozenset({"add"})
 
@@ -44,7 +48,7 @@ class MergeAdapters(RulePass):
 
     def run(self, program: Program, ctx: Context) -> Program:
         for region in program.regions.values():
-            unmask_changes(region, ctx, self.name())
+            unmask_changes(region, ctx, self.name(), self.fill)
         program = super().run(program, ctx)
         for region in program.regions.values():
             fold_combined(region, ctx, self.name())

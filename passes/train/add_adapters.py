@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from functools import partial
-from inspect import signature
 
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify_compiler.errors import ParseError
-from sparsify_compiler.fakes import fake_like, mode_of
+from sparsify_compiler.errors import StructureError
 from sparsify_compiler.named import Named
-from sparsify_compiler.passes.prune._low_rank import MARK, add_low_rank
+from sparsify_compiler.normal_form_edit import aten, insert
+from sparsify_compiler.passes.prune._low_rank import MARK
 from sparsify_compiler.passes.train._frozen import freeze, weight_of
-from sparsify_compiler.passes.train.adapters._base import factors
+from sparsify_compiler.passes.train.adapters._base import Adapter
 from sparsify_compiler.passes_api import Context, Pass
 from sparsify_compiler.program import Program, Region, get_tensor, set_tensor
 from sparsify_compiler.sites import chosen_sites
 from sparsify_compiler.splice import insert_formula
+from sparsify_compiler.stored import beside, read_stored, reads
+
+ADAPTER = "adapter_of"  # node meta of what stands beside or behind a layer: the layer's path
 
 
 @dataclass(frozen=True)
 class AddAdapters(Pass):
-    """Freeze a model, and give its linear layers adapters that train: inside of their masks, so that zeros stay, or beside them.
+    """Freeze a model, and give its linear layers adapters that train: inside of their masks, so that zeros stay, beside or behind them.
 
     Matches    linear(x, w, b) and linear(x, w * mask, b)
-    Rewrites   linear(x, f(w, reads, writes), b) and linear(x, f(w, reads, writes) * mask, b), f the adapter; of one that stands beside its layer
-               linear(x, w * mask, b) + linear(linear(x, scale * reads), writes). merge_adapters() makes weights of them again
+    Rewrites   linear(x, f(w), b) and linear(x, f(w) * mask, b), f the adapter; of one beside its layer linear(x, w * mask, b) + f(x), of one behind
+               it y + f(y), y = linear(x, w * mask, b). merge_adapters() makes weights of them again, where they are linear
     Preserves  values
     Paper      LoRA, arXiv:2106.09685; SPP, arXiv:2405.16057; SQFT, arXiv:2410.03750; DSEE, arXiv:2111.00160
 
@@ -44,18 +45,8 @@ class AddAdapters(Pass):
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self._rank < 1:
-            raise ParseError(f"a rank is 1 or more, got {self._rank}", where=self.adapter)
+        Named.parse("adapter", self.adapter)(torch.ones(2, 2, dtype=torch.float32), 0)
         self.take_selectors("targets", "ignore")
-
-    @property
-    def _form(self) -> Named:
-        return Named.parse("adapter", self.adapter)
-
-    @property
-    def _rank(self) -> int:
-        form = self._form
-        return int(form.options.get("rank", signature(form.function).parameters["rank"].default))
 
     def run(self, program: Program, ctx: Context) -> Program:
         made: dict[tuple[str, fx.Node], fx.Node] = {}
@@ -63,7 +54,7 @@ class AddAdapters(Pass):
         for site in chosen_sites(program, ("linear",), self.targets, self.ignore):
             region = program.regions[site.region]
             found = weight_of(region, site)
-            if found is None or MARK in found[0].meta or _has_one(found[0]):
+            if found is None or _has_one(found[0]):
                 ctx.miss("its weight has an adapter, or is computed", site.path)
             elif (site.region, found[1]) in made or ctx.spend():
                 trained |= {(site.region, name) for name in self._adapt(region, *found, made)}
@@ -71,44 +62,69 @@ class AddAdapters(Pass):
             freeze(program, trained)
         return program
 
-    def _adapt(self, region: Region, op: fx.Node, weight: fx.Node, mask: str | None, made: dict[tuple[str, fx.Node], fx.Node]) -> tuple[str, ...]:
+    def _adapt(self, region: Region, op: fx.Node, weight: fx.Node, mask: str | None, made: dict[tuple[str, fx.Node], fx.Node]) -> list[str]:
         """Put the adapter of a weight into the graph; the names of its parameters."""
-        form, dense = self._form, get_tensor(region.module, str(weight.target))
-        reads, writes = factors(dense.detach(), self._rank, zlib.crc32(f"{self.seed} {region.qualified(str(weight.target))}".encode()))
-        owner = str(weight.target).rpartition(".")[0]
-        if form.module.BESIDE:
-            add_low_rank(region, op, weight, (float(form.options.get("scale", 1.0)) * reads, writes), by=self.name())
-            names = tuple(f"{owner}.low_rank_{kind}".lstrip(".") for kind in ("reads", "writes"))
-            for name in names:
-                get_tensor(region.module, name).requires_grad_()
-            return names
-        place = made.get((region.path, weight))
-        names = tuple(f"{weight.target}_{kind}" for kind in ("reads", "writes"))
+        name = str(weight.target)
+        adapter = self._of(region, name, mask)
+        if adapter.place == "inside":
+            return self._inside(region, op, weight, mask, adapter, made)
+        return self._outside(region, op, name, adapter)
+
+    def _outside(self, region: Region, op: fx.Node, weight: str, adapter: Adapter) -> list[str]:
+        """Beside or behind one layer. The linear layers in it become sites "<path>.<adapter>_<tensor>"."""
+        kind, path, after, before = Named.parse("adapter", self.adapter).name, str(op.meta.get("path", op.name)), op.next, set(region.graph.nodes)
+        prefix = beside(weight, f"{kind}_")
+        if adapter.rest is not None and not reads(region, f"{prefix}{next(iter(adapter.tensors))}"):
+            trained = get_tensor(region.module, weight).requires_grad
+            set_tensor(region.module, weight, nn.Parameter(adapter.rest, requires_grad=trained))
+        nodes = self._parameters(region, after, prefix, adapter)
+        value, argument = (op, "y") if adapter.place == "behind" else (op.kwargs["input"], "x")
+        assert isinstance(value, fx.Node)
+        change = insert_formula(region, after, adapter.formula, {argument: value, **nodes}, self.name())
+        total = insert(after, aten.add.Tensor, self=op, other=change)
+        total.meta = {"by": self.name(), "val": op.meta["val"]}
+        new = {node: None for node in region.graph.nodes if node not in before}
+        for node in [node for node in new if node.op == "call_function" and node is not total]:
+            node.meta |= {"path": path, "module": op.meta.get("module"), ADAPTER: path}
+            ours = next((key for key, source in nodes.items() if source in node.all_input_nodes), None)
+            if node.target is aten.linear.default and ours is not None:
+                node.meta |= {"path": f"{path}.{kind}_{ours}", **({MARK: path} if adapter.place == "beside" else {})}
+        op.replace_all_uses_with(total, delete_user_cb=lambda user: user not in new)
+        return [str(node.target) for node in nodes.values()]
+
+    def _of(self, region: Region, name: str, mask: str | None) -> Adapter:
+        """Of one weight."""
+        dense, seed = get_tensor(region.module, name).detach(), zlib.crc32(f"{self.seed} {region.qualified(name)}".encode())
+        adapter: Adapter = Named.parse("adapter", self.adapter)(dense, seed)
+        if adapter.rest is not None and mask is not None:
+            raise StructureError("a low-rank part of a masked weight would leave its mask", where=region.qualified(name),
+                                 hint="start='zero', or add the adapters first and mask what is left")
+        return adapter
+
+    def _inside(self, region: Region, op: fx.Node, weight: fx.Node, mask: str | None, adapter: Adapter,
+                made: dict[tuple[str, fx.Node], fx.Node]) -> list[str]:
+        """Between the weight and its mask, once for all who read it."""
+        place, product = made.get((region.path, weight)), op.kwargs["weight"]
         if place is None:
-            product = op.kwargs["weight"] if mask is not None else None
-            nodes = {kind: _parameter(region, name, tensor, weight, self.name())
-                     for kind, name, tensor in zip(("reads", "writes"), names, (reads, writes), strict=True)}
-            before = product if isinstance(product, fx.Node) else op
-            place = insert_formula(region, before, partial(form.function, **form.options), {"weight": weight, **nodes}, self.name())
+            before = product if mask is not None and isinstance(product, fx.Node) else op
+            nodes = self._parameters(region, before, f"{weight.target}_", adapter)
+            place = insert_formula(region, before, adapter.formula, {"weight": weight, **nodes}, self.name())
             made[region.path, weight] = place
-            if isinstance(product, fx.Node):
-                product.replace_input_with(weight, place)
+            if mask is not None:
+                before.replace_input_with(weight, place)
         if mask is None:
             op.kwargs = {**op.kwargs, "weight": place}
-        return names
+        return [f"{weight.target}_{key}" for key in adapter.tensors]
+
+    def _parameters(self, region: Region, before: fx.Node, prefix: str, adapter: Adapter) -> dict[str, fx.Node]:
+        return {key: read_stored(region, before, f"{prefix}{key}", self.name(), None if reads(region, f"{prefix}{key}") else nn.Parameter(tensor))
+                for key, tensor in adapter.tensors.items()}
 
 
 def _has_one(op: fx.Node) -> bool:
-    """Does an adapter stand beside it?"""
-    return any(MARK in source.meta for user in op.users for source in user.all_input_nodes)
-
-
-def _parameter(region: Region, name: str, tensor: Tensor, beside: fx.Node, by: str) -> fx.Node:
-    set_tensor(region.module, name, nn.Parameter(tensor))
-    with region.graph.inserting_after(beside):
-        node = region.graph.get_attr(name)
-    node.meta = {"by": by, "val": fake_like(tensor, mode_of(region))}
-    return node
+    """Is it part of an adapter, or of a low-rank part, or does one stand beside or behind it?"""
+    near = (op, *op.users, *(source for user in op.users for source in user.all_input_nodes))
+    return any(mark in node.meta for node in near for mark in (ADAPTER, MARK))
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

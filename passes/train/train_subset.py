@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.named import Named
 from sparsify_compiler.normal_form_edit import aten
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._frozen import freeze, weight_of
 from sparsify_compiler.passes_api import Context, Pass
-from sparsify_compiler.program import Program, Region, Site, get_tensor, set_tensor
+from sparsify_compiler.program import Program, Region, Site, get_tensor
 from sparsify_compiler.sites import chosen_sites
 from sparsify_compiler.splice import insert_formula
+from sparsify_compiler.stored import read_stored, reads
 
 CHANGE = "change_of"    # node meta of the layer that is trained: the path of the one that it stands beside
 
@@ -87,12 +87,10 @@ class TrainSubset(Pass):
     def _add(self, region: Region, op: fx.Node, weight: fx.Node, places: Tensor) -> str:
         """Put the layer that trains beside another; the name of its weight."""
         dense, name = get_tensor(region.module, str(weight.target)), f"{weight.target}_change"
-        taken = {str(node.target) for node in region.graph.nodes if node.op == "get_attr"}
-        if name not in taken:
-            set_tensor(region.module, name, nn.Parameter(torch.zeros_like(dense, requires_grad=False)))
-            set_tensor(region.module, f"{name}_mask", places)
+        made = (None, None) if reads(region, name) else (nn.Parameter(torch.zeros_like(dense, requires_grad=False)), places)
         after = op.next
-        nodes = {key: self._read(region, target, after) for key, target in (("change", name), ("places", f"{name}_mask"))}
+        nodes = {key: read_stored(region, after, target, self.name(), tensor)
+                 for key, target, tensor in zip(("change", "places"), (name, f"{name}_mask"), made, strict=True)}
         source = op.kwargs["input"]
         assert isinstance(source, fx.Node)
         layer = insert_formula(region, after, _layer, {"x": source, **nodes}, self.name())
@@ -103,12 +101,6 @@ class TrainSubset(Pass):
         total.meta = {"by": self.name(), "val": op.meta["val"], "path": path}
         op.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         return name
-
-    def _read(self, region: Region, name: str, before: fx.Node) -> fx.Node:
-        with region.graph.inserting_before(before):
-            node = region.graph.get_attr(name)
-        node.meta = {"by": self.name(), "val": fake_like(get_tensor(region.module, name), mode_of(region))}
-        return node
 
 
 def _layer(x: Tensor, change: Tensor, places: Tensor) -> Tensor:

@@ -1,21 +1,51 @@
-"""What an adapter is: a function `name(weight, reads, writes, *, rank, scale) -> Tensor` in a file of its own, the weight to compute with.
-
-weight [out, in], frozen; reads [rank, in] and writes [out, rank] train. `writes` starts at 0, where the function gives the weight itself. A module
-constant BESIDE is True where nothing of this is inside a mask of the weight: the layer is then linear(x, weight) plus scale times
-linear(linear(x, reads), writes).
-"""
+"""What an adapter is: a function `name(weight, seed, *, options) -> Adapter` in a file of its own; weight [out, in] is the layer's, not masked."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sparsify_compiler.errors import ParseError
 
-def factors(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """reads and writes for a weight, of its dtype: uniform as of a linear layer, and zeros (LoRA, arXiv:2106.09685, section 4.1)."""
+Place = Literal["inside", "beside", "behind"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What trains in place of a layer's weight.
+
+    place    inside: the weight to compute with is formula(weight, **tensors), within its mask; beside: formula(x, **tensors) is added to what the
+             layer gives; behind: formula(y, **tensors) of what the layer gives is added to it
+    formula  in plain torch
+    tensors  its parameters by their names in the formula, of the weight's dtype
+    rest     what the weight becomes, where the adapter takes a part of it over
+    """
+
+    place: Place
+    formula: Callable[..., Tensor]
+    tensors: Mapping[str, Tensor]
+    rest: Tensor | None = None
+
+
+def factors(weight: Tensor, rank: int, seed: int) -> dict[str, Tensor]:
+    """reads [rank, in] and writes [out, rank] for a weight: uniform as of a linear layer, and zeros (LoRA, arXiv:2106.09685, section 4.1)."""
+    check_rank(rank)
     outputs, inputs = weight.shape
+    return {"reads": uniform((rank, inputs), seed).to(weight.dtype), "writes": torch.zeros(outputs, rank, dtype=weight.dtype)}
+
+
+def uniform(shape: tuple[int, int], seed: int) -> Tensor:
+    """float32, as torch fills a linear layer: between plus and minus 1 / sqrt(inputs)."""
     generator = torch.Generator().manual_seed(seed)
-    reads = (torch.rand(rank, inputs, generator=generator, dtype=torch.float32) * 2 - 1) / math.sqrt(max(inputs, 1))
-    return reads.to(weight.dtype), torch.zeros(outputs, rank, dtype=weight.dtype)
+    return (torch.rand(shape, generator=generator, dtype=torch.float32) * 2 - 1) / math.sqrt(max(shape[1], 1))
+
+
+def check_rank(rank: int) -> None:
+    """Raises ParseError."""
+    if rank < 1:
+        raise ParseError(f"a rank is 1 or more, got {rank}", where="adapter")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
-BESIDE = False
+from sparsify_compiler.passes.train.adapters._base import Adapter, factors
 
 
-def row_by_column(weight: Tensor, reads: Tensor, writes: Tensor, *, rank: int = 1, scale: float = 1.0) -> Tensor:
+def row_by_column(weight: Tensor, seed: int, *, rank: int = 1, scale: float = 1.0) -> Adapter:
     """weight * (1 + scale * writes reads)."""
+    return Adapter("inside", partial(_changed, scale=scale), factors(weight, rank, seed))
+
+
+def _changed(weight: Tensor, reads: Tensor, writes: Tensor, *, scale: float) -> Tensor:
     return weight + weight * (scale * (writes @ reads))

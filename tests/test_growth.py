@@ -1,0 +1,187 @@
+"""Sparse models with more weights to choose from than the dense one, and sparse plus low-rank ones: sizes, starts, merging, memory, resuming."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sparsify_compiler as sc
+from sparsify_compiler.call import instantiate
+from sparsify_compiler.errors import BudgetError, ParseError
+from sparsify_compiler.passes.train.expand_linears import ExpandLinears
+from sparsify_compiler.passes.train.widen_channels import WidenChannels
+from sparsify_compiler.training import Hook
+
+X = torch.randn(32, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+FORMS = ("wide", "parallel", "factorized", "doped")
+
+
+def net(inputs: int = 24, hidden: int = 32, outputs: int = 8) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs)).eval()
+
+
+def images() -> nn.Module:
+    """Filters that end in features: places of one filter stand beside each other there."""
+    torch.manual_seed(0)
+    convolutions = (nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU())
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
+
+
+def steps(module: nn.Module, hook: Hook, optimizer: torch.optim.Optimizer, count: int, autocast: bool = False) -> list[float]:
+    losses = []
+    for _ in range(count):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = functional.mse_loss(module(X).float(), Y) + hook.loss()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        hook.step(optimizer)
+        optimizer.zero_grad()
+    return losses
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from(FORMS), st.sampled_from([0.5, 0.25, 0.125]), st.integers(12, 40), st.integers(16, 48))
+def test_as_many_multiplications_as_the_dense_model(form: str, density: float, inputs: int, hidden: int) -> None:
+    """Never more but by what a mask rounds up, and not much less."""
+    model = net(inputs, hidden)
+    dense = inputs * hidden + hidden * 8
+    module, hook = sc.attach(model, (torch.zeros(2, inputs, dtype=torch.float32),), sc.recipes.sparse_ift(density, form))  # type: ignore[arg-type]
+    kept = sum(int(mask.sum()) for mask in hook.masks.values())
+    low = sum(one.numel() for name, one in module.named_parameters() if "low_rank" in name)
+    rounding = sum(1 for _ in hook.masks)
+    assert 0.8 * dense - 2 * (inputs + hidden + 8) <= kept + low <= dense + rounding
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_grown_model_starts_about_as_large_and_learns(form: str) -> None:
+    module, hook = sc.attach(net(), (X,), sc.recipes.sparse_ift(0.5, form))  # type: ignore[arg-type]
+    ratio = float((module(X).std() / net()(X).std()).detach())
+    assert 0.5 < ratio < 2
+    masks = {path: mask.clone() for path, mask in hook.masks.items()}
+    losses = steps(module, hook, torch.optim.AdamW(module.parameters(), 1e-2), 12)
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(mask, masks[path]) for path, mask in hook.masks.items())
+
+
+@pytest.mark.parametrize("density", [0.6, 0.3, 0.21])
+def test_copies_of_units_change_nothing(density: float) -> None:
+    for model, x in ((net(), X), (images(), torch.randn(2, 1, 7, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float32))):
+        module, _ = sc.attach(model, (x,), WidenChannels(density, "copies"))
+        assert sum(one.numel() for one in module.parameters()) > sum(one.numel() for one in model.parameters())
+        torch.testing.assert_close(module(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_fresh_weights_are_scaled_by_their_inputs() -> None:
+    model = net(24, 400, 300)
+    module, _ = sc.attach(model, (X,), WidenChannels(0.25))
+    weight, before = module.get_parameter("2.weight"), model.get_parameter("2.weight")
+    wanted = before.std() * math.sqrt(before.shape[1] / weight.shape[1])
+    torch.testing.assert_close(weight.std(), wanted, rtol=0.02, atol=0)
+    other, _ = sc.attach(model, (X,), WidenChannels(0.25, seed=1))
+    assert not torch.equal(weight, other.get_parameter("2.weight"))
+
+
+def test_packed_sltrain_holds_what_it_says() -> None:
+    """Weights, gradients and both moments of the optimizer: of the kept places and of the factors."""
+    model = net(64, 96, 48)
+    x, rank, density = torch.randn(16, 64, generator=torch.Generator().manual_seed(4), dtype=torch.float32), 3, 0.1
+    module, hook = sc.attach(model, (x,), sc.recipes.sltrain(density, rank) | sc.Pipeline.parse("pack()"))
+    optimizer = torch.optim.AdamW(module.parameters())
+    functional.mse_loss(module(x), torch.zeros(16, 48, dtype=torch.float32)).backward()
+    optimizer.step()
+    wanted = sum(math.ceil(density * a * b) + rank * (a + b) + b for a, b in ((64, 96), (96, 48)))
+    assert sum(one.numel() for one in module.parameters()) == wanted
+    assert sum(one.grad.numel() for one in module.parameters() if one.grad is not None) == wanted
+    moments = sum(value.numel() for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor) and value.dim())
+    assert moments == 2 * wanted
+    assert hook.masks["0"].sum() == math.ceil(density * 64 * 96)
+
+
+def test_sltrain_packed_and_masked_are_one() -> None:
+    masked, hook = sc.attach(net(), (X,), sc.recipes.sltrain(0.2, 2, seed=5))
+    packed, other = sc.attach(net(), (X,), sc.recipes.sltrain(0.2, 2, seed=5) | sc.Pipeline.parse("pack()"))
+    losses = [steps(module, own, torch.optim.AdamW(module.parameters(), 1e-2), 8) for module, own in ((masked, hook), (packed, other))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_sltrain_from_a_trained_weight_starts_with_what_is_left() -> None:
+    """Where nothing is cut it is the weight; and the residual is smaller than the weight."""
+    whole, _ = sc.attach(net(), (X,), "add_adapters(adapter=\"low_rank(rank=4, scale=0.25, start='principal')\", freeze=False)")
+    torch.testing.assert_close(whole(X), net()(X), rtol=1e-4, atol=1e-5)
+    before, after = net().get_parameter("0.weight"), whole.get_parameter("0.weight")
+    values = torch.linalg.svdvals(before)
+    torch.testing.assert_close(after.norm(), values[4:].norm(), rtol=1e-3, atol=1e-4)
+    module, _ = sc.attach(net(), (X,), sc.recipes.sltrain(0.5, 4, start="principal"))
+    torch.testing.assert_close(module.get_parameter("0.weight"), after)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_sltrain_merges_into_one_weight_where_that_is_asked_for() -> None:
+    module, hook = sc.attach(net(), (X,), sc.recipes.sltrain(0.2, 2))
+    steps(module, hook, torch.optim.AdamW(module.parameters(), 1e-2), 6)
+    for fill, layers in ((False, 6), (True, 2)):
+        program = sc.Pipeline.parse(f"merge_adapters(fill={fill})").run(sc.capture(module, (X,)))
+        assert sum("linear" in str(node.target) for _, node in program.nodes() if node.op == "call_function") == layers
+        with torch.no_grad():
+            torch.testing.assert_close(instantiate(program)(X), module(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [sc.recipes.sltrain(0.2, 2), sc.recipes.sltrain(0.2, 2) | sc.Pipeline.parse("pack()"),
+                                    sc.recipes.sparse_ift(0.5, "wide"), sc.recipes.lora(2)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_run_that_is_resumed_is_the_same_to_the_bit(recipe: sc.Pipeline, autocast: bool) -> None:
+    torch.set_num_threads(1)
+    module, hook = sc.attach(net(), (X,), recipe)
+    frozen = {name: one.detach().clone() for name, one in module.named_parameters() if not one.requires_grad}
+    optimizer = torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], 1e-2)
+    steps(module, hook, optimizer, 3, autocast)
+    saved = {key: value.clone() for key, value in module.state_dict().items()}
+    rest = copy.deepcopy((optimizer.state_dict(), hook.state_dict()))
+    again, other = sc.attach(net(), (X,), recipe, seed=9)
+    resumed = torch.optim.AdamW([one for one in again.parameters() if one.requires_grad], 1e-2)
+    again.load_state_dict(saved)
+    resumed.load_state_dict(rest[0])
+    other.load_state_dict(rest[1])
+    assert steps(module, hook, optimizer, 3, autocast) == steps(again, other, resumed, 3, autocast)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert all(torch.equal(module.get_parameter(name), value) for name, value in frozen.items())
+
+
+def test_weights_that_lie_in_one_module_have_adapters_of_their_own() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_weight, self.down = nn.Parameter(torch.randn(16, 24) / 5), nn.Parameter(torch.randn(8, 16) / 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(functional.relu(functional.linear(x, self.up_weight)), self.down)
+
+    torch.manual_seed(0)
+    model = Two().eval()
+    module, _ = sc.attach(model, (X,), "add_adapters(adapter='low_rank(rank=2)')")
+    assert [name for name, one in module.named_parameters() if one.requires_grad] == [
+        "up_low_rank_reads", "up_low_rank_writes", "down_low_rank_reads", "down_low_rank_writes"]
+    torch.testing.assert_close(module(X), model(X))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ParseError, match="growth is 1 or more"):
+        ExpandLinears(growth=0.5)
+    with pytest.raises(ParseError, match="form"):
+        ExpandLinears("sum")  # type: ignore[arg-type]
+    with pytest.raises(ParseError, match="copies"):
+        WidenChannels(0.5, "more")  # type: ignore[arg-type]
+    with pytest.raises(BudgetError):
+        WidenChannels(0.0)
