@@ -5,8 +5,8 @@
 All linear layers of the encoder are cut; the recovery trains them, the biases and the norms (the embeddings are frozen) with sc.recover() on the
 Brown files that are not held out, in batches of 32 × 64 tokens, in bfloat16 autocast. Cosine to the dense model's embeddings on held-out Brown texts
 and Lee Pearson (subjects.py) are measured before the first and behind the last step; nothing is chosen by them: --split choose measures on other
-texts, by which rate and losses were chosen. Settings are the same for all cases. The gradual cases start with the dense model. A killed run goes on
-where it was (--checkpoints).
+texts, by which rate and losses were chosen. Settings are the same for all cases. The gradual cases start with the dense model. Cases that learn
+masks (MaskLLM, Lottery Jackpots) train nothing else: the weights stay those of the dense model. A killed run goes on where it was (--checkpoints).
 
 --speed measures nothing but time: 8 × 128 tokens through the encoder cut in each case's structure (by magnitude: which weights they are changes no
 time), compiled in float32 and in bfloat16, against the dense model in both, eager and through torch.compile, in turns.
@@ -50,6 +50,11 @@ CASES = {  # of the number of steps
     "32x1 80 %": lambda steps: f"mask_weights(score='repair', structure='32x1', density=0.2, {HESSIAN})",
     "32x1 50 %, gradual": lambda steps: gradual(steps, 0.5, 3),
     "32x1 80 %, gradual": lambda steps: gradual(steps, 0.2, 2),
+    "2:4, MaskLLM from Wanda": lambda steps: f"mask_weights(score={SCORE!r}, structure='2:4') | learn_masks(until={steps})",
+    "2:4, MaskLLM from magnitude": lambda steps: f"mask_weights(structure='2:4') | learn_masks(until={steps})",
+    "2:4, Lottery Jackpots": lambda steps: f"mask_weights(structure='2:4') | learn_masks('top_k(power=0.0)', until={steps})",
+    "2:4, Lottery Jackpots from Wanda":
+        lambda steps: f"mask_weights(score={SCORE!r}, structure='2:4') | learn_masks('top_k(power=0.0)', until={steps})",
 }
 
 
@@ -150,8 +155,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="left" if name == "case" else "right")
     for row in rows:
         before, after = row["before"], row["after"]
-        table.add_row(row["case"], str(row["steps"]), f"{row['density']:.3f}", f"{before['cosine Brown']:.3f}", f"{after['cosine Brown']:.3f}",
-                      f"{before['Pearson Lee']:.3f}", f"{after['Pearson Lee']:.3f}", str(row["processor seconds"] or "resumed"))
+        found = [f"{side[name]:.3f}" if name in side else "" for name in ("cosine Brown", "Pearson Lee") for side in (before, after)]
+        table.add_row(row["case"], str(row["steps"]), f"{row['density']:.3f}", *found, str(row["processor seconds"] or "resumed"))
     Console(width=130).print(table)
 
 

@@ -3,8 +3,10 @@
     python benchmarks/sparse_training.py [--models mlp cnn] [--densities 0.1 0.05 0.02] [--seeds 3] [--steps 1000] [--methods ...] [--json FILE]
 
 Every method trains the same network from the same initial weights with the same batches, optimizer (AdamW, one cycle) and number of steps; masks move
-every 25 steps until three quarters of them. Settings are the methods' own, the first that were tried. Accuracy is that of the 10,000 test images,
-measured once, at the end; the table has its mean over the seeds and the spread (largest - smallest). All linear layers and convolutions are cut.
+every 25 steps until three quarters of them. Settings are the methods' own, the first that were tried. Methods that learn masks of weights which stay
+(ON_TRAINED) begin with the network that "dense" of the same seed ends with, and so do one-shot masks, which train nothing. Accuracy is that of the
+10,000 test images, measured once, at the end; the table has its mean over the seeds and the spread (largest - smallest). All linear layers and
+convolutions are cut.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch.nn import functional
 
 import sparsify_compiler as sc
 from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.training import Hook
 
 BATCH, RATE, EVERY, LAYERS = 128, 2e-3, 25, ("linear", "conv")
 
@@ -45,8 +49,23 @@ METHODS: dict[str, Callable[[float, int], Pipeline]] = {  # of density and the s
     "GMP": lambda density, last: sc.recipes.gmp(density, budget="erk", steps=last, every=EVERY),
     "STE 1:8": lambda density, last: sc.recipes.sr_ste("NM(n=1, m=8, padded=True)", penalty=0.0),
     "SR-STE 1:8": lambda density, last: sc.recipes.sr_ste("NM(n=1, m=8, padded=True)"),
+    "STE 1:16": lambda density, last: sc.recipes.sr_ste("NM(n=1, m=16, padded=True)", penalty=0.0),
+    "SR-STE 1:16": lambda density, last: sc.recipes.sr_ste("NM(n=1, m=16, padded=True)"),
+    "mask decay 1:16": lambda density, last: sc.recipes.progressive_gradient_flow(1, 16, "mask", last, last // 10, 5 / last, padded=True),
+    "structure decay 1:16": lambda density, last: sc.recipes.progressive_gradient_flow(1, 16, "structure", last, last // 10, padded=True),
+    "STE 2:8": lambda density, last: sc.recipes.sr_ste("NM(n=2, m=8, padded=True)", penalty=0.0),
+    "BDWP 2:8": lambda density, last: sc.recipes.bdwp(2, 8, padded=True),
+    "one shot, magnitude": lambda density, last: sc.recipes.magnitude(density=density),
+    "Lottery Jackpots": lambda density, last: sc.recipes.lottery_jackpots(density, steps=last),
+    "Lottery Jackpots, all changes": lambda density, last: sc.recipes.lottery_jackpots(density, steps=last, power=0.0),
+    "one shot, magnitude, 1:4": lambda density, last: sc.recipes.magnitude("1:4"),
+    "Lottery Jackpots 1:4": lambda density, last: sc.recipes.lottery_jackpots(structure="1:4", steps=last),
+    "MaskLLM 1:4": lambda density, last: sc.recipes.mask_llm("1:4", "magnitude", last, reward=0.0),
+    "MaskLLM 1:4, reward": lambda density, last: sc.recipes.mask_llm("1:4", "magnitude", last, reward=1e-4),
+    "MaskLLM 1:4, no prior": lambda density, last: sc.recipes.mask_llm("1:4", "magnitude", last, prior=0.0, reward=0.0),
 }
-OF_ITS_OWN = ("dense", "STE 1:8", "SR-STE 1:8")  # whose density is not asked for
+ON_TRAINED = [name for name in METHODS if name.startswith(("one shot", "Lottery", "MaskLLM"))]
+OF_ITS_OWN = [name for name in METHODS if name == "dense" or ":" in name]  # whose density is not asked for
 
 
 def mlp() -> nn.Module:
@@ -80,22 +99,47 @@ def main() -> None:
         for model, density, method in ((m, d, name) for m in arguments.models for d in arguments.densities for name in arguments.methods):
             about = {"model": model, "density": None if method in OF_ITS_OWN else density, "method": method, "seed": seed, "steps": arguments.steps}
             if not any(about.items() <= row.items() for row in rows):
-                rows.append(about | accuracy(model, METHODS[method](density, arguments.steps * 3 // 4), train, test, seed, arguments.steps))
+                rows.append(about | accuracy(model, method, density, train, test, seed, arguments.steps))
                 Console(stderr=True).print(rows[-1])
                 if arguments.json:
                     arguments.json.write_text(json.dumps(rows, indent=1))
     show(rows)
 
 
-def accuracy(model: str, pipeline: Pipeline, train: fashion.Images, test: fashion.Images, seed: int, steps: int) -> dict[str, float]:
+def accuracy(model: str, method: str, density: float, train: fashion.Images, test: fashion.Images, seed: int, steps: int) -> dict[str, float]:
     """Accuracy on the test images after training, and the share of the weights that is kept then."""
-    torch.manual_seed(seed)
-    network = MODELS[model]().eval()
+    stays = method in ON_TRAINED
+    network = trained(model, seed, steps, train) if stays else fresh(model, seed)
+    pipeline = METHODS[method](density, steps * 3 // 4)
     masked, *rest = pipeline.passes or (None,)
     if masked is not None:
         pipeline = Pipeline((type(masked)(**{**masked.options(), "targets": LAYERS if model == "cnn" else ("linear",)}), *rest))
     module, hook = sc.attach(network, (train.pixels[:BATCH],), pipeline, seed=seed)
-    optimizer = torch.optim.AdamW(module.parameters(), RATE, weight_decay=1e-2)
+    if not method.startswith("one shot"):
+        fit(module, hook, train, seed, steps, 0.0 if stays else 1e-2)
+    kept = [int(mask.sum()) for mask in hook.masks.values()]
+    weights = [mask.numel() for mask in hook.masks.values()]
+    return {"accuracy": fashion.accuracy(fashion.logits(module, test), test), "kept": sum(kept) / sum(weights) if weights else 1.0}
+
+
+def fresh(model: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return MODELS[model]().eval()
+
+
+@cache
+def trained(model: str, seed: int, steps: int, train: fashion.Images) -> nn.Module:
+    """What "dense" ends with."""
+    network = fresh(model, seed)
+    module, hook = sc.attach(network, (train.pixels[:BATCH],), Pipeline(()), seed=seed)
+    fit(module, hook, train, seed, steps, 1e-2)
+    network.load_state_dict(module.state_dict())
+    return network
+
+
+def fit(module: nn.Module, hook: Hook, train: fashion.Images, seed: int, steps: int, decay: float) -> None:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -106,9 +150,6 @@ def accuracy(model: str, pipeline: Pipeline, train: fashion.Images, test: fashio
         schedule.step()
         hook.step(optimizer)
         optimizer.zero_grad()
-    kept = [int(mask.sum()) for mask in hook.masks.values()]
-    weights = [mask.numel() for mask in hook.masks.values()]
-    return {"accuracy": fashion.accuracy(fashion.logits(module, test), test), "kept": sum(kept) / sum(weights) if weights else 1.0}
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -45,6 +45,7 @@ KINDS: Mapping[str, Kind] = {
     "distillation": Kind("passes/train/distillations/*.py"),
     "router loss": Kind("passes/train/router_losses/*.py"),
     "schedule": Kind("passes/train/schedules/*.py"),
+    "chooser": Kind("passes/train/choosers/*.py"),
     "adapter": Kind("passes/train/adapters/*.py"),
     "activation": Kind("passes/activation/functions/*.py"),
     "selector": Kind("passes/activation/selectors/*.py"),

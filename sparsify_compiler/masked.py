@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,22 +43,26 @@ class Masked(nn.Module):
 
     wanted            keep the dense gradient, the sum over the backward passes since take()
     straight_through  the weight gets all of it (STE, arXiv:1308.3432)
+    rest              share with which weights that are not kept count in a product that gradients are taken of; without gradients it is the mask's
     smoothed          a buffer of the weight's shape for who averages gradients over steps, or None
+    backs             modules with a `mask` of their own for what goes back through the layers that read the product (masked_backward.py)
     """
 
     smoothed: Tensor | None
+    backs: tuple[nn.Module, ...] = ()
 
     def __init__(self, straight_through: bool = False, smoothed: Tensor | None = None) -> None:
         super().__init__()
-        self.wanted, self.straight_through = False, straight_through
+        self.wanted, self.straight_through, self.rest = False, straight_through, 0.0
         self.register_buffer("smoothed", smoothed)
         self._sum: Tensor | None = None
 
     def forward(self, weight: Tensor, mask: Tensor) -> Tensor:
-        plain = type(weight) in (Tensor, nn.Parameter)  # an export runs on stand-ins: it sees the product alone
-        if not plain or not weight.requires_grad or not (self.wanted or self.straight_through):
+        acts = self.wanted or self.straight_through or (self.rest and torch.is_grad_enabled())
+        if not plain(weight) or not weight.requires_grad or not acts:
             return weight * mask
-        product: Tensor = _Product.apply(weight, mask, self)  # type: ignore[no-untyped-call]
+        rest = self.rest if torch.is_grad_enabled() else 0.0
+        product: Tensor = _Product.apply(weight, mask, rest, self)  # type: ignore[no-untyped-call]
         return product
 
     def add(self, gradient: Tensor) -> None:
@@ -74,27 +79,35 @@ class Masked(nn.Module):
         return {**self.__dict__, "_sum": None}
 
 
+def plain(x: Tensor) -> bool:
+    """Is it a tensor, not one of the stand-ins that an export runs on? Those see what the graph means, and nothing of training."""
+    return type(x) in (Tensor, nn.Parameter)
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, owner: Masked) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, rest: float, owner: Masked) -> Tensor:
         ctx.save_for_backward(mask)
-        ctx.owner = owner
-        return weight * mask
+        ctx.rest, ctx.owner = rest, owner
+        return _weighed(weight, mask, rest)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         gradient, (mask,) = gradients[0], ctx.saved_tensors
         ctx.owner.add(gradient)
-        return gradient if ctx.owner.straight_through else gradient * mask, None, None
+        return gradient if ctx.owner.straight_through else _weighed(gradient, mask, ctx.rest), None, None, None
 
 
-def tap_product(region: Region, name: str, product: fx.Node, straight_through: bool, smoothed: bool) -> Masked:
-    """Let a Masked take the place of a product of a region's graph, under a name of the region's module."""
+def _weighed(x: Tensor, mask: Tensor, rest: float) -> Tensor:
+    return torch.where(mask, x, x * rest) if rest else x * mask
+
+
+def tap_product(region: Region, name: str, product: fx.Node, make: Callable[[Tensor], Masked]) -> Masked:
+    """Let a Masked, made of the weight, take the place of a product of a region's graph, under a name of the region's module."""
     sources = [source for source in product.all_input_nodes if source.op == "get_attr"]
     mask = next(source for source in sources if get_tensor(region.module, str(source.target)).dtype == torch.bool)
     weight = next(source for source in sources if source is not mask)
-    shape = get_tensor(region.module, str(weight.target))
-    made = Masked(straight_through, torch.zeros_like(shape, requires_grad=False) if smoothed else None)
+    made = make(get_tensor(region.module, str(weight.target)))
     region.module.add_module(name, made)
     with region.graph.inserting_before(product):
         call = region.graph.call_module(name, (weight, mask))

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import InputError
+from sparsify_compiler.masked import Masked
+from sparsify_compiler.masked_backward import WayBack
 from sparsify_compiler.named import Named
+from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._moving import cut, regrown, shared, thinned
 from sparsify_compiler.passes.train._places import Place, places_of
 from sparsify_compiler.training import Anew, Marked, Part
@@ -30,12 +33,14 @@ class Mover(Part):
         self._sparsity, self._decay = Named.parse("schedule", of.sparsity), Named.parse("schedule", of.decay)
         self._scores = of.scores()
         self._reads = of.smooth > 0 or any(GRADIENT in name.statistics for name in self._scores)
+        self._rest = None if of.rest is None else Named.parse("schedule", of.rest)
         self._places = places_of(of, marked)
-        if self._sparsity(0) != 1:
-            for place in self._places:
-                weight = place.weight()
-                start = self._scores[0](weight, {**place.known, GRADIENT: torch.zeros_like(weight)}, of.seed)
+        for place in self._places if self._sparsity(0) != 1 or of.backward is not None else ():
+            weight = place.weight()
+            start = self._scores[0](weight, {**place.known, GRADIENT: torch.zeros_like(weight)}, of.seed)
+            if self._sparsity(0) != 1:
                 place.put(cut(place.structure, start, self._density(place, 0)))
+            self._turn(place, start)
 
     def move(self, step: int) -> None:
         """Ask for the dense gradients of the next step, where that updates."""
@@ -43,6 +48,8 @@ class Mover(Part):
         for place in self._places:
             for tap in place.taps:
                 tap.wanted = wanted
+                if isinstance(tap, Masked):
+                    tap.rest = 0.0 if self._rest is None else self._rest(step)
                 tap.take()
 
     def loss(self, step: int) -> Tensor | None:
@@ -65,6 +72,14 @@ class Mover(Part):
         targets = self._targets(moved, step)
         for place, gradient in moved:
             yield self._update(place, gradient, step, targets.get(place.path))
+
+    def _turn(self, place: Place, score: Tensor) -> None:
+        """Choose what the way back is computed with."""
+        structure = self._of.backward
+        if isinstance(structure, Structure):
+            mask = cut(structure, score, 1 - place.sparsity)
+            for back in (back for tap in place.taps if isinstance(tap, Masked) for back in tap.backs if isinstance(back, WayBack)):
+                back.mask.copy_(mask)
 
     def _due(self, step: int) -> bool:
         return 0 < step <= self._of.until and (step % self._of.every == 0 or step == self._of.until)
@@ -119,4 +134,5 @@ class Mover(Part):
             new = regrown(old, score, growth[0], place.structure, density, before * (1 - self._of.fraction * self._decay(step)), least)
         else:
             new = thinned(old, score, place.structure, density)
+        self._turn(place, score)
         return place.move(new, keep=self._of.straight_through)

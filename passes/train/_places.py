@@ -130,26 +130,36 @@ def places_of(of: MoveMasks, marked: Sequence[Marked]) -> list[Place]:
     """One for each weight."""
     groups: dict[int, list[Marked]] = {}
     for one in marked:
-        groups.setdefault(id(one.tap if isinstance(one.tap, Packed) else _mask_of(one)), []).append(one)
+        groups.setdefault(id(one.tap if isinstance(one.tap, Packed) else mask_of(one)), []).append(one)
     return [_place(of, group) for group in groups.values()]
 
 
-def _mask_of(one: Marked) -> Tensor:
+def structure_of(one: Marked, given: Structure | str | None) -> Structure:
+    """The given structure, or that with which a pass made the mask; unstructured, where somebody else did before."""
+    if isinstance(given, Structure):
+        return given
+    decision = one.decision
+    return Structure.parse(decision.structure if decision is not None and decision.structure not in ("dense", "unknown") else "unstructured")
+
+
+def mask_of(one: Marked) -> Tensor:
+    """The bool buffer among its tensors."""
     return next(tensor for tensor in one.tensors.values() if tensor.dtype == torch.bool)
 
 
 def _place(of: MoveMasks, group: Sequence[Marked]) -> Place:
     one = group[0]
     packed = one.tap if isinstance(one.tap, Packed) else None
-    if packed is not None and (of.straight_through or of.penalty or of.smooth):
-        raise InputError("straight_through, penalty and smooth need the weights that are not kept", where=one.path, hint="leave out pack()")
-    mask = _mask_of(one) if packed is None else packed.stored.mask()
-    known = one.decision is not None and one.decision.structure not in ("dense", "unknown")  # else the mask was there before, made by somebody else
-    made_with = one.decision.structure if one.decision is not None and known else "unstructured"
-    structure = of.structure if isinstance(of.structure, Structure) else Structure.parse(made_with)
+    if packed is not None and (of.straight_through or of.penalty or of.smooth or of.rest or of.backward):
+        raise InputError("straight_through, penalty, smooth, rest and backward need the weights that are not kept", where=one.path,
+                         hint="leave out pack()")
+    mask = mask_of(one) if packed is None else packed.stored.mask()
+    structure = structure_of(one, of.structure)
     if of.redistribute and structure.density is not None:
         raise InputError(f"{structure} fixes how many weights a layer keeps", where=one.path, hint="leave out redistribute")
     structure.check(tuple(mask.shape), structure.density or math.nextafter(1, 0))
+    if isinstance(of.backward, Structure):
+        of.backward.check(tuple(mask.shape), of.backward.density or math.nextafter(1, 0))
     density = float(mask.double().mean()) if structure.density is None else structure.density  # of a padded n:m the mask has a little more
     taps = tuple(dict.fromkeys(each.tap for each in group if isinstance(each.tap, Masked | Packed)))
     common = (one.path, taps, structure, 1 - density, one.known)

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.masked import Masked, masked_weight, tap_product
+from sparsify_compiler.masked_backward import tap_backward
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._mover import GRADIENT, Mover
@@ -43,6 +44,10 @@ class MoveMasks(TrainingPass):
                read then; else an average over all steps, kept in a buffer beside the mask
     structure  which weights may be kept together; None for that with which mask_weights() made the mask (unstructured, where the mask was there)
     straight_through  the weights that are not kept get gradients too, and compete for a place (STE)
+    rest       a schedule: the share with which weights that are not kept count while gradients are taken, "exponential(rate=0.01)"; without gradients
+               the product is always that of the mask (mask decay, arXiv:2402.04744)
+    backward   a structure: the gradient of the layer's input is computed with the weights that it keeps of all, "NM(n=2, m=8, along='outputs')"
+               (BDWP, arXiv:2309.13015)
     penalty    weight of half the sum of the squares of the weights that are not kept, a term of the loss (SR-STE, arXiv:2102.04010, equation 9)
     redistribute  what all layers drop comes back in those whose kept weights have the largest gradients on average (arXiv:1907.04840, section 3.3); a
                layer's density then is its own, and the schedule's no more
@@ -65,6 +70,8 @@ class MoveMasks(TrainingPass):
     smooth: float = 0.0
     structure: Structure | str | None = None
     straight_through: bool = False
+    rest: str | None = None
+    backward: Structure | str | None = None
     penalty: float = 0.0
     least: float = 0.0
     redistribute: bool = False
@@ -78,8 +85,11 @@ class MoveMasks(TrainingPass):
         for name in self.scores():
             if "movement" in name.statistics:
                 raise ParseError(f"the score {name.name} sums up over all steps, and masks move between them", where="move_masks")
-        if isinstance(self.structure, str):
-            object.__setattr__(self, "structure", Structure.parse(self.structure))
+        if self.rest is not None:
+            Named.parse("schedule", self.rest)(0)
+        for option in ("structure", "backward"):
+            if isinstance(given := getattr(self, option), str):
+                object.__setattr__(self, option, Structure.parse(given))
         for option, high in (("fraction", 1.0), ("smooth", 1.0), ("penalty", float("inf")), ("least", 1.0)):
             value = getattr(self, option)
             if not 0 <= value <= high:
@@ -117,7 +127,13 @@ class MoveMasks(TrainingPass):
         return program
 
     def tap(self, region: Region, name: str, node: fx.Node) -> Masked:
-        return tap_product(region, name, node, self.straight_through, smoothed=self.smooth > 0)
+        def make(weight: Tensor) -> Masked:
+            return Masked(self.straight_through, torch.zeros_like(weight, requires_grad=False) if self.smooth > 0 else None)
+
+        backs = tap_backward(region, name, node) if self.backward is not None else ()
+        made = tap_product(region, name, node, make)
+        made.backs = backs
+        return made
 
     def part(self, marked: Sequence[Marked]) -> Part:
         return Mover(self, marked)

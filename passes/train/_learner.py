@@ -1,0 +1,77 @@
+"""What moves masks that are learnt from scores: after every step of the optimizer they are what the scores choose."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.errors import InputError
+from sparsify_compiler.passes.train._chosen import Chosen
+from sparsify_compiler.passes.train._places import mask_of, structure_of
+from sparsify_compiler.passes.train.choosers._base import Choice
+from sparsify_compiler.training import Anew, Marked, Part
+
+if TYPE_CHECKING:
+    from sparsify_compiler.passes.train.learn_masks import LearnMasks
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A mask and what stands for it."""
+
+    path: str
+    tap: Chosen
+    mask: Tensor
+
+
+class Learner(Part):
+    """Moves the masks that a LearnMasks has marked."""
+
+    def __init__(self, of: LearnMasks, marked: Sequence[Marked]) -> None:
+        self._of = of
+        self._places = list({id(mask_of(one)): self._place(one) for one in marked}.values())
+
+    def _place(self, one: Marked) -> Learnt:
+        mask, tap = mask_of(one), one.tap
+        if not isinstance(tap, Chosen):
+            raise InputError("another pass moves this mask", where=one.path, hint="learn it, or move it")
+        if tap.choice is None:
+            structure = structure_of(one, self._of.structure)
+            density = float(mask.double().mean()) if structure.density is None else structure.density
+            choice = Choice(structure, density, seed=zlib.crc32(f"{self._of.seed} {one.path}".encode()))
+            tap.chooser.check(choice, tuple(mask.shape))
+            tap.choice = choice
+            tap.scores = torch.nn.Parameter(tap.chooser.start(mask, choice).to(mask.device))
+        return Learnt(one.path, tap, mask)
+
+    def move(self, step: int) -> None:
+        for place in self._places:
+            place.tap.begin(self._progress(step), f"{self._of.seed} {place.path} {step}")
+
+    def loss(self, step: int) -> Tensor | None:
+        """Minus the sum of the squares of what the last forward pass multiplied with, which falls silent towards the end."""
+        weight = self._of.reward * (1 - self._progress(step))
+        terms = [place.tap.seen.float().square().sum() for place in self._places if place.tap.seen is not None] if weight else []
+        return -weight * torch.stack(terms).sum() if terms else None
+
+    def update(self, step: int) -> Iterable[Anew]:
+        if step <= self._of.until and (step % self._of.every == 0 or step == self._of.until):
+            for place in self._places:
+                self._choose(place, step)
+        return ()
+
+    def _choose(self, place: Learnt, step: int) -> None:
+        """Scores that are frozen, or not finite, leave the mask as it is."""
+        tap = place.tap
+        if tap.scores.requires_grad and bool(tap.scores.isfinite().all()):
+            tap.begin(self._progress(step), tap.name)
+            assert tap.choice is not None
+            place.mask.copy_(tap.chooser.mask(tap.scores.detach(), place.mask, tap.choice))
+
+    def _progress(self, step: int) -> float:
+        return min(step / self._of.until, 1.0)

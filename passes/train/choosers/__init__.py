@@ -1,0 +1,1 @@
+"""How masks are learnt on weights that stay: one file a chooser."""
