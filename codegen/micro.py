@@ -2,6 +2,7 @@
 
 read      cores add up numbers: the rate at which they arrive from whichever level of memory they lie in
 multiply  fused multiply-adds of vectors in registers
+dot       products of pairs of bfloat16 of such vectors (AVX512_BF16)
 tiles     products of AMX tiles of bfloat16 in registers
 gather    16 numbers from anywhere in 4 KB
 nothing   what calling costs, waking the other threads, and code and data that have left the caches meanwhile
@@ -26,9 +27,10 @@ from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.pages import resident
 from sparsify_compiler.target import Target
 
-What = Literal["read", "multiply", "tiles", "gather", "nothing"]
+What = Literal["read", "multiply", "dot", "tiles", "gather", "nothing"]
 LANES, UNROLL, CHAINS, PRODUCTS, GATHERS = 16, 8, 12, 4, 4
 GATHER = Path(__file__).parent / "kernels" / "gemv.ll"
+DOT = Path(__file__).parent / "kernels" / "dot_bf16.ll"
 TABLE = 1024                # numbers that are gathered from
 AWAY = tuple(kb << 10 for kb in (16, 32, 256, 1024, 1536, 3072, 8192, 16384, 32768, 65536, 131072, 262144))     # bytes that are read again and again
 SECONDS = 2e-3              # of one timing
@@ -64,6 +66,8 @@ def measured(target: Target) -> dict[str, Any]:
                "call": _each(probes["nothing", 1], 1, data[:1], rounds=1000)}
     numbers["vector"] /= cores
     numbers["wake"] = max(0.0, _each(probes["nothing", cores], 1, data, rounds=1000) - numbers["call"])
+    if target.has("avx512bf16"):
+        numbers["dot"] = CHAINS * LANES * 4 / _each(_probe("dot", 1, target), 100_000, data[:1], of=min)
     if all(target.has(feature) for feature in TILE_FEATURES) and permission.tiles():
         numbers["matrix"] = PRODUCTS * 2 * 16 * 16 * 32 / _each(_probe("tiles", 1, target), 20_000, data[:1], of=min)
     rates = {workers: {size: _rate(probes["read", workers], size, workers) for size in AWAY} for workers in {1, cores}}
@@ -148,6 +152,15 @@ def _multiply(me: Any, times: Any, n: Any, data: Any, y: Any) -> None:
     _keep(me, sums, y)
 
 
+def _dot(me: Any, times: Any, n: Any, data: Any, y: Any) -> None:
+    sums = _sums(CHAINS)
+    a, b = (e.let(e.reinterpret("int32", e.load(data, me, i * LANES, lanes=LANES), LANES)) for i in range(2))
+    with e.llvm(DOT.read_text()), e.loop(times):
+        for one in sums:
+            one.set(e.external(one.dtype, "dot_bf16", one.get(), a, b))
+    _keep(me, sums, y)
+
+
 def _tiles(me: Any, times: Any, n: Any, data: Any, y: Any) -> None:
     t.configure([t.ROWS] * 8)
     for i in range(PRODUCTS):
@@ -178,5 +191,5 @@ def _nothing(me: Any, times: Any, n: Any, data: Any, y: Any) -> None:
     e.store(y, e.zero(), me, 0)
 
 
-_BODIES: Mapping[What, Callable[..., None]] = {"read": _read, "multiply": _multiply, "tiles": _tiles, "gather": _gather,
-                                              "nothing": _nothing}
+_BODIES: Mapping[What, Callable[..., None]] = {"read": _read, "multiply": _multiply, "dot": _dot, "tiles": _tiles,
+                                              "gather": _gather, "nothing": _nothing}

@@ -21,12 +21,14 @@ from sparsify_compiler.target import resolve
 FOLDER = Path(__file__).with_name("machines")
 UNITS: Mapping[str, str] = {
     "vector": "flop/s of a core, float32",
+    "dot": "flop/s of a core, bfloat16, by products of pairs in vectors",
     "matrix": "flop/s of a core, bfloat16",
     "gathers": "16 numbers/s of a core, from its first cache",
     "call": "s, Python calling a kernel",
     "wake": "s, until other threads have begun and the last has ended",
 }
-FMA_FLOPS, TILE_FLOPS = 2 * 16, 2 * 16 * 16 * 32
+FMA_FLOPS, DOT_FLOPS, TILE_FLOPS = 2 * 16, 4 * 16, 2 * 16 * 16 * 32
+OPTIONAL = frozenset({"dot", "matrix"})
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Machine:
     arch      "x86_64", "aarch64" or "cuda"
     features  LLVM feature names that decide which kernels there are
     cores     that take part; a GPU counts as one core
-    numbers   by the names in UNITS; "matrix" is missing where there are no such units
+    numbers   by the names in UNITS; those in OPTIONAL are missing where there are no such units
     memory    levels by rising size; rates between two are interpolated: seconds for a byte, over the logarithm of the size
     """
 
@@ -73,7 +75,7 @@ class Machine:
     def __post_init__(self) -> None:
         levels = "levels of memory: at least two, which rise in size, and cores"
         wrong = sorted(name for name, number in self.numbers.items() if UNITS.get(name) != number.unit or not number.value >= 0)
-        missing = sorted(set(UNITS) - {"matrix"} - set(self.numbers))
+        missing = sorted(set(UNITS) - OPTIONAL - set(self.numbers))
         sizes = [level.bytes for level in self.memory]
         if wrong or missing or len(sizes) < 2 or sizes != sorted(set(sizes)) or self.cores < 1:
             bad = f"numbers {wrong}" if wrong else f"missing {missing}" if missing else levels
@@ -81,10 +83,11 @@ class Machine:
 
     def times(self, threads: int) -> dict[str, float]:
         """Seconds by the names of symbols.TIMES, for a call on that many threads; all but those that depend on where data lies."""
-        vector, matrix = self.numbers["vector"].value, self.numbers.get("matrix")
-        per_tile = TILE_FLOPS / (matrix.value if matrix is not None else vector)
+        vector = self.numbers["vector"].value
+        dot, matrix = (self.numbers[name].value if name in self.numbers else vector for name in ("dot", "matrix"))
         return {"threads": threads, "call": self.numbers["call"].value, "wake": self.numbers["wake"].value if threads > 1 else 0.0,
-                "fma": FMA_FLOPS / vector, "tile": per_tile, "gather": 1 / self.numbers["gathers"].value, "near": 1 / self.rate(NEAR, 1)}
+                "fma": FMA_FLOPS / vector, "dot": DOT_FLOPS / dot, "tile": TILE_FLOPS / matrix, "gather": 1 / self.numbers["gathers"].value,
+                "near": 1 / self.rate(NEAR, 1)}
 
     def rate(self, distance: float, threads: int) -> float:
         """Bytes a second at which data arrives that was read that many bytes ago, all threads together."""

@@ -40,6 +40,7 @@ TABLE: Mapping[str, str] = {
     "threads": "cores that take part in a call",
     "wake": "seconds until the other threads have begun, and the last has ended; 0 on one thread",
     "fma": "seconds that a core takes for 16 multiply-adds of float32",
+    "dot": "seconds that a core takes for 32 multiply-adds of bfloat16, pairs in vectors",
     "tile": "seconds that a core takes for a product of 16x16x32 in bfloat16",
     "gather": "seconds that a core takes to fetch 16 numbers from anywhere in its first cache",
     "cold": "seconds that a call takes longer when other layers have displaced its code and data",
@@ -48,7 +49,7 @@ TABLE: Mapping[str, str] = {
 }
 
 # What is measured in seconds: any cost is proportional to all of these together.
-TIMES = ("call", "wake", "fma", "tile", "gather", "cold", "arrive", "near")
+TIMES = ("call", "wake", "fma", "dot", "tile", "gather", "cold", "arrive", "near")
 
 NATURAL = ("threads", "group", "vectors", "span", "M", "N", "K", "r", "c", "n", "m", "hidden", "steps", "block", "taps", "read", "written", "pairs",
            "block_q", "block_k", "E", "listed", "experts", "chosen")
@@ -56,7 +57,7 @@ NATURAL = ("threads", "group", "vectors", "span", "M", "N", "K", "r", "c", "n", 
  chosen) = (
     Symbol(name, integer=True, nonnegative=True) for name in NATURAL)
 density, spread, value_bytes, x_bytes = (Symbol(name, nonnegative=True) for name in ("density", "spread", "value_bytes", "x_bytes"))
-call, wake, fma, tile, gather, cold, arrive, near = (Symbol(name, nonnegative=True) for name in TIMES)
+call, wake, fma, dot, tile, gather, cold, arrive, near = (Symbol(name, nonnegative=True) for name in TIMES)
 
 index_bytes: Expr = Piecewise((2, K <= 32767), (4, True))  # column indices are int16 where that is enough (formats/_base.py)
 pointer_bytes = 4

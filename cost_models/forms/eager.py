@@ -14,6 +14,7 @@ from dataclasses import replace
 from sympy import Expr, Integer, ceiling
 
 from sparsify_compiler.cost_models.forms._base import LANES, Form, Formula, Hardware, Values, costs
+from sparsify_compiler.cost_models.forms.dense import units_of
 from sparsify_compiler.cost_models.symbols import E, K, M, N, block_k, block_q, fma, near, pairs, read, taps, threads, value_bytes, written, x_bytes
 
 SMALL, WINDOW = 20480, 9  # elements of one image, and taps, up to which torch does not ask oneDNN
@@ -43,7 +44,7 @@ def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
         return [Form("dense eager", replace(FORMULAS[op], weight=Integer(0)) if op == "elementwise" else FORMULAS[op], "gpu")]  # passes are all
     if op == "conv2d" and values["read"] <= SMALL and values["taps"] <= WINDOW:
         op = "small conv2d"
-    return [Form("dense eager", FORMULAS[op], f"eager {_kind(op, values)} {dtype}")]
+    return [Form("dense eager", FORMULAS[op], f"eager {_kind(op, values)} {dtype if op == 'elementwise' else units_of(dtype, machine)}")]
 
 
 def _kind(op: str, values: Values) -> str:

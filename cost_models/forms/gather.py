@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 
-from sympy import Expr, ceiling
+from sympy import ceiling
 
 from sparsify_compiler.cost_models.forms import dense, streams, tiles
 from sparsify_compiler.cost_models.forms._base import LANES, Form, Formula, Hardware, Values, costs
-from sparsify_compiler.cost_models.forms.dense import form_of
+from sparsify_compiler.cost_models.forms.dense import HALVES, multiplied, units_of
 from sparsify_compiler.cost_models.ops.select_linear import UNION
-from sparsify_compiler.cost_models.symbols import K, M, N, density, fma, hidden, near, threads, tile, value_bytes
+from sparsify_compiler.cost_models.symbols import K, M, N, density, fma, hidden, near, threads, value_bytes
 
 FEW_ROWS = {"float32": 4, "bfloat16": 2}
 ALONE = 1 << 16
@@ -28,12 +28,10 @@ GATHERED = M * UNION * K * _WIDTH / LANES           # vectors: every row goes ov
 ROWS = Formula(UNION * K * _WIDTH * value_bytes, product * GATHERED * fma / threads + _choosing, (K * N, ALONE))
 
 
-def _many(multiplied: Expr) -> Formula:
+def _many(units: str) -> Formula:
     """Selected in one pass, and multiplied with all of the weight, which lies input by input."""
-    return Formula(K * N * value_bytes, (product * multiplied + strided * K * N / LANES * fma) / threads + _choosing)
+    return Formula(K * N * value_bytes, (product * multiplied(M, K * N, units) + strided * K * N / LANES * fma) / threads + _choosing)
 
-
-MANY, MANY_TILES = _many(M * K * N / LANES * fma), _many(ceiling(M / 16) * K * N / 512 * tile)
 
 NEURONS_READ = hidden * K + density * hidden * (K + N)      # weights: all of the gate, of up and down those of the selected neurons
 BY_NEURON = Formula(NEURONS_READ * value_bytes, product * NEURONS_READ / LANES * fma / threads + selected * (hidden + K) / LANES * fma)
@@ -41,38 +39,38 @@ INPUTS_READ = UNION * hidden * (2 * K + N)
 BY_INPUT = Formula(INPUTS_READ * value_bytes, product * M * INPUTS_READ / LANES * fma / threads + selected * M * (hidden + 2 * K) / LANES * fma)
 
 
-def _dense(multiplied: Expr) -> Formula:
+def _dense(units: str) -> Formula:
     """The three linears of a gated FFN, and what is between them."""
     weights, activations = hidden * (2 * K + N), M * (K + N + 3 * hidden)
     beside = strided * weights / LANES * fma + near * value_bytes * taken * activations
-    return Formula(weights * value_bytes, (product * multiplied + beside) / threads)
+    return Formula(weights * value_bytes, (product * multiplied(M, weights, units) + beside) / threads)
 
 
-DENSE, DENSE_TILES = _dense(M * hidden * (2 * K + N) / LANES * fma), _dense(ceiling(M / 16) * hidden * (2 * K + N) / 512 * tile)
+MANY, DENSE = ({units: formula(units) for units in ("float32", *HALVES.values())} for formula in (_many, _dense))
 
 
 def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
     """The kernel that reads what is selected; of FFNs their dense forms too."""
     if op not in ("select_linear", *FFNS):
         return []
-    dense_formula = DENSE_TILES if form_of("dense eager", values["M"], dtype, machine).formula is dense.TILES else DENSE
-    found = _dense_ffn(values, dtype, machine, dense_formula) if op in FFNS else []
-    return found + (_sparse(op, values, dtype, dense_formula) if "avx512f" in machine.features else [])
+    found = _dense_ffn(values, dtype, machine) if op in FFNS else []
+    return found + (_sparse(op, values, dtype, units_of(dtype, machine)) if "avx512f" in machine.features else [])
 
 
-def _dense_ffn(values: Values, dtype: str, machine: Hardware, formula: Formula) -> list[Form]:
+def _dense_ffn(values: Values, dtype: str, machine: Hardware) -> list[Form]:
     """Those that all three linears have."""
     shape = {**values, "N": values["hidden"], "K": math.gcd(int(values["K"]), int(values["hidden"]))}
     names = [form.name for family in (dense, tiles, streams) for form in family.offer("select_linear", shape, dtype, machine)]
-    return [Form(name, formula, f"ffn {name} {dtype} {'row' if values['M'] <= 1 else 'rows'}") for name in names]
+    units = units_of(dtype, machine)
+    return [Form(name, DENSE[units], f"ffn {name} {units} {'row' if values['M'] <= 1 else 'rows'}") for name in names]
 
 
-def _sparse(op: str, values: Values, dtype: str, dense_formula: Formula) -> list[Form]:
+def _sparse(op: str, values: Values, dtype: str, units: str) -> list[Form]:
     few = values["M"] <= FEW_ROWS.get(dtype, 0)
-    many = "few" if few else "many"
+    many = f"{dtype} few" if few else f"{units} many"
     if op == "select_linear":
-        return [Form("gather by input", ROWS if few else MANY_TILES if dtype == "bfloat16" else MANY, f"gather {dtype} {many}")]
+        return [Form("gather by input", ROWS if few else MANY[units], f"gather {many}")]
     if op == "select_ffn":
         one = values["M"] == 1
-        return [Form("gather by neuron", BY_NEURON if one else dense_formula, f"gather_ffn {dtype} {'one' if one else 'many'}")]
-    return [Form("gather by input, the FFN in one call", BY_INPUT if few else dense_formula, f"gather_inputs_ffn {dtype} {many}")]
+        return [Form("gather by neuron", BY_NEURON if one else DENSE[units], f"gather_ffn {f'{dtype} one' if one else f'{units} many'}")]
+    return [Form("gather by input, the FFN in one call", BY_INPUT if few else DENSE[units], f"gather_inputs_ffn {many}")]

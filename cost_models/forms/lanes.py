@@ -11,7 +11,7 @@ from sympy import Expr, Piecewise, Rational, ceiling
 
 from sparsify_compiler.cost_models.forms import strips
 from sparsify_compiler.cost_models.forms._base import LANES, Form, Formula, Hardware, Values, costs
-from sparsify_compiler.cost_models.symbols import K, M, N, density, fma, group, threads, value_bytes, vectors
+from sparsify_compiler.cost_models.symbols import K, M, N, density, dot, fma, group, threads, value_bytes, vectors
 
 FEW_ROWS = {1: 1, 2: 2, 4: 4, 8: 6, 16: 8}      # rows up to which `rows` runs, by group
 SCHEDULES = {16: (1,), 8: (2, 1), 4: (4, 2), 2: (2, 4), 1: (2, 4)}
@@ -34,12 +34,12 @@ LOADS = COLUMNS * vectors * PANELS
 
 
 def _panel(products: Expr, wide: bool) -> Formula:
-    inner = product * products + loaded * LOADS + column * COLUMNS * PANELS + opened * GROUPS * PANELS
+    inner = loaded * LOADS + column * COLUMNS * PANELS + opened * GROUPS * PANELS
     beside = packed * PANELS * vectors * K + stored * PANELS * vectors * N
-    return Formula(WEIGHT, (inner + beside) * fma / threads, None if wide else (ceiling(M / LANES) * group * COLUMNS, ALONE))
+    return Formula(WEIGHT, (product * products + (inner + beside) * fma) / threads, None if wide else (ceiling(M / LANES) * group * COLUMNS, ALONE))
 
 
-PANEL, DOTS = ({wide: _panel(products, wide) for wide in (False, True)} for products in (FMAS, FMAS / 2))
+PANEL, DOTS = ({wide: _panel(products, wide) for wide in (False, True)} for products in (FMAS * fma, FMAS / 2 * dot))
 
 
 def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
