@@ -36,6 +36,18 @@ def random_masks(budget: str, density: float) -> Pipeline:
     return Pipeline.parse(f"mask_weights(score='random', budget={budget!r}, density={density})")
 
 
+def sltrain(density: float) -> Pipeline:
+    """Half of the numbers are the factors', half the sparse part's."""
+    half = density / 2
+    return Pipeline.parse(f"add_adapters(adapter='low_rank(share={half})', freeze=False) | mask_weights(score='random', density={half})")
+
+
+def sparse_ift(form: str, density: float, last: int) -> Pipeline:
+    """As many multiplications as the dense network has, whose masks RigL moves, as in the paper."""
+    moved = Pipeline.parse(f"move_masks(grow='gradient', decay='cosine(end={last})', every={EVERY}, until={last})")
+    return sc.recipes.sparse_ift(density, form) | moved  # type: ignore[arg-type]
+
+
 METHODS: dict[str, Callable[[float, int], Pipeline]] = {  # of density and the step of the last update
     "dense": lambda density, last: Pipeline(()),
     "static random, uniform": lambda density, last: random_masks("uniform", density),
@@ -47,6 +59,13 @@ METHODS: dict[str, Callable[[float, int], Pipeline]] = {  # of density and the s
     "SRigL": lambda density, last: sc.recipes.srigl(density, steps=last, every=EVERY),
     "GraNet": lambda density, last: sc.recipes.granet(density, steps=last, every=EVERY),
     "GMP": lambda density, last: sc.recipes.gmp(density, budget="erk", steps=last, every=EVERY),
+    "SLTrain": lambda density, last: sltrain(density),
+    "Sparse-IFT, wide": lambda density, last: sparse_ift("wide", density, last),
+    "Sparse-IFT, parallel": lambda density, last: sparse_ift("parallel", density, last),
+    "Sparse-IFT, factorized": lambda density, last: sparse_ift("factorized", density, last),
+    "Sparse-IFT, doped": lambda density, last: sparse_ift("doped", density, last),
+    "Sparse-IFT, wide, static": lambda density, last: sc.recipes.sparse_ift(density, "wide"),
+    "Sparse-IFT, doped, static": lambda density, last: sc.recipes.sparse_ift(density, "doped"),
     "STE 1:8": lambda density, last: sc.recipes.sr_ste("NM(n=1, m=8, padded=True)", penalty=0.0),
     "SR-STE 1:8": lambda density, last: sc.recipes.sr_ste("NM(n=1, m=8, padded=True)"),
     "STE 1:16": lambda density, last: sc.recipes.sr_ste("NM(n=1, m=16, padded=True)", penalty=0.0),
@@ -111,15 +130,16 @@ def accuracy(model: str, method: str, density: float, train: fashion.Images, tes
     stays = method in ON_TRAINED
     network = trained(model, seed, steps, train) if stays else fresh(model, seed)
     pipeline = METHODS[method](density, steps * 3 // 4)
-    masked, *rest = pipeline.passes or (None,)
-    if masked is not None:
-        pipeline = Pipeline((type(masked)(**{**masked.options(), "targets": LAYERS if model == "cnn" else ("linear",)}), *rest))
+    every = LAYERS if model == "cnn" else ("linear",)
+    pipeline = Pipeline(tuple(type(one)(**{**one.options(), "targets": every}) if one.name() == "mask_weights" else one for one in pipeline.passes))
     module, hook = sc.attach(network, (train.pixels[:BATCH],), pipeline, seed=seed)
     if not method.startswith("one shot"):
         fit(module, hook, train, seed, steps, 0.0 if stays else 1e-2)
     kept = [int(mask.sum()) for mask in hook.masks.values()]
     weights = [mask.numel() for mask in hook.masks.values()]
-    return {"accuracy": fashion.accuracy(fashion.logits(module, test), test), "kept": sum(kept) / sum(weights) if weights else 1.0}
+    low = sum(one.numel() for name, one in module.named_parameters() if "low_rank" in name)
+    dense = sum(one.numel() for one in network.parameters() if one.dim() > 1)
+    return {"accuracy": fashion.accuracy(fashion.logits(module, test), test), "kept": (sum(kept) + low) / dense if weights else 1.0}
 
 
 def fresh(model: str, seed: int) -> nn.Module:

@@ -18,6 +18,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from . import errors, recipes
     from .artefact import export_dense, load
+    from .averaging import average, averaged_cycles, soup
     from .budget import Budget
     from .compiled import CompiledModel
     from .correct import generate_corrected
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .training_attach import attach
     from .training_callbacks import lightning_callback, trainer_callback
     from .tuning import export_tuned, import_tuned, tune
+    from .zeroth_order import ZerothOrder
 
 # name -> module that holds it; imported when it is first asked for.
 _LAZY = {
@@ -48,13 +50,14 @@ _LAZY = {
     "export_dense": "artefact", "generate_corrected": "correct", "find_sites": "sites", "load": "artefact", "low_rank_cache": "library_cache_encoded",
     "quantized_cache": "library_cache_encoded", "streaming_cache": "library_cache_streaming", "recipes": "", "recover": "recover",
     "reparameterize": "reparameterize", "lightning_callback": "training_callbacks", "trainer_callback": "training_callbacks",
-    "export_tuned": "tuning", "import_tuned": "tuning", "tune": "tuning",
+    "export_tuned": "tuning", "import_tuned": "tuning", "tune": "tuning", "average": "averaging", "averaged_cycles": "averaging", "soup": "averaging",
+    "ZerothOrder": "zeroth_order",
 }
 
 __all__ = ["Budget", "CompiledModel", "Match", "Miss", "Movement", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule", "RulePass",
-           "Stage", "Target", "__version__", "attach", "capture", "compile", "errors", "estimate", "evicting_cache", "export_dense", "export_tuned",
-           "find_sites", "generate_corrected", "import_tuned", "lightning_callback", "load", "low_rank_cache", "quantized_cache", "recipes",
-           "recover", "reparameterize", "streaming_cache", "trainer_callback", "tune"]
+           "Stage", "Target", "ZerothOrder", "__version__", "attach", "average", "averaged_cycles", "capture", "compile", "errors", "estimate",
+           "evicting_cache", "export_dense", "export_tuned", "find_sites", "generate_corrected", "import_tuned", "lightning_callback", "load",
+           "low_rank_cache", "quantized_cache", "recipes", "recover", "reparameterize", "soup", "streaming_cache", "trainer_callback", "tune"]
 
 
 def __getattr__(name: str) -> Any:

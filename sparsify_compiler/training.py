@@ -209,6 +209,10 @@ class Hook:
         """Path of each masked layer -> its mask, bool of the weight's shape: the buffer itself, not to be written to; of a packed layer a copy."""
         return {path: one.stored.mask() if isinstance(one, Packed) else one[1] for path, one in self._layers.items()}
 
+    def mask_of(self, weight: Tensor) -> Tensor | None:
+        """The mask of a parameter of the module, bool of its shape; None where it has none, or is packed."""
+        return next((one[1] for one in self._layers.values() if not isinstance(one, Packed) and one[0] is weight), None)
+
     def weights(self) -> dict[str, Tensor]:
         """Path of each masked layer -> its weight as a dense tensor of its own, zeros where nothing is kept: for who goes on without us."""
         with torch.no_grad():

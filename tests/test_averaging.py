@@ -1,0 +1,146 @@
+"""Averages of sparse models: the mean, as sparse as each, refused where masks differ; greedy soups; prune, train, average."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+import sparsify_compiler as sc
+from sparsify_compiler.errors import InputError
+from sparsify_compiler.training import Hook
+
+X = torch.randn(32, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+
+
+def train(module: nn.Module, hook: Hook, particle: int) -> None:
+    """Another half of the rows for each particle."""
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    rows = torch.randperm(32, generator=torch.Generator().manual_seed(particle))[:16]
+    for _ in range(5):
+        functional.mse_loss(module(X[rows]), Y[rows]).backward()
+        optimizer.step()
+        hook.step(optimizer)
+        optimizer.zero_grad()
+
+
+def trained(recipe: str, particles: int = 3) -> list[tuple[nn.Module, Hook]]:
+    made = []
+    for particle in range(particles):
+        module, hook = sc.attach(net(), (X,), recipe)
+        train(module, hook, particle)
+        made.append((module, hook))
+    return made
+
+
+def loss(module: nn.Module) -> float:
+    with torch.no_grad():
+        return float(functional.mse_loss(module(X), Y))
+
+
+@pytest.mark.parametrize("recipe", ["mask_weights(density=0.3)", "mask_weights(density=0.3) | pack()", "mask_weights(structure='2:4')"])
+@pytest.mark.parametrize("shares", [None, [1.0, 2.0, 5.0]])
+def test_the_mean_is_as_sparse_as_each(recipe: str, shares: list[float] | None) -> None:
+    models = trained(recipe)
+    before = [{name: one.clone() for name, one in module.state_dict().items()} for module, _ in models]
+    mean = sc.average([module for module, _ in models], shares)
+    weights = [share / sum(shares or [1.0] * 3) for share in shares or [1.0] * 3]
+    for name, parameter in mean.named_parameters():
+        wanted = sum(state[name] * weight for state, weight in zip(before, weights, strict=True))
+        torch.testing.assert_close(parameter.detach(), wanted, rtol=1e-5, atol=1e-6)
+    for (module, _), state in zip(models, before, strict=True):
+        assert all(torch.equal(one, state[name]) for name, one in module.state_dict().items())
+    for name, one in mean.state_dict().items():
+        assert one.is_floating_point() or torch.equal(one, before[0][name])
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 24 * 16 - 1), st.booleans())
+def test_one_place_that_differs_is_refused_by_name(place: int, in_mask: bool) -> None:
+    first, _ = sc.attach(net(), (X,), "mask_weights(density=0.5)")
+    other = copy.deepcopy(first)
+    name = "0.weight_mask" if in_mask else "2.weight_mask"
+    mask = other.get_buffer(name).view(-1)
+    mask[place % len(mask)] ^= True
+    with pytest.raises(InputError, match="mask of model 1") as caught:
+        sc.average([first, other])
+    assert name in str(caught.value)
+
+
+def test_zeros_of_plain_models_count_too() -> None:
+    one, other = net(), net()
+    with torch.no_grad():
+        one.get_parameter("2.weight")[3, 4] = 0
+    with pytest.raises(InputError, match="zeros of its weight") as caught:
+        sc.average([one, other])
+    assert "2.weight" in str(caught.value)
+    assert sc.average([other, other]) is not other
+
+
+def test_models_of_other_kinds_are_refused() -> None:
+    with pytest.raises(InputError, match=r"other weights.*float32 \[8, 16\] and none"):
+        sc.average([net(), nn.Sequential(net()[0])])  # type: ignore[index]
+    for bad in ([], None, [1.0, -1.0]):
+        with pytest.raises(InputError, match="positive share"):
+            sc.average([net(), net()] if bad else [], bad)
+
+
+def test_a_soup_is_never_worse_than_its_best() -> None:
+    models = [module for module, _ in trained("mask_weights(density=0.5)", 4)]
+    with torch.no_grad():
+        models[3].get_parameter("0.weight").mul_(-20)  # one that spoils it
+    made = sc.soup(models, lambda module: -loss(module))
+    assert loss(made) <= min(loss(module) for module in models)
+    assert loss(made) < loss(sc.average(models))
+    alone = sc.soup(models, lambda module: float(module is models[1]))
+    assert torch.equal(alone.get_parameter("0.weight"), models[1].get_parameter("0.weight"))
+    with pytest.raises(InputError, match="finite"):
+        sc.soup(models, lambda module: float("nan"))
+
+
+@pytest.mark.parametrize("packed", ["", " | pack()"])
+def test_cycles_prune_the_average(packed: str) -> None:
+    """A cycle's masks lie in those before it; the last average is what a plain loop by hand gives."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def noted(module: nn.Module, hook: Hook, particle: int) -> None:
+        seen.append({path: mask.clone() for path, mask in hook.masks.items()})
+        train(module, hook, particle)
+
+    recipes = [f"mask_weights(density={density}){packed}" for density in (0.5, 0.25)]
+    module, hook = sc.averaged_cycles(net(), (X,), recipes, noted, particles=2)
+    assert len(seen) == 4
+    for path, mask in seen[3].items():
+        assert torch.equal(mask, seen[2][path])
+        assert not bool((mask & ~seen[1][path]).any())
+        assert torch.equal(mask, hook.masks[path])
+        assert float(mask.float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert loss(module) < loss(net())
+    train(module, hook, 0)
+
+
+def test_particles_start_with_the_weights_that_they_are_rewound_to() -> None:
+    early = {name: one.clone() for name, one in net().state_dict().items()}
+    starts: list[torch.Tensor] = []
+
+    def noted(module: nn.Module, hook: Hook, particle: int) -> None:
+        starts.append(module.get_parameter("0.weight").detach().clone())
+        train(module, hook, particle)
+
+    sc.averaged_cycles(net(), (X,), ["mask_weights(density=0.5)", "mask_weights(density=0.25)"], noted, particles=2, rewind=early)
+    assert all(torch.equal(start, early["0.weight"]) for start in starts)
+    with pytest.raises(InputError, match="rewind"):
+        sc.averaged_cycles(net(), (X,), ["mask_weights(density=0.5) | pack()"], noted, rewind=early)
+    with pytest.raises(InputError, match="at least one particle"):
+        sc.averaged_cycles(net(), (X,), ["mask_weights(density=0.5)"], noted, particles=0)

@@ -1,0 +1,128 @@
+"""Training by forward passes: the direction is the gradient's on average, only chosen places move, and a run goes on where it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sparsify_compiler as sc
+from sparsify_compiler.errors import InputError
+from sparsify_compiler.zeroth_order import ZerothOrder, _packed, _unpacked
+
+X = torch.randn(32, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+Y = torch.randn(32, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 4)).eval()
+
+
+def loss(module: nn.Module) -> Tensor:
+    return functional.mse_loss(module(X), Y)
+
+
+def test_it_learns_without_a_gradient() -> None:
+    model = net()
+    graphs: list[bool] = []
+    optimizer = ZerothOrder(model.parameters(), 1e-2, 1e-3, 1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+
+    def measured() -> Tensor:
+        found = loss(model)
+        graphs.append(found.requires_grad)
+        return found
+
+    first = optimizer.step(measured)
+    for _ in range(300):
+        optimizer.step(measured)
+        schedule.step()
+    assert optimizer.step(measured) < 0.9 * first
+    assert not any(graphs)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_steps_follow_the_gradient_on_average() -> None:
+    """Of 3000 directions; E[z zᵀ g] = g."""
+    model = nn.Linear(12, 4)
+    loss(model).backward()
+    gradient = model.weight.grad
+    assert gradient is not None
+    start, total = model.weight.detach().clone(), torch.zeros_like(gradient)
+    optimizer = ZerothOrder([model.weight], 1.0, 1e-2, 1.0)
+    for _ in range(3000):
+        optimizer.step(lambda: loss(model))
+        total += start - model.weight.detach()
+        model.weight.data.copy_(start)
+    torch.testing.assert_close(functional.cosine_similarity(total.flatten(), gradient.flatten(), 0), torch.tensor(1.0), rtol=0, atol=0.05)
+    torch.testing.assert_close((total / 3000).norm(), gradient.norm(), rtol=0.15, atol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from([0.1, 0.25, 0.6]), st.booleans(), st.integers(0, 5))
+def test_only_small_kept_weights_move(share: float, masked: bool, seed: int) -> None:
+    module, hook = sc.attach(net(), (X,), "mask_weights(density=0.5)") if masked else (net(), None)
+    module.get_parameter("2.bias").requires_grad_(False)
+    before = {name: one.detach().clone() for name, one in module.named_parameters()}
+    optimizer = ZerothOrder(module.parameters(), 0.1, 1e-3, share, hook, seed)
+    optimizer.step(lambda: loss(module))
+    for name, now in module.named_parameters():
+        moved = now != before[name]
+        if now.dim() == 1:
+            assert bool(moved.all()) == now.requires_grad
+            continue
+        kept = torch.ones_like(moved) if hook is None else hook.masks[name.removesuffix(".weight")]
+        assert not bool((moved & ~kept).any())
+        wanted = round(share * int(kept.sum()))
+        assert wanted * 0.9 - 1 <= int(moved.sum()) <= wanted
+        assert float(before[name][moved].abs().max()) <= float(before[name][kept & ~moved].abs().max())
+
+
+def test_a_resumed_run_is_the_same_to_the_bit() -> None:
+    torch.set_num_threads(1)
+    model = net()
+    optimizer = ZerothOrder(model.parameters(), 1e-2, seed=3)
+    for _ in range(4):
+        optimizer.step(lambda: loss(model))
+    again = net()
+    again.load_state_dict(copy.deepcopy(model.state_dict()))
+    resumed = ZerothOrder(again.parameters(), 0.5)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [optimizer.step(lambda: loss(model)) for _ in range(4)] == [resumed.step(lambda: loss(again)) for _ in range(4)]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 7), st.integers(1, 9), st.integers(0, 99))
+def test_bits(rows: int, columns: int, seed: int) -> None:
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) < 0.4
+    assert torch.equal(_unpacked(_packed(mask), mask.shape), mask)
+    assert _packed(mask).nbytes == -(-rows * columns // 8)
+
+
+def test_bad_input() -> None:
+    model = net()
+    for options in ((-1.0,), (0.1, 0.0), (0.1, 0.1, 0.0), (0.1, 0.1, 1.5)):
+        with pytest.raises(InputError, match="share above 0"):
+            ZerothOrder(model.parameters(), *options)
+    with pytest.raises(InputError, match="measured"):
+        ZerothOrder(model.parameters()).step()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(InputError, match="not finite"):
+        ZerothOrder(model.parameters()).step(lambda: torch.tensor(float("inf")))
+
+    def fails() -> Tensor:
+        raise KeyError("batch")
+
+    with pytest.raises(KeyError):
+        ZerothOrder(model.parameters(), scale=1.0).step(fails)
+    for parameter, was in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), was)
+    with pytest.raises(InputError, match="no parameter"):
+        ZerothOrder(net().requires_grad_(False).parameters())
