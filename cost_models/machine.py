@@ -10,7 +10,7 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Machine:
     cores     that take part; a GPU counts as one core
     numbers   by the names in UNITS; those in OPTIONAL are missing where there are no such units
     memory    levels by rising size; rates between two are interpolated: seconds for a byte, over the logarithm of the size
+    costs     of kernels, where they were fitted on this very machine (fit.py); of others they are its nearest kin's (shipped.py)
     """
 
     name: str
@@ -71,6 +72,7 @@ class Machine:
     cores: int
     numbers: Mapping[str, Number]
     memory: tuple[Level, ...]
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         levels = "levels of memory: at least two, which rise in size, and cores"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparsify_compiler.cost_models.forms import dense, eager, gather, lanes, slices, streams, strips, tiles
-from sparsify_compiler.cost_models.forms._base import Form, Values, fitted
+from sparsify_compiler.cost_models.forms._base import Form, Values
 from sparsify_compiler.cost_models.machine import Machine
+from sparsify_compiler.cost_models.shipped import costs_of
 from sparsify_compiler.cost_models.symbols import compiled
 
 DTYPES = ("float32", "bfloat16")
@@ -68,9 +68,9 @@ def numbers(form: Form, values: Values, machine: Machine, between: float, again:
     return {**given, **machine.times(threads), "arrive": 1 / machine.rate(distance, threads), "cold": cold}
 
 
-def seconds(form: Form, values: Values, machine: Machine, between: float, costs: Mapping[str, Mapping[str, float]] | None = None,
-            again: float | None = None) -> Seconds:
+def seconds(form: Form, values: Values, machine: Machine, between: float, again: float | None = None) -> Seconds:
     """What a call takes. Raises KeyError for a size that is missing."""
-    given = {**numbers(form, values, machine, between, again), **(fitted() if costs is None else costs)[form.fitted]}
+    costs = machine.costs.get(form.fitted) or costs_of(machine.arch, machine.features)[form.fitted]
+    given = {**numbers(form, values, machine, between, again), **costs}
     parts = (form.formula.overhead, form.formula.compute, form.formula.memory)
     return Seconds(*(compiled(part)(given) for part in parts))

@@ -186,18 +186,21 @@ def recipes() -> None:
 
 
 @app.command()
-def targets(measure: Annotated[bool, typer.Option("--measure", help="Measure this machine anew, while nothing else runs: 10 s.")] = False) -> None:
+def targets(measure: Annotated[bool, typer.Option("--measure", help="Measure this machine anew, while nothing else runs: 10 s.")] = False,
+            fit: Annotated[float | None, typer.Option("--fit", help="Fit kernels' costs to this machine: so many minutes of timing, while nothing "
+                                                                    "else runs.", show_default=False)] = None) -> None:  # fmt: skip
     """List the machines to compile for and to estimate for, and say what this one is and does in a second.
 
     \b
     Examples:
       sparsify targets
       sparsify targets --measure
+      sparsify targets --fit 5
       sparsify compile my_model.py:make --target x86-avx2
     """
     from .cli_show import targets as run
 
-    _print(run(measure))
+    _print(run(measure, fit))
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,8 @@ def _of(wanted: Target) -> Machine:
         return replace(sheet, features=wanted.features, cores=wanted.cores)
     if not wanted.runs_on(host()):
         raise TargetError(f"nothing is known of the speed of {wanted.name}", where="target", hint=f"known: {', '.join(names())}")
-    return replace(_host(), features=wanted.features)
+    here = _host()
+    return here if wanted.features == here.features else replace(here, features=wanted.features, costs={})
 
 
 def nearest_machine(target: Target) -> tuple[Machine, bool]:
@@ -82,8 +84,24 @@ def measure_host() -> Machine:
     return _host()
 
 
+def keep_costs(costs: Mapping[str, Mapping[str, float]]) -> None:
+    """What kernels cost on this machine, for whatever predicts here from now on; in the place of what was kept."""
+    from .codegen import cache as store
+
+    store.write(_costs_key(), json.dumps(costs).encode())
+    _fitted.cache_clear()
+
+
 def _host() -> Machine:
-    return _measured(_key())
+    return replace(_measured(_key()), costs=_fitted(_costs_key()))
+
+
+@cache
+def _fitted(key: str) -> Mapping[str, Mapping[str, float]]:
+    from .codegen import cache as store
+
+    kept = store.read(key)
+    return {} if kept is None else json.loads(kept)
 
 
 @cache
@@ -118,6 +136,11 @@ def _key() -> str:
 
     about = [fingerprint(), torch.get_num_threads(), build.version(), micro.version()]
     return f"machine-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]}"
+
+
+def _costs_key() -> str:
+    """The same of the costs of kernels: of these formulas, too."""
+    return f"costs-{hashlib.sha256(json.dumps([_key(), catalog.get('cost model', 'fit').version()]).encode()).hexdigest()[:40]}"
 
 
 def _model() -> Any:

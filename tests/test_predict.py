@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from kernel_help import needs_avx512
 
 from sparsify_compiler.cost_models import predict as model
-from sparsify_compiler.cost_models.forms import _base
+from sparsify_compiler.cost_models import shipped
+from sparsify_compiler.cost_models.forms import eager
 from sparsify_compiler.cost_models.machine import UNITS, Level, Machine, Number, known, names
 from sparsify_compiler.cost_models.symbols import TABLE, TIMES, compiled
 from sparsify_compiler.errors import InputError, TargetError
@@ -81,23 +83,42 @@ def test_units_agree(op: str) -> None:
     """A formula is proportional to all that is measured in seconds: what is counted carries none."""
     work, machine = Work.make(op, "bfloat16", M=16, N=256, K=256, **STRUCTURES[op]), made_up()
     for form in model.forms(op, work.values, work.dtype, machine):
-        given = model.numbers(form, work.values, machine, work.between) | dict(_base.fitted()[form.fitted])
+        given = model.numbers(form, work.values, machine, work.between) | dict(shipped.costs_of(machine.arch, machine.features)[form.fitted])
         slower = given | {name: 3.0 * given[name] for name in TIMES if name in given}
         seconds = compiled(form.formula.seconds)
         assert seconds(slower) == pytest.approx(3 * seconds(given))
 
 
-def test_every_formula_is_written_in_the_table_and_in_what_is_fitted() -> None:
-    machine, seen = made_up(), set()
-    for op, sizes in [*STRUCTURES.items(), ("select_ffn", {"hidden": 96, "density": 0.5}), ("select_inputs_ffn", {"hidden": 96, "density": 0.5})]:
+@pytest.mark.parametrize(("missing", "least"), [((), 40), (("amx",), 40), (("amx", "avx512bf16"), 40), (("amx", "avx512"), 8)])
+def test_every_formula_is_written_in_the_table_and_in_what_is_fitted(missing: tuple[str, ...], least: int) -> None:
+    """On every kind of machine: what multiplies bfloat16 differs, and what is fitted with it."""
+    features = tuple(name for name in FEATURES["x86_64"] if not name.startswith(missing)) if missing else FEATURES["x86_64"]
+    machine, seen = replace(made_up(dot=4e11), features=features), set()
+    costs = shipped.costs_of(machine.arch, machine.features)
+    ffn = {"hidden": 96, "density": 0.5}
+    others = {op: {"taps": 9, "read": 1 << 18, "written": 1 << 18, "E": 64, "pairs": 512, "block_q": 8, "block_k": 8} for op in eager.FORMULAS}
+    for op, sizes in [*STRUCTURES.items(), ("select_ffn", ffn), ("select_inputs_ffn", ffn), *others.items()]:
         for rows in (1, 4, 16, 64):
             for dtype in ("float32", "bfloat16"):
-                work = Work.make(op, dtype, M=rows, N=64, K=64, **sizes)
-                for form in model.forms(op, work.values, dtype, machine):
+                values = {"M": rows, "N": 64, "K": 64, "value_bytes": 2, "x_bytes": 2, **sizes}
+                for form in model.forms(op, values, dtype, machine):
                     names = {symbol.name for symbol in form.formula.seconds.free_symbols}
-                    assert names <= set(TABLE) | set(_base.fitted()[form.fitted]), form.fitted
+                    assert names <= set(TABLE) | set(costs[form.fitted]), form.fitted
                     seen.add(form.fitted)
-    assert len(seen) > 40
+    assert len(seen) > least
+    assert any("tiles" in key for key in seen) == ("amx" not in missing)
+    assert any("dots" in key for key in seen) == (missing == ("amx",))
+
+
+def test_a_machine_takes_the_costs_of_its_nearest_kin() -> None:
+    zen, rapids = (json.loads(shipped.file_of(name).read_text())["costs"] for name in ("znver4", "sapphirerapids"))
+    tiles = tuple(FEATURES["x86_64"])
+    dots = tuple(name for name in tiles if not name.startswith("amx"))
+    for features, near, far in ((tiles, rapids, zen), (dots, zen, rapids)):
+        found = shipped.costs_of("x86_64", features)
+        assert all(found[key] == near[key] for key in near)
+        assert all(found[key] == far[key] for key in set(far) - set(near))
+    assert shipped.costs_of("aarch64", ("neon",))["strips float32"] == rapids["strips float32"]
 
 
 def test_parts_add_up_and_say_what_bounds() -> None:

@@ -6,16 +6,13 @@ Every part is a sum of counts of what the kernel does (vectors, visits, tile pro
 are added, not compared as in a roofline: at the sizes of layers, measured times follow the sum more closely than the maximum (RESULTS.md).
 
 The counts follow from the kernel's own loops. What one of them costs, in multiples of a machine's own times (`fma`, `tile`, `gather`, ...), is a
-constant of the kernel, in costs.json: `python benchmarks/prediction.py --fit` finds them on layers that no test and no benchmark uses.
+constant of the kernel on a kind of processor (shipped.py, fit.py), found on layers that no test and no benchmark uses.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Protocol
 
 from sympy import Expr, Symbol
@@ -24,10 +21,6 @@ from sparsify_compiler.cost_models.symbols import TABLE, arrive, call, cold, wak
 
 Values = Mapping[str, float]
 LANES = 16
-COSTS = Path(__file__).with_name("costs.json")
-# Not fitted, for there was no such machine: two thirds of the peak, all of the bandwidth, a launch of 7 calls.
-ASSUMED = {"gpu": {"calls": 7.0, "displaced": 1.0, "late": 1.0, "product": 1.5, "packing": 0.0, "taken": 1.0, "put": 1.0,
-                   "operation": 1.5, "exponential": 10.0, "moved": 1.0, "reordered": 0.0}}
 
 
 class Hardware(Protocol):
@@ -75,7 +68,7 @@ class Form:
 
     name     as measure() and lowering call it
     formula  its time
-    fitted   the entry of costs.json
+    fitted   what its costs are kept by (shipped.py)
     given    numbers of the formula that are not sizes of the work: how the kernel cuts it
     """
 
@@ -94,10 +87,3 @@ def costs(*names: str) -> tuple[Symbol, ...]:
 
 
 CALLS, DISPLACED, LATE = costs("calls", "displaced", "late")
-
-
-@cache
-def fitted() -> Mapping[str, Mapping[str, float]]:
-    """What one of each costs, by kernel (costs.json)."""
-    found: dict[str, dict[str, float]] = json.loads(COSTS.read_text(encoding="utf-8"))
-    return found | ASSUMED

@@ -62,5 +62,6 @@ def _form(name: str, size: int, count: int, rows: float, dtype: str, machine: Ha
     tiles = -(-int(rows) // LANES)
     wide = count if count > 1 and (tiles % count == 0 or tiles >= 4 * count) else 1
     dot = dtype == "bfloat16" and size >= DOT_FROM and "avx512bf16" in machine.features
-    key = f"panel {dtype} {'dot' if dot else 'one' if size == 1 else 'group'}"
+    several = "bfloat16 dot" if dot else "float32 group"    # which bfloat16 is widened to
+    key = f"panel {f'{dtype} one' if size == 1 else several}"
     return Form(name, (DOTS if dot else PANEL)[wide > 1], key, {"group": size, "vectors": wide})

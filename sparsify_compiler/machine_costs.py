@@ -1,0 +1,112 @@
+"""Costs of kernels on this very machine: layers are timed in all of their forms, and the costs that are shipped are fitted to them.
+
+What is shipped was fitted on a few processors; on another one predictions can be off by half (benchmarks/RESULTS.md, "Cost model"). A fit takes
+minutes, once: it is kept beside the machine's numbers, and whatever predicts for this machine takes it from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from . import catalog, machines
+from .errors import InputError
+from .progress import Show
+from .work import Work, measure
+from .work_draw import FITTING, KINDS, draw
+
+if TYPE_CHECKING:
+    from .cost_models.fit import Timed
+    from .cost_models.machine import Machine
+
+PULL = 0.05             # of the shipped costs
+LAYERS = {"linears": 400, "others": 200}
+OTHERS_EVERY = 4        # a layer of torch's other operators after so many linear ones
+HELD = 5                # of every so many layers one is judged by, and not fitted on
+LEAST = 2 * HELD        # layers
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit came to: layers and forms that were timed, and the median error of predictions on those that it did not see, before and after."""
+
+    machine: Machine
+    layers: int
+    forms: int
+    before: float
+    after: float
+
+    @property
+    def kept(self) -> bool:
+        """Do predictions gain by it?"""
+        return self.after < self.before
+
+
+def fit_host(minutes: float, show: Show = lambda what, done, total: None) -> Fitted:
+    """Measure this machine, time layers for so many minutes, and keep what kernels cost here where predictions gain by it.
+
+    Timings are kept one by one: a fit that is stopped goes on where it was. Nothing else should run meanwhile. Raises InputError.
+    """
+    if not 0 < minutes < 1440:
+        raise InputError(f"minutes is a number above 0 and below a day, got {minutes!r}", where="fit_host")
+    machine = replace(machines.measure_host(), costs={})
+    timed = _timed(60 * minutes, machine, show)
+    if len(timed) < LEAST:
+        raise InputError(f"{len(timed)} layers were timed in {minutes:g} minutes, a fit takes {LEAST} or more", where="fit_host",
+                         hint="again, with more minutes: what was built and timed is kept")
+    seen = [point for i, points in enumerate(timed) if i % HELD for point in points]
+    held = [point for i, points in enumerate(timed) if not i % HELD for point in points]
+    trial = replace(machine, costs=_fit(seen, machine))
+    before, after = error(held, machine), error(held, trial)
+    found = Fitted(machine, len(timed), len(seen) + len(held), before, after)
+    if not found.kept:
+        return found
+    machines.keep_costs(_fit(seen + held, machine))
+    return replace(found, machine=machines.machine())
+
+
+def error(points: Sequence[Timed], machine: Machine) -> float:
+    """The median of |predicted / measured - 1|."""
+    import statistics
+
+    model = catalog.get("cost model", "predict")
+    ratios: list[float] = [model.seconds(point.form, point.values, machine, point.between).total / point.seconds for point in points]
+    return statistics.median(abs(ratio - 1) for ratio in ratios)
+
+
+def timed_forms(work: Work, machine: Machine) -> list[Timed]:
+    """Every form of a layer that has a formula, timed here."""
+    model, fit = catalog.get("cost model", "predict"), catalog.get("cost model", "fit")
+    formulas = {form.name: form for form in model.forms(work.op, work.values, work.dtype, machine)}
+    return [fit.Timed(formulas[name], work.values, work.between, seconds) for name, seconds in measure(work).items() if name in formulas]
+
+
+def _timed(seconds: float, machine: Machine, show: Show) -> list[list[Timed]]:
+    end, found = time.monotonic() + seconds, []
+    for work in _layers():
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        show("time layers", int(seconds - left), int(seconds))
+        found.append(timed_forms(work, machine))
+    show("time layers", int(seconds), int(seconds))
+    return found
+
+
+def _layers() -> list[Work]:
+    """Linear layers, and torch's other operators among them."""
+    linears, others = (draw(FITTING.start, LAYERS[kind], KINDS[kind]) for kind in ("linears", "others"))
+    mixed = []
+    for number, work in enumerate(linears):
+        mixed.append(work)
+        if number % OTHERS_EVERY == OTHERS_EVERY - 1 and others:
+            mixed.append(others.pop(0))
+    return mixed
+
+
+def _fit(points: Sequence[Timed], machine: Machine) -> Mapping[str, Mapping[str, float]]:
+    shipped = catalog.get("cost model", "shipped").costs_of(machine.arch, machine.features)
+    found: Mapping[str, Mapping[str, float]] = catalog.get("cost model", "fit").fit(points, machine, shipped, PULL)
+    return found
