@@ -25,7 +25,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
 
 
-def train(recipe: str, steps: int = 12) -> tuple[nn.Module, Hook, list[float]]:
+def train(recipe: str | sc.Pipeline, steps: int = 12) -> tuple[nn.Module, Hook, list[float]]:
     module, hook = sc.attach(net(), (X,), recipe, calibration=[(X,)])
     optimizer = torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], 3e-2)
     losses = []
@@ -137,8 +137,60 @@ def test_layers_that_share_a_weight_share_what_is_added() -> None:
         assert sum(parameter.requires_grad for parameter in module.parameters()) == (1 if "subset" in added else 2)
 
 
+def test_networks_behind_layers_are_cut_before_they_train() -> None:
+    """Over all of them together; and where they give nothing the layer gives what it gave."""
+    module, hook, losses = train(sc.recipes.sparse_adapter(0.4, 8))
+    assert losses[-1] < losses[0]
+    masks = hook.masks
+    assert sorted(masks) == [f"{layer}.bottleneck_{kind}" for layer in ("0", "2") for kind in ("reads", "writes")]
+    sizes = sum(mask.numel() for mask in masks.values())
+    assert sizes == 2 * 8 * (32 + 8)
+    assert sum(int(mask.sum()) for mask in masks.values()) == pytest.approx(0.4 * sizes, abs=1)
+    before = dict(net().named_parameters())
+    for name, parameter in module.named_parameters():
+        assert parameter.requires_grad == (name not in before)
+        assert name not in before or torch.equal(parameter, before[name])
+    with torch.no_grad():
+        for layer in ("0", "2"):
+            module.get_parameter(f"{layer}.bottleneck_writes").zero_()
+        torch.testing.assert_close(module(X), net()(X))
+
+
+def test_a_bottleneck_is_its_formula() -> None:
+    module, _ = sc.attach(net(), (X,), "add_adapters(adapter='bottleneck(rank=3, scale=0.5, activation=\\'gelu\\', spread=0.3)')")
+    parameters = dict(module.named_parameters())
+    y = X
+    for layer in ("0", "2"):
+        y = functional.linear(functional.relu(y) if layer == "2" else y, parameters[f"{layer}.weight"], parameters[f"{layer}.bias"])
+        inner = functional.gelu(functional.linear(y, parameters[f"{layer}.bottleneck_reads"]))
+        y = y + 0.5 * functional.linear(inner, parameters[f"{layer}.bottleneck_writes"])
+    torch.testing.assert_close(module(X), y)
+
+
+@pytest.mark.parametrize(("experts", "rank", "chosen"), [(3, 2, 1), (6, 1, 2), (2, 4, 2)])
+def test_routed_experts_are_the_sum_over_the_chosen(experts: int, rank: int, chosen: int) -> None:
+    recipe = f"add_adapters(adapter='routed_low_rank(experts={experts}, rank={rank}, chosen={chosen}, scale=0.5)', targets=('2',))"
+    module, _, losses = train(recipe)
+    assert losses[-1] < losses[0]
+    parameters = {name: one.detach() for name, one in module.named_parameters()}
+    reads, writes, route = (parameters[f"2.routed_low_rank_{kind}"] for kind in ("reads", "writes", "route"))
+    x = functional.relu(functional.linear(X, parameters["0.weight"], parameters["0.bias"]))
+    odds = functional.linear(x, route).softmax(-1)
+    wanted = functional.linear(x, parameters["2.weight"], parameters["2.bias"])
+    for row in range(len(x)):
+        for expert in odds[row].topk(chosen).indices:
+            part = slice(int(expert) * rank, (int(expert) + 1) * rank)
+            wanted[row] += 0.5 * odds[row, expert] * (writes[:, part] @ (reads[part] @ x[row]))
+    with torch.no_grad():
+        torch.testing.assert_close(module(X), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_bad_input() -> None:
-    assert set(catalog.names("adapter")) == {"low_rank", "masked_low_rank", "row_by_column"}
+    assert set(catalog.names("adapter")) == {"bottleneck", "low_rank", "masked_low_rank", "routed_low_rank", "row_by_column"}
+    for text, why in (("bottleneck(activation='tanhh')", "relu, gelu, silu"), ("bottleneck(spread=0.0)", "spread above 0"),
+                      ("routed_low_rank(experts=2, chosen=3)", "3 of 2"), ("routed_low_rank(rank=0)", "1 or more")):
+        with pytest.raises(ParseError, match=why):
+            AddAdapters(text)
     with pytest.raises(ParseError, match="zero, principal"):
         AddAdapters("low_rank(start='svd')")
     with pytest.raises(StructureError, match="leave its mask"):

@@ -31,7 +31,8 @@ class AddAdapters(Pass):
     Rewrites   linear(x, f(w), b) and linear(x, f(w) * mask, b), f the adapter; of one beside its layer linear(x, w * mask, b) + f(x), of one behind
                it y + f(y), y = linear(x, w * mask, b). merge_adapters() makes weights of them again, where they are linear
     Preserves  values
-    Paper      LoRA, arXiv:2106.09685; SPP, arXiv:2405.16057; SQFT, arXiv:2410.03750; DSEE, arXiv:2111.00160
+    Paper      LoRA, arXiv:2106.09685; SPP, arXiv:2405.16057; SQFT, arXiv:2410.03750; DSEE, arXiv:2111.00160;
+               SparseAdapter, arXiv:2210.04284; LLaVA-MoLE, arXiv:2401.16160; SMoRA, arXiv:2501.15103
 
     adapter   a file of passes/train/adapters with its options, "masked_low_rank(rank=8)"
     freeze    all other parameters of the graphs: False lets biases and norms train too, and weights that no adapter stands for
