@@ -121,5 +121,5 @@ class LayerChoice:
                     parameter.mul_(self._weakened)
             return float(measure())
         finally:
-            for parameter, saved in before:
-                parameter.copy_(saved)
+            for weakened, saved in before:
+                weakened.copy_(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import gelu, linear, relu, silu
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.passes.train.adapters._base import Adapter, check_rank
 
-ACTIVATIONS = {"relu": relu, "gelu": gelu, "silu": silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "silu": silu}
 
 
 def bottleneck(weight: Tensor, seed: int, *, rank: int = 16, scale: float = 1.0, activation: str = "relu", spread: float = 0.01) -> Adapter:
