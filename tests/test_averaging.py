@@ -113,14 +113,21 @@ def test_a_soup_is_never_worse_than_its_best() -> None:
 def test_cycles_prune_the_average(packed: str) -> None:
     """A cycle's masks lie in those before it; the last average is what a plain loop by hand gives."""
     seen: list[dict[str, torch.Tensor]] = []
+    starts: list[torch.Tensor] = []
+    ends: list[torch.Tensor] = []
 
     def noted(module: nn.Module, hook: Hook, particle: int) -> None:
         seen.append({path: mask.clone() for path, mask in hook.masks.items()})
+        starts.append(hook.weights()["0"])
         train(module, hook, particle)
+        ends.append(hook.weights()["0"])
 
     recipes = [f"mask_weights(density={density}){packed}" for density in (0.5, 0.25)]
     module, hook = sc.averaged_cycles(net(), (X,), recipes, noted, particles=2)
     assert len(seen) == 4
+    assert not torch.equal(ends[0], ends[1])
+    for start in starts[2:]:
+        torch.testing.assert_close(start, (ends[0] + ends[1]) / 2 * seen[2]["0"])
     for path, mask in seen[3].items():
         assert torch.equal(mask, seen[2][path])
         assert not bool((mask & ~seen[1][path]).any())
