@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +68,33 @@ def _export(module: nn.Module, call: ExampleCall) -> ExportedProgram:
         if axes:
             shapes[leaf] = dict.fromkeys(axes, Dim.DYNAMIC)
     try:
-        with torch.inference_mode(False), torch.no_grad(), silenced(*LOGGERS):
+        with torch.inference_mode(False), torch.no_grad(), silenced(*LOGGERS), _spelled(module, kwargs):
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes if any(call.axes) else None, strict=False)
     except Exception as problem:  # torch.export raises whatever the traced code or its own checks raise
         _refuse_fixed_dimension(problem, call)
         raise NotExportableError(_sentence(problem)) from problem
+
+
+@contextmanager
+def _spelled(module: nn.Module, named: Mapping[str, Any]) -> Iterator[None]:
+    """Within, forward() names what its **kwargs get: torch.export 2.13 looks for such an argument in two places, and dynamic shapes never fit."""
+    signature = inspect.signature(module.forward)
+    plain = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in named if name not in signature.parameters]
+    if not extra or "forward" in vars(module):
+        yield
+        return
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=[*plain, *extra])  # type: ignore[attr-defined]
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 # How torch.export says that a dimension declared dynamic has one size only.

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .library_activations import activation_name
+from .library_experts_listed import find_listed_experts, take_place
 from .ops import experts_ffn
-from .ops.select_ffn import ACTIVATIONS, UP
 
 NAME = "sparsify"
 _SETTING = "_experts_implementation_internal"  # behind the configuration's own setter, which hands it on to parts that have no experts
@@ -27,17 +27,21 @@ def find_library_experts(model: nn.Module) -> dict[str, str | None]:
 
 def give_experts(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """A copy of the model whose mixtures are computed by sparsify.experts_ffn; the model itself where it has none, or one that does not fit."""
-    found = find_library_experts(model)
-    if not found or any(found.values()):
+    asking, listed = find_library_experts(model), find_listed_experts(model)
+    if not (asking or listed) or any(asking.values()) or any(listed.values()):
         return model
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
     private = copy(model)
-    for path in found:
+    if asking:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+    for path in asking:
         module: Any = private.get_submodule(path)
         module._sparsify_activation = activation_name(module.act_fn)
         setattr(module.config, _SETTING, NAME)
+    for path in listed:
+        parent, _, name = path.rpartition(".")
+        take_place(private.get_submodule(parent), name)
     return private
 
 
@@ -55,17 +59,6 @@ def _unfit(module: Any) -> str | None:
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are spread over several processes"
     return None if activation_name(module.act_fn) else f"there is no kernel for its activation, {type(module.act_fn).__name__}"
-
-
-def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
-    """What ops/select_ffn.py calls this activation, recognised by its values; None where it is another."""
-    points = torch.linspace(-8, 8, 257, dtype=torch.float64)
-    try:
-        values = function(points.clone())
-    except (TypeError, RuntimeError):  # a module of the user's own that takes something else
-        return None
-    fits = (name for name, known in ACTIVATIONS.items() if name not in UP and torch.allclose(values, known(points), rtol=0, atol=1e-7))
-    return next(fits, None)
 
 
 def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from transformers.integrations import moe
 
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
-from sparsify_compiler.library_experts import _experts, activation_name, find_library_experts
+from sparsify_compiler.library_activations import activation_name
+from sparsify_compiler.library_experts import _experts, find_library_experts
 from sparsify_compiler.ops import experts_ffn
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
