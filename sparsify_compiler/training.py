@@ -95,7 +95,7 @@ class Anew:
 
 
 class Part:
-    """What one pass does in training. Its only state is the number of steps, which Hook keeps."""
+    """What one pass does in training, nothing by itself. Its only state is the number of steps, which Hook keeps."""
 
     def loss(self, step: int) -> Tensor | None:
         """A term of the loss for the last forward pass, or none."""
@@ -174,7 +174,8 @@ class Hook:
                  attentions: Mapping[str, WatchedAttention], layers: Mapping[str, Layer],
                  blocks: Mapping[str, Sequence[nn.Parameter]]) -> None:
         self.steps, self.blocks = 0, dict(blocks)
-        self._parts, self._watched, self._states, self._layers = tuple(parts), dict(watched), dict(states), dict(layers)
+        self._parts = tuple(part for part in parts if type(part) is not Part)
+        self._watched, self._states, self._layers = dict(watched), dict(states), dict(layers)
         self._attentions = dict(attentions)
         self._move()
 

@@ -74,12 +74,12 @@ def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] 
     """
     watched = program.clone()
     packed = put_packed(watched, trained or {})
-    taps: dict[fx.Node, Watch | Masked] = {}
+    taps: dict[Any, Watch | Masked] = {}  # (node, what makes the tap), of which passes of one kind share one
 
     def watch_of(region: Region, node: fx.Node) -> Watch:
-        made = taps.get(node) or watch(region, f"sparsify_watch_{len(taps)}", node)
+        made = taps.get((node, TrainingPass.tap)) or watch(region, f"sparsify_watch_{len(taps)}", node)
         assert isinstance(made, Watch)
-        taps[node] = made
+        taps[node, TrainingPass.tap] = made
         return made
 
     ffns = [(site.path, watched.regions[site.region], neurons_of(watched.regions[site.region], site)) for site in find_sites(watched, ("ffn",))]
@@ -92,8 +92,8 @@ def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] 
     marks = [(by, path, region, node) for region, node in watched.nodes() for by, path in node.meta.get(META, ())]
     reads = [(_stored(node), node.meta.get(KNOWN, {})) for _, _, _, node in marks]
     for by, _, region, node in marks:
-        if node not in packed and node not in taps:
-            taps[node] = by.tap(region, f"sparsify_watch_{len(taps)}", node)
+        if node not in packed and (node, type(by).tap) not in taps:
+            taps[node, type(by).tap] = by.tap(region, f"sparsify_watch_{len(taps)}", node)
     put_attentions(watched)
     for region in watched.regions.values():
         region.module.recompile()
@@ -101,7 +101,7 @@ def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] 
     marked: dict[TrainingPass, list[Marked]] = {}
     for (by, path, region, node), (names, known) in zip(marks, reads, strict=True):
         tensors = {key: get_tensor(module, region.qualified(name)) for key, name in names.items()}
-        marked.setdefault(by, []).append(Marked(path, packed.get(node) or taps[node], tensors, watched.decisions.get(path), known))
+        marked.setdefault(by, []).append(Marked(path, packed.get(node) or taps[node, type(by).tap], tensors, watched.decisions.get(path), known))
     parts: list[Part] = [by.part(places) for by, places in marked.items()]
     layers = _masked(module, program) | {_path_of(node): layer for node, layer in packed.items()}
     return module, Hook(parts, values, states, attentions, layers, _block_parameters(module, watched, blocks))

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.fold import evaluate, is_constant, masks
 from sparsify_compiler.normal_form_edit import aten, is_call, shape, value
 from sparsify_compiler.ops import experts_ffn
-from sparsify_compiler.passes.moe._write import SCORES
+from sparsify_compiler.passes.moe._write import CHOICE, SCORES
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, Site
 
@@ -34,6 +34,12 @@ class Mixture:
         """The choice."""
         found: fx.Node = self.op.kwargs["chosen"]
         return found
+
+    @property
+    def choice(self) -> fx.Node:
+        """The choice with experts that no kernel sees, where the mixture has some."""
+        name = self.chosen.meta.get(CHOICE)
+        return self.chosen if name is None else self.region.node(name)
 
     @property
     def experts(self) -> int:
@@ -63,6 +69,8 @@ class Mixture:
         """Why its experts cannot be changed; None where they can."""
         if not all(is_constant(node) for node in self.stacked.values()):
             return "its weights are not stored"
+        if CHOICE in self.chosen.meta:
+            return "its router knows experts that no kernel sees"
         if any(masks(self.region, node) for node in self.stacked.values()):
             return "its weights are masked: drop experts first, and prune those that stay"
         return None
@@ -81,6 +89,11 @@ def _found(program: Program) -> Iterator[Mixture]:
         if op.target is experts_ffn.op:
             path = str(op.meta.get("site") or op.meta.get("path") or region.qualified(op.name))
             yield Mixture(region, Site("moe", path, region.path, {"op": op.name}), op, *_behind(op.kwargs["chosen"], _experts_of(op)))
+
+
+def scores_of(op: fx.Node) -> fx.Node | None:
+    """The scores that the choice of an experts_ffn is made from."""
+    return _behind(op.kwargs["chosen"], _experts_of(op))[0]
 
 
 def _experts_of(op: fx.Node) -> int:

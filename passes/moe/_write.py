@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.nn.functional import linear
 
@@ -15,25 +16,55 @@ from sparsify_compiler.fold import erase_dead, put
 from sparsify_compiler.normal_form_edit import aten, insert
 from sparsify_compiler.ops import experts_ffn
 from sparsify_compiler.passes.moe._evidence import Ffn, Formula
+from sparsify_compiler.passes.moe._free import Free, given_by, with_residual
 from sparsify_compiler.passes.moe._sites import Dense
 from sparsify_compiler.passes.moe._split import Split
 from sparsify_compiler.splice import insert_formula
 
 SCORES = "scores of experts"  # in the metadata of a router's last node
+SHARED = "experts share it"  # in the metadata of the node that an FFN ends at
+CHOICE = "choice of experts"  # in the metadata of the choice that an op reads: the name of the one with experts that no kernel sees
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What decides which experts a row runs through: formulas of x; of the scores; and of the scores and the choice, None for weights of 1."""
+    """What decides which experts a row runs through: formulas of x; of the scores; and of the scores and the choice, None for weights of 1.
+
+    free      experts that cost nothing, in the choice beside the others
+    residual  let scores depend on those of the mixture before, where there is one of as many experts
+    """
 
     router: Formula
     select: Formula
     weight: Formula | None
+    free: Free | None = None
+    residual: bool = False
 
 
 def write(dense: Dense, split: Split, routing: Routing, by: str) -> fx.Node:
     """Put the split FFN in the place of the dense one. Returns the op's node."""
     return _Writer(dense, dense.down, dense.site.path.partition("@")[0], by).run(split, routing)
+
+
+def write_shared(dense: Dense, routing: Routing, made: Formula, by: str) -> fx.Node:
+    """Let a formula of what the FFN gives, of a choice and its weights stand for what it gives. Returns the last node."""
+    down, readers = dense.down, list(dense.down.users)
+    writer = _Writer(dense, down.next, dense.site.path.partition("@")[0], by)
+    scores = writer.scores(routing, {})
+    chosen = writer.formula("router", routing.select, {"scores": scores}, {})
+    scores.meta[SCORES] = True
+    assert routing.weight is not None
+    weights = writer.formula("router", routing.weight, {"scores": scores, "chosen": chosen}, {})
+    new = writer.formula("experts", made, {"y": down, "chosen": chosen, "weights": weights}, {})
+    for reader in readers:
+        reader.replace_input_with(down, new)
+    down.meta[SHARED] = True
+    return new
+
+
+def is_shared(down: fx.Node) -> bool:
+    """Do experts change what the FFN that ends here gives?"""
+    return bool(down.meta.get(SHARED))
 
 
 @dataclass(frozen=True)
@@ -46,24 +77,60 @@ class _Writer:
     def run(self, split: Split, routing: Routing) -> fx.Node:
         own = {name: self._stored("experts", name, value) for name, value in {**split.own, "down": split.down}.items()}
         x = self.dense.x
-        scores = self._formula("router", routing.router, {"x": x}, own)
-        chosen = self._formula("router", routing.select, {"scores": scores}, {})
+        scores = self.scores(routing, own)
+        choice = chosen = self.formula("router", routing.select, {"scores": scores}, {})
         scores.meta[SCORES] = True
+        if routing.free is not None:
+            chosen = self.formula("router", routing.free.kept(), {"chosen": choice}, {})
         given: dict[str, Any] = {"x": x, "chosen": chosen, "weights": None, "up": None, **own}
         if routing.weight is not None:
-            given["weights"] = self._formula("router", routing.weight, {"scores": scores, "chosen": chosen}, {})
+            given["weights"] = self.formula("router", routing.weight, {"scores": scores, "chosen": chosen}, {})
+        if routing.free is not None:
+            given["chosen"] = self.formula("router", routing.free.routed(), {"chosen": chosen}, {})
+            given["chosen"].meta[CHOICE] = choice.name
         if split.bias is not None:
             given["bias"] = self._stored("experts", "bias", split.bias)
         op = insert(self.before, experts_ffn.op, **given, activation=self.dense.activation)
         op.meta |= {"by": self.by, "path": self._at("experts"), "site": self.dense.site.path}
-        self._replace(self._beside(op, split))
+        self._replace(self._free(self._beside(op, split), routing.free, chosen, given["weights"]))
         return op
+
+    def scores(self, routing: Routing, own: Mapping[str, fx.Node]) -> fx.Node:
+        before = self._before() if routing.residual else None
+        scores = self.formula("router", routing.router, {"x": self.dense.x}, own)
+        if routing.free is not None:
+            scores = self.formula("router", routing.free.columns, {"scores": scores, "x": self.dense.x}, {})
+        if before is not None and before.meta["val"].shape == scores.meta["val"].shape:
+            experts = int(scores.meta["val"].shape[-1])
+            zeros = torch.zeros(experts, experts, dtype=torch.float32)
+            scores = self.formula("router", Formula({"residual": zeros}, with_residual), {"scores": scores, "before": before}, {})
+        return scores
+
+    def _before(self) -> fx.Node | None:
+        """The scores of the mixture before, in the order of execution."""
+        node = self.before
+        while node.prev.op != "root":
+            node = node.prev
+            if node.meta.get(SCORES):
+                return node
+        return None
+
+    def _free(self, total: fx.Node, free: Free | None, chosen: fx.Node, weights: fx.Node | None) -> fx.Node:
+        """What experts that no kernel sees give, added."""
+        for at, made in enumerate(free.outputs if free is not None else ()):
+            if free is not None and made is not None:
+                y = self.formula(f"free.{at}", made, {"x": self.dense.x}, {})
+                known = {"y": y, "chosen": chosen} | ({} if weights is None else {"weights": weights})
+                other = self.formula(f"free.{at}", Formula({}, partial(given_by, expert=free.experts + at)), known, {})
+                total = insert(self.before, aten.add.Tensor, total.meta["val"], self=total, other=other)
+                total.meta |= {"by": self.by, "path": self._at("")}
+        return total
 
     def _beside(self, op: fx.Node, split: Split) -> fx.Node:
         """What is computed for every row, added to the op."""
         if split.always.numel():
             tensors = dict(split.shared) | ({} if split.base is None else {"bias": split.base})
-            other = self._formula("shared", Formula(tensors, partial(_dense, activation=self.dense.activation)), {"x": self.dense.x}, {})
+            other = self.formula("shared", Formula(tensors, partial(_dense, activation=self.dense.activation)), {"x": self.dense.x}, {})
         elif split.base is not None:
             other = self._stored("experts", "base", split.base)
         else:
@@ -84,7 +151,7 @@ class _Writer:
         dtype = self.dense.x.meta["val"].dtype
         return put(self.dense.region, self.before, value.to(dtype), name, self.dense.leaves(), {"path": self._at(part)}, self.by)
 
-    def _formula(self, part: str, formula: Formula, inputs: Mapping[str, fx.Node], experts: Mapping[str, fx.Node]) -> fx.Node:
+    def formula(self, part: str, formula: Formula, inputs: Mapping[str, fx.Node], experts: Mapping[str, fx.Node]) -> fx.Node:
         """The formula's nodes, of a module of their own in the model's paths."""
         known = dict(inputs) | {name: self._stored(part, name, value) for name, value in formula.tensors.items()}
         wanted = inspect.signature(formula.function).parameters

@@ -15,6 +15,7 @@ from sparsify_compiler.errors import ParseError
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.moe._criteria import CRITERIA, wanted
 from sparsify_compiler.passes.moe._evidence import Evidence, Formula
+from sparsify_compiler.passes.moe._free import Free, ffns_of, with_columns
 from sparsify_compiler.passes.moe._sites import Dense, dense_of, gather
 from sparsify_compiler.passes.moe._split import Split, divided, filled
 from sparsify_compiler.passes.moe._write import Routing, write
@@ -47,6 +48,8 @@ class SplitExperts(Pass):
     repair      a file of passes/moe/repairs: what makes up for the experts that are skipped
     criterion   what makes an expert matter in a row: "output", the length of what it adds; "norm", the same were its neurons' columns at right
                 angles; "positive", the sum of its positive neurons
+    free        files of passes/moe/free_experts, which stand in the choice beside the others and cost nothing: "zero", "copy", "constant"
+    residual    scores also depend on those of the mixture before, by a linear map that begins as zeros
     density     computed / all neurons of a row, the shared ones among them; by default the user's budget
     targets     selectors of FFN sites; all by default
     ignore      selectors of FFN sites that stay dense
@@ -64,6 +67,8 @@ class SplitExperts(Pass):
     weight: str = "one"
     repair: str = "mean"
     criterion: Literal["output", "norm", "positive"] = "output"
+    free: tuple[str, ...] = ()
+    residual: bool = False
     density: float | None = None
     targets: tuple[str, ...] = KIND
     ignore: tuple[str, ...] = ()
@@ -78,6 +83,9 @@ class SplitExperts(Pass):
             raise ParseError(f"experts is 1 or more and shared lies between 0 and 1, got {self.experts} and {self.shared}", where="split_experts")
         if self.criterion not in CRITERIA:
             raise ParseError(f"criterion is one of {tuple(CRITERIA)}, not {self.criterion!r}", where="split_experts")
+        object.__setattr__(self, "free", tuple(self.free))
+        for name in self.free:
+            Named.parse("free expert", name)
         self.take_selectors("targets", "ignore")
         self.check_density(self.density)
 
@@ -106,12 +114,14 @@ class SplitExperts(Pass):
         share = self._share(split, evidence.ffn.neurons, density)
         router: Formula = route(Task(evidence, table, share, importance, self.criterion))
         scores = _scores(router, Split.of(evidence.ffn, table, always), evidence)
-        number = select.module.calibrate(scores, share, **select.options)
-        chosen = select(scores, number)
+        free = Free.of(self.free, evidence, scores, share) if self.free else None
+        scores = _with_free(free, scores, evidence)
+        number = select.module.calibrate(scores, share if share >= 1 else share * self.experts / scores.shape[1], **select.options)
+        chosen = ffns_of(select(scores, number), self.experts)
         found = split.activated(chosen, evidence.ffn.neurons)
         if evidence.rows:
             split = repair(evidence, split, chosen)
-        write(dense, split, Routing(router, _selection(select, number), self._named("weight")(self.experts)), self.name())
+        write(dense, split, Routing(router, _selection(select, number), self._named("weight")(scores.shape[1]), free, self.residual), self.name())
         row = program.decisions[dense.site.path] = Decision.of(dense.site.path, "ffn", dense.ffn.down)
         row.structure, row.density, row.budget = f"experts by {route.name}", found, found if density is None else density
         row.reason = f"{self.experts} experts of {table.shape[1]} neurons by {part.name}, {always.numel()} shared; router {route.name}, {select.name}"
@@ -169,6 +179,14 @@ def _scores(router: Formula, split: Split, evidence: Evidence) -> Tensor:
     wanted = inspect.signature(router.function).parameters
     given = {name: value for name, value in known.items() if name in wanted} | dict(router.tensors)
     return torch.cat([router.function(x, **given) for x in torch.split(evidence.x, SAMPLE)])
+
+
+def _with_free(free: Free | None, scores: Tensor, evidence: Evidence) -> Tensor:
+    """The scores of all experts on the rows that they were computed for."""
+    if free is None:
+        return scores
+    rows = evidence.x if evidence.rows else torch.zeros(scores.shape[0], evidence.ffn.gate.shape[1], dtype=torch.float32)
+    return with_columns(scores, rows, **free.columns.tensors)
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

@@ -6,15 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from sparsify_compiler.masked import Masked
 from sparsify_compiler.named import Named
+from sparsify_compiler.ops import experts_ffn
 from sparsify_compiler.passes.moe import _routing
 from sparsify_compiler.passes.moe._routing import mixtures
+from sparsify_compiler.passes.train._experts import WatchedExperts, tap_experts
 from sparsify_compiler.passes.train._penalty import Penalty, check_weight
 from sparsify_compiler.passes_api import Context
-from sparsify_compiler.program import Program
-from sparsify_compiler.training import Marked, Part, TrainingPass
+from sparsify_compiler.program import Program, Region
+from sparsify_compiler.training import Marked, Part, TrainingPass, Watch
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class PenaliseRouting(TrainingPass):
     schedule: str = "constant"
 
     def __post_init__(self) -> None:
-        Named.parse("router loss", self.loss)
+        self._loss()
         check_weight(self.weight, self.schedule, "penalise_routing")
 
     def run(self, program: Program, ctx: Context) -> Program:
@@ -45,22 +48,31 @@ class PenaliseRouting(TrainingPass):
                 ctx.miss("the scores of its router are not known", one.site.path)
                 continue
             self.mark(one.scores, one.site, ctx)
-            self.mark(one.chosen, one.site, ctx)
+            self.mark(one.choice, one.site, ctx)
+            if "experts" in self._loss().statistics:
+                self.mark(one.op, one.site, ctx)
         return program
 
+    def tap(self, region: Region, name: str, node: fx.Node) -> Watch | Masked:
+        return tap_experts(region, name, node) if node.target is experts_ffn.op else super().tap(region, name, node)
+
     def part(self, marked: Sequence[Marked]) -> Part:
-        return Penalty(self.weight, self.schedule, partial(_terms, Named.parse("router loss", self.loss), tuple(marked)))
+        return Penalty(self.weight, self.schedule, partial(_terms, self._loss(), tuple(marked)))
+
+    def _loss(self) -> Named:
+        return Named.parse("router loss", self.loss)
 
 
 def _terms(loss: Named, marked: Sequence[Marked]) -> Iterator[Tensor]:
     """Of each router that gave scores and a choice."""
     seen: dict[str, dict[bool, Tensor]] = {}
+    experts = {one.path: one.tap for one in marked if isinstance(one.tap, WatchedExperts)}
     for one in marked:
-        if one.value is not None and one.value.numel():
+        if one.value is not None and one.value.numel() and one.tap is not experts.get(one.path):
             seen.setdefault(one.path, {})[one.value.is_floating_point()] = one.value
-    for values in seen.values():
+    for path, values in seen.items():
         if len(values) == 2:
-            yield loss(values[True].float(), values[False])
+            yield loss(values[True].float(), values[False], *([experts[path]] if path in experts else ()))
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

@@ -15,11 +15,12 @@ from sparsify_compiler.passes.moe.routers._base import Task
 
 def oracle(task: Task) -> Formula:
     """The task's criterion itself."""
-    return Formula({}, partial(_measured, activation=task.evidence.ffn.activation, criterion=task.criterion))
+    return Formula({}, partial(measured, activation=task.evidence.ffn.activation, criterion=task.criterion))
 
 
-def _measured(x: Tensor, gate: Tensor, down: Tensor, up: Tensor | None = None, gate_bias: Tensor | None = None, up_bias: Tensor | None = None, *,
-              activation: str, criterion: str) -> Tensor:
+def measured(x: Tensor, gate: Tensor, down: Tensor, up: Tensor | None = None, gate_bias: Tensor | None = None, up_bias: Tensor | None = None, *,
+             activation: str, criterion: str) -> Tensor:
+    """How much each expert matters, by a name of _criteria.CRITERIA: x [..., K], gate and up [E, S, K], down [E, N, S] -> float32 [..., E]."""
     neurons = hidden(activation, _each(x, gate, gate_bias), None if up is None else _each(x, up, up_bias))
     return CRITERIA[criterion](neurons.float(), down.float())
 

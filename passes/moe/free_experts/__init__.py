@@ -1,0 +1,1 @@
+"""Experts that cost next to nothing, which a row may choose instead of an FFN: one file each."""

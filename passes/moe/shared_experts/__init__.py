@@ -1,0 +1,1 @@
+"""How experts that share one FFN differ: one file each."""

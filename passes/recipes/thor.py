@@ -1,0 +1,18 @@
+"""THOR."""
+
+from __future__ import annotations
+
+from sparsify_compiler.passes.moe.split_experts import SplitExperts
+from sparsify_compiler.passes.train.route_gradients import RouteGradients
+from sparsify_compiler.pipeline import Pipeline
+
+
+def thor(experts: int = 4) -> Pipeline:
+    """For training: copies of each FFN, one of which is drawn for every row; afterwards rows choose by the sides of random planes that they lie on.
+
+    The paper's consistency loss is the user's: the divergence between the outputs of two passes over a batch, which draw different experts
+
+    Paper      Taming Sparsely Activated Transformer with Stochastic Experts, Zuo et al., arXiv:2110.04260
+    """
+    split = SplitExperts(experts, "copies", "hashed", "top_k(k=1)", 0.0, "weight_norm", repair="none")
+    return Pipeline((split, RouteGradients("dice")))

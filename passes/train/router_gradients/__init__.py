@@ -1,0 +1,1 @@
+"""How a router learns from a choice that has no gradient: one file an estimator."""

@@ -1,0 +1,146 @@
+"""Routers learn from choices: values stay, gradients come, and nothing of it is left in what is compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import sparsify_compiler as sc
+from sparsify_compiler import catalog
+from sparsify_compiler.capture import capture
+from sparsify_compiler.errors import UnknownNameError
+from sparsify_compiler.named import Named
+from sparsify_compiler.ops import experts_ffn
+from sparsify_compiler.passes.activation.select_neurons import GatedFfn
+from sparsify_compiler.passes.moe._routing import example
+from sparsify_compiler.passes.moe.routers.oracle import measured
+from sparsify_compiler.passes.train.route_gradients import RouteGradients
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.pipeline import Pipeline
+
+SPLIT = "split_experts(experts=4, router='ridge', shared=0.0, density=0.5, repair='none')"
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 5), st.booleans(), st.floats(0.1, 4.0), st.integers(0, 99))
+def test_straight_through_keeps_values_and_opens_what_is_chosen(experts: int, k: int, rows: int, weighted: bool, temperature: float,
+                                                                seed: int) -> None:
+    torch.manual_seed(seed)
+    scores = torch.randn(rows, experts, requires_grad=True)
+    chosen = scores.detach().topk(min(k, experts), -1).indices
+    chosen = torch.where(torch.rand(chosen.shape) < 0.2, -1, chosen)
+    weights = torch.rand(chosen.shape) if weighted else None
+    same, found = Named.parse("router gradient", f"straight_through(temperature={temperature!r})")(scores, chosen, weights)
+    assert torch.equal(same, chosen)
+    assert torch.equal(found, torch.ones_like(found) if weights is None else weights)
+    found.sum().backward()
+    assert scores.grad is not None
+    named = torch.zeros(rows, experts + 1).scatter_(-1, chosen + 1, 1.0)[:, 1:]
+    assert bool((scores.grad[named == 0] == 0).all())
+    if experts > 1:  # one score alone has no deviation
+        assert bool((scores.grad[named == 1] >= 0).all())
+        assert bool((scores.grad[named == 1] > 0).any()) == bool((named == 1).any())
+    assert bool(scores.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("estimator", catalog.names("router gradient"))
+def test_routers_get_a_gradient_that_leaves_no_trace(estimator: str) -> None:
+    torch.manual_seed(0)
+    model, x = GatedFfn(16, 64).eval(), torch.randn(40, 16)
+    module, hook = sc.attach(model, (x,), f"{SPLIT} | route_gradients(estimator={estimator!r})", calibration=[(x,)])
+    with torch.no_grad():
+        plain = module(x)
+    assert not hook.acts
+    module(x).square().sum().backward()
+    routers = [parameter.grad for name, parameter in module.named_parameters() if "router" in name]
+    assert len(routers) == 2
+    assert all(grad is not None and bool(grad.abs().sum() > 0) for grad in routers)
+    compiled = sc.compile(module, (x,), recipe="lower()")
+    torch.testing.assert_close(compiled(x), plain, rtol=1e-5, atol=1e-6)
+    again = capture(module, (x,))
+    assert [node.kwargs["weights"] for _, node in again.nodes() if node.target is experts_ffn.op] == [None]
+
+
+def test_without_it_routers_of_weights_of_one_get_none() -> None:
+    model, x = GatedFfn(16, 64).eval(), torch.randn(40, 16)
+    module, _ = sc.attach(model, (x,), SPLIT, calibration=[(x,)])
+    module(x).square().sum().backward()
+    assert all(parameter.grad is None for name, parameter in module.named_parameters() if "router" in name)
+
+
+def test_straight_through_finds_the_expert_that_helps() -> None:
+    """Two experts, of which one gives what is wanted; the router begins with the other one."""
+    torch.manual_seed(0)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(3, 2)
+            self.router.weight.data.zero_()
+            self.router.bias.data.copy_(torch.tensor([0.5, 0.0]))
+            self.gate, self.down = nn.Buffer(torch.ones(2, 1, 3)), nn.Buffer(torch.tensor([-1.0, 1.0]).view(2, 1, 1).expand(2, 3, 1).contiguous())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = experts_ffn.op(x, self.router(x).topk(1, -1).indices, None, self.gate, None, self.down, activation="relu")
+            return y
+
+    model, x = Two().eval(), torch.rand(20, 3)
+    module, _ = sc.attach(model, (x,), RouteGradients())
+    wanted = x.sum(1, keepdim=True).expand(20, 3)
+    optimizer = torch.optim.SGD([parameter for name, parameter in module.named_parameters() if "router" in name], 0.1)
+    for _ in range(20):
+        loss = (module(x) - wanted).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step(), optimizer.zero_grad()
+    assert float((module(x) - wanted).detach().square().mean()) == 0
+
+
+def test_agreement_is_one_for_a_router_that_knows_no_row_and_none_for_the_oracle() -> None:
+    torch.manual_seed(0)
+    model, x = GatedFfn(16, 64).eval(), torch.randn(40, 16)
+    pipeline = f"{SPLIT} | penalise_routing(loss='agreement', weight=1.0)"
+    module, hook = sc.attach(model, (x,), pipeline, calibration=[(x,)])
+    router, offset = (tensor for name, tensor in module.named_parameters() if "router" in name)
+    own = {name.rpartition(".")[2].removesuffix("_folded"): tensor for name, tensor in module.named_parameters() if "experts" in name}
+    importance = measured(x, own["gate"], own["down"], own["up"], activation="silu", criterion="output").detach()
+    module(x)
+    fitted = float(hook.loss().detach())
+    assert 0 < fitted < 1
+    with torch.no_grad():
+        router.zero_(), offset.copy_(importance.mean(0))
+    module(x)
+    torch.testing.assert_close(hook.loss(), torch.tensor(1.0))
+    optimizer = torch.optim.Adam([router, offset], 0.05)
+    for _ in range(300):
+        module(x)
+        hook.loss().backward()  # type: ignore[no-untyped-call]
+        optimizer.step(), optimizer.zero_grad()
+    assert float(hook.loss().detach()) < 1.2 * fitted
+    assert all(tensor.grad is None for tensor in own.values())
+
+
+def test_both_act_on_one_mixture() -> None:
+    model, x = GatedFfn(16, 64).eval(), torch.randn(40, 16)
+    both = f"{SPLIT} | penalise_routing(loss='agreement') | route_gradients() | penalise_routing(loss='load_balance')"
+    module, hook = sc.attach(model, (x,), both, calibration=[(x,)])
+    module(x)
+    first: Any = hook.loss()
+    assert bool(first > 0)
+    assert hook.acts
+
+
+def test_what_is_wrong_is_told() -> None:
+    with pytest.raises(UnknownNameError):
+        RouteGradients("straight")
+    model, (x,) = example()
+    program, ctx = capture(model, (x,)), Context()
+    Pipeline.parse("route_gradients() | route_gradients(estimator='straight_through(temperature=2.0)')").run(program, ctx)
+    assert [miss.why for miss in ctx.misses] == ["its router has an estimator already"]
+    ctx = Context()
+    Pipeline((RouteGradients(),)).run(capture(nn.Linear(2, 2).eval(), (torch.zeros(1, 2),)), ctx)
+    assert [miss.why for miss in ctx.misses] == ["the model has no experts"]
