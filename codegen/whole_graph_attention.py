@@ -10,6 +10,7 @@ from torch import fx
 from tvm import relax
 
 from sparsify_compiler.codegen.kernels.attend_dense import AttendDense
+from sparsify_compiler.codegen.kernels.blocks_dense import Blocks
 from sparsify_compiler.codegen.kernels.cache_write import CacheWrite
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
 from sparsify_compiler.codegen.whole_graph_functions import arguments_of, declared
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
     from sparsify_compiler.codegen.whole_graph_import import GraphImporter
 
 aten = torch.ops.aten
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 VIEWS = (aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default, aten.to.dtype, aten.slice.Tensor, aten.transpose.int)
 
 
 def attend(graph: GraphImporter, node: fx.Node) -> Any:
-    """scaled_dot_product_attention in float32."""
+    """scaled_dot_product_attention, in float32 whatever the dtype is."""
     query, key, value, mask, dropout, causal, scale, grouped = arguments_of(node)
     tensors = [one.meta["val"] for one in (query, key, value)]
-    if any(one.dtype is not torch.float32 or one.dim() != 4 for one in tensors):
+    if any(one.dtype not in FLOATS or one.dim() != 4 for one in tensors):
         return graph.plain(node)
     shapes = [one.shape for one in tensors]
     heads, groups = shapes[0][1], shapes[1][1]
@@ -35,30 +37,64 @@ def attend(graph: GraphImporter, node: fx.Node) -> Any:
         return graph.plain(node)
     given = [_as_it_lies(one) for one in (query, key, value)]
     added = [] if mask is None else [_mask(graph, _without_truths(mask), shapes[1][2])]
-    inputs = [*(graph.value(one) for one, _ in given), *added]
+    inputs = [*(in_float32(graph, one) for one, _ in given), *added]
     return _one_kernel(graph, node, inputs, shapes, [lie for _, lie in given], bool(causal), _mask_of(added[0]) if added else Mask(), scale)
 
 
+def in_float32(graph: GraphImporter, node: fx.Node) -> Any:
+    """The value of a node, which kernels of float32 take."""
+    value = graph.value(node)
+    return value if declared(value).dtype == "float32" else graph.block_builder.emit(relax.op.astype(value, "float32"))
+
+
 def attend_cached(graph: GraphImporter, node: fx.Node) -> Any:
-    """Causal attention of new tokens over a cache that they are written into, in place: (query, key, value, past, key cache, value cache, scale)."""
+    """Causal attention of new tokens over a cache that they are written into, in place.
+
+    Its arguments are query, key, value, past, key cache, value cache, scale, and those of blocks.
+    """
     tensors: Any = node.args[:3]
-    past, *caches, scale = node.args[3:]
+    past, *caches, scale = node.args[3:7]
     given, shapes = [_as_it_lies(one) for one in tensors], [one.meta["val"].shape for one in tensors]
     written = [_written(graph, cache, one, past, shape[1], shape[3]) for cache, one, shape in zip(caches, given[1:], shapes[1:], strict=True)]
-    inputs = [graph.value(given[0][0]), *written, graph.value(past)]
-    return _one_kernel(graph, node, inputs, shapes, [given[0][1], "bhsd", "bhsd"], True, Mask(), scale, past=True)
+    blocks, more = _blocks(graph, node, "")
+    inputs = [in_float32(graph, given[0][0]), *written, graph.value(past), *more]
+    return _one_kernel(graph, node, inputs, shapes, [given[0][1], "bhsd", "bhsd"], True, Mask(), scale, True, blocks)
+
+
+def attend_blocked(graph: GraphImporter, node: fx.Node) -> Any:
+    """Attention over the blocks of a table: (query, key, value, mask, whether causal, where texts start, scale, of blocks)."""
+    tensors: Any = node.args[:3]
+    rest: Any = node.args[3:7]
+    mask, causal, starts, scale = rest
+    given, shapes = [_as_it_lies(one) for one in tensors], [one.meta["val"].shape for one in tensors]
+    added = [] if mask is None else [_mask(graph, _without_truths(mask), shapes[1][2])]
+    blocks, more = _blocks(graph, node, str(starts))
+    inputs, facts = [*(in_float32(graph, one) for one, _ in given), *added, *more], _mask_of(added[0]) if added else Mask()
+    return _one_kernel(graph, node, inputs, shapes, [lie for _, lie in given], bool(causal), facts, scale, False, blocks)
+
+
+def _blocks(graph: GraphImporter, node: fx.Node, starts: str) -> tuple[Blocks | None, list[Any]]:
+    """What attend_dense is told of blocks, and the tensors that it is given: table, tiles, sizes of blocks, lengths below which it is dense."""
+    if len(node.args) == 7:
+        return None, []
+    of_blocks: Any = node.args[7:]
+    table, tiles, *sizes = of_blocks
+    batch, heads = (size != 1 for size in table.meta["val"].shape[:2])
+    return Blocks(sizes[0], sizes[1], batch, heads, starts, sizes[2], sizes[3]), [graph.value(table), graph.value(tiles)]
 
 
 def _one_kernel(graph: GraphImporter, node: fx.Node, inputs: list[Any], shapes: list[Any], lie: list[str], causal: bool, mask: Mask, scale: Any,
-                past: bool = False) -> Any:
+                past: bool = False, blocks: Blocks | None = None) -> Any:
     """The result of attend_dense, turned already where it is only read so. `shapes` are those of query, key and value, [B, H, S, D]."""
     target, out = graph.parts.target, _turned(node)
     (_, heads, _, width), (_, groups, _, _), (_, _, _, value_width) = shapes
     factor = 1 / math.sqrt(width) if scale is None else float(scale)
     lies = lie[0], lie[1], lie[2], "bhsd" if out is node else "bshd"
     schedule = AttendDense(width, value_width, heads, groups, factor, causal, mask, lies, past, *registers(target),
-                           workers=target.cores)
-    result = graph.one_kernel(schedule, inputs, graph.shape(out))
+                           workers=target.cores, blocks=blocks)
+    result, dtype = graph.one_kernel(schedule, inputs, graph.shape(out)), str(node.meta["val"].dtype).removeprefix("torch.")
+    if dtype != "float32":
+        result = graph.block_builder.emit(relax.op.astype(result, dtype))
     if out is not node:
         graph.env[out] = result
     return result
@@ -66,7 +102,7 @@ def _one_kernel(graph: GraphImporter, node: fx.Node, inputs: list[Any], shapes: 
 
 def _written(graph: GraphImporter, cache: Any, new: tuple[fx.Node, str], past: Any, groups: int, width: int) -> Any:
     """The cache with new rows in it."""
-    inputs = [graph.value(one) for one in (cache, new[0], past)]
+    inputs = [graph.value(cache), in_float32(graph, new[0]), graph.value(past)]
     kernel = graph.kernel_of(CacheWrite(width, groups, new[1], graph.parts.target.cores), [*map(declared, inputs)])
     return graph.block_builder.emit(relax.op.call_tir_inplace(kernel, inputs, 0, inputs[0].ty))
 
@@ -96,6 +132,8 @@ def _turned(node: fx.Node) -> fx.Node:
 def _mask(graph: GraphImporter, mask: fx.Node, keys: Any) -> Any:
     """The mask with four dimensions and a column for every key: the kernel broadcasts the other dimensions only."""
     sizes, added = mask.meta["val"].shape, graph.value(mask)
+    if declared(added).dtype not in ("bool", "float32"):
+        added = graph.block_builder.emit(relax.op.astype(added, "float32"))
     if len(sizes) == 4 and (_is_one(keys) or not _is_one(sizes[3])):
         return added
     return graph.block_builder.emit(relax.op.broadcast_to(added, [1] * (4 - len(sizes)) + graph.shape(mask)[:-1] + [graph.size(keys)]))

@@ -29,6 +29,8 @@ def export(
     like: Annotated[Path | None, typer.Option(help="huggingface: the folder that the model came from.", show_default=False)] = None,
     target: Annotated[str | None, typer.Option(help="library: a name of `sparsify targets`; the model's own by default.", show_default=False)] = None,
     cache: Annotated[bool, typer.Option("--cache", help="library: a language model with its key-value cache as arguments.")] = False,
+    longest: Annotated[int | None, typer.Option(help="library: tokens of a text at most, where attention by blocks must know; 8192 by default.",
+                                                show_default=False)] = None,
 ) -> None:
     """Write a saved model as ONNX, as dense safetensors, in the layout of Hugging Face, or as a library that runs without PyTorch.
 
@@ -42,7 +44,7 @@ def export(
     from .cli_model import load_model
 
     for name, given, of in (("--like", like, Form.HUGGINGFACE), ("--target", target, Form.LIBRARY),
-                            ("--cache", cache or None, Form.LIBRARY)):
+                            ("--cache", cache or None, Form.LIBRARY), ("--longest", longest, Form.LIBRARY)):
         if given is not None and form is not of:
             raise InputError(f"{name} is of --form {of}", where="export", hint=f"leave it out, or write --form {of}")
     original = None if model is None else load_model(model).model
@@ -54,5 +56,5 @@ def export(
     elif form is Form.HUGGINGFACE:
         compiled.export_huggingface(out, like if like is not None else original)
     else:
-        compiled.export(out, target, cache=cache)
+        compiled.export(out, target, cache=cache, **({} if longest is None else {"longest": longest}))
     typer.echo(f"{form} written to {out}")

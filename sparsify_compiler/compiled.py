@@ -79,16 +79,17 @@ class CompiledModel(nn.Module):
 
         save(self, path)
 
-    def export(self, path: str | Path, target: str | Target | None = None, *, cache: bool = False) -> None:
+    def export(self, path: str | Path, target: str | Target | None = None, *, cache: bool = False, longest: int = 8192) -> None:
         """Write the model as one library and its weights, which run without PyTorch, from Python, C or C++, on the target: by default this model's.
 
-        cache  a language model with its key-value cache as arguments: functions "prefill" and "decode"
+        cache   a language model with its key-value cache as arguments: functions "prefill" and "decode"
+        longest tokens of a text at most, where attention reads some blocks of the keys and the model itself sets no limit
 
         Raises ModelError, KernelError, TargetError, StorageError.
         """
         from .export_library import export
 
-        export(self, path, target, cache=cache)
+        export(self, path, target, cache=cache, longest=longest)
 
     def export_onnx(self, path: str | Path) -> None:
         """Write the model as one ONNX file, weights dense.

@@ -22,6 +22,7 @@ from .artefact_manifest import MANIFEST, versions
 from .compiled import CompiledModel
 from .errors import ModelError
 from .export_library_attentions import plain_attentions
+from .export_library_blocks import LONGEST
 from .export_library_cached import CAPACITY, PAST, with_cache
 from .export_library_limits import limits_of
 from .export_library_products import ROWS, Products
@@ -38,21 +39,23 @@ DECODED = (1,)      # rows of x that the layers of a model with a cache are laid
 ALIGNED = 64        # bytes that the kernels' tensors start at multiples of
 
 
-def export(compiled: CompiledModel, path: str | Path, target: str | Target | None = None, *, cache: bool = False) -> None:
+def export(compiled: CompiledModel, path: str | Path, target: str | Target | None = None, *, cache: bool = False,
+           longest: int = LONGEST) -> None:
     """Write the folder `path`, whole or not at all, replacing a library that is there.
 
     target  the machine to run on, which need not be this one; by default the one that the model was compiled for
     cache   a language model with its key-value cache as arguments, which are changed in place: functions "prefill" and "decode" instead of "main",
             which give the logits of the last token (export_library_cached.py)
+    longest tokens of a text at most, where attention reads some blocks of the keys and the model itself sets no limit
 
     Raises ModelError (captured in parts, an input that is no tensor), KernelError (an operator without a translation, no C compiler), TargetError,
     StorageError.
     """
     for_target = resolve(target) if target is not None else compiled.target or host()
     with torch.no_grad():
-        library = _compile(compiled.program, for_target, cache)
+        library, ranges = _compile(compiled.program, for_target, cache, longest)
         with writing(Path(path), replaceable=is_library) as folder:
-            _write(library, compiled.program, folder)
+            _write(library, compiled.program, ranges, folder)
 
 
 def is_library(folder: Path) -> bool:
@@ -63,19 +66,30 @@ def is_library(folder: Path) -> bool:
         return False
 
 
-def _compile(program: Program, target: Target, cache: bool) -> Library:
+def _compile(program: Program, target: Target, cache: bool, longest: int) -> tuple[Library, dict[str, Any]]:
+    """The library, and what its symbols may be."""
     from .codegen.whole_graph import Input, compile_graphs
 
     whole = whole_region(program)
+    ranges = dict(whole.spec.ranges)
     if not cache:
-        functions = _functions(whole, target, {"main": _inputs(whole.spec)}, output_names(whole.spec), ROWS)
-        return compile_graphs(functions, whole.spec.ranges, target)
-    made, ids = with_cache(whole), _inputs(whole.spec)[0]
+        region, most = _plain(whole, longest)
+        ranges |= {name: (ranges.get(name, (1, None))[0], limit) for name, limit in most.items()}
+        functions = _functions(region, target, {"main": _inputs(whole.spec)}, output_names(whole.spec), ROWS)
+        return compile_graphs(functions, ranges, target), ranges
+    made, ids = with_cache(whole, longest), _inputs(whole.spec)[0]
+    ranges |= {CAPACITY: (1, made.longest)} | ({ids.shape[1]: (1, made.longest)} if made.longest else {})
     batch = ids.shape[0]
     more = [Input(PAST, (1,), "int64"),
             *(Input(name, (batch, groups, CAPACITY, width), "float32", updated=True) for name, (groups, width) in made.caches.items())]
     given = {"prefill": [ids, *more], "decode": [replace(ids, shape=(batch, 1)), *more]}
-    return compile_graphs(_functions(made.region, target, given, ["logits"], DECODED), whole.spec.ranges, target)
+    return compile_graphs(_functions(made.region, target, given, ["logits"], DECODED), whole.spec.ranges, target), ranges
+
+
+def _plain(region: Region, longest: int) -> tuple[Region, dict[str, int]]:
+    """A copy whose attentions whole graphs compute; what symbols are at most for their sake."""
+    region = region.clone()
+    return region, plain_attentions(region, longest)
 
 
 def _functions(region: Region, target: Target, inputs: Mapping[str, list[Any]], outputs: list[str], rows: tuple[int, ...]) -> list[Any]:
@@ -83,7 +97,6 @@ def _functions(region: Region, target: Target, inputs: Mapping[str, list[Any]], 
     from .codegen.whole_graph import Function
 
     region = region.clone()
-    plain_attentions(region)
     spell(region)
     products, functions = Products(region, target, rows), []
     for name, given in inputs.items():
@@ -126,14 +139,11 @@ def word_of(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
 
 
-def _write(library: Library, program: Program, folder: Path) -> None:
+def _write(library: Library, program: Program, ranges: Mapping[str, Any], folder: Path) -> None:
     library.write(folder / LIBRARY)
     write_safetensors(folder / WEIGHTS, library.parameters, ALIGNED)
     shutil.copyfile(Path(__file__).parent / "codegen" / "deploy" / RUNNER, folder / RUNNER)
     region = program.regions[""]
-    ranges = dict(region.spec.ranges)
-    if "prefill" in library.functions:
-        ranges[CAPACITY] = (1, None)
     data = {
         "format": FORMAT, "kind": KIND, "target": library.target.to_json(), "versions": versions(), "functions": library.functions,
         "symbols": {name: list(limits) for name, limits in ranges.items()}, "limits": limits_of(region),

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from .errors import ModelError
 from .executor import flat_function, part_function
-from .export_library_attentions import plain_attentions
+from .export_library_attentions import Attention, attention_of, plain_attentions
+from .export_library_blocks import LONGEST, places_read
 from .normal_form_edit import argument
 from .program import Region, TensorSpec
 
@@ -27,17 +28,21 @@ TOLERANCE = 1e-4
 HINT = "export it without its cache, or compile it with input_ids alone, use_cache=False and dynamic tokens"
 
 
-def attend_cached(query: Tensor, key: Tensor, value: Tensor, past: Tensor, key_cache: Tensor, value_cache: Tensor, scale: float | None) -> Tensor:
+def attend_cached(query: Tensor, key: Tensor, value: Tensor, past: Tensor, key_cache: Tensor, value_cache: Tensor, scale: float | None,
+                  table: Tensor | None = None, tiles: Tensor | None = None, *extent: int) -> Tensor:
     """Causal attention of new tokens over all so far; the caches get the new keys and values, in place.
 
-    query [B, H, n, D], key [B, G, n, D], value [B, G, n, E], past [1] int64, key_cache [B, G, capacity, D], value_cache [B, G, capacity, E]
+    query [B, H, n, D], key [B, G, n, D], value [B, G, n, E], past [1] int64, key_cache [B, G, capacity, D], value_cache [B, G, capacity, E], float32
+    table, tiles, extent   of the blocks that are read, as in attend_blocked; all, without
     -> [B, H, n, E]
     """
     before, new = int(past[0]), query.shape[2]
     key_cache[:, :, before:before + new], value_cache[:, :, before:before + new] = key, value
     keys, values = (cache[:, :, : before + new].repeat_interleave(query.shape[1] // cache.shape[1], 1) for cache in (key_cache, value_cache))
     mask = torch.arange(before + new) <= torch.arange(before, before + new)[:, None]
-    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    if table is not None and tiles is not None:
+        mask = mask & places_read(new, before + new, table, tiles, extent)  # type: ignore[arg-type]
+    return torch.nn.functional.scaled_dot_product_attention(query.float(), keys, values, attn_mask=mask, scale=scale).to(query.dtype)
 
 
 @dataclass
@@ -45,29 +50,31 @@ class Cached:
     """The rewritten region: its inputs are those of before, then `past` and the caches.
 
     caches   name -> (groups, width) of each cache, in the order of the inputs
+    longest  tokens of a text, where attention reads blocks by a table
     """
 
     region: Region
     caches: dict[str, tuple[int, int]] = field(default_factory=dict)
+    longest: int | None = None
 
 
-def with_cache(original: Region) -> Cached:
+def with_cache(original: Region, longest: int = LONGEST) -> Cached:
     """A copy of the region with caches. Raises ModelError where it is no causal language model of one input that can be rewritten."""
     tensors = [leaf for leaf in original.spec.leaves if isinstance(leaf, TensorSpec)]
     if len(tensors) != 1 or len(tensors[0].shape) != 2 or tensors[0].dtype is not torch.int64 or isinstance(tensors[0].shape[1], int):
         raise ModelError("a cache is for models whose only input is token ids [batch, tokens], with tokens dynamic", hint=HINT)
     made = Cached(original.clone())
-    plain_attentions(made.region)
+    made.longest = min(plain_attentions(made.region, longest).values(), default=None)
     region, graph = made.region, made.region.graph
-    attentions = [node for node in graph.nodes if node.target is aten.scaled_dot_product_attention.default]
+    attentions = [(node, found) for node in graph.nodes if (found := attention_of(node))]
     if not attentions:
         raise ModelError("there is no attention whose keys could be kept", hint=HINT)
     place = next(node for node in reversed(graph.nodes) if node.op == "placeholder")
     with graph.inserting_after(place):
         past = place = _placeholder(graph, PAST, torch.empty(1, dtype=torch.int64, device="meta"))
-    for number, node in enumerate(attentions):
-        _check_causal(region, node)
-        place = _replace(made, node, number, past, place)
+    for number, (node, found) in enumerate(attentions):
+        _check_causal(region, node, found)
+        place = _replace(made, node, found, number, past, place)
     graph.eliminate_dead_code()
     _move_positions(graph, past)
     _keep_last_token(graph)
@@ -82,11 +89,11 @@ def _placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
     return node
 
 
-def _check_causal(region: Region, node: fx.Node) -> None:
+def _check_causal(region: Region, node: fx.Node, attention: Attention) -> None:
     """Is the mask causality and nothing else, whatever the tokens are?"""
-    mask = argument(node, "attn_mask")
+    mask = attention.attn_mask
     if mask is None:
-        if not argument(node, "is_causal"):
+        if not attention.is_causal:
             raise ModelError("an attention reads tokens that are still to come", where=node.name, hint=HINT)
         return
     source = [one for one in region.graph.nodes if one.op == "placeholder" and one.name != PAST][:1]
@@ -100,21 +107,21 @@ def _check_causal(region: Region, node: fx.Node) -> None:
                 raise ModelError("the mask of an attention is not causality alone", where=node.name, hint=HINT)
 
 
-def _replace(made: Cached, node: fx.Node, number: int, past: fx.Node, place: fx.Node) -> fx.Node:
+def _replace(made: Cached, node: fx.Node, attention: Attention, number: int, past: fx.Node, place: fx.Node) -> fx.Node:
     """Put an attention with caches in the place of one without; the last placeholder."""
     graph = made.region.graph
-    query, key, value = (argument(node, name) for name in ("query", "key", "value"))
+    query, key, value = attention[:3]
     caches: list[fx.Node] = []
     for name, one in (("key", key), ("value", value)):
         _, groups, _, width = one.meta["val"].shape
         if not (isinstance(groups, int) and isinstance(width, int)):
             raise ModelError("heads or their widths vary", where=node.name, hint=HINT)
         with graph.inserting_after(place):
-            place = _placeholder(graph, f"{name}_{number}", torch.empty((1, groups, 1, width), dtype=one.meta["val"].dtype, device="meta"))
+            place = _placeholder(graph, f"{name}_{number}", torch.empty((1, groups, 1, width), dtype=torch.float32, device="meta"))
         made.caches[place.name] = groups, width
         caches.append(place)
     with graph.inserting_before(node):
-        new = graph.call_function(attend_cached, (query, key, value, past, *caches, argument(node, "scale")))
+        new = graph.call_function(attend_cached, (query, key, value, past, *caches, attention.scale, *attention.blocks))
     new.meta = {key: given for key, given in node.meta.items() if key in ("val", "path", "module")} | {"by": "with_cache"}
     node.replace_all_uses_with(new)
     graph.erase_node(node)

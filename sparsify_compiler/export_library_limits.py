@@ -16,7 +16,7 @@ ELEMENTS = (1 << 31) - 1
 
 def limits_of(region: Region) -> list[dict[str, Any]]:
     """[{"symbols": names, "product": n}]: the sizes of these symbols, multiplied, are at most n; only where their ranges allow them to pass it."""
-    names = _names(region)
+    names = symbol_names(region)
     most: dict[tuple[str, ...], int] = {}
     for node in region.graph.nodes:
         for shape in (_shape(node.meta.get("val")), _held(node)):
@@ -28,7 +28,7 @@ def limits_of(region: Region) -> list[dict[str, Any]]:
     return [{"symbols": list(symbols), "product": limit} for symbols, limit in sorted(limits.items()) if _reachable(symbols, limit, ranges)]
 
 
-def _names(region: Region) -> dict[Any, str]:
+def symbol_names(region: Region) -> dict[Any, str]:
     """Symbols of the graph by what the inputs call them."""
     placeholders = [node for node in region.graph.nodes if node.op == "placeholder"]
     return {seen.node.expr: size for node, leaf in zip(placeholders, region.spec.leaves, strict=False) if isinstance(leaf, TensorSpec)

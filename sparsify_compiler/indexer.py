@@ -125,6 +125,16 @@ class Indexer:
         limit = self.dense_below_decoding if queries <= DECODED else self.dense_below
         return keys < (limit or 0)
 
+    @property
+    def is_static(self) -> bool:
+        """Do patterns alone say what is read, whatever the queries and keys are?"""
+        return not (self.scorer or self.order or self.rest) and all(choice.is_static for choice in self.choices)
+
+    def static_table(self, heads: int, grid: Grid) -> BlockTable:
+        """What each of so many heads reads, kinds [1, 1 or heads, NQ, NK], of an indexer that is static."""
+        nothing = torch.empty(1, heads, 0, 0, dtype=torch.float32)
+        return self._table(nothing, nothing, None, grid, 1.0, None, UNLEARNED)
+
     def layout(self, query: Tensor, key: Tensor, causal: bool, scale: float, key_mask: Tensor | None = None,
                weights: Mapping[str, Tensor] = UNLEARNED) -> BlockLayout:
         """The blocks to read for these queries [B, H, Q, D] and keys [B, G, K, D], of which key_mask [B, K] count. Scores have no gradient.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from arm_emulator import PROCESSORS, PYTHON, missing, qemu, sysroot
+from test_whole_graph_blocks import STREAM, reader
 from test_whole_graph_selections import Choosing
 from whole_graph_help import build_example, compiled_encoder, example, inputs, libraries
 
@@ -83,6 +84,20 @@ def test_layers_that_choose_what_they_read(program: Path, site: Path, tmp_path: 
         with torch.no_grad():
             wanted = compiled(x)
         assert float((torch.from_numpy(found) - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+
+
+def test_attention_by_blocks(program: Path, site: Path, tmp_path: Path) -> None:
+    """A window and sinks, texts that are padded on the left; shorter ones are dense."""
+    compiled = reader(STREAM)
+    compiled.export(tmp_path / "library", TARGET, longest=64)
+    for length in (9, 40):
+        x, mask = torch.randn(2, length, 32, dtype=torch.float32), torch.ones(2, length, dtype=torch.bool)
+        mask[1, :4] = False
+        with torch.no_grad():
+            wanted = compiled(x, mask)
+        for command, more in (([program, tmp_path / "library"], []), ([PYTHON, tmp_path / "library" / "run.py"], [str(tmp_path / "library")])):
+            found = example(*command, {"x": x, "mask": mask}, tmp_path, emulated(PROCESSORS[TARGET], site), site, more)["output"]
+            assert float((torch.from_numpy(found) - wanted)[mask].abs().max()) <= 1e-4 * float(wanted.abs().max())
 
 
 def test_a_processor_that_lacks_instructions_says_so(program: Path, folder: Path, site: Path) -> None:

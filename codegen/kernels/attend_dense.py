@@ -1,4 +1,4 @@
-"""softmax(q kᵀ scale + mask) v over all keys, in float32, on any processor: for graphs that run without torch.
+"""softmax(q kᵀ scale + mask) v over all keys, or some blocks of them, in float32, on any processor: for graphs that run without torch.
 
 A task is up to `lanes` × `vectors` rows, query positions of the heads that share keys, which lie along vectors: a key or a value is read once for all
 of them, and broadcast. Blocks of keys come one after the other, with the running maximum of online softmax (Milakov and Gimelshein, arXiv:1805.02867;
@@ -10,13 +10,16 @@ Bound by: the FMA rate for many rows; for few, as in decoding, a load for every 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen.kernels.blocks_dense import Blocks, below, each_block, part_of_blocks, parts_of_blocks
 from sparsify_compiler.codegen.kernels.mask_dense import Mask, add_mask, hide_later_keys
 from sparsify_compiler.codegen.kernels.powers import exp2, larger, powers
 
@@ -32,6 +35,7 @@ class AttendDense:
     heads, groups        of queries, and of keys and values: heads // groups neighbours share one
     lie                  of query, key, value and out: "bhsd" or "bshd", which is how a linear layer leaves them
     past                 is there an int64 [1] of how many tokens the caches hold before these? Then those and as many keys as queries are read
+    blocks               of keys that are read, where they are not all
     lanes, vectors       rows that are computed together; together: keys, or columns of values, that are
     """
 
@@ -48,10 +52,11 @@ class AttendDense:
     vectors: int
     together: int
     workers: int
+    blocks: Blocks | None = None
     name = "attend_dense"
 
     def compute(self) -> Any:
-        """The PrimFunc f(query, key, value, (mask [B or 1, H or 1, Q or 1, K],) (past [1],) out)."""
+        """The PrimFunc f(query, key, value, (mask [B or 1, H or 1, Q or 1, K],) (past [1],) (table, tiles: blocks_dense.py) out)."""
         return e.function("main", lambda: _body(self))
 
     @property
@@ -74,65 +79,94 @@ def _body(how: AttendDense) -> None:
     a.value = _operand(how.lie[2], (a.B, a.G, a.K, a.V))
     a.mask = e.argument(tuple(e.int32() for _ in range(4)), how.mask.dtype) if how.mask.dtype else None
     past = e.argument((e.int32(),), "int64") if how.past else None
+    if how.blocks is not None:
+        a.table, a.tiles = (e.argument(tuple(e.int32() for _ in range(size)), dtype) for size, dtype in ((4, "int32"), (3, "bool")))
     a.out = _operand(how.lie[3], (a.B, a.H, a.Q, a.V))
     a.past = e.opaque(e.cast("int32", e.load(past, 0))) if how.past else e.constant(0, "int32")
     a.keys = e.opaque(e.minimum(a.past + a.Q, a.K)) if how.past else a.K
-    a.lines = e.opaque(a.Q * (how.heads // how.groups))
-    a.blocks = e.opaque(tirx.truncdiv(a.lines + (how.rows - 1), how.rows))
-    tasks = e.opaque(a.B * how.groups * a.blocks)
+    if how.blocks is None:
+        return _run(how, a, True)
+    if not how.blocks.sometimes_dense:
+        return _run(how, a, False)
+    return e.choose(below(how.blocks, a), lambda: _run(how, a, True), lambda: _run(how, a, False))
+
+
+def _run(how: AttendDense, a: Any, dense: bool) -> None:
+    """All tasks, over all keys or by blocks."""
+    lines = e.opaque(a.Q * (how.heads // how.groups))
+    parts = e.opaque(tirx.truncdiv(lines + (how.rows - 1), how.rows)) if dense else parts_of_blocks(how, a)
+    heads = how.heads if not dense and how.blocks and how.blocks.heads else how.groups
+    tasks = e.opaque(a.B * heads * parts)
 
     def run(parallel: bool) -> None:
         with e.loop(tasks, parallel=parallel) as task, powers(how.lanes):
-            _task(how, a, task)
+            pair = e.opaque(tirx.truncdiv(task, parts))
+            t = SimpleNamespace(batch=e.opaque(tirx.truncdiv(pair, heads)))
+            head = e.opaque(pair - t.batch * heads)
+            t.group = head if heads == how.groups else e.opaque(tirx.truncdiv(head, how.heads // how.groups))
+            t.head = e.opaque(head * (how.heads // heads))
+            if dense:
+                t.start, t.each, t.lines, t.first = 0, a.Q, lines, e.opaque((task - pair * parts) * how.rows)
+                _task(how, a, t, partial(_every_key, how, a, t))
+            else:
+                with part_of_blocks(how, a, t, e.opaque(task - pair * parts), how.heads // heads):
+                    _task(how, a, t, partial(each_block, how, a, t, partial(_last_key, how, a, t), partial(_read, how, a, t)))
 
     if how.workers == 1:
         return run(False)
-    work = e.cast("int64", a.lines) * e.cast("int64", a.keys) * (how.width + how.value_width)
+    work = e.cast("int64", lines) * e.cast("int64", a.keys) * (how.width + how.value_width)
     return e.choose(work * e.cast("int64", a.B * how.groups) < ALONE, lambda: run(False), lambda: run(True))
 
 
-def _task(how: AttendDense, a: Any, task: Any) -> None:
-    """Some rows of one batch and group."""
-    pair = e.opaque(tirx.truncdiv(task, a.blocks))
-    t = SimpleNamespace(batch=e.opaque(tirx.truncdiv(pair, how.groups)))
-    t.group = e.opaque(pair - t.batch * how.groups)
-    t.first = e.opaque((task - pair * a.blocks) * how.rows)
+def _task(how: AttendDense, a: Any, t: Any, keys: Callable[[], None]) -> None:
+    """Some rows of one batch and group: of `each` queries from `start` on, for the heads from `head` on; and the keys that they read."""
     t.queries, t.scores = e.scratch(how.width * how.rows, "float32"), e.scratch(BLOCK * how.rows, "float32")
     t.sums = e.scratch(how.value_width * how.rows, "float32")
     t.tops, t.totals, t.places = (e.stack(how.rows, dtype) for dtype in ("float32", "float32", "int32"))
-    t.line = lambda i: _line(how, a, t, i)
+    t.line = lambda i: _line(t, i)
     _pack(how, a, t)
     for start in range(0, how.rows, how.lanes):
         e.store(t.tops, _lanes(how, -math.inf), start, lanes=how.lanes)
         e.store(t.totals, _lanes(how, 0.0), start, lanes=how.lanes)
     with e.loop(how.value_width * how.vectors) as i:
         e.store(t.sums, _lanes(how, 0.0), i * how.lanes, lanes=how.lanes)
-    end = _last_key(how, a, t)
-    with e.loop(tirx.truncdiv(end + (BLOCK - 1), BLOCK)) as block:
-        t.key = e.opaque(block * BLOCK)
+    keys()
+    _write(how, a, t)
+
+
+def _every_key(how: AttendDense, a: Any, t: Any) -> None:
+    _read(how, a, t, e.constant(0, "int32"), _last_key(how, a, t))
+
+
+def _read(how: AttendDense, a: Any, t: Any, first: Any, end: Any, more: Callable[[], None] | None = None) -> None:
+    """Keys from `first` to before `end`; more() changes their scores too."""
+    with e.loop(tirx.truncdiv(end - first + (BLOCK - 1), BLOCK)) as block:
+        t.key = e.opaque(first + block * BLOCK)
         t.count = e.opaque(e.minimum(end - t.key, BLOCK))
         _scores(how, a, t)
         add_mask(how, a, t)
         if how.causal:
             hide_later_keys(how, a, t)
+        if more is not None:
+            more()
         _values(how, a, t, _shares(how, t))
-    _write(how, a, t)
 
 
-def _line(how: AttendDense, a: Any, t: Any, i: Any) -> tuple[Any, Any]:
+def _line(t: Any, i: Any) -> tuple[Any, Any]:
     """Head and query of a row of the task; rows past the last repeat it: they are not stored."""
-    row = e.opaque(e.minimum(t.first + i, a.lines - 1))
-    head = e.opaque(tirx.truncdiv(row, a.Q))
-    return e.opaque(t.group * (how.heads // how.groups) + head), e.opaque(row - head * a.Q)
+    row = e.opaque(e.minimum(t.first + i, t.lines - 1))
+    head = e.opaque(tirx.truncdiv(row, t.each))
+    return e.opaque(t.head + head), e.opaque(t.start + row - head * t.each)
 
 
 def _last_key(how: AttendDense, a: Any, t: Any) -> Any:
     """Behind the last key that some row reads."""
     if not how.causal:
         return a.keys
-    last = e.opaque(e.minimum(t.first + (how.rows - 1), a.lines - 1))
-    head, other = (e.opaque(tirx.truncdiv(row, a.Q)) for row in (t.first, last))
-    return e.opaque(e.minimum(e.either(tirx.EQ(head, other), a.past + last - other * a.Q + 1, a.past + a.Q), a.keys))
+    last = e.opaque(e.minimum(t.first + (how.rows - 1), t.lines - 1))
+    head, other = (e.opaque(tirx.truncdiv(row, t.each)) for row in (t.first, last))
+    found = e.either(tirx.EQ(head, other), a.past + t.start + last - other * t.each + 1, a.past + t.start + t.each)
+    return e.opaque(e.minimum(found, a.keys))
 
 
 def _pack(how: AttendDense, a: Any, t: Any) -> None:
@@ -225,11 +259,11 @@ def _write(how: AttendDense, a: Any, t: Any) -> None:
         with e.loop(how.value_width // lanes) as chunk:
             rows = e.transpose([e.let(e.load(t.sums, (chunk * lanes + i) * how.rows + v * lanes, lanes=lanes)) for i in range(lanes)])
             for i, ((head, query), row) in enumerate(zip(lines, rows, strict=True)):
-                with e.when(t.first + v * lanes + i < a.lines):
+                with e.when(t.first + v * lanes + i < t.lines):
                     e.store(a.out.buffer, row, *a.out.at(t.batch, head, query), chunk * lanes, lanes=lanes)
         for i, (head, query) in enumerate(lines):
             for d in range(how.value_width // lanes * lanes, how.value_width):
-                with e.when(t.first + v * lanes + i < a.lines):
+                with e.when(t.first + v * lanes + i < t.lines):
                     e.store(a.out.buffer, e.load(t.sums, d * how.rows + v * lanes + i), *a.out.at(t.batch, head, query), d)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,27 +29,31 @@ def add_mask(how: Any, a: Any, t: Any) -> None:
     batch = t.batch if how.mask.varies[0] else 0
     if not (how.mask.varies[1] or how.mask.varies[2]):
         return _same_for_all(how, a, t, batch)
+    def line(head: Any, query: Any) -> tuple[Any, Any]:
+        return head if how.mask.varies[1] else 0, query if how.mask.varies[2] else 0
+
+    return add_rows(how, t, line, lambda row, at, lanes: _added(e.let(e.load(a.mask, batch, *row, t.key + at, lanes=lanes)), how.mask.dtype, lanes))
+
+
+def add_rows(how: Any, t: Any, line: Callable[[Any, Any], Any], read: Callable[[Any, Any, int], Any]) -> None:
+    """Add to the scores of a block of keys what read(line(head, query), keys from the block's first on, lanes) says of each row."""
     with e.loop(how.vectors) as v:
-        lines = []
-        for i in range(how.lanes):
-            head, query = t.line(v * how.lanes + i)
-            lines.append((head if how.mask.varies[1] else 0, query if how.mask.varies[2] else 0))
+        lines = [line(*t.line(v * how.lanes + i)) for i in range(how.lanes)]
         whole = e.opaque(tirx.truncdiv(t.count, how.lanes))
         with e.loop(whole) as chunk:
             first = e.opaque(chunk * how.lanes)
-            rows = [e.let(_read(how, a, (batch, *line, t.key + first), how.lanes)) for line in lines]
+            rows = [e.let(read(one, first, how.lanes)) for one in lines]
             for i, added in enumerate(e.transpose(rows)):
                 _add(t, (first + i) * how.rows + v * how.lanes, added, how.lanes)
         with e.loop(t.count - whole * how.lanes) as rest:
             key = e.opaque(whole * how.lanes + rest)
-            for i, line in enumerate(lines):
-                _add(t, key * how.rows + v * how.lanes + i, _read(how, a, (batch, *line, t.key + key), 1), 1)
-    return None
+            for i, one in enumerate(lines):
+                _add(t, key * how.rows + v * how.lanes + i, read(one, key, 1), 1)
 
 
 def _same_for_all(how: Any, a: Any, t: Any, batch: Any) -> None:
     with e.loop(t.count) as key:
-        added = e.let(_read(how, a, (batch, 0, 0, t.key + key), 1))
+        added = e.let(_added(e.let(e.load(a.mask, batch, 0, 0, t.key + key)), how.mask.dtype, 1))
         with e.when(tirx.NE(added, e.zero())):
             for v in range(how.vectors):
                 _add(t, key * how.rows + v * how.lanes, e.broadcast(added, how.lanes), how.lanes)
@@ -58,14 +63,18 @@ def _add(t: Any, at: Any, added: Any, lanes: int) -> None:
     e.store(t.scores, e.load(t.scores, at, lanes=lanes) + added, at, lanes=lanes)
 
 
-def _read(how: Any, a: Any, place: tuple[Any, ...], lanes: int) -> Any:
+def _added(value: Any, dtype: str, lanes: int) -> Any:
     """What is added to scores in base 2."""
     least, none = (e.broadcast(e.constant(number, "float32"), lanes) for number in (LEAST, -math.inf))
-    value = e.let(e.load(a.mask, *place, lanes=lanes))
-    if how.mask.dtype == "bool":
-        return tirx.Select(value, e.broadcast(e.zero(), lanes), none)
+    if dtype == "bool":
+        return truths(value, lanes)
     scaled = value * e.broadcast(e.constant(math.log2(math.e), "float32"), lanes)
     return tirx.Select(tirx.EQ(value, none), none, tirx.Select(value < least, least, scaled))
+
+
+def truths(value: Any, lanes: int) -> Any:
+    """What lets through where it is true, and hides where it is not."""
+    return tirx.Select(value, *(e.broadcast(e.constant(number, "float32"), lanes) for number in (0.0, -math.inf)))
 
 
 def hide_later_keys(how: Any, a: Any, t: Any) -> None:

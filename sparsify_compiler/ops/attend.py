@@ -82,7 +82,7 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     """Attention over all keys by the kernel; None where there is none, where somebody watches, and where the mask is not one of keys."""
     if not attend_blocks.unwatched(query, key, value) or not has_kernel(query, key, value):
         return None
-    found = _mask_of_keys(attn_mask, query, key)
+    found = mask_of_keys(attn_mask, query, key)
     if found is None:
         return None
     layout = every_key(query.shape[2], key.shape[2], is_causal or found[1])
@@ -99,7 +99,7 @@ def split_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Te
 
     A bool mask that is the same for all heads is a key_mask where it is the same for all queries, or but for what comes after the diagonal.
     """
-    found = _mask_of_keys(attn_mask, query, key)
+    found = mask_of_keys(attn_mask, query, key)
     if found is not None or attn_mask is None:
         return (None, None, False) if found is None else (found[0], None, found[1])
     mask = attn_mask[(None,) * (4 - attn_mask.dim())]
@@ -108,7 +108,7 @@ def split_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Te
     return None, mask.expand(mask.shape[0], mask.shape[1], query.shape[2], key.shape[2]), False
 
 
-def _mask_of_keys(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool] | None:
+def mask_of_keys(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool] | None:
     """A mask as (key_mask [B, K] or None, whether it is causal); None where it says more than that."""
     if attn_mask is None:
         return None, False
