@@ -57,6 +57,7 @@ class Function:
     products   node -> the layer that gives its value
     computed   nodes whose values products compute on their way
     reference  ops that had no kernel, and were written as others
+    one_token  is it a step of decoding?
     """
 
     name: str
@@ -67,6 +68,7 @@ class Function:
     products: Mapping[fx.Node, Product] = field(default_factory=dict)
     computed: frozenset[fx.Node] = frozenset()
     reference: tuple[str, ...] = ()
+    one_token: bool = False
 
 
 @dataclass(frozen=True)

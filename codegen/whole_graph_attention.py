@@ -10,6 +10,7 @@ from torch import fx
 from tvm import relax
 
 from sparsify_compiler.codegen.kernels.attend_dense import AttendDense
+from sparsify_compiler.codegen.kernels.attend_step import AttendStep
 from sparsify_compiler.codegen.kernels.blocks_dense import Blocks
 from sparsify_compiler.codegen.kernels.cache_write import CacheWrite
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
@@ -57,8 +58,24 @@ def attend_cached(graph: GraphImporter, node: fx.Node) -> Any:
     given, shapes = [_as_it_lies(one) for one in tensors], [one.meta["val"].shape for one in tensors]
     written = [_written(graph, cache, one, past, shape[1], shape[3]) for cache, one, shape in zip(caches, given[1:], shapes[1:], strict=True)]
     blocks, more = _blocks(graph, node, "")
+    step = _step(graph, node, shapes, scale, blocks)
+    if step is not None:
+        query, heads = in_float32(graph, given[0][0]), shapes[0][1]
+        rows = graph.block_builder.emit(relax.op.reshape(query, [-1, shapes[0][3]]))
+        return _finished(graph, node, step, [rows, *written, graph.value(past), *more], [graph.size(shapes[0][0]) * heads, shapes[2][3]])
     inputs = [in_float32(graph, given[0][0]), *written, graph.value(past), *more]
     return _one_kernel(graph, node, inputs, shapes, [given[0][1], "bhsd", "bhsd"], True, Mask(), scale, True, blocks)
+
+
+def _step(graph: GraphImporter, node: fx.Node, shapes: list[Any], scale: Any, blocks: Blocks | None) -> AttendStep | None:
+    """The kernel of one token for each text, where this function gets no more and its widths are whole vectors."""
+    target = graph.parts.target
+    (_, heads, _, width), (_, groups, _, _), (_, _, _, value_width) = shapes
+    lanes = target.vector_bytes // 4
+    if not graph.source.one_token or width % lanes or value_width % lanes:
+        return None
+    factor = 1 / math.sqrt(width) if scale is None else float(scale)
+    return AttendStep(width, value_width, heads, groups, factor, lanes, target.vector_registers // 2, target.cores, blocks)
 
 
 def attend_blocked(graph: GraphImporter, node: fx.Node) -> Any:
@@ -92,9 +109,17 @@ def _one_kernel(graph: GraphImporter, node: fx.Node, inputs: list[Any], shapes: 
     lies = lie[0], lie[1], lie[2], "bhsd" if out is node else "bshd"
     schedule = AttendDense(width, value_width, heads, groups, factor, causal, mask, lies, past, *registers(target),
                            workers=target.cores, blocks=blocks)
-    result, dtype = graph.one_kernel(schedule, inputs, graph.shape(out)), str(node.meta["val"].dtype).removeprefix("torch.")
+    return _finished(graph, node, schedule, inputs, graph.shape(out))
+
+
+def _finished(graph: GraphImporter, node: fx.Node, schedule: Any, inputs: list[Any], shape: list[Any]) -> Any:
+    """What a kernel gives in this shape, as the value of the node, and of the one that turns it."""
+    out, dtype = _turned(node), str(node.meta["val"].dtype).removeprefix("torch.")
+    result = graph.one_kernel(schedule, inputs, shape)
     if dtype != "float32":
         result = graph.block_builder.emit(relax.op.astype(result, dtype))
+    if len(shape) == 2:
+        result = graph.block_builder.emit(relax.op.reshape(result, graph.shape(out)))
     if out is not node:
         graph.env[out] = result
     return result

@@ -24,6 +24,7 @@ from sparsify_compiler.errors import KernelError
 if TYPE_CHECKING:
     from sparsify_compiler.codegen.whole_graph_import import GraphImporter
 
+FLOATS = ("float32", "bfloat16")    # that kernels of ours read and write
 ACTIVATIONS = ("relu", "relu6", "hardtanh", "leaky_relu", "hardsigmoid", "hardswish", "sigmoid", "silu", "gelu")
 
 
@@ -94,14 +95,21 @@ def _are_float32(*nodes: Any) -> bool:
     return all(node.meta["val"].dtype is torch.float32 for node in nodes)
 
 
+def dtype_of(node: Any) -> str:
+    """Of a node's value, by its short name."""
+    return str(node.meta["val"].dtype).removeprefix("torch.")
+
+
 def _norm(centred: bool) -> Callable[[GraphImporter, fx.Node], Any]:
     def convert(graph: GraphImporter, node: fx.Node) -> Any:
         x, sizes, weight, bias, eps = _norm_arguments(node, centred)
         given = [one for one in (weight, bias) if one is not None]
-        if len(sizes) != 1 or not _are_float32(node):
+        inputs = [graph.value(one) for one in (x, *given)]
+        dtypes = [dtype_of(node), *(declared(one).dtype for one in inputs)]
+        if len(sizes) != 1 or dtypes[0] != dtypes[1] or not set(dtypes) <= set(FLOATS) or len(set(dtypes[2:])) > 1:
             return graph.plain(node)
-        schedule = NormRows(int(sizes[0]), eps, centred, weight is not None, bias is not None, graph.parts.target.cores)
-        return graph.one_kernel(schedule, [graph.value(one) for one in (x, *given)], graph.shape(node))
+        schedule = NormRows(int(sizes[0]), eps, centred, weight is not None, bias is not None, graph.parts.target.cores, (dtypes[0], dtypes[-1]))
+        return graph.one_kernel(schedule, inputs, graph.shape(node), dtypes[0])
 
     return convert
 
@@ -128,10 +136,10 @@ def _activation(graph: GraphImporter, node: fx.Node) -> Any:
     operator: Any = node.target
     arguments = dict(zip([one.name for one in operator._schema.arguments], arguments_of(node), strict=True))
     del arguments["self"]
-    finish = finish_of({"activation": name, "arguments": arguments}) if _are_float32(node, node.args[0]) else None
-    if finish is None:
+    finish, dtype = finish_of({"activation": name, "arguments": arguments}), dtype_of(node)
+    if finish is None or dtype not in FLOATS or dtype != dtype_of(node.args[0]):
         return graph.plain(node)
-    return graph.one_kernel(PointwiseFlat(finish, graph.parts.target.cores), [graph.value(node.args[0])], graph.shape(node))
+    return graph.one_kernel(PointwiseFlat(finish, graph.parts.target.cores, dtype), [graph.value(node.args[0])], graph.shape(node), dtype)
 
 
 def _view(graph: GraphImporter, node: fx.Node) -> Any:
@@ -194,7 +202,7 @@ def _cumsum(graph: GraphImporter, node: fx.Node) -> Any:
 
 def _in_dtype(graph: GraphImporter, value: Any, node: fx.Node) -> Any:
     """A number or a tensor in the dtype of a node's value."""
-    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+    dtype = dtype_of(node)
     if isinstance(value, int | float):
         return relax.const(value, dtype)
     return value if declared(value).dtype == dtype else graph.block_builder.emit(relax.op.astype(value, dtype))

@@ -168,10 +168,10 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         """A dimension of an output for the manifest."""
         return int(size) if isinstance(size, tirx.IntImm) else str(size)
 
-    def one_kernel(self, schedule: Any, inputs: Sequence[Any], shape: Sequence[Any]) -> Any:
-        """The float32 result of one kernel on these values."""
-        out = Parameter(tuple(size if isinstance(size, int) else None for size in shape), "float32")
-        return self.call(self.kernel_of(schedule, [*map(declared, inputs), out]), inputs, shape)
+    def one_kernel(self, schedule: Any, inputs: Sequence[Any], shape: Sequence[Any], dtype: str = "float32") -> Any:
+        """The result of one kernel on these values."""
+        out = Parameter(tuple(size if isinstance(size, int) else None for size in shape), dtype)
+        return self.call(self.kernel_of(schedule, [*map(declared, inputs), out]), inputs, shape, dtype)
 
     def kernel_of(self, schedule: Any, parameters: Sequence[Parameter]) -> Any:
         """The function of the module that is this one kernel."""

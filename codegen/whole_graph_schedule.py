@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
 import tvm
 from tvm import relax, s_tir, tirx
 from tvm.s_tir.dlight.analysis import normalize_prim_func
+from tvm.sym import Analyzer
 
+from sparsify_compiler.codegen.kernels.row_loops import ALONE
 from sparsify_compiler.target import Target
 
 PIPELINE = "sparsify_whole_graph"
@@ -48,7 +51,18 @@ def _scheduled(module: Any, target: Target, reference: list[str]) -> Any:
 
 
 def _schedule(function: Any, target: Target) -> Any:
-    """One loop nest over the result, its innermost loop in vectors, the others on threads; None for what is a reduction."""
+    """One loop nest over the result, its innermost loop in vectors, the others on threads where that pays; None for what is a reduction."""
+    alone = _nest(function, target, False)
+    if alone is None or target.cores == 1:
+        return alone and alone[0]
+    few = alone[1] < ALONE
+    if isinstance(few, tirx.IntImm | bool):
+        return alone[0] if few else _nest(function, target, True)[0]
+    return _either(few, alone[0], _nest(function, target, True)[0])
+
+
+def _nest(function: Any, target: Target, parallel: bool) -> Any:
+    """The function with its loops scheduled, and the number of elements of its result."""
     schedule = s_tir.Schedule(function)
     blocks = normalize_prim_func(schedule)
     if not blocks or any(not block.is_injective() for block in blocks):
@@ -59,12 +73,22 @@ def _schedule(function: Any, target: Target) -> Any:
         except s_tir.ScheduleError:
             return None
     loops = schedule.get_loops(blocks[-1].block_rv)
+    size = math.prod((schedule.get(loop).extent for loop in loops), start=tirx.const(1, "int64"))
     if loops:
-        _spread(schedule, loops, target)
-    return schedule.mod["main"].with_attrs(dict(function.attrs))
+        _spread(schedule, loops, target, parallel)
+    return schedule.mod["main"].with_attrs(dict(function.attrs)), Analyzer().simplify(size)
 
 
-def _spread(schedule: Any, loops: list[Any], target: Target) -> None:
+def _either(condition: Any, first: Any, second: Any) -> Any:
+    """The same function scheduled in two ways, as one that chooses."""
+    root, other = first.body, second.body
+    body = tirx.IfThenElse(condition, root.block.body, other.block.body)
+    block = s_tir.SBlock(root.block.iter_vars, root.block.reads, root.block.writes, root.block.name_hint, body, root.block.init,
+                         root.block.alloc_buffers, root.block.match_buffers, root.block.annotations)
+    return second.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, block))
+
+
+def _spread(schedule: Any, loops: list[Any], target: Target, parallel: bool) -> None:
     *outer, inner = loops
     extent = schedule.get(inner).extent
     lanes = target.vector_bytes // 4
@@ -74,7 +98,7 @@ def _spread(schedule: Any, loops: list[Any], target: Target) -> None:
         outer = [*outer, rest]
     elif not outer:
         outer = [inner]
-    if outer and target.cores > 1:
+    if outer and parallel:
         schedule.parallel(schedule.fuse(*outer) if len(outer) > 1 else outer[0])
 
 

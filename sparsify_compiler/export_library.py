@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .codegen.whole_graph import Library
 
 LIBRARY, WEIGHTS, RUNNER, KIND, FORMAT = "model.so", "weights.safetensors", "run.py", "library", 1
+DECODE = "decode"   # the function of one token for each text
 DECODED = (1,)      # rows of x that the layers of a model with a cache are laid out for: most are those of one token
 ALIGNED = 64        # bytes that the kernels' tensors start at multiples of
 
@@ -82,7 +83,7 @@ def _compile(program: Program, target: Target, cache: bool, longest: int) -> tup
     batch = ids.shape[0]
     more = [Input(PAST, (1,), "int64"),
             *(Input(name, (batch, groups, CAPACITY, width), "float32", updated=True) for name, (groups, width) in made.caches.items())]
-    given = {"prefill": [ids, *more], "decode": [replace(ids, shape=(batch, 1)), *more]}
+    given = {"prefill": [ids, *more], DECODE: [replace(ids, shape=(batch, 1)), *more]}
     return compile_graphs(_functions(made.region, target, given, ["logits"], DECODED), whole.spec.ranges, target), ranges
 
 
@@ -103,7 +104,7 @@ def _functions(region: Region, target: Target, inputs: Mapping[str, list[Any]], 
         copy = region.clone()
         found, computed = products.within(copy)
         functions.append(Function(name, copy.graph, lambda tensor: get_tensor(region.module, tensor), given, outputs, found, computed,
-                                  tuple(products.reference)))
+                                  tuple(products.reference), one_token=name == DECODE))
     return functions
 
 

@@ -186,7 +186,7 @@ def test_a_folder_of_something_else_is_left_alone(compiled: CompiledModel, tmp_p
     from sparsify_compiler import export_library
 
     (tmp_path / "precious.txt").write_text("mine")
-    monkeypatch.setattr(export_library, "_compile", lambda *_: None)
+    monkeypatch.setattr(export_library, "_compile", lambda *_: (None, {}))
     with pytest.raises(StorageError):
         compiled.export(tmp_path)
     assert (tmp_path / "precious.txt").read_text() == "mine"

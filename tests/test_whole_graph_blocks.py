@@ -20,6 +20,7 @@ from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.capture import capture
 from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels.attend_dense import AttendDense
+from sparsify_compiler.codegen.kernels.attend_step import AttendStep
 from sparsify_compiler.codegen.kernels.blocks_dense import Blocks
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
 from sparsify_compiler.compiled import CompiledModel
@@ -87,6 +88,21 @@ def test_the_kernel_over_a_cache() -> None:
         torch.testing.assert_close(found, expected[:, :, past:past + size], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(attend_cached(*part, torch.tensor([past]), *plain, None, table, tiles, 16, 8, 0, 0), found, rtol=1e-4, atol=1e-5)
         past += size
+
+
+@pytest.mark.parametrize("text", [WINDOW, HEADS, PATTERNS[2]])
+def test_the_kernel_of_one_token(text: str) -> None:
+    """Lines of the table that hide whole blocks from some heads of a group, tiles, and dense attention below a length."""
+    indexer = Indexer.parse(text[:-1] + ", dense_below_decoding=12)")
+    table, tiles = table_of(indexer, 4, 64, True)
+    blocks = Blocks(indexer.block_q, indexer.block_k, False, table.shape[1] != 1, "", 0, 12)
+    step = build.load(AttendStep(8, 8, 4, 2, 8**-0.5, 8, 8, 1, blocks), host()).function
+    for keys in (1, 11, 12, 33, 60):
+        query, key, value = (torch.randn(1, heads, size, 8, dtype=torch.float32) for heads, size in ((4, 1), (2, keys), (2, keys)))
+        expected = attend.reference(query, key, value, is_causal=True, indexer=str(indexer))
+        found = torch.full((4, 8), math.nan, dtype=torch.float32)
+        step(query.view(4, 8), key, value, torch.tensor([keys - 1]), table, tiles, found)
+        torch.testing.assert_close(found.view(1, 4, 1, 8), expected, rtol=1e-4, atol=1e-5)
 
 
 class Reader(nn.Module):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels.attend_dense import AttendDense
+from sparsify_compiler.codegen.kernels.attend_step import AttendStep
 from sparsify_compiler.codegen.kernels.cache_write import CacheWrite
 from sparsify_compiler.codegen.kernels.dense_panel import DensePanel
 from sparsify_compiler.codegen.kernels.finish import Finish
@@ -126,3 +127,17 @@ def test_attention_over_a_cache() -> None:
     write(caches[0], torch.ones(1, 1, 4, 8), torch.tensor([10]))    # rows without room are left out
     assert caches[0][0, 0, 10:].eq(1).all()
     assert not caches[0][0, 0, :9].eq(1).all()
+
+
+@pytest.mark.parametrize("sizes", [(6, 2, 32, 16, 16, 16), (4, 1, 8, 24, 8, 2), (2, 2, 4, 4, 4, 8)])
+def test_attention_of_one_token(sizes: tuple[int, ...]) -> None:
+    """Caches in one part and in several, of whole vectors and not; behind the last token anything may be in them."""
+    heads, groups, width, value_width, lanes, registers = sizes
+    step = AttendStep(width, value_width, heads, groups, width**-0.5, lanes, registers, 2)
+    for keys in (1, 17, 128, 300, 2100):
+        query, key, value = torch.randn(2, heads, 1, width) * 3, torch.randn(2, groups, keys, width), torch.randn(2, groups, keys, value_width)
+        key[1, 0, keys // 2] = 20 * query[1, 0, 0]      # one score that is far above all others
+        expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        caches = [torch.cat([one, torch.full_like(one[:, :, :1], math.nan)], 2) for one in (key, value)]
+        found = run(step, query.view(-1, width), *caches, torch.tensor([keys - 1]), like=expected.reshape(-1, value_width))
+        torch.testing.assert_close(found.view_as(expected), expected, rtol=1e-4, atol=1e-5)

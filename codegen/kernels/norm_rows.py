@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm of the last dimension of float32, for graphs that run without torch: rows on threads, vectors along a row, sums in float32.
+"""LayerNorm and RMSNorm of the last dimension, for graphs that run without torch: rows on threads, vectors along a row, sums in float32.
 
 The mean and the variance are taken one after the other, from values that are in L1 by then: a single pass over squares would lose digits.
 
@@ -19,7 +19,10 @@ from sparsify_compiler.codegen.kernels.row_loops import LANES, each, over_row
 
 @dataclass(frozen=True)
 class NormRows:
-    """How: numbers in a row, what is added to the variance, whether the mean is taken off, whether there are a weight and a bias; threads."""
+    """How: numbers in a row, what is added to the variance, whether the mean is taken off, whether there are a weight and a bias; threads.
+
+    dtypes  of x and y, and of weight and bias: float32 or bfloat16
+    """
 
     size: int
     eps: float
@@ -27,6 +30,7 @@ class NormRows:
     weight: bool
     bias: bool
     workers: int
+    dtypes: tuple[str, str] = ("float32", "float32")
     name = "norm_rows"
 
     def compute(self) -> Any:
@@ -36,10 +40,10 @@ class NormRows:
 
 def _body(how: NormRows) -> None:
     M, K = e.int32(), e.int32()
-    x = e.argument((M, K), "float32")
-    weight = e.argument((K,), "float32") if how.weight else None
-    bias = e.argument((K,), "float32") if how.bias else None
-    y = e.argument((M, K), "float32")
+    x = e.argument((M, K), how.dtypes[0])
+    weight = e.argument((K,), how.dtypes[1]) if how.weight else None
+    bias = e.argument((K,), how.dtypes[1]) if how.bias else None
+    y = e.argument((M, K), how.dtypes[0])
 
     def row(number: Any) -> None:
         with powers(LANES):
@@ -54,17 +58,17 @@ def _row(how: NormRows, x: Any, weight: Any, bias: Any, y: Any, row: Any) -> Non
     scale = e.let(e.constant(1.0, "float32") / tirx.sqrt(variance + e.constant(how.eps, "float32")))
 
     def value(place: Any, lanes: int) -> Any:
-        found = e.load(x, row, place, lanes=lanes)
+        found = e.read_float(x, row, place, lanes=lanes)
         found = found if mean is None else found - e.broadcast(mean, lanes)
         found = found * e.broadcast(scale, lanes)
-        found = found if weight is None else found * e.load(weight, place, lanes=lanes)
-        return found if bias is None else found + e.load(bias, place, lanes=lanes)
+        found = found if weight is None else found * e.read_float(weight, place, lanes=lanes)
+        return found if bias is None else found + e.read_float(bias, place, lanes=lanes)
 
     def vectors(places: list[Any]) -> None:
         for place in places:
-            e.store(y, value(place, LANES), row, place, lanes=LANES)
+            e.write_float(y, value(place, LANES), row, place, lanes=LANES)
 
-    over_row(how.size, vectors, lambda place: e.store(y, value(place, 1), row, place))
+    over_row(how.size, vectors, lambda place: e.write_float(y, value(place, 1), row, place))
 
 
 def mean_of(size: int, x: Any, row: Any, around: Any = None) -> Any:
@@ -74,7 +78,7 @@ def mean_of(size: int, x: Any, row: Any, around: Any = None) -> Any:
     e.store(rest, e.zero(), 0)
 
     def found(place: Any, lanes: int) -> Any:
-        value = e.load(x, row, place, lanes=lanes)
+        value = e.read_float(x, row, place, lanes=lanes)
         if around is None:
             return value
         distance = e.let(value - e.broadcast(around, lanes))

@@ -1,4 +1,4 @@
-"""An activation of every element of a float32 tensor, after another one was added to it where one is, for graphs that run without torch.
+"""An activation of every element of a tensor, after another one was added to it where one is, for graphs that run without torch.
 
 Bound by: bandwidth, or the exponentials of what has them.
 """
@@ -17,10 +17,11 @@ BLOCK = 1024        # elements of a task
 
 @dataclass(frozen=True)
 class PointwiseFlat:
-    """How: what is computed; threads."""
+    """How: what is computed; threads; float32 or bfloat16."""
 
     finish: Finish
     workers: int
+    dtype: str = "float32"
     name = "pointwise_flat"
 
     def compute(self) -> Any:
@@ -30,12 +31,12 @@ class PointwiseFlat:
 
 def _body(how: PointwiseFlat) -> None:
     T = e.int32()
-    x = e.argument((T,), "float32")
-    other = e.argument((T,), "float32") if how.finish.add else None
-    y = e.argument((T,), "float32")
+    x = e.argument((T,), how.dtype)
+    other = e.argument((T,), how.dtype) if how.finish.add else None
+    y = e.argument((T,), how.dtype)
 
     def value(place: Any, lanes: int) -> Any:
-        return how.finish(e.load(x, place, lanes=lanes), None if other is None else e.load(other, place, lanes=lanes))
+        return how.finish(e.read_float(x, place, lanes=lanes), None if other is None else e.read_float(other, place, lanes=lanes))
 
     def block(number: Any) -> None:
         start = e.let(number * BLOCK)
@@ -43,9 +44,9 @@ def _body(how: PointwiseFlat) -> None:
         whole = e.let(e.floordiv(count, LANES))
         with e.loop(whole) as i:
             place = e.let(start + i * LANES)
-            e.store(y, value(place, LANES), place, lanes=LANES)
+            e.write_float(y, value(place, LANES), place, lanes=LANES)
         with e.loop(count - whole * LANES) as i:
             place = e.let(start + whole * LANES + i)
-            e.store(y, value(place, 1), place)
+            e.write_float(y, value(place, 1), place)
 
     each(e.let(e.floordiv(T + (BLOCK - 1), BLOCK)), BLOCK, how.workers, block)
