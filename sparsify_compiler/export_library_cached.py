@@ -140,7 +140,7 @@ def _move_positions(graph: fx.Graph, past: fx.Node) -> None:
 
 
 def _keep_last_token(graph: fx.Graph) -> None:
-    """The only output is what the last layer says of the last token: the layer computes nothing else."""
+    """The only output is what the last layer says of the last token, in float32: the layer computes nothing else."""
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     logits = output.args[0][0]
     if not isinstance(logits, fx.Node) or logits.target is not aten.linear.default or logits.meta["val"].dim() != 3:
@@ -152,7 +152,12 @@ def _keep_last_token(graph: fx.Graph) -> None:
     logits.kwargs = {**logits.kwargs, "input": last}
     logits.meta = {**logits.meta, "val": logits.meta["val"][:, -1]}
     logits.meta.pop("kernel", None)
-    output.args = ((logits,),)
+    result = logits
+    if logits.meta["val"].dtype is not torch.float32:
+        with graph.inserting_after(logits):
+            result = graph.call_function(aten.to.dtype, (), {"self": logits, "dtype": torch.float32})
+        result.meta = {"val": logits.meta["val"].float(), "by": "with_cache"}
+    output.args = ((result,),)
 
 
 def empty_caches(caches: Mapping[str, tuple[int, int]], batch: int, capacity: int) -> list[Tensor]:
@@ -171,7 +176,7 @@ def _check_numbers(original: Region, made: Cached) -> None:
             found = cached(ids[:, past:past + size], torch.tensor([past]), *caches)[0]
             past += size
             expected = whole(ids[:, :past])[0][:, -1]
-        tolerance = TOLERANCES.get(expected.dtype, COARSE)
+        tolerance, expected = TOLERANCES.get(expected.dtype, COARSE), expected.float()
         if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
             raise ModelError("its positions or its mask depend on more than the number of tokens", where=f"token {past}", hint=HINT)
 

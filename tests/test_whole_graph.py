@@ -123,7 +123,7 @@ def test_more_than_kernels_can_count(folder: Path) -> None:
     module = runner(folder)
     model, huge = module.Model(folder), numpy.lib.stride_tricks.as_strided
     ids, mask = huge(numpy.zeros(1, "int64"), (3_000_000, 20), (0, 0)), huge(numpy.zeros(1, bool), (3_000_000, 20), (0, 0))
-    model.tensor = lambda value: value      # nothing of that size is copied
+    model.tensor = lambda value, dtype="": value      # nothing of that size is copied
     with pytest.raises(module.LibraryError, match="batch times length is more than"):
         model._checked(model._facts("main"), {"ids": ids, "mask": mask})
 

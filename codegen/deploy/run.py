@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-FORMAT, KIND, ALIGNED = 1, "library", 64
+FORMAT, KIND, ALIGNED, BITS = 1, "library", 64, ("bfloat16", "BF16")
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 # Where Linux tells features: of x86 by name in /proc/cpuinfo, of aarch64 as bits of AT_HWCAP (16) and AT_HWCAP2 (26).
 X86_NAMES = {"amx-tile": "amx_tile", "amx-bf16": "amx_bf16", "amx-int8": "amx_int8", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16"}
@@ -43,17 +43,11 @@ class LibraryError(RuntimeError):
 
 
 class Model:
-    """An exported model.
-
-    folder   what export() wrote
-    threads  that it runs on; None: as many as there are processors, at most as many as it was compiled for
-    check    compare every file with its hash: about 0.3 s for 100 MB
-    """
+    """An exported model: the folder that export() wrote, run on so many threads (None: as above), its files compared with their hashes."""
 
     def __init__(self, folder: str | Path, threads: int | None = None, check: bool = True) -> None:
         import numpy
         import tvm_ffi
-
         self.folder, self._numpy, self._ffi = Path(folder), numpy, tvm_ffi
         self.manifest = read_manifest(self.folder)
         check_machine(self.manifest["target"])
@@ -61,24 +55,23 @@ class Model:
             check_file(self.folder / name, digest if check else None)
         load_runtime(self.manifest["target"], threads)
         try:
-            module = tvm_ffi.load_module(str((self.folder / "model.so").resolve()))
-            self._vm = module["vm_load_executable"]()
+            self._vm = tvm_ffi.load_module(str((self.folder / "model.so").resolve()))["vm_load_executable"]()
             self._vm["vm_initialization"](1, 0, 2)      # the CPU, its only device, pooled memory
         except (RuntimeError, OSError, AttributeError) as error:
             raise LibraryError(f"{self.folder / 'model.so'} cannot be loaded: {error}") from error
         weights = read_weights(self.folder / "weights.safetensors", numpy)
-        try:
-            self._parameters = {name: tvm_ffi.convert([tvm_ffi.from_dlpack(weights[one]) for one in function["parameters"]])
-                                for name, function in self.manifest["functions"].items()}
-        except KeyError as error:
-            raise LibraryError(f"{self.folder / 'weights.safetensors'} lacks {error}: copy the whole folder again") from error
+        lacking = {one for function in self.manifest["functions"].values() for one in function["parameters"]} - set(weights)
+        if lacking:
+            raise LibraryError(f"{self.folder / 'weights.safetensors'} lacks {min(lacking)}: copy the whole folder again")
+        self._parameters = {name: tvm_ffi.convert([self.tensor(*weights[one]) for one in function["parameters"]])
+                            for name, function in self.manifest["functions"].items()}
         self._functions = {name: self._vm[name] for name in self._parameters}
 
     def run(self, function: str = "main", /, **inputs: Any) -> dict[str, Any]:
-        """The outputs of a function by name, as numpy arrays. Raises LibraryError for a name, dtype or shape that does not fit."""
+        """The outputs of a function by name, as numpy arrays; bfloat16 is given as bits in uint16, and becomes float32. Raises LibraryError."""
         facts = self._facts(function)
         result = self.call(function, self._checked(facts, inputs))
-        return {one["name"]: self._numpy.from_dlpack(value) for one, value in zip(facts["outputs"], result, strict=True)}
+        return {one["name"]: self._array(value, one["dtype"]) for one, value in zip(facts["outputs"], result, strict=True)}
 
     def call(self, function: str, tensors: Sequence[Any]) -> list[Any]:
         """The same without any check: tensors of tvm_ffi, in the order of the function's inputs and of its outputs."""
@@ -86,10 +79,7 @@ class Model:
         return [found] if isinstance(found, self._ffi.Tensor) else list(found)
 
     def generate(self, ids: Any, tokens: int, stop: Sequence[int] = ()) -> Any:
-        """Greedy decoding with a model that was exported with its cache: ids [batch, n] int64 -> the new ones, [batch, up to `tokens`].
-
-        It ends early where every row has come to one of `stop`. The caches are as long as is needed, and are written in place.
-        """
+        """Greedy decoding with a cache: ids [batch, n] int64 -> the new ones, [batch, up to `tokens`], until all rows have come to one of `stop`."""
         facts = self._facts("prefill")
         first, ids = facts["inputs"][0], self._numpy.ascontiguousarray(ids)
         caches = self.caches(ids.shape[0], ids.shape[1] + tokens)
@@ -110,15 +100,19 @@ class Model:
                  for one in self._facts("decode")["inputs"] if one.get("updated")}
         return {name: aligned(self._numpy.zeros(size, dtype=self._numpy.float32), self._numpy) for name, size in sizes.items()}
 
-    def tensor(self, value: Any) -> Any:
+    def tensor(self, value: Any, dtype: str = "") -> Any:
         """An array as a tensor that functions take, aligned; the same memory where that is possible."""
-        return self._ffi.from_dlpack(aligned(self._numpy.ascontiguousarray(value), self._numpy))
+        array = aligned(self._numpy.asarray(value, order="C"), self._numpy)
+        return self._ffi.from_dlpack(Recoded(array, 4) if dtype in BITS else array)
+
+    def _array(self, value: Any, dtype: str) -> Any:
+        found = self._numpy.from_dlpack(Recoded(value, 1) if dtype in BITS else value)
+        return (found.astype("uint32") << 16).view("float32") if dtype in BITS else found
 
     def _facts(self, function: str) -> dict[str, Any]:
-        functions: dict[str, dict[str, Any]] = self.manifest["functions"]
-        if function not in functions:
-            raise LibraryError(f"there is no function {function!r}; there are {', '.join(functions)}")
-        return functions[function]
+        if function not in self.manifest["functions"]:
+            raise LibraryError(f"there is no function {function!r}; there are {', '.join(self.manifest['functions'])}")
+        return dict(self.manifest["functions"][function])
 
     def _checked(self, facts: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[Any]:
         names = [one["name"] for one in facts["inputs"]]
@@ -133,7 +127,7 @@ class Model:
 
     def _one(self, wanted: Mapping[str, Any], value: Any, sizes: dict[str, int]) -> Any:
         name, array = wanted["name"], value if isinstance(value, self._numpy.ndarray) else self._numpy.from_dlpack(value)
-        if str(array.dtype) != wanted["dtype"]:
+        if str(array.dtype) != ("uint16" if wanted["dtype"] in BITS else wanted["dtype"]):
             raise LibraryError(f"{name} has dtype {array.dtype}, expected {wanted['dtype']}")
         if array.ndim != len(wanted["shape"]):
             raise LibraryError(f"{name} has shape {list(array.shape)}, expected {wanted['shape']}")
@@ -145,7 +139,19 @@ class Model:
         if wanted.get("updated") and (array.ctypes.data % ALIGNED or not array.flags.c_contiguous or not array.flags.writeable):
             raise LibraryError(f"{name} is changed in place: it must be contiguous, start at a multiple of {ALIGNED} bytes, and be writeable; "
                                "caches() makes such arrays")
-        return self.tensor(array)
+        return self.tensor(array, wanted["dtype"])
+
+
+class Recoded:
+    """A tensor whose elements are of another kind of as many bits: DLPack's 1 is unsigned, 4 is bfloat16, which numpy does not have."""
+    def __init__(self, tensor: Any, code: int) -> None:
+        self.tensor, self.code, self.__dlpack_device__ = tensor, code, tensor.__dlpack_device__
+
+    def __dlpack__(self, **_: Any) -> Any:
+        capsule, pointer = self.tensor.__dlpack__(), ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        ctypes.c_uint8.from_address(pointer(capsule, b"dltensor") + 20).value = self.code    # behind data, device and ndim
+        return capsule
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -160,12 +166,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_machine(target: Mapping[str, Any]) -> None:
-    """Refuse code that this machine cannot run, before it could raise an illegal instruction. Raises LibraryError."""
+    """Refuse code that this machine cannot run, before it could raise an illegal instruction."""
     here = ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
     if here != target["arch"]:
         raise LibraryError(f"made for {target['name']} ({target['arch']}), this machine is {here}: export the model for it")
-    missing = [feature for feature in target["features"] if not has_feature(here, feature)]
-    if missing:
+    if missing := [feature for feature in target["features"] if not has_feature(here, feature)]:
         raise LibraryError(f"made for {target['name']}; this machine lacks {', '.join(missing)}: export the model for a target without")
 
 
@@ -194,7 +199,6 @@ def check_file(path: Path, digest: str | None) -> None:
 def load_runtime(target: Mapping[str, Any], threads: int | None) -> None:
     """libtvm_runtime.so, once in a process, with its number of threads. Raises LibraryError."""
     import tvm_ffi  # noqa: F401 (its library must be there first)
-
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads is not None or "TVM_NUM_THREADS" not in os.environ:
         os.environ["TVM_NUM_THREADS"] = str(threads or min(here, int(target["cores"])))
@@ -211,20 +215,18 @@ def load_runtime(target: Mapping[str, Any], threads: int | None) -> None:
 
 
 def read_weights(path: Path, numpy: Any) -> dict[str, Any]:
-    """Every tensor of a safetensors file, mapped, not read; bfloat16 as its bits. Raises LibraryError."""
+    """Every tensor of a safetensors file, mapped, not read, and its dtype; bfloat16 as its bits. Raises LibraryError."""
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = 8 + int.from_bytes(mapped[:8], "little")
-        header = json.loads(mapped[8:start])
-        found = {}
-        for name, facts in header.items():
+        start, found = 8 + int.from_bytes(mapped[:8], "little"), {}
+        for name, facts in json.loads(mapped[8:start]).items():
             if name != "__metadata__":
                 first, end = facts["data_offsets"]
                 if not 0 <= first <= end <= len(mapped) - start:
                     raise ValueError(f"{name} lies outside of the file")
                 raw = numpy.frombuffer(mapped, dtype=numpy.uint8, count=end - first, offset=start + first).view(DTYPES[facts["dtype"]])
-                found[name] = aligned(raw.reshape(facts["shape"]), numpy)
+                found[name] = raw.reshape(facts["shape"]), facts["dtype"]
         return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LibraryError(f"{path} is damaged: {error}") from error
@@ -235,8 +237,7 @@ def aligned(array: Any, numpy: Any) -> Any:
     if array.ctypes.data % ALIGNED == 0 and array.flags.writeable:
         return array
     room = numpy.empty(array.nbytes + ALIGNED, dtype=numpy.uint8)
-    start = -room.ctypes.data % ALIGNED
-    copy = room[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy = room[-room.ctypes.data % ALIGNED:][:array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
 
@@ -245,20 +246,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default=str(Path(__file__).resolve().parent))
-    for name, default, more in (("--function", "main", ""), ("--repeat", "1", ""), ("--threads", None, ""),
-                                ("--output", None, "a folder: write each output as NAME.npy"),
-                                ("--generate", "0", "decode so many tokens greedily, from --input input_ids=FILE.npy or one token 0")):
-        parser.add_argument(name, default=default, help=more, type=str if name in ("--function", "--output") else int)
+    for name, kind, default, more in (("--function", str, "main", ""), ("--repeat", int, 1, ""), ("--threads", int, None, ""),
+                                      ("--output", str, None, "a folder: write each output as NAME.npy"),
+                                      ("--generate", int, 0, "decode so many tokens greedily, from --input input_ids=FILE.npy or one token 0")):
+        parser.add_argument(name, default=default, help=more, type=kind)
     parser.add_argument("--input", action="append", default=[], metavar="NAME=FILE.npy")
     parser.add_argument("--size", action="append", default=[], metavar="SYMBOL=SIZE", help="sizes of inputs that are not given: these are zeros")
     parser.add_argument("--describe", action="store_true")
     options = parser.parse_args(arguments)
     try:
-        if options.describe:
+        if not options.describe:
+            _run(options)
+        else:
             manifest = read_manifest(Path(options.folder))
             print(json.dumps({name: manifest[name] for name in ("target", "symbols", "functions", "reference")}, indent=1))
-        else:
-            _run(options)
     except LibraryError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
@@ -268,7 +269,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     """One call or several, outputs and times."""
     import numpy
-
     times, model = [time.perf_counter()], Model(options.folder, options.threads)
     times.append(time.perf_counter())
     given = {name: numpy.load(file) for name, _, file in (one.partition("=") for one in options.input)}
