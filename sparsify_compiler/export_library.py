@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 LIBRARY, WEIGHTS, RUNNER, KIND, FORMAT = "model.so", "weights.safetensors", "run.py", "library", 1
 DECODE = "decode"   # the function of one token for each text
 DECODED = (1,)      # rows of x that the layers of a model with a cache are laid out for: most are those of one token
+WHOLE = "compile it with example inputs of a call that exports whole; save() keeps it for PyTorch"
+DECODER = ('compile it without its own cache, sc.compile(model, {"input_ids": ids, "use_cache": False}, dynamic={"input_ids": {0: "batch", '
+           '1: "tokens"}}, ...), and export(..., cache=True): the library takes the cache as arguments. save() keeps what you have for PyTorch')
 ALIGNED = 64        # bytes that the kernels' tensors start at multiples of
 
 
@@ -113,7 +116,7 @@ def whole_region(program: Program) -> Region:
     if program.skeleton is not None:
         parts = ", ".join(sorted(program.regions)[:3])
         raise ModelError("a model that was captured in parts has Python between them", where=parts,
-                         hint="compile it with example inputs of a call that exports whole, such as use_cache=False; save() keeps it for PyTorch")
+                         hint=DECODER if callable(getattr(program.skeleton, "generate", None)) else WHOLE)
     return program.regions[""]
 
 

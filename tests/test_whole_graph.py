@@ -166,6 +166,9 @@ def test_what_export_refuses(compiled: CompiledModel, tmp_path: Path, monkeypatc
     program.skeleton = nn.Module()
     with pytest.raises(ModelError, match="captured in parts"):
         CompiledModel.export(_with(compiled, program), tmp_path / "out")
+    program.skeleton.generate = lambda: None        # a language model, compiled with its cache
+    with pytest.raises(ModelError, match=r'"use_cache": False.*cache=True'):
+        CompiledModel.export(_with(compiled, program), tmp_path / "out")
     monkeypatch.setenv("SPARSIFY_CC", "no-such-compiler")
     with pytest.raises(KernelError, match="no-such-compiler"):
         compiled.export(tmp_path / "out")

@@ -41,6 +41,16 @@ def test_norms(size: int, rows: int) -> None:
     torch.testing.assert_close(run(MeanRows(size, 2), x, like=x[:, 0].contiguous()), x.mean(1))
 
 
+def test_norms_and_activations_in_bfloat16() -> None:
+    """Sums are those of float32, and the result is rounded once."""
+    x, weight = torch.randn(5, 77).bfloat16(), torch.randn(77).bfloat16()
+    norm = run(NormRows(77, 1e-6, False, True, False, 2, ("bfloat16", "bfloat16")), x, weight, like=x)
+    torch.testing.assert_close(norm, F.rms_norm(x.float(), (77,), weight.float(), 1e-6).bfloat16(), rtol=1e-2, atol=1e-3)
+    flat = x.flatten()
+    torch.testing.assert_close(run(PointwiseFlat(Finish(False, "silu"), 2, "bfloat16"), flat, like=flat), F.silu(flat.float()).bfloat16(), rtol=1e-2,
+                               atol=1e-3)
+
+
 def test_a_norm_of_large_numbers_keeps_its_digits() -> None:
     """A single pass over squares would lose them all."""
     x = torch.randn(3, 64) + 4096

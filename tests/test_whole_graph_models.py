@@ -128,6 +128,28 @@ def test_a_network_of_convolutions(tmp_path: Path, sparse: bool) -> None:
 
 
 @pytest.mark.slow
+def test_a_language_model_in_bfloat16(tmp_path: Path) -> None:
+    """What runs are numbers of bfloat16; what is attended over, kept and given back is float32."""
+    torch.manual_seed(0)
+    model = Decoder().eval().to(torch.bfloat16)
+    ids = torch.randint(0, 40, (2, 5))
+    compiled = CompiledModel(program_of(model, ids, {"input_ids": {0: "batch", 1: "tokens"}}))
+    compiled.export(tmp_path / "whole")
+    compiled.export(tmp_path / "cached", cache=True)
+    whole, cached = (runner(tmp_path / name).Model(tmp_path / name) for name in ("whole", "cached"))
+    assert whole.manifest["reference"] == cached.manifest["reference"] == []
+    assert cached.manifest["functions"]["decode"]["outputs"][0]["dtype"] == "float32"
+    with torch.no_grad():
+        expected = model(ids).float()
+    found = torch.from_numpy(numpy.array(whole.run(input_ids=ids.numpy())["output"]))
+    caches, past = cached.caches(2, 5), numpy.zeros(1, "int64")
+    cached.run("prefill", input_ids=ids[:, :4].numpy(), past=past, **caches)
+    last = torch.from_numpy(numpy.array(cached.run("decode", input_ids=ids[:, 4:].numpy(), past=past + 4, **caches)["logits"]))
+    for one, wanted in ((found, expected), (last, expected[:, -1])):
+        assert float((one - wanted).abs().max()) <= 1e-2 * float(expected.abs().max())
+
+
+@pytest.mark.slow
 def test_a_language_model_decodes_in_place(tmp_path: Path) -> None:
     model, program = decoder()
     CompiledModel(program).export(tmp_path / "out", cache=True)
