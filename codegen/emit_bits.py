@@ -108,6 +108,13 @@ def pair(low: Expr, high: Expr, lanes: int) -> Expr:
     return tirx.reinterpret(vector_type("int32", lanes), word)
 
 
+def pair_upper(low: Expr, high: Expr, lanes: int) -> Expr:
+    """int32 words of the bfloat16 whose bits are the upper halves of two float32."""
+    words = [reinterpret("uint32", value, lanes) for value in (low, high)]
+    word = (words[0] >> broadcast(tirx.const(16, "uint32"), lanes)) | (words[1] & broadcast(tirx.const(0xFFFF0000, "uint32"), lanes))
+    return reinterpret("int32", word, lanes)
+
+
 def vector_type(dtype: str, lanes: int) -> str:
     """The dtype of so many of a dtype."""
     return f"{dtype}x{lanes}" if lanes > 1 else dtype

@@ -25,7 +25,7 @@ from sparsify_compiler.codegen.kernels.panel import Panel
 from sparsify_compiler.codegen.kernels.rows import Rows
 from sparsify_compiler.codegen.kernels.slice_panel import SlicePanel
 from sparsify_compiler.codegen.kernels.stream_rows import StreamRows
-from sparsify_compiler.codegen.kernels.strip_layout import prepare_strips
+from sparsify_compiler.codegen.kernels.strip_layout import pairs_of, prepare_strips
 from sparsify_compiler.codegen.kernels.strip_panel import StripPanel
 from sparsify_compiler.codegen.kernels.tile_layout import prepare_tiles
 from sparsify_compiler.codegen.kernels.tiles import Tiles
@@ -93,6 +93,18 @@ def test_strips(rows: int, outputs: int, inputs: int, step: int, r: int) -> None
     is_count(strips.VISITS / strips.TILES, numbers, prepared.pointers.numel() - 1)
     is_count(strips.STRIPS, numbers, prepared.strips.numel() - 1)
     is_count(strips.FMAS * 16, numbers, walked(StripPanel(prepared.layout, 1), (rows, inputs), prepared, outputs).lanes)
+
+
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(32, 48, 128), (64, 64, 320)])
+def test_strips_of_pairs(rows: int, outputs: int, inputs: int) -> None:
+    mask = (torch.arange(inputs) % 4 < 2).expand(outputs, inputs)
+    form = catalog.get("format", "nm").encode(torch.ones(outputs, inputs, dtype=torch.bfloat16), mask, n=2, m=4)
+    groups, _, _ = groups_of("linear_nm", form.tensors(), form.attributes())
+    prepared = prepare_strips(pairs_of(groups), torch.bfloat16, None, outputs, inputs, 1)
+    numbers = values(rows, outputs, inputs, 1, torch.bfloat16, n=2, m=4, group=1, span=strips.SPAN_OF_PAIRS) | {"density": 0.5}
+    is_count(strips.PAIRS_WEIGHT, numbers, size(prepared.values, prepared.columns))
+    is_count(strips.VISITS / strips.TILES, numbers, prepared.pointers.numel() - 1)
+    is_count(strips.PAIRS * strips.REGISTERS, numbers, walked(StripPanel(prepared.layout, 1), (rows, inputs), prepared, outputs).calls["dot_bf16"])
 
 
 @sizes

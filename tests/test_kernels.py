@@ -27,7 +27,7 @@ from sparsify_compiler.codegen.kernels.tile_layout import prepare_tiles
 from sparsify_compiler.codegen.kernels.tiles import Tiles
 from sparsify_compiler.codegen.laid import Laid, Variants
 from sparsify_compiler.errors import InputError, KernelError
-from sparsify_compiler.target import Target, host
+from sparsify_compiler.target import Target, host, resolve
 
 ROWS = (0, 1, 7, 16, 129)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of the sum of |w||x|: float32 sums of a few hundred terms; one bfloat16 rounding
@@ -359,6 +359,51 @@ def test_strips(structure: str, sizes: dict[str, int], threads: int) -> None:
         kernel = found["strips"].bind(bias)
         for rows in (1, 16, 50, 64, 65, 130, 200):
             assert_right(kernel, weight.double() * mask, bias.double(), torch.randn(rows, k).to(dtype))
+
+
+needs_dots = pytest.mark.skipif(not host().has("avx512bf16"), reason="this machine does not multiply pairs of bfloat16")
+PAIRS = {"family": "strips", "dtype": "bfloat16", "pairs": True}
+
+
+@needs_dots
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(n=st.integers(1, 90), quads=st.integers(1, 60), rows=st.integers(0, 140), finish=st.sampled_from([{}, {"activation": "relu"}, {"add": True}]))
+def test_pairs_of_2_4(n: int, quads: int, rows: int, finish: dict[str, Any]) -> None:
+    """Whole blocks and parts, one kernel for all: what is kept of four inputs is one word."""
+    k = 4 * quads
+    weight, mask, bias = torch.randn(n, k).bfloat16(), mask_of("nm", n, k, 0.5, n=2, m=4), torch.randn(n).bfloat16()
+    stored = catalog.get("format", "nm").encode(weight, mask, n=2, m=4)
+    kernel = runtime.rebind("linear_nm", PAIRS, stored.tensors(), stored.attributes() | finish, bias, {}, host())
+    x, other = torch.randn(rows, k).bfloat16(), torch.randn(rows, n).bfloat16()
+    exact = x.double() @ (weight.double() * mask).T + bias.double() + (other.double() if "add" in finish else 0)
+    got, want = kernel(x, other) if "add" in finish else kernel(x), exact.relu() if "activation" in finish else exact
+    scale = x.double().abs() @ (weight.double() * mask).abs().T + bias.double().abs() + other.double().abs()
+    assert ((got.double() - want).abs() <= TOLERANCE[torch.bfloat16] * scale + 1e-30).all()
+
+
+@needs_dots
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_pairs_read_kept_places_only(bad: float) -> None:
+    weight, mask = torch.randn(40, 132).bfloat16(), mask_of("nm", 40, 132, 0.5, n=2, m=4)
+    stored = catalog.get("format", "nm").encode(weight, mask, n=2, m=4)
+    kernel = runtime.rebind("linear_nm", PAIRS, stored.tensors(), stored.attributes(), None, {}, host())
+    for column in (0, 3, 62, 127, 131):
+        x = torch.randn(40, 132).bfloat16()
+        x[7, column] = bad
+        assert torch.equal(kernel(x).isfinite()[7], ~mask[:, column])
+        assert kernel(x)[:7].isfinite().all()
+
+
+def test_pairs_are_for_machines_that_multiply_them_and_have_no_tiles() -> None:
+    stored = catalog.get("format", "nm").encode(torch.randn(32, 32).bfloat16(), mask_of("nm", 32, 32, 0.5, n=2, m=4), n=2, m=4)
+    given = "linear_nm", stored.tensors(), stored.attributes()
+    for name, wanted in (("x86-vnni-bf16", True), ("x86-amx", False), ("x86-avx512", False), ("neoverse-v2", False)):
+        names = {c.name for c in runtime.candidates(*given, torch.bfloat16, (64,), resolve(name)) if c.options["family"] == "strips"}
+        assert names == {"nm_pairs4x4" if wanted else "nm_strips4x4"}, name
+    assert not any("pairs" in c.name for c in runtime.candidates(*given, torch.float32, (64,), resolve("x86-vnni-bf16")))
+    other = catalog.get("format", "nm").encode(torch.randn(32, 32).bfloat16(), mask_of("nm", 32, 32, 0.5, n=1, m=4), n=1, m=4)
+    found = runtime.candidates("linear_nm", other.tensors(), other.attributes(), torch.bfloat16, (64,), resolve("x86-vnni-bf16"))
+    assert not any("pairs" in c.name for c in found)
 
 
 @pytest.mark.parametrize("add", [False, True])

@@ -12,6 +12,9 @@ visits    [slices * lanes] int32: the first output of each group of a slice, cou
 starts    [strips * blocks + 1] int32 into the slices, blocks of a strip together. Every group is visited in block 0, elsewhere where it has columns
 strips    [strips + 1] int32: the first output of each, a multiple of 16
 bias      [outputs, up to a multiple of 16] float32, zeros where there is none
+
+Of a 2:4 weight in bfloat16, where a machine multiplies pairs of it, the two that four inputs keep are one value, an int32 word, and the columns are
+pairs of inputs: of every four the six that can be kept, one of which is. Packed x holds all six.
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ TILES = {16: 4, 8: 3, 4: 6}  # registers of rows of x that are multiplied at a t
 TILE = TILES[16]
 SLICE = 4            # outputs that are computed together: TILE * SLICE sums in registers
 HELD = 1024          # outputs of a strip, at most: the sums of two for a tile, 512 KiB, stay in L2 between two blocks
+PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))    # of four inputs
+QUAD = 4             # inputs that have those pairs
+PAIRED = 96          # columns of a block that are pairs: of 64 inputs
 BLOCK = {1: 128, 2: 256, 4: 1024}  # columns of a block, by r: a tile of them fits L1 where each load of x is used r times only, else L2 (measured)
 
 
@@ -38,7 +44,7 @@ class StripLayout:
     """Static facts of a prepared weight.
 
     r         outputs that share columns: 1, 2 or 4
-    weight    dtype of the values: "float32" or "bfloat16"
+    weight    dtype of the values: "float32" or "bfloat16"; "int32" of pairs
     dtype     of x and y
     """
 
@@ -52,9 +58,19 @@ class StripLayout:
         return SLICE // self.r
 
     @property
+    def paired(self) -> bool:
+        """Are columns pairs of inputs?"""
+        return self.weight == "int32"
+
+    @property
     def block(self) -> int:
         """Columns of a block."""
-        return BLOCK[self.r]
+        return PAIRED if self.paired else BLOCK[self.r]
+
+    @property
+    def span(self) -> int:
+        """Inputs of a block."""
+        return self.block // len(PAIRS) * QUAD if self.paired else self.block
 
     @property
     def index(self) -> str:
@@ -81,11 +97,21 @@ class PreparedStrips(PreparedWeight):
 
 def blocks_of(inputs: int, layout: StripLayout) -> int:
     """Blocks of columns; one where there are no columns."""
-    return max(1, -(-inputs // layout.block))
+    return max(1, -(-inputs // layout.span))
+
+
+def pairs_of(groups: Groups) -> Groups:
+    """A 2:4 weight, output by output, with a word for each two that are kept, and pairs of inputs as columns."""
+    low, high = groups.columns.view(-1, 2).unbind(1)
+    number = torch.zeros(QUAD, QUAD, dtype=torch.int64)
+    for at, pair in enumerate(PAIRS):
+        number[pair] = at
+    words = groups.values.to(torch.bfloat16).view(-1, 2).view(torch.int32)
+    return Groups(words, low // QUAD * len(PAIRS) + number[low % QUAD, high % QUAD], groups.pointers // 2)
 
 
 def prepare_strips(groups: Groups, dtype: torch.dtype, bias: Tensor | None, outputs: int, inputs: int, cores: int) -> PreparedStrips:
-    """Lay a weight out for kernels of x in `dtype`, on that many cores. The last group may hang over `outputs`."""
+    """Lay a weight out, or pairs_of() one, for kernels of x in `dtype`, on that many cores. The last group may hang over `outputs`."""
     r = max(size for size in BLOCK if groups.values.shape[1] % size == 0)
     layout = StripLayout(r, str(groups.values.dtype).removeprefix("torch."), str(dtype).removeprefix("torch."))
     values, columns, counts = split(groups, r)

@@ -5,12 +5,15 @@ goes through the strips' slices: the tile × SLICE registers of a slice's sums a
 written back; with unstructured weights at density 0.1 that is a dozen columns a visit. At last the sums are transposed in registers, 16
 outputs at a time.
 
+Where columns are pairs of inputs (2:4 in bfloat16), a step multiplies both by one instruction.
+
 Bound by: loads for r = 1, five for every four multiply-adds (from L1, a core of Sapphire Rapids class does 1.2 of those a cycle, not 2), and sums
 that go to L2 and back between blocks, an eighth of the time at density 0.1; from r = 4 on the FMA rate, of which three quarters are reached.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +25,10 @@ from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels.finish import NOTHING, Finish
 from sparsify_compiler.codegen.kernels.layout import OUTPUTS
 from sparsify_compiler.codegen.kernels.share import share
-from sparsify_compiler.codegen.kernels.strip_layout import SLICE, TILES, StripLayout
+from sparsify_compiler.codegen.kernels.strip_layout import PAIRS, QUAD, SLICE, TILES, StripLayout
 from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
-SCALAR = Path(__file__).with_name("scalar.ll")
+SCALAR, DOT = (Path(__file__).with_name(f"{name}.ll") for name in ("scalar", "dot_bf16"))
 SHORT = ("", "relu")    # activations that may be written out 16 times: of longer ones the code would take minutes to compile
 TOGETHER = 2    # strips that a worker takes through all blocks at once
 
@@ -64,11 +67,12 @@ def _arguments(how: StripPanel) -> Any:
 
 def _body(how: StripPanel) -> None:
     a, layout, workers = _arguments(how), how.layout, how.workers
-    a.blocks = e.opaque(e.maximum(tirx.truncdiv(a.K + (layout.block - 1), layout.block), 1))
+    a.blocks = e.opaque(e.maximum(tirx.truncdiv(a.K + (layout.span - 1), layout.span), 1))
     a.registers, strips = e.opaque(tirx.truncdiv(a.M + (e.lanes() - 1), e.lanes())), e.opaque(a.T - 1)
     a.tiles = e.opaque(tirx.truncdiv(a.registers + (how.tile - 1), how.tile))
-    with e.loop(workers, parallel=workers > 1) as me, e.llvm(SCALAR.read_text()):
-        packed = e.scratch((layout.block + 1) * (how.tile * e.lanes()), "float32")
+    text = SCALAR.read_text() + (DOT.read_text() if layout.paired else "")
+    with e.loop(workers, parallel=workers > 1) as me, e.llvm(text):
+        packed = e.scratch((layout.block + 1) * (how.tile * e.lanes()), "int32" if layout.paired else "float32")
         s = share(a.tiles, strips, workers, me)
         with e.loop(e.opaque(s.own + s.left)) as number:
             alone = number < s.own
@@ -123,7 +127,7 @@ def _visit(how: StripPanel, a: Any, t: Any, count: int, block: Any, before: Any,
 
     e.choose(tirx.EQ(block, 0), start, go_on)
     with e.loop(e.load(a.pointers, visit + 1), start=e.load(a.pointers, visit)) as step:
-        weights = e.broadcasts(a.values, step * SLICE, SLICE)
+        weights = _weights(how, a, e.let(step * SLICE))
         for lane in range(lanes):
             column = e.external("int32", "scalar", e.cast("int32", e.load(a.columns, step * lanes + lane)))
             at = e.let(column * width)
@@ -131,28 +135,56 @@ def _visit(how: StripPanel, a: Any, t: Any, count: int, block: Any, before: Any,
             for row in range(r):
                 weight = weights(lane * r + row)
                 for register, value in zip(sums[lane * r + row], inputs, strict=True):
-                    register.multiply_add(weight, value)
+                    if layout.paired:
+                        register.set(e.external(register.dtype, "dot_bf16", register.get(), value, weight))
+                    else:
+                        register.multiply_add(weight, value)
     for at, registers in zip(held, sums, strict=True):
         again = e.opaque(e.external("int32", "scalar", at))  # else the places of all registers are kept on the stack meanwhile
         for v, register in enumerate(registers):
             e.store(t.held, register.get(), again + v * e.lanes(), lanes=e.lanes())
 
 
+def _weights(how: StripPanel, a: Any, first: Any) -> Callable[[int], Any]:
+    """Of the outputs of a slice the i-th one's weight, or pair of them, in all lanes."""
+    if not how.layout.paired:
+        return e.broadcasts(a.values, first, SLICE)
+    return lambda i: e.let(e.broadcast(e.load(a.values, first + i), e.lanes()))
+
+
 def _pack(how: StripPanel, a: Any, t: Any, block: Any) -> None:
     """Transpose a block of the tile's x, with zeros behind it. Rows past the last repeat it: their sums are not stored."""
-    start = e.opaque(block * how.layout.block)
-    columns = e.opaque(e.minimum(a.K - start, how.layout.block))
+    layout, width = how.layout, e.lanes()
+    start = e.opaque(block * layout.span)
+    columns = e.opaque(e.minimum(a.K - start, layout.span))
     with e.loop(t.count) as v:
-        row = e.opaque(t.row + v * e.lanes())
-        with e.loop(tirx.truncdiv(columns, e.lanes())) as chunk:
-            first = e.opaque(start + chunk * e.lanes())
-            lines = [e.let(e.read_float(a.x, e.minimum(row + i, a.M - 1), first, lanes=e.lanes())) for i in range(e.lanes())]
-            to = e.opaque(chunk * e.lanes() * t.width + v * e.lanes())
-            for k, column in enumerate(e.transpose(lines)):
-                e.store(t.packed, column, to + k * t.width, lanes=e.lanes())
-        with e.loop(columns, start=tirx.truncdiv(columns, e.lanes()) * e.lanes()) as k, e.loop(e.lanes()) as i:
-            e.store(t.packed, e.read_float(a.x, e.minimum(row + i, a.M - 1), start + k), k * t.width + v * e.lanes() + i)
-        e.store(t.packed, e.broadcast(e.zero(), e.lanes()), how.layout.block * t.width + v * e.lanes(), lanes=e.lanes())
+        row = e.opaque(t.row + v * width)
+        with e.loop(tirx.truncdiv(columns, width)) as chunk:
+            first = e.opaque(start + chunk * width)
+            lines = [e.let(e.read_float(a.x, e.minimum(row + i, a.M - 1), first, lanes=width)) for i in range(width)]
+            _put(how, t, e.opaque(chunk * width), v, e.transpose(lines), lambda made, to: e.store(t.packed, made, to, lanes=width))
+        step = QUAD if layout.paired else 1     # a 2:4 weight has whole groups of four inputs
+        whole = tirx.truncdiv(columns, width) * width
+        with e.loop(tirx.truncdiv(columns - whole, step)) as rest, e.loop(width) as i:
+            first = e.opaque(whole + rest * step)
+            line = [e.let(e.read_float(a.x, e.minimum(row + i, a.M - 1), start + first + j)) for j in range(step)]
+            _put(how, t, first, v, line, lambda made, to, i=i: e.store(t.packed, made, to + i))  # type: ignore[misc]
+        zeros = e.broadcast(e.constant(0, "int32") if layout.paired else e.zero(), width)
+        e.store(t.packed, zeros, layout.block * t.width + v * width, lanes=width)
+
+
+def _put(how: StripPanel, t: Any, first: Any, v: Any, inputs: Sequence[Any], store: Callable[[Any, Any], None]) -> None:
+    """Neighbouring inputs of the block from number `first` on to where packed x has them, or their pairs."""
+    if not how.layout.paired:
+        for k, value in enumerate(inputs):
+            store(value, (first + k) * t.width + v * e.lanes())
+        return
+    lanes = e.lanes() if len(inputs) > QUAD else 1
+    for quad in range(len(inputs) // QUAD):
+        column = e.opaque(tirx.truncdiv(first, QUAD) + quad)
+        for number, (low, high) in enumerate(PAIRS):
+            made = e.pair_upper(inputs[quad * QUAD + low], inputs[quad * QUAD + high], lanes)
+            store(made, (column * len(PAIRS) + number) * t.width + v * e.lanes())
 
 
 def _write(how: StripPanel, a: Any, t: Any, v: Any, output: Any) -> None:

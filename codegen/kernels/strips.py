@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsify_compiler.codegen.kernels.finish import Finish, finish_of, needed_finish
 from sparsify_compiler.codegen.kernels.layout import LANES, groups_of, takes
-from sparsify_compiler.codegen.kernels.strip_layout import SLICE, TILE, PreparedStrips, prepare_strips
+from sparsify_compiler.codegen.kernels.strip_layout import QUAD, SLICE, TILE, PreparedStrips, pairs_of, prepare_strips
 from sparsify_compiler.codegen.kernels.strip_panel import StripPanel
 from sparsify_compiler.codegen.laid import Laid, Variants, shared_layout, workers
 from sparsify_compiler.codegen.vectors import Vectors, vectors_of
@@ -29,7 +29,15 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
         return []
     if dtype is torch.bfloat16 and int(attributes.get("r", 1)) % PAIRS_FROM == 0 and target.has("avx512bf16"):
         return []
-    return [(_name(op), {"dtype": str(dtype).removeprefix("torch.")})]
+    name = str(dtype).removeprefix("torch.")
+    if _by_pairs(op, attributes) and dtype is torch.bfloat16 and target.has("avx512bf16") and not target.has("amx-bf16"):
+        return [(_name(op, "pairs"), {"dtype": name, "pairs": True})]
+    return [(_name(op), {"dtype": name})]
+
+
+def _by_pairs(op: str, attributes: Mapping[str, Any]) -> bool:
+    """Is it 2:4?"""
+    return op == "linear_nm" and (attributes["n"], attributes["m"]) == (2, QUAD)
 
 
 def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
@@ -39,10 +47,11 @@ def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
 
     def lay_out() -> PreparedStrips:
         groups, outputs, inputs = groups_of(op, tensors, attributes)
+        groups = pairs_of(groups) if options.get("pairs") else groups
         return prepare_strips(groups, getattr(torch, str(options["dtype"])), bias, outputs, inputs, target.cores)
 
-    prepared = shared_layout(shared, bias, lay_out)
-    return Laid(_name(op), options, prepared, _variants(prepared, finish, workers(target), vectors_of(target)), target)
+    prepared, name = shared_layout(shared, bias, lay_out), _name(op, "pairs" if options.get("pairs") else "strips")
+    return Laid(name, options, prepared, _variants(prepared, finish, workers(target), vectors_of(target)), target)
 
 
 def _variants(prepared: PreparedStrips, finish: Finish, threads: int, cut_for: Vectors) -> Variants:
@@ -51,5 +60,5 @@ def _variants(prepared: PreparedStrips, finish: Finish, threads: int, cut_for: V
     return Variants(found, lambda rows: f"strips-{1 if products * -(-rows // LANES) < ALONE else threads}", finish.add)
 
 
-def _name(op: str) -> str:
-    return f"{op.removeprefix('linear_')}_strips{TILE}x{SLICE}"
+def _name(op: str, what: str = "strips") -> str:
+    return f"{op.removeprefix('linear_')}_{what}{TILE}x{SLICE}"
