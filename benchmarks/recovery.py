@@ -52,9 +52,9 @@ CASES = {  # of the number of steps
     "32x1 80 %, gradual": lambda steps: gradual(steps, 0.2, 2),
     "2:4, MaskLLM from Wanda": lambda steps: f"mask_weights(score={SCORE!r}, structure='2:4') | learn_masks(until={steps})",
     "2:4, MaskLLM from magnitude": lambda steps: f"mask_weights(structure='2:4') | learn_masks(until={steps})",
-    "2:4, Lottery Jackpots": lambda steps: f"mask_weights(structure='2:4') | learn_masks('top_k(power=0.0)', until={steps})",
+    "2:4, Lottery Jackpots": lambda steps: f"mask_weights(structure='2:4') | learn_masks(chooser='top_k(power=0.0)', until={steps})",
     "2:4, Lottery Jackpots from Wanda":
-        lambda steps: f"mask_weights(score={SCORE!r}, structure='2:4') | learn_masks('top_k(power=0.0)', until={steps})",
+        lambda steps: f"mask_weights(score={SCORE!r}, structure='2:4') | learn_masks(chooser='top_k(power=0.0)', until={steps})",
 }
 
 

@@ -42,6 +42,7 @@ KINDS: Mapping[str, Kind] = {
     "repair": Kind("passes/prune/repairs/*.py"),
     "scorer": Kind("passes/activation/scorers/*.py"),
     "activation loss": Kind("passes/train/losses/*.py"),
+    "weight loss": Kind("passes/train/weight_losses/*.py"),
     "distillation": Kind("passes/train/distillations/*.py"),
     "router loss": Kind("passes/train/router_losses/*.py"),
     "router gradient": Kind("passes/train/router_gradients/*.py"),

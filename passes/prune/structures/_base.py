@@ -36,6 +36,10 @@ class Structure:
         """What may be dropped from a mask of this structure, where as many others then come in that it is one again; itself by default."""
         return self
 
+    def groups(self, rows: int, columns: int) -> Tensor:
+        """int64 [rows, columns]: weights of the same number, from 0 on, are kept or cut together; by default each is alone."""
+        return torch.arange(rows * columns).view(rows, columns)
+
     def at(self, density: float) -> Structure | None:
         """The structure of its kind that keeps at least this density, for masks that thin out while training; None where that is all weights."""
         return self if density < 1 else None

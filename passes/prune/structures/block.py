@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -35,6 +36,10 @@ class Block(Structure):
 
     def misfit(self, rows: int, columns: int) -> str | None:
         return f"{columns} inputs do not divide into blocks of {self.columns}" if columns % self.columns else None
+
+    def groups(self, rows: int, columns: int) -> Tensor:
+        across = -(-columns // self.columns)
+        return (torch.arange(rows) // self.rows)[:, None] * across + (torch.arange(columns) // self.columns)[None]
 
     def _keep(self, score: Tensor, density: float) -> Tensor:
         rows, columns = score.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import StructureError
@@ -29,6 +30,9 @@ class Columns(Structure):
 
     def formats(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
         return (("condensed", {}), *ANY_MASK)
+
+    def groups(self, rows: int, columns: int) -> Tensor:
+        return (torch.arange(columns) // self.size)[None].expand(rows, columns)
 
     def _keep(self, score: Tensor, density: float) -> Tensor:
         return keep_groups(score.double().mean(0), self.size, density)[None].expand(score.shape).clone()

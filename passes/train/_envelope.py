@@ -1,0 +1,27 @@
+"""The proximal step of the group sparse envelope: the largest convex function below half the squares of what has at most k groups that are not 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALVINGS = 50
+
+
+def shrink_factors(norms: Tensor, kept: int, strength: float) -> Tensor:
+    """What each group is multiplied with, in [0, 1 / (1 + strength)]: norms float64 [groups] >= 0, their Euclidean norms; kept >= 1.
+
+    The envelope is the least of half the sum of |x_g|² / u_g over shares u_g in [0, 1] that add up to k. Minimising that times the strength, plus
+    half of |x - v|², gives x_g = v_g u_g / (u_g + strength) with u_g = clip(a |v_g| - strength, 0, 1), where a is such that the shares add up to k.
+    """
+    if kept >= int((norms > 0).sum()):
+        return torch.full_like(norms, 1 / (1 + strength))
+    low, high = 0.0, float((1 + strength) / norms[norms > 0].min())
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if float((middle * norms - strength).clamp(0, 1).sum()) < kept:
+            low = middle
+        else:
+            high = middle
+    shares = (high * norms - strength).clamp(0, 1)
+    return shares / (shares + strength)
