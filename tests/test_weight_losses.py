@@ -117,7 +117,8 @@ def test_groups_are_what_a_structure_keeps_together(structure: str) -> None:
     assert bool((weight[mask] > 0.2 * before[mask]).all())
 
 
-@pytest.mark.parametrize(("recipe", "structure"), [(ART, "unstructured"), (WGSEF, "Rows()"), ("wgsef(density=0.25, structure='4x1', steps=12)", "4x1"),
+@pytest.mark.parametrize(("recipe", "structure"), [(ART, "unstructured"), (WGSEF, "Rows()"),
+                                                   ("wgsef(density=0.25, structure='4x1', steps=12)", "4x1"),
                                                    ("hyper_sparse(density=0.25, structure='4x1', steps=12, loss='l1')", "4x1")])
 def test_everything_is_kept_until_the_exact_cut(recipe: str, structure: str) -> None:
     module, hook, optimizer = attached(recipe)
@@ -132,7 +133,8 @@ def test_everything_is_kept_until_the_exact_cut(recipe: str, structure: str) -> 
 
 def test_a_cut_costs_less_where_weights_were_pressed_or_shrunk() -> None:
     """Of the rows, or weights, that go, next to nothing is left."""
-    for recipe, other in ((ART.replace("0.01,", "0.05,"), ART.replace("0.01,", "0.0,")), (WGSEF.replace("0.02", "0.2"), WGSEF.replace("0.02", "0.0"))):
+    pairs = ((ART.replace("0.01,", "0.05,"), ART.replace("0.01,", "0.0,")), (WGSEF.replace("0.02", "0.2"), WGSEF.replace("0.02", "0.0")))
+    for recipe, other in pairs:
         left = []
         for one in (recipe, other):
             module, hook, optimizer = attached(one)
