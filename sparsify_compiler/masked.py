@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .errors import InputError
 from .program import Region, get_tensor
 
 aten = torch.ops.aten
@@ -103,8 +104,13 @@ def _weighed(x: Tensor, mask: Tensor, rest: float) -> Tensor:
 
 
 def tap_product(region: Region, name: str, product: fx.Node, make: Callable[[Tensor], Masked]) -> Masked:
-    """Let a Masked, made of the weight, take the place of a product of a region's graph, under a name of the region's module."""
+    """Let a Masked, made of the weight, take the place of a product of a region's graph, under a name of the region's module.
+
+    Raises InputError where another has done so.
+    """
     sources = [source for source in product.all_input_nodes if source.op == "get_attr"]
+    if not sources:
+        raise InputError("another pass moves this mask", where=str(product.meta.get("path", product.name)), hint="learn it, or move it")
     mask = next(source for source in sources if get_tensor(region.module, str(source.target)).dtype == torch.bool)
     weight = next(source for source in sources if source is not mask)
     made = make(get_tensor(region.module, str(weight.target)))

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor, fx, nn
 
-from sparsify_compiler.masked import Masked, tap_product
+from sparsify_compiler.masked import Masked
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.train import move_masks
 from sparsify_compiler.passes.train._masked_weights import Aimed, aimed, mark_masked
@@ -51,7 +51,7 @@ class PenaliseWeights(TrainingPass):
         return mark_masked(self, program, ctx, self.targets, self.ignore)
 
     def tap(self, region: Region, name: str, node: fx.Node) -> Masked:
-        return tap_product(region, name, node, lambda weight: Masked())
+        return Masked()  # which stands nowhere: the weights are all that it looks at, and who moves the mask has the product
 
     def part(self, marked: Sequence[Marked]) -> Part:
         return Penalty(self.weight, self.schedule, partial(_terms, Named.parse("weight loss", self.loss), aimed(marked)))
