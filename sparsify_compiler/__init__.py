@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .compiled import CompiledModel
     from .correct import generate_corrected
     from .estimates import estimate
+    from .finalize import finalize
     from .layer_choice import LayerChoice
     from .library_cache_encoded import low_rank_cache, quantized_cache
     from .library_cache_evicting import evicting_cache
@@ -52,13 +53,14 @@ _LAZY = {
     "quantized_cache": "library_cache_encoded", "streaming_cache": "library_cache_streaming", "recipes": "", "recover": "recover",
     "reparameterize": "reparameterize", "lightning_callback": "training_callbacks", "trainer_callback": "training_callbacks",
     "export_tuned": "tuning", "import_tuned": "tuning", "tune": "tuning", "average": "averaging", "averaged_cycles": "averaging", "soup": "averaging",
-    "ZerothOrder": "zeroth_order", "LayerChoice": "layer_choice",
+    "finalize": "finalize", "ZerothOrder": "zeroth_order", "LayerChoice": "layer_choice",
 }
 
 __all__ = ["Budget", "CompiledModel", "LayerChoice", "Match", "Miss", "Movement", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule",
            "RulePass", "Stage", "Target", "ZerothOrder", "__version__", "attach", "average", "averaged_cycles", "capture", "compile", "errors",
-           "estimate", "evicting_cache", "export_dense", "export_tuned", "find_sites", "generate_corrected", "import_tuned", "lightning_callback",
-           "load", "low_rank_cache", "quantized_cache", "recipes", "recover", "reparameterize", "soup", "streaming_cache", "trainer_callback", "tune"]
+           "estimate", "evicting_cache", "export_dense", "export_tuned", "finalize", "find_sites", "generate_corrected", "import_tuned",
+           "lightning_callback", "load", "low_rank_cache", "quantized_cache", "recipes", "recover", "reparameterize", "soup", "streaming_cache",
+           "trainer_callback", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -65,11 +65,17 @@ def packed_operator(node: fx.Node) -> str:
     return found[1] if found else ""
 
 
-def packed_weight(region: Region, node: fx.Node) -> Tensor:
-    """The dense weight of a packed node, [N, K] or [O, I / groups, kh, kw], zeros where nothing is kept. Raises ArtefactError where it is damaged."""
+def packed_form(region: Region, node: fx.Node) -> Any:
+    """The stored weight of a packed node, a Format over [N, K] or [O, I / groups * kh * kw]. Raises ArtefactError where it is damaged."""
     tensors, attributes, _ = operands(region, node)
     kind = catalog.get("format", PACKED.fullmatch(str(node.target))[2])  # type: ignore[index]
-    dense: Tensor = kind.from_tensors(tensors, {name: attributes[name] for name in kind.ATTRIBUTES if name in attributes}).decode()
+    return kind.from_tensors(tensors, {name: attributes[name] for name in kind.ATTRIBUTES if name in attributes})
+
+
+def packed_weight(region: Region, node: fx.Node) -> Tensor:
+    """The dense weight of a packed node, [N, K] or [O, I / groups, kh, kw], zeros where nothing is kept. Raises ArtefactError where it is damaged."""
+    dense: Tensor = packed_form(region, node).decode()
+    _, attributes, _ = operands(region, node)
     if "kernel_size" not in attributes:
         return dense
     height, width = attributes["kernel_size"]

@@ -29,11 +29,11 @@ def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Inputs], *, 
             checks: int = 10, patience: int = 3, rate: float = 2e-4, warmup: float = 0.05, clip: float = 1.0, decay: float = 0.0,
             accumulate: int = 1, dtype: torch.dtype | None = None, blockwise: bool = False, checkpoint: str | Path | None = None,
             dynamic: Any = None, progress: bool | Show = False) -> tuple[nn.Module, Recovery]:
-    """Train a sparse model to do what its teacher does: (the trained module, what happened). It goes through compile() afterwards.
+    """Train a sparse model to do what its teacher does: (the trained module, what happened). finalize() goes on from there.
 
         module, hook = sc.attach(model, batches[0], sc.recipes.wanda("2:4"), calibration=batches[:8])
         module, recovery = sc.recover(module, model, batches, hook=hook, minutes=10)
-        compiled = sc.compile(module, batches[0], recipe="pack() | lower()")
+        compiled = sc.finalize(module, batches[0], recovery=recovery)
 
     model       with its hook, what attach() gave: it is trained in place. Without a hook, any model in evaluation mode, whose masks
                 (weight * mask in its graph) stay; a copy is trained and the model is not modified

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from sparsify_compiler import catalog
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.normal_form_edit import take_place
-from sparsify_compiler.operands import geometry_of, input_of, operator_of
+from sparsify_compiler.operands import geometry_of, input_of, operator_of, packed_form, packed_operator, packed_weight
 from sparsify_compiler.passes.lower import _predicted, _selected, _selected_ffn
 from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure
 from sparsify_compiler.passes_api import Context, Pass, Preserves
@@ -46,6 +46,7 @@ class Pack(Pass):
     gives_stage: ClassVar[Stage | None] = Stage.PACKED
 
     def run(self, program: Program, ctx: Context) -> Program:
+        _tell_of_packed(program)
         found = [product for region, node in program.nodes() if (product := _masked(region, node)) is not None]
         for done, product in enumerate(found):
             if not ctx.spend():
@@ -77,6 +78,19 @@ class Pack(Pass):
             rows[user].bytes = rows[user].dense_bytes
             rows[user].reason = "stays dense: only linear layers and two-dimensional convolutions are packed; the mask is folded into the weight"
             ctx.miss(f"{user.target} is not packed; its mask is folded into the weight", rows[user].site)
+
+
+def _tell_of_packed(program: Program) -> None:
+    """A decision for each weight that came packed, as training on its kept places leaves it."""
+    for region, node in program.nodes():
+        if operator := packed_operator(node):
+            site = str(node.meta.get("site") or node.meta.get("path") or region.qualified(node.name)).removesuffix(".weight_packed")
+            node.meta["site"] = site
+            if site not in program.decisions:
+                form, weight = packed_form(region, node), packed_weight(region, node)
+                row = Decision.of(site, "linear" if operator == "linear" else "conv", weight)
+                density = form.places().numel() / max(1, weight.numel())
+                program.decisions[site] = replace(row, structure="unknown", density=density, format=form.name(), bytes=form.bytes())
 
 
 @dataclass(frozen=True)
