@@ -49,7 +49,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dynamic": {"inptu": {0: "batch"}}}, InputError, r"'inptu'(.|\n)*did you mean input\?"),
     # names
     ({"recipe": "magnitud"}, UnknownNameError, r"recipe 'magnitud'\n  did you mean magnitude"),
-    ({"recipe": "mask_weight()"}, UnknownNameError, r"did you mean mask_weights\?"),
+    ({"recipe": "mask_weight()"}, UnknownNameError, r"did you mean mask_weights"),
     ({"recipe": f"{MASK}, score=magnitud)"}, UnknownNameError, r"score 'magnitud'\n  did you mean magnitude\?"),
     ({"recipe": "nowhere.yaml"}, InputError, r"nowhere\.yaml: cannot read"),
     ({"target": "x86-avx3"}, TargetError, r"unknown target 'x86-avx3'\n  did you mean x86-avx2, .*known: cpu, native"),
