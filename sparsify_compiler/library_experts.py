@@ -26,9 +26,14 @@ def find_library_experts(model: nn.Module) -> dict[str, str | None]:
 
 
 def give_experts(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A copy of the model whose mixtures are computed by sparsify.experts_ffn; the model itself where it has none, or one that does not fit."""
-    asking, listed = find_library_experts(model), find_listed_experts(model)
-    if not (asking or listed) or any(asking.values()) or any(listed.values()):
+    """A copy of the model whose mixtures are computed by sparsify.experts_ffn; the model itself where none fits.
+
+    Those that ask the registry share their configuration: all of them fit, or none is taken.
+    """
+    asking = find_library_experts(model)
+    asking = {} if any(asking.values()) else asking
+    listed = [path for path, why in find_listed_experts(model).items() if why is None]
+    if not (asking or listed):
         return model
     private = copy(model)
     if asking:
@@ -40,8 +45,7 @@ def give_experts(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn
         module._sparsify_activation = activation_name(module.act_fn)
         setattr(module.config, _SETTING, NAME)
     for path in listed:
-        parent, _, name = path.rpartition(".")
-        take_place(private.get_submodule(parent), name)
+        take_place(private.get_submodule(path.rpartition(".")[0]), private.get_submodule(path))
     return private
 
 

@@ -108,6 +108,56 @@ class Squared(Experts):
     power = 2
 
 
+class Counted(Experts):
+    """Keeps how often each expert was asked, which one op would not."""
+
+    def __init__(self, experts: list[nn.Module]) -> None:
+        super().__init__(experts)
+        self.used = nn.Buffer(torch.zeros(len(experts)))
+
+    def forward(self, x: Tensor, asked: Tensor, weights: Tensor) -> Tensor:
+        self.used += asked.sum((0, 1))
+        return super().forward(x, asked, weights)
+
+
+class First(Experts):
+    """Takes the first choice alone: alike where a row has one."""
+
+    def forward(self, x: Tensor, asked: Tensor, weights: Tensor) -> Tensor:
+        return super().forward(x, asked[:, :1], weights[:, :1])
+
+
+class Last(Experts):
+    """Doubles what its last expert gives."""
+
+    def forward(self, x: Tensor, asked: Tensor, weights: Tensor) -> Tensor:
+        return super().forward(x, asked, weights * (1 + asked[..., -1]))
+
+
+class Ensemble(Experts):
+    """Adds up all of them, whatever is asked."""
+
+    def forward(self, x: Tensor, asked: Tensor, weights: Tensor) -> Tensor:
+        y: Tensor = torch.stack([expert(x) for expert in self]).sum(0)
+        return y
+
+
+class Picky(Experts):
+    """Takes six rows."""
+
+    def forward(self, x: Tensor, asked: Tensor, weights: Tensor) -> Tensor:
+        assert len(x) == 6
+        return super().forward(x, asked, weights)
+
+
+class Backwards(Expert):
+    """Has its second linear before its first."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        nn.Module.__init__(self)
+        self.wo, self.act, self.wi = nn.Linear(hidden, width, False), nn.ReLU(), nn.Linear(width, hidden, False)
+
+
 class Mixture(nn.Module):
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -136,8 +186,46 @@ def test_listed_experts_compute_what_the_loop_does(width: int, experts: int, hid
     (Squared([Expert(4, 6, False, nn.ReLU()) for _ in range(3)]), "a way of its own"),
     (Experts([Expert(4, 6, False, nn.Hardswish()) for _ in range(3)]), "no kernel for its activation"),
     (Experts([Expert(4, 6, False, nn.ReLU()), Expert(4, 6, False, nn.SiLU())]), "no kernel for its activation"),
+    (Experts([Expert(4, 6, False, nn.BatchNorm1d(6)) for _ in range(3)]), "no kernel for its activation"),
+    (Experts([Expert(4, hidden, False, nn.ReLU()) for hidden in (5, 6)]), "a way of its own"),
+    (Experts([Expert(4, 6, bias, nn.ReLU()) for bias in (True, False)]), "a way of its own"),
+    (Experts([Backwards(4, 6) for _ in range(3)]), "a way of its own"),
+    *((kind([Expert(4, 6, False, nn.ReLU()) for _ in range(9)]), "a way of its own") for kind in (Counted, First, Last, Ensemble, Picky)),
 ])  # fmt: skip
 def test_what_computes_otherwise_stays_as_it_is(experts: nn.Module, why: str) -> None:
     model = Mixture(experts).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert why in str(find_listed_experts(model)["experts"])
     assert give_experts(model, clone_structure) is model
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())  # nor did the question change it
+
+
+class Factor(Experts):
+    def factor(self) -> float:
+        return 2.0
+
+
+class Scaled(Mixture):
+    """Asks more of its mixture than forward(), and has a second one that does not fit."""
+
+    def __init__(self) -> None:
+        super().__init__(Factor([Expert(4, 6, False, nn.ReLU()) for _ in range(3)]))
+        self.others = Squared([Expert(4, 6, False, nn.ReLU()) for _ in range(3)])
+
+    def forward(self, x: Tensor, asked: Tensor, weights: Tensor) -> Tensor:
+        y: Tensor = self.experts(x, asked, weights) * self.experts.factor() + self.others(x, asked, weights)  # type: ignore[operator]
+        return y
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_a_mixture_keeps_its_methods_and_takes_a_choice_of_any_dtype_beside_others_and_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    given_ = torch.randn(6, 4), one_hot(torch.arange(12).view(6, 2) % 3, 3).to(dtype), torch.rand(6, 2)
+    model = Scaled().eval()
+    private = give_experts(model, clone_structure)
+    assert private is not model
+    torch.testing.assert_close(private(*given_), model(*given_), rtol=1e-4, atol=1e-5)
+    alone = Experts([Expert(4, 6, False, nn.ReLU()) for _ in range(3)]).eval()
+    program = capture(alone, given_)
+    assert len(ops(program)) == 1
+    torch.testing.assert_close(instantiate(program)(*given_), alone(*given_), rtol=1e-4, atol=1e-5)
