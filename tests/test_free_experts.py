@@ -122,6 +122,25 @@ def test_the_recipe_is_the_paper_s_layer_and_trains() -> None:
     torch.testing.assert_close(compiled(x), module(x).detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_scores_of_other_rows_are_not_those_of_the_mixture_before() -> None:
+    """Two dynamic sizes that the example has alike."""
+    torch.manual_seed(0)
+
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = GatedFfn(6, 8), GatedFfn(6, 8)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            z: Tensor = self.second(y) + self.first(x).mean(0)
+            return z
+
+    x = torch.randn(9, 6)
+    module, _ = sc.attach(Apart().eval(), (x, x.clone()), sc.recipes.moe_plus_plus(experts=2), dynamic={"x": {0: "rows"}, "y": {0: "others"}})
+    assert module(x, x[:5]).shape == (5, 6)
+    assert not any("residual" in name for name, _ in module.named_parameters())
+
+
 def test_all_rows_may_take_a_free_expert() -> None:
     torch.manual_seed(0)
     model, x = GatedFfn(6, 8).eval(), torch.randn(9, 6)

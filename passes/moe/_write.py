@@ -100,7 +100,7 @@ class _Writer:
         scores = self.formula("router", routing.router, {"x": self.dense.x}, own)
         if routing.free is not None:
             scores = self.formula("router", routing.free.columns, {"scores": scores, "x": self.dense.x}, {})
-        if before is not None and before.meta["val"].shape == scores.meta["val"].shape:
+        if before is not None and str(before.meta["val"].shape) == str(scores.meta["val"].shape):  # of dynamic sizes: of the same name
             experts = int(scores.meta["val"].shape[-1])
             zeros = torch.zeros(experts, experts, dtype=torch.float32)
             scores = self.formula("router", Formula({"residual": zeros}, with_residual), {"scores": scores, "before": before}, {})

@@ -38,7 +38,8 @@ class ShareExperts(Pass):
     targets   selectors of FFN sites; all by default
     ignore    selectors of FFN sites that have no experts
 
-    It is for training: sc.attach() alone, or beside masks, which the FFN may have.
+    It is for training: sc.attach() alone, or before a pass that masks the FFN, which leaves the router out by ignore=["*.router"]; an FFN that is
+    masked already is left alone.
     """
 
     experts: int = 8

@@ -41,6 +41,8 @@ class RouteGradients(TrainingPass):
                 ctx.miss("the scores of its router are not known", one.site.path)
             elif any(isinstance(other, RouteGradients) and other != self for other, _ in one.op.meta.get(META, ())):
                 ctx.miss("its router has an estimator already", one.site.path)
+            elif one.choice is not one.chosen:
+                ctx.miss("its router knows experts that no kernel sees", one.site.path)
             else:
                 self.mark(one.op, one.site, ctx)
         return program
@@ -62,14 +64,17 @@ class RouteGradients(TrainingPass):
 
 
 class Estimated(Watch):
-    """Stands in a graph before a mixture. Where no gradient is recorded, and in an export, it hands on the choice and its weights."""
+    """Stands in a graph before a mixture. Under no_grad, and in an export, it hands on the choice and its weights.
+
+    A router that is frozen, before which nothing is trained, still has its experts drawn.
+    """
 
     def __init__(self, estimator: Named) -> None:
         super().__init__()
         self._estimator = estimator
 
     def forward(self, scores: Tensor, chosen: Tensor, weights: Tensor | None) -> Any:  # type: ignore[override]
-        if type(scores) is not Tensor or not (torch.is_grad_enabled() and scores.requires_grad):
+        if type(scores) is not Tensor or not torch.is_grad_enabled():
             return chosen, weights
         return self._estimator(scores, chosen, weights)
 

@@ -1,4 +1,4 @@
-"""SparseMixer: experts are drawn by their probabilities, and a router's gradient is that of a third-order midpoint rule (arXiv:2310.00811)."""
+"""SparseMixer: experts are drawn by their probabilities, with a gradient for the draw (arXiv:2310.00811, its second version arXiv:2409.12136)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sparsify_compiler.passes.train.router_gradients._base import shifted
 def sparse_mixer(scores: Tensor, chosen: Tensor, weights: Tensor | None, *, near: float = 0.0) -> tuple[Tensor, Tensor]:
     """As many experts as were chosen, drawn without replacement; the weight is the probability among those that were left.
 
-    An expert that was not the most probable one counts a third of that in three of four rows, by Heun's rule; the gradient is that of the whole.
-    Weights of 1 stay 1. near: draw only among scores that lie that share of themselves below the highest at most; 0 for among all.
+    An expert that was not the most probable one counts a third of that in three of four rows, by Heun's third-order rule; the gradient is that of
+    the whole. Weights of 1 stay 1. near: draw only among scores that lie that share of themselves below the highest at most; 0 for among all.
     """
     found, given, left = [], [], scores
     for _ in range(chosen.shape[-1]):
