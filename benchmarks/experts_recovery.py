@@ -1,7 +1,7 @@
 """Dense FFNs that became experts, before and after a short distillation, against the same with the oracle router.
 
     python benchmarks/experts_recovery.py --brown FOLDER [--model minilm smollm2] [--densities 0.75 0.5 0.375] [--routing frozen agreement ...]
-                                          [--steps 200] [--rate 2e-4] [--json FILE] [--split choose]
+                                          [--steps 200] [--rate 2e-4] [--rows 16] [--json FILE] [--split choose]
 
 FFNs are divided by recipes.fitted_experts(), without training; sc.recover() then distils the dense model on the Brown files that are not
 held out, MiniLM in batches of 8 × 64 tokens, SmolLM2 of 2 × 256, and all but the embeddings is trained. `routing` is how routers learn: "frozen" has
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--rows", type=int, help="of a batch, in place of 8 and 2")
     parser.add_argument("--texts", type=int, default=subjects.MEASURED)
     parser.add_argument("--json", type=Path)
     parser.set_defaults(samples=32)
@@ -56,7 +57,8 @@ def main() -> None:
         for density in arguments.densities:
             for router, routing in [*[("oracle", "frozen")] * arguments.bound, *(("ridge", routing) for routing in arguments.routing)]:
                 about = {"model": model, "density": density, "router": router, "routing": routing, "experts": arguments.experts,
-                         "steps": arguments.steps, "rate": arguments.rate, "samples": arguments.samples, "split": arguments.split}
+                         "steps": arguments.steps, "rate": arguments.rate, "samples": arguments.samples, "split": arguments.split,
+                         "rows": arguments.rows or PIECES[model][0]}
                 if not any(about.items() <= row.items() for row in rows):
                     subject = subject or subject_of(model, arguments)
                     batches = batches or batches_of(subject, model, arguments)
@@ -98,7 +100,7 @@ def batches_of(subject: subjects.Subject, model: str, arguments: Any) -> list[di
     """All texts that are not measured, cut into pieces, shuffled, in batches."""
     from transformers import AutoTokenizer
 
-    rows, length = PIECES[model]
+    rows, length = arguments.rows or PIECES[model][0], PIECES[model][1]
     place = subject.place(None) if isinstance(subject, subjects.MiniLM) else subject.model.config._name_or_path  # type: ignore[union-attr]
     tokenizer = AutoTokenizer.from_pretrained(place)
     ends = [[token] if token is not None and model == "minilm" else [] for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
