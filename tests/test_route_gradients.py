@@ -48,6 +48,20 @@ def test_straight_through_keeps_values_and_opens_what_is_chosen(experts: int, k:
     assert bool(scores.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_straight_through_is_the_slope_of_its_gate(temperature: float) -> None:
+    """By hand: s (1 - s) / width, s = sigmoid((score - limit) / width), limit between 2 and 1; where all or none are chosen it is the last one's."""
+    scores = torch.tensor([[3.0, 2.0, 1.0, -2.0]] * 3, requires_grad=True)
+    chosen = torch.tensor([[0, 1, -1, -1], [3, 2, 1, 0], [-1, -1, -1, -1]])
+    _, found = Named.parse("router gradient", f"straight_through(temperature={temperature!r})")(scores, chosen, None)
+    (found * torch.tensor([5.0, 7.0, 11.0, 13.0])).sum().backward()
+    width = temperature * 3.5**0.5  # deviations of 2, 1, 0 and -3 from the mean
+    gates = [torch.sigmoid((scores.detach()[0] - limit) / width) for limit in (1.5, -2.0)]
+    slopes = [gate * (1 - gate) / width for gate in gates]
+    wanted = [slopes[0] * torch.tensor([5.0, 7.0, 0, 0]), slopes[1] * torch.tensor([13.0, 11.0, 7.0, 5.0]), torch.zeros(4)]
+    torch.testing.assert_close(scores.grad, torch.stack(wanted))
+
+
 @pytest.mark.parametrize("estimator", catalog.names("router gradient"))
 def test_routers_get_a_gradient_that_leaves_no_trace(estimator: str) -> None:
     torch.manual_seed(0)
