@@ -18,6 +18,7 @@ from sparsify_compiler import catalog
 from sparsify_compiler.errors import InputError, ParseError, StructureError
 from sparsify_compiler.masked import Masked
 from sparsify_compiler.masked_backward import WayBack
+from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._chosen import Chosen
 from sparsify_compiler.passes.train.choosers._base import Choice
@@ -264,6 +265,41 @@ def test_only_what_is_masked_is_frozen_on_request() -> None:
     assert {name for name, one in module.named_parameters() if not one.requires_grad} == {"0.weight", "2.weight"}
 
 
+@pytest.mark.parametrize("structure", ["Rows(size=3)", "Columns(size=3)", "4x1"])
+@pytest.mark.parametrize("moves", ["learn_masks(chooser='top_k(power=0.0)', until=5)", "move_masks(every=1, straight_through=True)"])
+def test_as_many_groups_are_kept_where_the_last_is_smaller(structure: str, moves: str) -> None:
+    torch.manual_seed(0)
+    model, form = nn.Sequential(nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 8)).eval(), Structure.parse(structure)
+    module, hook = sc.attach(model, (X,), f"mask_weights(structure={structure!r}, density=0.5) | {moves}")
+    kept = lambda: [len(form.groups(*mask.shape)[mask].unique()) for mask in hook.masks.values()]  # noqa: E731
+    before, first = kept(), hook.masks["0"].clone()
+    for _ in range(4):
+        for one in module.parameters():
+            one.data.uniform_()
+        hook.step()
+        assert kept() == before
+    assert not torch.equal(hook.masks["0"], first)
+
+
+def test_a_mask_is_learnt_once_and_by_one_weight() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16, 16))
+            self.register_buffer("mask", torch.tensor([True, False, True, False]).repeat(16, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(self.mask, Tensor)
+            return functional.linear(functional.linear(x, self.a * self.mask).tanh(), self.b * self.mask)
+
+    with pytest.raises(InputError, match="two weights share"):
+        sc.attach(Shared().eval(), (X,), "learn_masks(structure='2:4')")
+    with pytest.raises(InputError, match="another pass"):
+        attached("mask_weights(structure='2:4') | learn_masks() | learn_masks(chooser='top_k')")
+    with pytest.raises(StructureError, match="do not divide"):
+        attached("mask_weights(density=0.5) | learn_masks(chooser='top_k', structure='2:3')")
+
+
 def test_bad_options_of_learning() -> None:
     for wrong in ({"until": 0}, {"every": 0}, {"reward": -1.0}, {"chooser": "gumbel(scale=1)"}):
         with pytest.raises(ParseError):
@@ -321,6 +357,15 @@ def test_the_structure_decays_by_halves() -> None:
         assert len(set(mask.view(32, 2, 8).sum(2).flatten().tolist())) == 1
         found.append(int(mask[0].sum()))
     assert [one // 2 for one in found] == [7, 7, 4, 4, 2, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 16), (3, 8), (5, 8), (2, 12), (3, 4), (1, 2)])
+def test_the_structure_decays_to_what_was_asked_for(n: int, m: int) -> None:
+    pipeline = sc.recipes.progressive_gradient_flow(n, m, "structure", 60)
+    density = [1 - (1 - n / m) * Named.parse("schedule", pipeline.passes[1].options()["sparsity"])(step) for step in range(61)]
+    assert density[0] == pytest.approx((m - 1) / m)
+    assert density[-1] == pytest.approx(n / m)
+    assert density == sorted(density, reverse=True)
 
 
 @pytest.mark.parametrize("convolution", [False, True])

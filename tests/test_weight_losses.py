@@ -98,6 +98,12 @@ def test_the_proximal_step_is_the_best(seed: int, groups: int, share: float, str
 def test_the_weakest_groups_become_zero_and_the_rest_shrinks() -> None:
     factors = shrink_factors(torch.tensor([0.01, 0.02, 1.0, 2.0], dtype=torch.float64), 2, 0.1)
     torch.testing.assert_close(factors, torch.tensor([0, 0, 1 / 1.1, 1 / 1.1], dtype=torch.float64))
+    factors = shrink_factors(torch.tensor([1e-30, 1e-3, 1.0, 2.0], dtype=torch.float64), 2, 0.1)
+    torch.testing.assert_close(factors, torch.tensor([0, 0, 1 / 1.1, 1 / 1.1], dtype=torch.float64))
+    weight = torch.tensor([[0.5, -1.0, 2.0]])
+    expected = weight * shrink_factors(weight[0].abs().double(), 1, 10.0).float()
+    shrink(weight, torch.arange(3).view(1, 3), 1, 10.0)
+    torch.testing.assert_close(weight, expected)
     assert shrink_factors(torch.tensor([0.0, 3.0], dtype=torch.float64), 1, 1.0).tolist() == [0.5, 0.5]
 
 
@@ -154,6 +160,46 @@ def test_the_loss_is_silent_before_its_start_and_behind_the_cut() -> None:
         found.append(float(hook.loss().detach()))
     size = sum(float(module.get_parameter(f"{name}.weight").detach().abs().sum()) for name in hook.masks)
     assert found == pytest.approx([0, 0, 0.01 * size, 0.01 * size * math.exp(0.5), 0, 0])
+    assert "penalise_weights(loss=l1," in str(sc.recipes.hyper_sparse(0.25, loss="l1"))
+
+
+def test_the_last_shrinking_is_that_of_the_cut() -> None:
+    module, hook, _ = attached(WGSEF)
+    hook.load_state_dict({"steps": 11})
+    before = module.get_parameter("0.weight").detach().clone()
+    hook.step()
+    after = module.get_parameter("0.weight").detach().clone()
+    torch.testing.assert_close(after, before * hook.masks["0"] / 1.02)
+    hook.step()
+    assert torch.equal(module.get_parameter("0.weight"), after)
+
+
+@pytest.mark.parametrize("structure", ["Rows(size=3)", "Columns(size=3)", "4x1"])
+def test_as_many_groups_stay_where_the_last_is_smaller(structure: str) -> None:
+    torch.manual_seed(0)
+    module, hook = sc.attach(nn.Sequential(nn.Linear(16, 10)).eval(), (X,), f"wgsef(density=0.5, structure={structure!r}, steps=1, strength=0.5)")
+    weight, form = module.get_parameter("0.weight"), Structure.parse(structure)
+    mask, groups = form.mask(weight.detach().abs(), 0.5), form.groups(10, 16)
+    hook.step()
+    assert torch.equal(hook.masks["0"], mask)
+    recipe = f"mask_weights(density=0.5, structure={structure!r}) | shrink_groups(strength=0.5)"
+    module, hook = sc.attach(nn.Sequential(nn.Linear(16, 10)).eval(), (X,), recipe)
+    mask, weight = hook.masks["0"], module.get_parameter("0.weight")
+    weight.data.mul_(torch.where(mask, 100.0, 1.0))
+    hook.step()
+    assert set(groups[weight.detach() != 0].tolist()) == set(groups[mask].tolist())
+
+
+def test_a_weight_of_two_layers_is_counted_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)).eval()
+    model[2].weight = model[0].weight
+    module, hook = sc.attach(model, (X,), "mask_weights(density=0.5) | penalise_weights(loss='l1', weight=1.0) | shrink_groups(strength=1.0)")
+    weight, mask = module.get_parameter("0.weight"), hook.masks["0"]
+    assert float(hook.loss().detach()) == pytest.approx(float((weight.detach() * mask).abs().sum()))
+    before = weight.detach().clone()
+    hook.step()
+    assert float(weight.detach().abs().max() / before.abs().max()) == pytest.approx(0.5)
 
 
 def test_frozen_and_unbounded_weights_stay() -> None:
@@ -208,6 +254,8 @@ def test_bad_options() -> None:
         PenaliseWeights("hoyer")
     with pytest.raises(ParseError):
         ShrinkGroups(strength=-1.0)
+    with pytest.raises(ParseError):
+        ShrinkGroups(strength=math.inf)
     with pytest.raises(InputError, match="nothing to choose"):
         attached("mask_weights(structure='2:4') | shrink_groups()")
     with pytest.raises(InputError, match="packed"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import log2
 from typing import Literal
 
 from sparsify_compiler.passes.prune.mask_weights import MaskWeights
@@ -24,7 +23,7 @@ def progressive_gradient_flow(n: int = 1, m: int = 16, decays: Literal["mask", "
     fades = f"exponential(start={dense}, end={max(steps, dense + 1)}, rate={float(rate)})"
     if decays == "mask":
         return Pipeline((start, MoveMasks(straight_through=True, rest=fades, every=1, until=1_000_000_000)))
-    kept = [m - 1, *(m >> i for i in range(1, int(log2(m / n)) + 1))]
+    kept = [*(k for k in (m - 1, *(m >> i for i in range(1, m.bit_length()))) if k > n), n]
     begins = tuple(dense + i * max(steps - dense, len(kept)) // len(kept) for i in range(len(kept)))
     stages = f"stages(starts={begins}, levels={tuple((m - k) / (m - n) for k in kept)})"
     return Pipeline((start, MoveMasks(stages, straight_through=True, every=1, until=1_000_000_000)))

@@ -16,7 +16,8 @@ def shrink_factors(norms: Tensor, kept: int, strength: float) -> Tensor:
     """
     if kept >= int((norms > 0).sum()):
         return torch.full_like(norms, 1 / (1 + strength))
-    low, high = 0.0, float((1 + strength) / norms[norms > 0].min())
+    weakest = float(norms.topk(kept).values[-1])  # of those that stay if all others go: k shares are above 0 at the least a, and 1 at the most
+    low, high = strength / weakest, (1 + strength) / weakest
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         if float((middle * norms - strength).clamp(0, 1).sum()) < kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,19 +35,25 @@ class Learner(Part):
 
     def __init__(self, of: LearnMasks, marked: Sequence[Marked]) -> None:
         self._of = of
-        self._places = list({id(mask_of(one)): self._place(one) for one in marked}.values())
+        places: dict[int, Learnt] = {}
+        for one in marked:
+            known = places.get(id(mask_of(one)))
+            if known is None:
+                places[id(mask_of(one))] = self._place(one)
+            elif known.tap is not one.tap:
+                raise InputError("two weights share this mask", where=one.path, hint="give each a mask of its own")
+        self._places = list(places.values())
 
     def _place(self, one: Marked) -> Learnt:
         mask, tap = mask_of(one), one.tap
-        if not isinstance(tap, Chosen):
-            raise InputError("another pass moves this mask", where=one.path, hint="learn it, or move it")
-        if tap.choice is None:
-            structure = structure_of(one, self._of.structure)
-            density = float(mask.double().mean()) if structure.density is None else structure.density
-            choice = Choice(structure, density, seed=zlib.crc32(f"{self._of.seed} {one.path}".encode()))
-            tap.chooser.check(choice, tuple(mask.shape))
-            tap.choice = choice
-            tap.scores = torch.nn.Parameter(tap.chooser.start(mask, choice).to(mask.device))
+        if not isinstance(tap, Chosen) or tap.choice is not None:
+            raise InputError("another pass moves this mask", where=one.path, hint="learn it, or move it, once")
+        structure = structure_of(one, self._of.structure)
+        choice = Choice(structure, structure.share(mask), seed=zlib.crc32(f"{self._of.seed} {one.path}".encode()))
+        structure.check(tuple(mask.shape), structure.density or math.nextafter(1, 0))
+        tap.chooser.check(choice, tuple(mask.shape))
+        tap.choice = choice
+        tap.scores = torch.nn.Parameter(tap.chooser.start(mask, choice).to(mask.device))
         return Learnt(one.path, tap, mask)
 
     def move(self, step: int) -> None:

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Aimed:
-    """A parameter, its mask, and what that is to be in the end: of which structure, and the share that it keeps."""
+    """A parameter, its mask, and what that is to be in the end: of which structure, and the share of the weights that it keeps."""
 
     path: str
     parameter: nn.Parameter
     mask: Tensor
     structure: Structure
     density: float
+    share: float  # of the groups, of which the last may be smaller
 
 
 def mark_masked(of: TrainingPass, program: Program, ctx: Context, targets: tuple[str, ...], ignore: tuple[str, ...]) -> Program:
@@ -55,5 +56,6 @@ def aimed(marked: Sequence[Marked]) -> list[Aimed]:
         mask, decision = mask_of(one), one.decision
         made = decision is not None and decision.structure not in ("dense", "unknown")  # then its density is that of the mask before anybody moved it
         density = decision.density if decision is not None and made else float(mask.double().mean())
-        found[id(parameter)] = Aimed(one.path, parameter, mask, structure_of(one, None), density)
+        found[id(parameter)] = Aimed(one.path, parameter, mask, structure_of(one, None), density,
+                                     min(density, decision.budget) if decision is not None and made else density)
     return list(found.values())

@@ -160,7 +160,7 @@ def _place(of: MoveMasks, group: Sequence[Marked]) -> Place:
     structure.check(tuple(mask.shape), structure.density or math.nextafter(1, 0))
     if isinstance(of.backward, Structure):
         of.backward.check(tuple(mask.shape), of.backward.density or math.nextafter(1, 0))
-    density = float(mask.double().mean()) if structure.density is None else structure.density  # of a padded n:m the mask has a little more
+    density = structure.share(mask)
     taps = tuple(dict.fromkeys(each.tap for each in group if isinstance(each.tap, Masked | Packed)))
     common = (one.path, taps, structure, 1 - density, one.known)
     if packed is not None:

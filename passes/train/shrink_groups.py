@@ -69,7 +69,7 @@ class _Shrinking(Part):
         strength = self._strength * self._schedule(step - 1)
         for place, groups in self._places if strength else ():
             if place.parameter.requires_grad and bool(place.parameter.isfinite().all()):
-                shrink(place.parameter, groups, kept(int(groups.max()) + 1, place.density), strength)
+                shrink(place.parameter, groups, kept(int(groups.max()) + 1, place.share), strength)
         return ()
 
 

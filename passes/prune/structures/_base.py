@@ -40,6 +40,18 @@ class Structure:
         """int64 [rows, columns]: weights of the same number, from 0 on, are kept or cut together; by default each is alone."""
         return torch.arange(rows * columns).view(rows, columns)
 
+    def share(self, mask: Tensor) -> float:
+        """The density at which mask() keeps as much as a mask [out, in, ...] does: of its weights, or of the groups, where the last is smaller.
+
+        Of a structure that fixes its own it is that, of which a padded mask has a little more.
+        """
+        if self.density is not None:
+            return self.density
+        if type(self).groups is Structure.groups or not mask.numel():
+            return float(mask.double().mean())
+        groups = self.groups(mask.shape[0], mask[0].numel()).flatten().to(mask.device)
+        return float((groups.bincount(mask.flatten().double()) / groups.bincount()).mean())
+
     def at(self, density: float) -> Structure | None:
         """The structure of its kind that keeps at least this density, for masks that thin out while training; None where that is all weights."""
         return self if density < 1 else None

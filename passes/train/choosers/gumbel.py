@@ -41,8 +41,7 @@ class Gumbel(Chooser):
         if not isinstance(form, NM):
             raise InputError(f"chooses among the candidates of n:m groups, not of {form}", where="chooser gumbel",
                              hint="mask_weights(structure='2:4'), or the chooser top_k")
-        form.check(shape, form.n / form.m)
-        if form.misfit(shape[0], math.prod(shape[1:])) or math.prod(shape) % form.m or (form.padded and _length(form, shape) % form.m):
+        if _length(form, shape) % form.m:
             raise InputError(f"{list(shape)} does not divide into groups of {form.m}", where="chooser gumbel", hint="name the layer in ignore=")
         if math.comb(form.m, form.n) > MOST:
             raise InputError(f"{form} has {math.comb(form.m, form.n)} candidates a group, more than {MOST}", where="chooser gumbel", hint="top_k")
