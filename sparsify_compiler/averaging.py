@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .packed import Packed
 from .pipeline import Pipeline
 from .quality import measure
 from .training import Hook
@@ -19,14 +21,15 @@ from .training_attach import Inputs, attach
 def average(models: Sequence[nn.Module], shares: Sequence[float] | None = None) -> nn.Module:
     """A model of the kind of the first whose parameters are the mean of all, computed in float64; the models are not modified.
 
-    shares  of each model, positive; they are brought to the sum 1. Equal by default
+    shares  of each model, positive and finite; they are brought to the sum 1. Equal by default
 
     Masks, the places of packed values and all else that is not a float must be the same in all, and so must the zeros of weights without a mask:
-    otherwise the mean would keep more than each of them (Sparse Model Soups, arXiv:2306.16788). Float buffers are averaged as well.
+    otherwise the mean would keep more than each of them (Sparse Model Soups, arXiv:2306.16788). Float buffers are averaged as well; single counts,
+    such as a batch norm's of its batches, are the first's.
 
     Raises InputError that names the first layer where the models differ.
     """
-    if not models or (shares is not None and (len(shares) != len(models) or not all(share > 0 for share in shares))):
+    if not models or (shares is not None and (len(shares) != len(models) or not all(0 < share < math.inf for share in shares))):
         raise InputError(f"needs models, and a positive share for each: {len(models)} models, shares {shares}", where="average")
     states = [model.state_dict() for model in models]
     names = list(states[0])
@@ -83,13 +86,15 @@ def averaged_cycles(model: nn.Module, example_inputs: Inputs, recipes: Sequence[
                by default they go on with the average (Sparse Model Soups, arXiv:2306.16788)
     calibration, dynamic, seed  as in attach()
 
-    Recipes may not move masks: particles would part. Raises InputError and their like, as attach() and average() do.
+    Recipes may not move masks: particles would part; and only the last may add or fold parameters. Raises InputError and their like, as attach()
+    and average() do.
     """
     if particles < 1 or not recipes:
         raise InputError(f"needs recipes and at least one particle, got {len(recipes)} and {particles}", where="averaged_cycles")
     batches = None if calibration is None else list(calibration)
-    current = copy.deepcopy(model)
+    last: tuple[nn.Module, Hook] | None = None
     for recipe in recipes:
+        current = copy.deepcopy(model) if last is None else _with_weights(model, *last)
         trained: list[nn.Module] = []
         for particle in range(particles):
             module, hook = attach(current, example_inputs, recipe, calibration=batches, dynamic=dynamic, seed=seed)
@@ -100,18 +105,19 @@ def averaged_cycles(model: nn.Module, example_inputs: Inputs, recipes: Sequence[
         made = average(trained) if metric is None else soup(trained, metric)
         module, hook = attach(current, example_inputs, recipe, calibration=batches, dynamic=dynamic, seed=seed)
         module.load_state_dict(made.state_dict())
-        current = _with_weights(model, module, hook)
-    return module, hook
+        last = module, hook
+    assert last is not None
+    return last
 
 
 def _same(first: Mapping[str, Tensor], other: Mapping[str, Tensor], number: int) -> None:
     """Raises InputError for the first tensor that is not of the same name and shape, or not the same where it says which weights there are."""
     for name in (*first, *other):
         a, b = first.get(name), other.get(name)
-        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             raise InputError(f"model {number} has other weights than the first: {_about(a)} and {_about(b)}", where=f"average, {name}",
                              hint="average copies of one model that were made by one recipe")
-        if not a.is_floating_point() and not torch.equal(a, b):
+        if not a.is_floating_point() and a.dim() and not torch.equal(a, b):
             kind = "mask" if a.dtype == torch.bool else "kept places"
             raise InputError(f"the {kind} of model {number} and of the first differ", where=f"average, {name}",
                              hint="train them from one mask, by a recipe that does not move it: the mean of different masks is less sparse")
@@ -126,12 +132,12 @@ def _same_zeros(each: Sequence[Tensor], name: str) -> None:
 
 def _has_mask(state: Mapping[str, Tensor], name: str) -> bool:
     """Does a mask lie beside a weight?"""
-    masks = [other for other, tensor in state.items() if tensor.dtype == torch.bool and tensor.shape == state[name].shape]
-    return name.rpartition(".")[0] in {other.rpartition(".")[0] for other in masks}
+    masks = (tensor for other, tensor in state.items() if other.startswith(f"{name}_mask") and tensor.dtype == torch.bool)
+    return any(mask.shape == state[name].shape for mask in masks)
 
 
 def _about(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return "none" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
 def _measured(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
@@ -153,6 +159,11 @@ def _with_weights(model: nn.Module, module: nn.Module, hook: Hook) -> nn.Module:
     """A copy of the model with what was trained, zeros where the masks are."""
     made, state = copy.deepcopy(model), module.state_dict()
     own = made.state_dict()
+    packed = {parameter for one in module.modules() if isinstance(one, Packed) for parameter in one.parameters()}
+    for name, parameter in module.named_parameters():
+        if parameter not in packed and (name not in own or own[name].shape != parameter.shape):
+            raise InputError("a cycle trained what the model has no place for", where=f"averaged_cycles, {name}",
+                             hint="use recipes that add, fold and widen nothing, but in the last cycle")
     weights = dict(_named(hook.weights(), own))
     with torch.no_grad():
         for name, tensor in own.items():

@@ -18,6 +18,7 @@ class LayerChoice:
     """Lets a few blocks of an attached module train in each step; the others get no gradients, and their optimizer's moments rest.
 
         module, hook = sc.attach(model, batches[0], "lora")
+        optimizer = torch.optim.AdamW([one for one in module.parameters() if one.requires_grad])      # first: the choice freezes some of them
         choice = sc.LayerChoice(module, hook, chosen=4)
         for batch in batches:
             loss(module(**batch)).backward()
@@ -119,7 +120,9 @@ class LayerChoice:
                 for parameter in responses if number not in kept else ():
                     before.append((parameter, parameter.clone()))
                     parameter.mul_(self._weakened)
+            torch.clear_autocast_cache()  # of the user's autocast around this, which holds copies of the weights before
             return float(measure())
         finally:
             for weakened, saved in before:
                 weakened.copy_(saved)
+            torch.clear_autocast_cache()

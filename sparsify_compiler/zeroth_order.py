@@ -54,7 +54,8 @@ class ZerothOrder(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
         """The mean of the two losses. The closure computes the loss of one batch, the same at both calls, and no backward pass.
 
-        Raises InputError where there is no closure, or a loss is not finite: weights are then those before the step.
+        Raises InputError where there is no closure, or a loss is not finite. Weights are then, and where the closure raises, those before the
+        step, as exactly as they come back from a measurement. Processes that train one model have to return one loss, the mean of theirs.
         """
         if closure is None:
             raise InputError("the loss has to be measured", where="ZerothOrder.step", hint="optimizer.step(lambda: loss(module(batch)))")
@@ -64,6 +65,7 @@ class ZerothOrder(torch.optim.Optimizer):
             for to in (1, -1):
                 self._move(places, "scale", to - at)
                 at = to
+                torch.clear_autocast_cache()  # where the user's autocast is around the step, it holds copies of the weights before they moved
                 losses.append(float(closure()))
         finally:
             self._move(places, "scale", -at)
@@ -72,6 +74,7 @@ class ZerothOrder(torch.optim.Optimizer):
         for group in self.param_groups:
             group["slope"] = (losses[0] - losses[1]) / (2 * group["scale"]) * group["lr"]
         self._move(places, "slope", -1)
+        torch.clear_autocast_cache()
         for group in self.param_groups:
             del group["slope"]
             group["steps"] += 1

@@ -11,6 +11,7 @@ import sparsify_compiler as sc
 from sparsify_compiler import catalog
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.errors import BudgetError, ParseError, StructureError, UnknownNameError
+from sparsify_compiler.named import Named
 from sparsify_compiler.passes.train.add_adapters import AddAdapters
 from sparsify_compiler.program import Program, get_tensor
 from sparsify_compiler.training import Hook
@@ -193,6 +194,8 @@ def test_bad_input() -> None:
             AddAdapters(text)
     with pytest.raises(ParseError, match="zero, principal"):
         AddAdapters("low_rank(start='svd')")
+    with pytest.raises(ParseError, match="divides by scale"):
+        AddAdapters("low_rank(start='principal', scale=0.0)")
     with pytest.raises(StructureError, match="leave its mask"):
         sc.attach(net(), (X,), f"{MASKED} | add_adapters(adapter=\"low_rank(start='principal')\")")
     with pytest.raises(ParseError, match="1 or more"):
@@ -201,3 +204,10 @@ def test_bad_input() -> None:
         AddAdapters("lowrank")
     with pytest.raises(BudgetError):
         sc.Pipeline.parse("train_subset(density=0.0)")
+
+
+def test_adapters_are_on_their_weights_device() -> None:
+    weight = torch.ones(6, 4, dtype=torch.bfloat16, device="meta")
+    for name in catalog.names("adapter"):
+        for tensor in Named.parse("adapter", name)(weight, 0).tensors.values():
+            assert (tensor.device, tensor.dtype) == (weight.device, weight.dtype)

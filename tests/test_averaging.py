@@ -89,7 +89,7 @@ def test_zeros_of_plain_models_count_too() -> None:
 
 
 def test_models_of_other_kinds_are_refused() -> None:
-    with pytest.raises(InputError, match=r"other weights.*float32 \[8, 16\] and none"):
+    with pytest.raises(InputError, match=r"other weights.*float32 \[8, 16\] on cpu and none"):
         sc.average([net(), nn.Sequential(net()[0])])  # type: ignore[index]
     for bad in ([], None, [1.0, -1.0]):
         with pytest.raises(InputError, match="positive share"):
@@ -151,3 +151,74 @@ def test_particles_start_with_the_weights_that_they_are_rewound_to() -> None:
         sc.averaged_cycles(net(), (X,), ["mask_weights(density=0.5) | pack()"], noted, rewind=early)
     with pytest.raises(InputError, match="at least one particle"):
         sc.averaged_cycles(net(), (X,), ["mask_weights(density=0.5)"], noted, particles=0)
+
+
+def test_counts_are_the_first_models_and_other_floats_are_averaged() -> None:
+    """Batch norms count their batches, which models that trained for longer have seen more of; tied weights stay tied."""
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.one, self.two = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.two.weight = self.one.weight
+
+    one = Tied()
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        other.one.weight.add_(1.0)
+    other.norm.train()(torch.ones(5, 4, dtype=torch.float32))
+    mean = sc.average([one, other])
+    assert mean.two.weight is mean.one.weight
+    torch.testing.assert_close(mean.one.weight, one.one.weight + 0.5)
+    torch.testing.assert_close(mean.norm.running_mean, (one.norm.running_mean + other.norm.running_mean) / 2)
+    assert int(mean.norm.num_batches_tracked) == 0
+
+
+def test_what_cannot_be_averaged_is_refused() -> None:
+    for other in (net().to("meta"), net().double()):
+        with pytest.raises(InputError, match="other weights than the first") as caught:
+            sc.average([net(), other])
+        assert "0.weight" in str(caught.value)
+    with pytest.raises(InputError, match="positive share"):
+        sc.average([net(), net()], [1.0, float("inf")])
+
+
+def test_the_zeros_of_a_weight_beside_one_with_a_mask_count() -> None:
+    one = nn.Module()
+    one.up, one.down = (nn.Parameter(torch.ones(3, 3, dtype=torch.float32)) for _ in range(2))
+    one.register_buffer("up_mask", torch.eye(3, dtype=torch.bool))
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        other.get_parameter("up")[0, 1] = 0
+        sc.average([one, other])
+        other.get_parameter("down")[0, 1] = 0
+    with pytest.raises(InputError, match="zeros of its weight") as caught:
+        sc.average([one, other])
+    assert "down" in str(caught.value)
+
+
+@pytest.mark.parametrize("added", ["add_adapters(adapter='low_rank(rank=2)', freeze=False)", "widen_channels(density=0.5)"])
+def test_what_the_model_has_no_place_for_is_not_lost_between_cycles(added: str) -> None:
+    plain, more = "mask_weights(density=0.5)", f"{added} | mask_weights(density=0.25)"
+    sc.averaged_cycles(net(), (X,), [plain, more], train, particles=1)
+    with pytest.raises(InputError, match="no place for"):
+        sc.averaged_cycles(net(), (X,), [more, plain], train, particles=1)
+
+
+def test_copies_average_to_themselves_to_the_bit_and_equal_scores_join_a_soup() -> None:
+    one = net().bfloat16()
+    mean = sc.average([one, copy.deepcopy(one), copy.deepcopy(one)])
+    assert all(torch.equal(a, b) for a, b in zip(mean.parameters(), one.parameters(), strict=True))
+    models = [module for module, _ in trained("mask_weights(density=0.5)")]
+    torch.testing.assert_close(sc.soup(models, lambda module: 1.0).state_dict(), sc.average(models).state_dict())
+
+
+def test_cycles_leave_out_a_particle_that_spoils_the_average() -> None:
+    def spoiled(module: nn.Module, hook: Hook, particle: int) -> None:
+        train(module, hook, particle)
+        if particle == 1:
+            with torch.no_grad():
+                module.get_parameter("0.weight").mul_(-20)
+
+    mask = ["mask_weights(density=0.5)"]
+    module, _ = sc.averaged_cycles(net(), (X,), mask, spoiled, particles=2, metric=lambda module: -loss(module))
+    torch.testing.assert_close(module.state_dict(), trained(mask[0], 1)[0][0].state_dict())

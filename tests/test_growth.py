@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import sparsify_compiler as sc
 from sparsify_compiler.call import instantiate
-from sparsify_compiler.errors import BudgetError, ParseError
+from sparsify_compiler.errors import BudgetError, ParseError, StructureError
 from sparsify_compiler.passes.train.expand_linears import ExpandLinears
 from sparsify_compiler.passes.train.widen_channels import WidenChannels
 from sparsify_compiler.training import Hook
@@ -185,3 +185,43 @@ def test_bad_input() -> None:
         WidenChannels(0.5, "more")  # type: ignore[arg-type]
     with pytest.raises(BudgetError):
         WidenChannels(0.0)
+
+
+def test_a_weight_that_something_else_reads_keeps_its_numbers() -> None:
+    """What the factors take over would be missing there: in an embedding, or in a layer without adapters."""
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(24, 24), nn.Linear(24, 24)
+            self.two.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.two(functional.relu(self.one(x)))
+            return y
+
+    torch.manual_seed(0)
+    model, principal = Tied().eval(), "add_adapters(adapter=\"low_rank(rank=4, scale=0.25, start='principal')\""
+    module, _ = sc.attach(model, (X,), f"{principal})")
+    torch.testing.assert_close(module(X), model(X), rtol=1e-4, atol=1e-5)
+    with pytest.raises(StructureError, match="without its low-rank part"):
+        sc.attach(model, (X,), f"{principal}, targets=('two',))")
+
+
+@pytest.mark.parametrize("density", [0.5, 0.25, 0.1])
+def test_neurons_grow_by_the_whole_factor(density: float) -> None:
+    module, _ = sc.attach(net(12, 30, 4), (X[:, :12],), WidenChannels(density))
+    assert len(module.get_parameter("0.weight")) == round(30 / density)
+
+
+def test_masks_are_repeated_with_their_units() -> None:
+    module, hook = sc.attach(net(), (X,), "mask_weights(density=0.5) | widen_channels(density=0.5)")
+    assert all(mask.dtype == torch.bool for mask in hook.masks.values())
+    assert torch.equal(hook.masks["2"][:, ::2], hook.masks["2"][:, 1::2])
+    assert module(X).shape == (32, 8)
+
+
+def test_what_is_left_of_a_frozen_weight_stays_frozen() -> None:
+    model = net()
+    model.get_parameter("0.weight").requires_grad_(False)
+    module, _ = sc.attach(model, (X,), "add_adapters(adapter=\"low_rank(rank=4, start='principal')\", freeze=False)")
+    assert [name for name, one in module.named_parameters() if not one.requires_grad] == ["0.weight"]

@@ -123,3 +123,58 @@ def test_bad_input() -> None:
     dense, whole = sc.attach(nn.Sequential(Block(), Block()).eval(), (X,), sc.Pipeline(()))
     with pytest.raises(InputError, match="0 have adapters"):
         LayerChoice(dense, whole, 1)
+
+
+def test_an_autocast_around_the_lesson_does_not_hide_what_is_weakened() -> None:
+    module, hook = attached()
+    with torch.no_grad():
+        for name, one in module.named_parameters():
+            if name.endswith("writes"):
+                one.fill_(0.5)
+    choice, seen = LayerChoice(module, hook, 4, every=1), []
+    with torch.autocast("cpu", torch.bfloat16):
+        before = float(loss(module))
+
+        def measured() -> float:
+            seen.append(float(loss(module)))
+            return seen[-1]
+
+        choice.step(measured)
+        assert float(loss(module)) == before
+    assert before not in seen
+
+
+def test_blocks_that_do_not_train_now_have_no_gradients_and_what_was_frozen_stays_so() -> None:
+    module, hook = attached()
+    frozen = {name for name, one in module.named_parameters() if not one.requires_grad}
+    choice = LayerChoice(module, hook, 1, every=100)
+    for _ in range(6):
+        loss(module).backward()
+        choice.step(lambda: loss(module))
+        for path, own in hook.blocks.items():
+            assert path in choice.training or all(one.grad is None for one in own)
+    assert all(not module.get_parameter(name).requires_grad for name in frozen)
+
+
+def test_weakened_adapters_come_back_to_the_bit_and_equal_losses_teach_nothing() -> None:
+    module, hook = attached()
+    with torch.no_grad():
+        for one in module.parameters():
+            one.add_(0.1)
+    before = [one.detach().clone() for one in module.parameters()]
+    choice = LayerChoice(module, hook, 1, every=1, weakened=0.3)
+    choice.step(lambda: 1.0)
+    assert all(torch.equal(one, was) for one, was in zip(module.parameters(), before, strict=True))
+    assert list(choice.importance.values()) == [0.0] * 4
+
+
+def test_another_seed_draws_other_blocks() -> None:
+    drawn = []
+    for seed in (0, 0, 1):
+        module, hook = attached()
+        choice = LayerChoice(module, hook, 1, every=100, seed=seed)
+        drawn.append([])
+        for _ in range(12):
+            choice.step(lambda: 1.0)
+            drawn[-1].append(choice.training)
+    assert drawn[0] == drawn[1] != drawn[2]

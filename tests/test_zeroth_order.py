@@ -126,3 +126,78 @@ def test_bad_input() -> None:
         torch.testing.assert_close(parameter.detach(), was)
     with pytest.raises(InputError, match="no parameter"):
         ZerothOrder(net().requires_grad_(False).parameters())
+
+
+def test_an_autocast_around_the_step_does_not_hide_that_the_weights_move() -> None:
+    """Autocast keeps the bfloat16 copies that it makes: both measurements, and all steps, would see the weights of the first."""
+    model, seen = net(), []
+
+    def measured() -> Tensor:
+        seen.append(float(functional.mse_loss(model(X).float(), Y)))
+        return torch.tensor(seen[-1], dtype=torch.float32)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(model)
+        ZerothOrder(model.parameters(), 1e-2, 0.1, 1.0).step(measured)
+        after = float(functional.mse_loss(model(X).float(), Y).detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert after == float(functional.mse_loss(model(X).float(), Y).detach())
+    assert len({*seen, after}) == 3
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_closure_that_fails_leaves_the_weights_and_the_count_of_steps(fails_at: int) -> None:
+    """And those that have no part in a step to the bit."""
+    model, calls = net(), []
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = ZerothOrder(model.parameters(), 1.0, 0.5)
+
+    def fails() -> Tensor:
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise KeyError("batch")
+        return loss(model)
+
+    with pytest.raises(KeyError):
+        optimizer.step(fails)
+    assert optimizer.param_groups[0]["steps"] == 0
+    assert set(optimizer.param_groups[0]) == {"params", "lr", "scale", "share", "seed", "steps"}
+    for parameter, was in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), was, rtol=0, atol=1e-6)
+
+
+def test_runs_of_one_seed_are_the_same_to_the_bit_and_directions_differ() -> None:
+    """Between steps, parameters and seeds; and at rate 0 nothing moves but by rounding."""
+    torch.set_num_threads(1)
+    moved = []
+    for seed in (0, 0, 1):
+        one = nn.ParameterList([torch.zeros(6, dtype=torch.float32), torch.zeros(6, dtype=torch.float32)])
+        optimizer = ZerothOrder(one.parameters(), 1.0, seed=seed)
+        for _ in range(2):
+            optimizer.step(lambda one=one: sum(two.sum() for two in one))  # type: ignore[misc]
+            moved.append(torch.stack([two.detach().clone() for two in one]))
+    assert torch.equal(moved[0], moved[2])
+    assert torch.equal(moved[1], moved[3])
+    steps = [direction / direction.norm() for direction in (moved[0][0], moved[0][1], moved[1][0] - moved[0][0], moved[4][0])]
+    assert all(float((a @ b).abs()) < 0.99 for i, a in enumerate(steps) for b in steps[:i])
+    model = net()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    ZerothOrder(model.parameters(), 0.0).step(lambda: loss(model))
+    for parameter, was in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), was, rtol=0, atol=1e-6)
+
+
+def test_a_step_gives_the_mean_of_both_losses_and_leaves_what_was_frozen_since() -> None:
+    model, seen = net(), []
+    optimizer = ZerothOrder(model.parameters(), 0.1, 0.1)
+    model.get_parameter("2.weight").requires_grad_(False)
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+
+    def measured() -> float:
+        seen.append(float(loss(model)))
+        return seen[-1]
+
+    assert optimizer.step(measured) == sum(seen) / 2
+    assert seen[0] != seen[1]
+    assert torch.equal(model.get_parameter("2.weight"), before["2.weight"])
+    assert int((model.get_parameter("0.weight") != before["0.weight"]).sum()) == 30

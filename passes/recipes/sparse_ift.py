@@ -16,8 +16,8 @@ def sparse_ift(density: float = 0.5, form: Literal["wide", "parallel", "factoriz
                targets: tuple[str, ...] = ("linear",), ignore: tuple[str, ...] = ()) -> Pipeline:
     """For training from the start: more weights than the dense model has, of which random ones are kept, as many as those were.
 
-    Wide: more neurons. Parallel: 1 / density layers for each. Factorized: two for each. Doped: a low-rank layer beside each. `| move_masks(...)`
-    moves the masks, as the paper does with RigL.
+    Wide: more neurons. Parallel: 1 / density layers for each, rounded. Factorized: two for each. Doped: a low-rank layer beside each.
+    `| move_masks(...)` moves the masks, as the paper does with RigL.
 
     Paper      Sparse-IFT: Sparse Iso-FLOP Transformations for Maximizing Training Efficiency, Thangarasa et al., arXiv:2303.11525
     """

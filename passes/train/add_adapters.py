@@ -52,21 +52,24 @@ class AddAdapters(Pass):
     def run(self, program: Program, ctx: Context) -> Program:
         made: dict[tuple[str, fx.Node], fx.Node] = {}
         trained: set[tuple[str, str]] = set()
-        for site in chosen_sites(program, ("linear",), self.targets, self.ignore):
+        sites = list(chosen_sites(program, ("linear",), self.targets, self.ignore))
+        others = _read_by_others(program, {program.regions[site.region].node(site.roles["op"]) for site in sites})
+        for site in sites:
             region = program.regions[site.region]
             found = weight_of(region, site)
             if found is None or _has_one(found[0]):
                 ctx.miss("its weight has an adapter, or is computed", site.path)
             elif (site.region, found[1]) in made or ctx.spend():
-                trained |= {(site.region, name) for name in self._adapt(region, *found, made)}
+                trained |= {(site.region, name) for name in self._adapt(region, *found, made, others)}
         if trained and self.freeze:
             freeze(program, trained)
         return program
 
-    def _adapt(self, region: Region, op: fx.Node, weight: fx.Node, mask: str | None, made: dict[tuple[str, fx.Node], fx.Node]) -> list[str]:
+    def _adapt(self, region: Region, op: fx.Node, weight: fx.Node, mask: str | None, made: dict[tuple[str, fx.Node], fx.Node],
+               others: set[tuple[str, str]]) -> list[str]:
         """Put the adapter of a weight into the graph; the names of its parameters."""
         name = str(weight.target)
-        adapter = self._of(region, name, mask)
+        adapter = self._of(region, name, mask, (region.path, name) in others)
         if adapter.place == "inside":
             return self._inside(region, op, weight, mask, adapter, made)
         return self._outside(region, op, name, adapter)
@@ -93,13 +96,16 @@ class AddAdapters(Pass):
         op.replace_all_uses_with(total, delete_user_cb=lambda user: user not in new)
         return [str(node.target) for node in nodes.values()]
 
-    def _of(self, region: Region, name: str, mask: str | None) -> Adapter:
-        """Of one weight."""
+    def _of(self, region: Region, name: str, mask: str | None, shared: bool) -> Adapter:
+        """Of one weight; is it read by what gets none?"""
         dense, seed = get_tensor(region.module, name).detach(), zlib.crc32(f"{self.seed} {region.qualified(name)}".encode())
         adapter: Adapter = Named.parse("adapter", self.adapter)(dense, seed)
         if adapter.rest is not None and mask is not None:
             raise StructureError("a low-rank part of a masked weight would leave its mask", where=region.qualified(name),
                                  hint="start='zero', or add the adapters first and mask what is left")
+        if adapter.rest is not None and shared:
+            raise StructureError("what is left of this weight would be read by something without its low-rank part too", where=region.qualified(name),
+                                 hint="start='zero', or name the layer in ignore")
         return adapter
 
     def _inside(self, region: Region, op: fx.Node, weight: fx.Node, mask: str | None, adapter: Adapter,
@@ -120,6 +126,11 @@ class AddAdapters(Pass):
     def _parameters(self, region: Region, before: fx.Node, prefix: str, adapter: Adapter) -> dict[str, fx.Node]:
         return {key: read_stored(region, before, f"{prefix}{key}", self.name(), None if reads(region, f"{prefix}{key}") else nn.Parameter(tensor))
                 for key, tensor in adapter.tensors.items()}
+
+
+def _read_by_others(program: Program, ops: set[fx.Node]) -> set[tuple[str, str]]:
+    """(path of the region, name) of the tensors that something else than these ops reads, such as the embedding that a head is tied to."""
+    return {(region.path, str(node.target)) for region, node in program.nodes() if node.op == "get_attr" and not ops.issuperset(node.users)}
 
 
 def _has_one(op: fx.Node) -> bool:

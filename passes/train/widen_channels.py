@@ -91,14 +91,15 @@ class WidenChannels(Pass):
         return [group for group in named if group.fixed is None]
 
     def _factor(self, program: Program, groups: Groups, chosen: Sequence[Group]) -> float:
-        """By bisection: the largest at which what is multiplied, times the density, is no more than before."""
+        """By bisection up to 1 / density: the largest at which what is multiplied, times the density, is no more than before."""
         layers = [(node, node.kwargs["weight"]) for _, node in program.nodes() if is_call(node, aten.linear.default, *CONVOLUTIONS)]
         dense = _work(layers, groups, {})
         low, high = 1.0, 1 / self.density
-        for _ in range(24):
-            middle = (low + high) / 2
+        middle = high
+        for _ in range(25):
             fits = self.density * _work(layers, groups, {group.atom: _counts(group.size, middle) for group in chosen}) <= dense
             low, high = (middle, high) if fits else (low, middle)
+            middle = (low + high) / 2
         return low
 
     def _divisors(self, groups: Groups, chosen: Sequence[Group], counts: Mapping[Atom, Tensor]) -> dict[tuple[str, str], dict[int, Tensor]]:
@@ -112,7 +113,7 @@ class WidenChannels(Pass):
     def _started(self, now: Tensor, old: Tensor, divisors: Mapping[int, Tensor], name: str) -> Tensor:
         for dim, often in divisors.items():
             now = now / often.to(now).view(-1, *[1] * (now.dim() - dim - 1))
-        if self.start == "copies" or now.dim() < 2:
+        if self.start == "copies" or now.dim() < 2 or not now.is_floating_point():
             return now.clone()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
         drawn = torch.randint(old.numel(), now.shape, generator=generator).to(old.device)

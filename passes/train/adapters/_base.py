@@ -22,7 +22,7 @@ class Adapter:
     place    inside: the weight to compute with is formula(weight, **tensors), within its mask; beside: formula(x, **tensors) is added to what the
              layer gives; behind: formula(y, **tensors) of what the layer gives is added to it
     formula  in plain torch
-    tensors  its parameters by their names in the formula, of the weight's dtype
+    tensors  its parameters by their names in the formula, of the weight's dtype and on its device
     rest     what the weight becomes, where the adapter takes a part of it over
     """
 
@@ -36,7 +36,7 @@ def factors(weight: Tensor, rank: int, seed: int) -> dict[str, Tensor]:
     """reads [rank, in] and writes [out, rank] for a weight: uniform as of a linear layer, and zeros (LoRA, arXiv:2106.09685, section 4.1)."""
     check_rank(rank)
     outputs, inputs = weight.shape
-    return {"reads": uniform((rank, inputs), seed).to(weight.dtype), "writes": torch.zeros(outputs, rank, dtype=weight.dtype)}
+    return {"reads": uniform((rank, inputs), seed).to(weight), "writes": weight.new_zeros(outputs, rank)}
 
 
 def uniform(shape: tuple[int, int], seed: int) -> Tensor:

@@ -26,7 +26,7 @@ def bottleneck(weight: Tensor, seed: int, *, rank: int = 16, scale: float = 1.0,
     generator, width = torch.Generator().manual_seed(seed), weight.shape[0]
     reads, writes = (torch.randn(shape, generator=generator, dtype=torch.float32) * spread for shape in ((rank, width), (width, rank)))
     formula = partial(_changed, scale=scale, activation=activation)
-    return Adapter("behind", formula, {"reads": reads.to(weight.dtype), "writes": writes.to(weight.dtype)})
+    return Adapter("behind", formula, {"reads": reads.to(weight), "writes": writes.to(weight)})
 
 
 def _changed(y: Tensor, reads: Tensor, writes: Tensor, *, scale: float, activation: str) -> Tensor:

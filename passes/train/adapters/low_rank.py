@@ -23,6 +23,8 @@ def low_rank(weight: Tensor, seed: int, *, rank: int = 8, scale: float = 1.0, sh
     """
     if start not in STARTS or not 0 <= share < 1:
         raise ParseError(f"start is one of {', '.join(STARTS)} and share between 0 and 1, got {start!r}, {share}", where="adapter low_rank")
+    if start == "principal" and not scale > 0:
+        raise ParseError(f"start='principal' divides by scale, which has to be above 0: got {scale}", where="adapter low_rank")
     if share:
         rank = max(1, int(share * weight.numel() / sum(weight.shape)))
     check_rank(rank)

@@ -20,7 +20,7 @@ def routed_low_rank(weight: Tensor, seed: int, *, experts: int = 4, rank: int = 
     if not 1 <= chosen <= experts:
         raise ParseError(f"chosen lies between 1 and the experts, got {chosen} of {experts}", where="adapter routed_low_rank")
     tensors = factors(weight, experts * rank, seed) if rank >= 1 else factors(weight, rank, seed)
-    route = uniform((experts, weight.shape[1]), seed + 1).to(weight.dtype)
+    route = uniform((experts, weight.shape[1]), seed + 1).to(weight)
     return Adapter("beside", partial(_change, rank=rank, chosen=chosen, scale=scale), {**tensors, "route": route})
 
 
