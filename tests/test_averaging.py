@@ -91,6 +91,8 @@ def test_zeros_of_plain_models_count_too() -> None:
 def test_models_of_other_kinds_are_refused() -> None:
     with pytest.raises(InputError, match=r"other weights.*float32 \[8, 16\] on cpu and none"):
         sc.average([net(), nn.Sequential(net()[0])])  # type: ignore[index]
+    with pytest.raises(InputError, match=r"none and float32 \[8, 16\]"):
+        sc.average([nn.Sequential(net()[0]), net()])  # type: ignore[index]
     for bad in ([], None, [1.0, -1.0]):
         with pytest.raises(InputError, match="positive share"):
             sc.average([net(), net()] if bad else [], bad)
@@ -115,12 +117,15 @@ def test_cycles_prune_the_average(packed: str) -> None:
     seen: list[dict[str, torch.Tensor]] = []
     starts: list[torch.Tensor] = []
     ends: list[torch.Tensor] = []
+    biases: list[torch.Tensor] = []
 
     def noted(module: nn.Module, hook: Hook, particle: int) -> None:
         seen.append({path: mask.clone() for path, mask in hook.masks.items()})
         starts.append(hook.weights()["0"])
+        biases.append(module.get_parameter("0.bias").detach().clone())
         train(module, hook, particle)
         ends.append(hook.weights()["0"])
+        biases.append(module.get_parameter("0.bias").detach().clone())
 
     recipes = [f"mask_weights(density={density}){packed}" for density in (0.5, 0.25)]
     module, hook = sc.averaged_cycles(net(), (X,), recipes, noted, particles=2)
@@ -128,6 +133,7 @@ def test_cycles_prune_the_average(packed: str) -> None:
     assert not torch.equal(ends[0], ends[1])
     for start in starts[2:]:
         torch.testing.assert_close(start, (ends[0] + ends[1]) / 2 * seen[2]["0"])
+    torch.testing.assert_close(biases[4], (biases[1] + biases[3]) / 2)
     for path, mask in seen[3].items():
         assert torch.equal(mask, seen[2][path])
         assert not bool((mask & ~seen[1][path]).any())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sparsify_compiler as sc
+from sparsify_compiler.axis import Axes
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.errors import BudgetError, ParseError, StructureError
 from sparsify_compiler.passes.train.expand_linears import ExpandLinears
@@ -225,3 +226,74 @@ def test_what_is_left_of_a_frozen_weight_stays_frozen() -> None:
     model.get_parameter("0.weight").requires_grad_(False)
     module, _ = sc.attach(model, (X,), "add_adapters(adapter=\"low_rank(rank=4, start='principal')\", freeze=False)")
     assert [name for name, one in module.named_parameters() if not one.requires_grad] == ["0.weight"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 4), st.integers(2, 4), st.integers(2, 4), st.integers(0, 99))
+def test_indices_of_repeated_units_are_those_of_the_loops(a: int, b: int, c: int, seed: int) -> None:
+    """Of a concatenation of products, of which units come 0 to 2 times; and as many as `kept` counts."""
+    axes, generator = Axes(), torch.Generator().manual_seed(seed)
+    (one,), (two,), (three,) = (axes.new(size)[0] for size in (a, b, c))
+    counts = {atom: torch.randint(0, 3, (size,), generator=generator) for atom, size in ((one, a), (two, b))}
+    units = [[i for i in range(a) for _ in range(int(counts[one][i]))], [j for j in range(b) for _ in range(int(counts[two][j]))], range(c)]
+    axis = ((one, two), (three, one))
+    wanted = [i * b + j for i in units[0] for j in units[1]] + [a * b + k * a + i for k in units[2] for i in units[0]]
+    assert axes.index(axis, counts).tolist() == wanted
+    assert torch.equal(axes.kept(axis, counts), torch.bincount(torch.tensor(wanted, dtype=torch.int64), minlength=a * b + c * a))
+    masks = {atom: count > 0 for atom, count in counts.items()}
+    assert axes.index(axis, masks).tolist() == axes.kept(axis, masks).nonzero()[:, 0].tolist()
+
+
+def test_a_norm_over_copies_gives_the_copies_of_what_it_gave() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.RMSNorm(32, eps=1e-6), nn.ReLU(), nn.Linear(32, 8)).eval()
+    module, _ = sc.attach(model, (X,), WidenChannels(0.5, "copies"))
+    assert module.get_parameter("0.weight").shape == (64, 24)
+    torch.testing.assert_close(module(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("growth", [1.0, 2.0, 8.0])
+def test_factors_are_as_large_as_the_weight_whatever_the_growth(growth: float) -> None:
+    """At the density that they are for: over random masks of 1 / growth."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(64, 64)).eval()
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+    module, _ = sc.attach(model, (x,), f"expand_linears(form='factorized', growth={growth}) | mask_weights(score='random', density={1 / growth})")
+    assert torch.equal(module.get_parameter("0.bias"), model.get_parameter("0.bias"))
+    spread = [(one(x) - one.get_parameter("0.bias")).std() for one in (module, model)]
+    torch.testing.assert_close(spread[0], spread[1], rtol=0.15, atol=0)
+    reads = functional.linear(x, module.get_parameter("0.reads")).std() / math.sqrt(growth)
+    torch.testing.assert_close(reads, x.std(), rtol=0.15, atol=0)
+
+
+def test_growth_leaves_frozen_weights_frozen_and_shared_ones_alone() -> None:
+    model = net().requires_grad_(False)
+    for grown in ("expand_linears(growth=2.7)", "expand_linears(form='factorized')", "widen_channels(density=0.5)"):
+        module, _ = sc.attach(model, (X,), grown)
+        assert not any(one.requires_grad for one in module.parameters())
+    assert len(list(sc.attach(model, (X,), "expand_linears(growth=2.7)")[0].parameters())) == 4 + 2 * 2
+    one = nn.Linear(24, 24)
+    shared = nn.Sequential(one, nn.ReLU(), one).eval()
+    for form in ("parallel", "factorized"):
+        module, _ = sc.attach(shared, (X,), ExpandLinears(form))  # type: ignore[arg-type]
+        assert sum(parameter.numel() for parameter in module.parameters()) == 24 * 24 + 24
+        assert torch.equal(module(X), shared(X))
+
+
+def test_a_mask_stays_where_nothing_merges_it() -> None:
+    """The low-rank part reads something else, or something else reads the layer."""
+    class Net(nn.Module):
+        def __init__(self, other: bool) -> None:
+            super().__init__()
+            self.one, self.reads, self.writes, self.other = nn.Linear(24, 8), nn.Linear(24, 2, bias=False), nn.Linear(2, 8, bias=False), other
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.one(x)
+            total: Tensor = y + self.writes(self.reads(x.relu() if self.other else x))
+            return total if self.other else total * y
+
+    for other in (True, False):
+        torch.manual_seed(0)
+        module, _ = sc.attach(Net(other).eval(), (X,), "mask_weights(density=0.5, targets=('one',))")
+        program = sc.Pipeline.parse("merge_adapters(fill=True)").run(sc.capture(module, (X,)))
+        assert any(node.target == "one.weight_mask" for _, node in program.nodes())

@@ -54,17 +54,15 @@ class ExpandLinears(Pass):
         self.take_selectors("targets", "ignore")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        done: set[tuple[str, fx.Node]] = set()
         for site in chosen_sites(program, ("linear",), self.targets, self.ignore):
             region = program.regions[site.region]
             op = region.node(site.roles["op"])
             weight = op.kwargs["weight"]
             if not isinstance(weight, fx.Node) or weight.op != "get_attr" or masked_weight(region, op) is not None:
                 ctx.miss("its weight has a mask, or is computed", site.path)
-            elif EXPANDED in op.meta or len(weight.users) > 1 or (site.region, weight) in done:
+            elif EXPANDED in op.meta or len(weight.users) > 1:
                 ctx.miss("it has been expanded, or shares its weight", site.path)
             elif ctx.spend():
-                done.add((site.region, weight))
                 _EXPAND[self.form](self, region, op, weight)
         return program
 
