@@ -85,7 +85,7 @@ class CompiledModel(nn.Module):
         cache   a language model with its key-value cache as arguments: functions "prefill" and "decode"
         longest tokens of a text at most, where attention reads some blocks of the keys and the model itself sets no limit
 
-        Raises ModelError, KernelError, TargetError, StorageError.
+        Raises InputError, ModelError, KernelError, TargetError, StorageError.
         """
         from .export_library import export
 

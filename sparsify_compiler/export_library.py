@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .artefact_manifest import MANIFEST, versions
 from .compiled import CompiledModel
-from .errors import ModelError
+from .errors import InputError, ModelError
 from .export_library_attentions import plain_attentions
 from .export_library_blocks import LONGEST
 from .export_library_cached import CAPACITY, PAST, with_cache
@@ -52,9 +52,11 @@ def export(compiled: CompiledModel, path: str | Path, target: str | Target | Non
             which give the logits of the last token (export_library_cached.py)
     longest tokens of a text at most, where attention reads some blocks of the keys and the model itself sets no limit
 
-    Raises ModelError (captured in parts, an input that is no tensor), KernelError (an operator without a translation, no C compiler), TargetError,
-    StorageError.
+    Raises InputError (longest), ModelError (captured in parts, an input that is no tensor), KernelError (an operator without a translation,
+    no C compiler), TargetError, StorageError.
     """
+    if longest < 1:
+        raise InputError(f"texts of at most {longest} tokens", where="export", hint="longest is at least 1, such as 8192")
     for_target = resolve(target) if target is not None else compiled.target or host()
     with torch.no_grad():
         library, ranges = _compile(compiled.program, for_target, cache, longest)
@@ -82,8 +84,10 @@ def _compile(program: Program, target: Target, cache: bool, longest: int) -> tup
         functions = _functions(region, target, {"main": _inputs(whole.spec)}, output_names(whole.spec), ROWS)
         return compile_graphs(functions, ranges, target), ranges
     made, ids = with_cache(whole, longest), _inputs(whole.spec)[0]
-    ranges |= {CAPACITY: (1, made.longest)} | ({ids.shape[1]: (1, made.longest)} if made.longest else {})
-    batch = ids.shape[0]
+    batch, tokens = ids.shape
+    low, high = ranges.get(tokens, (1, None))
+    limit = min((one for one in (made.longest, high) if one is not None), default=None)
+    ranges |= {tokens: (low, limit), CAPACITY: (1, limit)}      # a cache holds no more than a text: tables of places end there
     more = [Input(PAST, (1,), "int64"),
             *(Input(name, (batch, groups, CAPACITY, width), "float32", updated=True) for name, (groups, width) in made.caches.items())]
     given = {"prefill": [ids, *more], DECODE: [replace(ids, shape=(batch, 1)), *more]}

@@ -22,6 +22,7 @@ from .ops import attend
 from .program import Region, set_tensor
 
 LONGEST = 8192          # tokens of a text, where neither the model nor the caller says
+ALWAYS = 1 << 30        # keys below which an attention that never reads blocks is dense
 NOTHING, WHOLE = -2, -1     # in a table; else the number of a tile
 SAMPLES = ((2, 5), (3, 8))  # sizes of batch, and of all else that varies, at which masks are looked at
 HINT = "compile without select_blocks() for this form; save() keeps it for PyTorch"
@@ -76,9 +77,12 @@ class Tables:
         sizes = [one.meta["val"].shape[2] for one in (query, key)]
         if not _equal(*sizes):
             raise ModelError("this attention reads blocks of keys that are not its own tokens, which whole graphs do not", where=node.name, hint=HINT)
-        length, heads = self._longest(sizes[1]), query.meta["val"].shape[1]
         below = indexer.dense_below or 0, indexer.dense_below_decoding or 0
-        if length < below[0] and min(length, DECODED) < below[1]:
+        if min(below) >= ALWAYS:
+            return None
+        length, heads = self._longest(sizes[1]), query.meta["val"].shape[1]
+        few = min(length, DECODED) if isinstance(sizes[1], int) else length     # with a cache few queries read as many keys as there are
+        if length < below[0] and few < below[1]:
             return None
         if not indexer.is_static:
             raise ModelError("this attention chooses the blocks that it reads by their scores, which whole graphs do not", where=node.name,

@@ -12,11 +12,16 @@ import pytest
 import torch
 from arm_emulator import PROCESSORS, PYTHON, missing, qemu, sysroot
 from test_whole_graph_blocks import STREAM, reader
+from test_whole_graph_models import Decoder
 from test_whole_graph_selections import Choosing
 from whole_graph_help import build_example, compiled_encoder, example, inputs, libraries
 
+import sparsify_compiler as sc
 from sparsify_compiler.capture import capture
 from sparsify_compiler.compiled import CompiledModel
+from sparsify_compiler.executor import flat_function
+from sparsify_compiler.export_library_cached import empty_caches, with_cache
+from sparsify_compiler.passes_api import Context
 from sparsify_compiler.target import resolve
 
 pytestmark = pytest.mark.arm
@@ -98,6 +103,29 @@ def test_attention_by_blocks(program: Path, site: Path, tmp_path: Path) -> None:
         for command, more in (([program, tmp_path / "library"], []), ([PYTHON, tmp_path / "library" / "run.py"], [str(tmp_path / "library")])):
             found = example(*command, {"x": x, "mask": mask}, tmp_path, emulated(PROCESSORS[TARGET], site), site, more)["output"]
             assert float((torch.from_numpy(found) - wanted)[mask].abs().max()) <= 1e-4 * float(wanted.abs().max())
+
+
+def test_a_step_of_decoding_in_bfloat16(program: Path, site: Path, tmp_path: Path) -> None:
+    """The kernel of one token, over all keys of a short text and over blocks of a longer one."""
+    torch.manual_seed(0)
+    made = capture(Decoder().eval().to(torch.bfloat16), (torch.randint(0, 40, (2, 6)),), {"input_ids": {0: "batch", 1: "tokens"}})
+    passes = sc.Pipeline.parse("select_blocks(always=(SlidingWindow(window=3), Sinks(tokens=1)), block_q=4, block_k=4, dense_below=8)")
+    compiled = CompiledModel(passes.run(made, Context()))
+    compiled.export(tmp_path / "library", TARGET, cache=True, longest=24)
+    cached = with_cache(compiled.program.regions[""], 24)
+    run = flat_function(cached.region)
+    for past in (5, 19):
+        ids, caches = torch.randint(0, 40, (1, past + 1)), empty_caches(cached.caches, 1, 24)
+        with torch.no_grad():
+            run(ids[:, :-1], torch.tensor([0]), *caches)
+            given = {"input_ids": ids[:, -1:], "past": torch.tensor([past]), **dict(zip(cached.caches, [one.clone() for one in caches], strict=True))}
+            expected = run(ids[:, -1:], torch.tensor([past]), *caches)[0]
+        for command, more in (([program, tmp_path / "library"], []), ([PYTHON, tmp_path / "library" / "run.py"], [str(tmp_path / "library")])):
+            more = [*more, "--function", "decode"]
+            found = example(*command, given, tmp_path, emulated(PROCESSORS[TARGET], site), site, more)["logits"]
+            assert float((torch.from_numpy(found) - expected).abs().max()) <= 1e-2 * float(expected.abs().max())
+    with pytest.raises(RuntimeError, match="past is 24, but caches of 24 have room for these tokens after 0 to 23"):
+        example(program, tmp_path / "library", given | {"past": torch.tensor([24])}, tmp_path, emulated(PROCESSORS[TARGET], site), site, more[-2:])
 
 
 def test_a_processor_that_lacks_instructions_says_so(program: Path, folder: Path, site: Path) -> None:

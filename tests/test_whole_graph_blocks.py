@@ -18,6 +18,7 @@ from whole_graph_help import build_example, example, runner
 import sparsify_compiler as sc
 from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.capture import capture
+from sparsify_compiler.cli import main
 from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels.attend_dense import AttendDense
 from sparsify_compiler.codegen.kernels.attend_step import AttendStep
@@ -146,6 +147,29 @@ def test_an_encoder(tmp_path: Path) -> None:
     x, mask = numpy.zeros((1, 101, 32), "float32"), numpy.ones((1, 101), bool)
     with pytest.raises(module.LibraryError, match="length from 1 to 100"):
         model.run(x=x, mask=mask)
+
+
+def test_the_command_line_says_how_long_texts_are(tmp_path: Path) -> None:
+    reader(STREAM).save(tmp_path / "saved")
+    command = ["export", f"{tmp_path}/saved", "--out", f"{tmp_path}/out", "--form"]
+    assert main([*command, "onnx", "--longest", "40"]) == main([*command, "library", "--longest", "0"]) == 2
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "library", "--longest", "40"]) == 0
+    assert runner(tmp_path / "out").read_manifest(tmp_path / "out")["symbols"]["length"] == [1, 40]
+
+
+def test_what_a_cache_is_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the table, the caller's or the one that the model's own limit gives; an attention that is always dense has none."""
+    from sparsify_compiler import export_library
+    from sparsify_compiler.codegen import whole_graph
+
+    monkeypatch.setattr(whole_graph, "compile_graphs", lambda *_: None)
+    for below, limit, most in (("", None, 30), ("", 24, 24), (", dense_below=1073741824", None, None), (", dense_below=1073741824", 24, 24)):
+        _, compiled = decoder(f"select_blocks(always=(SlidingWindow(window=3),), block_q=4, block_k=4{below})")
+        if limit:
+            compiled.program.regions[""].spec.ranges["tokens"] = (1, limit)
+        _, ranges = export_library._compile(compiled.program, host(), True, 30)
+        assert ranges["tokens"] == ranges["capacity"] == (1, most)
 
 
 def decoder(passes: str) -> tuple[nn.Module, CompiledModel]:

@@ -127,6 +127,21 @@ def test_a_network_of_convolutions(tmp_path: Path, sparse: bool) -> None:
         torch.testing.assert_close(torch.from_numpy(numpy.array(model.run(image=image.numpy())["output"])), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_other_code_in_the_same_folder(tmp_path: Path) -> None:
+    """A process that loads what was exported over a library that it has loaded runs the new one; inputs in bfloat16 are bits, zeros among them."""
+    x = torch.randn(3, 16).bfloat16()
+    for activation in (nn.ReLU(), nn.Sigmoid()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), activation).to(torch.bfloat16)
+        CompiledModel(program_of(model, x, {"input": {0: "batch"}})).export(tmp_path / "out")
+        module = runner(tmp_path / "out")
+        with torch.no_grad():
+            expected = model(x).float()
+        found = module.Model(tmp_path / "out").run(input_1=x.view(torch.uint16).numpy())["output"]
+        torch.testing.assert_close(torch.from_numpy(numpy.array(found)), expected, rtol=1e-2, atol=1e-2)
+    assert module.main([str(tmp_path / "out"), "--size", "batch=2"]) == 0
+
+
 @pytest.mark.slow
 def test_a_language_model_in_bfloat16(tmp_path: Path) -> None:
     """What runs are numbers of bfloat16; what is attended over, kept and given back is float32."""
@@ -165,6 +180,9 @@ def test_a_language_model_decodes_in_place(tmp_path: Path) -> None:
     exported.run("prefill", input_ids=ids.numpy(), past=numpy.zeros(1, "int64"), **caches)
     assert all(cache.any() for cache in caches.values())
     shifted = {name: numpy.zeros(cache.size + 1, "float32")[1:].reshape(cache.shape) for name, cache in caches.items()}
+    for function, past in (("decode", -1), ("decode", 5), ("prefill", 1)):
+        with pytest.raises(module.LibraryError, match="have room for these tokens after 0 to"):
+            exported.run(function, input_ids=ids[:, : 1 if function == "decode" else 5].numpy(), past=numpy.array([past]), **caches)
     with pytest.raises(module.LibraryError, match="changed in place"):
         exported.run("prefill", input_ids=ids.numpy(), past=numpy.zeros(1, "int64"), **shifted)
     if shutil.which("make") and shutil.which("g++"):

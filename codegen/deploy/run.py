@@ -54,14 +54,14 @@ class Model:
         for name, digest in self.manifest["files"].items():
             check_file(self.folder / name, digest if check else None)
         load_runtime(self.manifest["target"], threads)
+        slashes = f"{int(self.manifest['files']['model.so'][:8], 16):032b}".replace("0", "/").replace("1", "/.")  # dlopen keeps to names it knows
         try:
-            self._vm = tvm_ffi.load_module(str((self.folder / "model.so").resolve()))["vm_load_executable"]()
+            self._vm = tvm_ffi.load_module(f"{self.folder.resolve()}{slashes}/model.so")["vm_load_executable"]()
             self._vm["vm_initialization"](1, 0, 2)      # the CPU, its only device, pooled memory
         except (RuntimeError, OSError, AttributeError) as error:
             raise LibraryError(f"{self.folder / 'model.so'} cannot be loaded: {error}") from error
         weights = read_weights(self.folder / "weights.safetensors", numpy)
-        lacking = {one for function in self.manifest["functions"].values() for one in function["parameters"]} - set(weights)
-        if lacking:
+        if lacking := {one for function in self.manifest["functions"].values() for one in function["parameters"]} - set(weights):
             raise LibraryError(f"{self.folder / 'weights.safetensors'} lacks {min(lacking)}: copy the whole folder again")
         self._parameters = {name: tvm_ffi.convert([self.tensor(*weights[one]) for one in function["parameters"]])
                             for name, function in self.manifest["functions"].items()}
@@ -123,6 +123,9 @@ class Model:
         for limit in self.manifest.get("limits", ()):
             if math.prod(sizes.get(name, 1) for name in limit["symbols"]) > limit["product"]:
                 raise LibraryError(f"{' times '.join(limit['symbols'])} is more than {limit['product']}: split the batch")
+        room = sizes["capacity"] - tensors[0].shape[1] if names[1:2] == ["past"] and "capacity" in sizes else None
+        if room is not None and not 0 <= (past := int(self._numpy.from_dlpack(tensors[1])[0])) <= room:
+            raise LibraryError(f"past is {past}, but caches of {sizes['capacity']} have room for these tokens after 0 to {room}")
         return tensors
 
     def _one(self, wanted: Mapping[str, Any], value: Any, sizes: dict[str, int]) -> Any:
@@ -137,8 +140,7 @@ class Model:
                 raise LibraryError(f"{name} has shape {list(array.shape)}, expected {wanted['shape']}"
                                    + (f" with {expected} from {low} to {high}" if isinstance(expected, str) else ""))
         if wanted.get("updated") and (array.ctypes.data % ALIGNED or not array.flags.c_contiguous or not array.flags.writeable):
-            raise LibraryError(f"{name} is changed in place: it must be contiguous, start at a multiple of {ALIGNED} bytes, and be writeable; "
-                               "caches() makes such arrays")
+            raise LibraryError(f"{name} is changed in place: it must be contiguous, at a multiple of {ALIGNED} bytes, and writeable, as of caches()")
         return self.tensor(array, wanted["dtype"])
 
 
@@ -271,7 +273,7 @@ def _run(options: argparse.Namespace) -> None:
     import numpy
     times, model = [time.perf_counter()], Model(options.folder, options.threads)
     times.append(time.perf_counter())
-    given = {name: numpy.load(file) for name, _, file in (one.partition("=") for one in options.input)}
+    given = {name: aligned(numpy.load(file), numpy) for name, _, file in (one.partition("=") for one in options.input)}
     sizes = {name: int(size) for name, _, size in (one.partition("=") for one in options.size)}
     if options.generate:
         ids = next(iter(given.values()), numpy.zeros((1, 1), dtype="int64"))
@@ -280,9 +282,8 @@ def _run(options: argparse.Namespace) -> None:
             times.append(time.perf_counter())
         print(f"prompt and {options.generate} tokens in {(times[3] - times[2]) * 1e3:.1f} ms", " ".join(map(str, made[0])), sep="\n")
         return
-    for one in model._facts(options.function)["inputs"]:
-        if one["name"] not in given:
-            given[one["name"]] = numpy.zeros([sizes.get(size, 1) if isinstance(size, str) else size for size in one["shape"]], dtype=one["dtype"])
+    given = {one["name"]: aligned(numpy.zeros([sizes.get(size, 1) if isinstance(size, str) else size for size in one["shape"]],
+             "uint16" if one["dtype"] in BITS else one["dtype"]), numpy) for one in model._facts(options.function)["inputs"]} | given
     for _ in range(max(1, options.repeat)):
         outputs = model.run(options.function, **given)
         times.append(time.perf_counter())

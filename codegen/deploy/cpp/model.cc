@@ -169,7 +169,11 @@ Model::Model(const std::string& folder, const sparsify_options& options) {
   }
   weights_ = std::make_shared<Mapped>(folder + "/weights.safetensors");
   std::map<std::string, ffi::Tensor> weights = read_weights(weights_, folder + "/weights.safetensors");
-  library_ = ffi::Module::LoadFromFile(folder + "/model.so");
+  // dlopen gives what it loaded before under the same name: every code has a spelling of the path of its own.
+  std::string spelled = folder;
+  for (char digit : text(at(at(manifest, "files").cast<Object>(), "model.so")).substr(0, 8))
+    for (int bit = 8, value = digit <= '9' ? digit - '0' : digit - 'a' + 10; bit; bit /= 2) spelled += value & bit ? "/." : "/";
+  library_ = ffi::Module::LoadFromFile(spelled + "/model.so");
   machine_ = (*library_.value()->GetFunction("vm_load_executable", true))().cast<ffi::Module>();
   (*machine_.value()->GetFunction("vm_initialization", true))(static_cast<int>(kDLCPU), 0, 2);  // the CPU, its only device, pooled memory
   for (const auto& [name, described] : at(manifest, "functions").cast<Object>()) {
@@ -239,6 +243,12 @@ std::vector<ffi::Tensor> Model::run(const std::string& name, const char* const* 
       what += (what.empty() ? "" : " times ") + symbol;
     }
     if (product > static_cast<double>(most)) throw std::runtime_error(what + " is more than " + std::to_string(most) + ": split the batch");
+  }
+  if (auto capacity = sizes.find("capacity"); capacity != sizes.end() && kept.size() > 1 && found.inputs[1].name == "past") {
+    const int64_t past = *static_cast<const int64_t*>(kept[1].data_ptr()), room = capacity->second - kept[0].shape().back();
+    if (past < 0 || past > room)
+      throw std::runtime_error("past is " + std::to_string(past) + ", but caches of " + std::to_string(capacity->second) +
+                               " have room for these tokens after 0 to " + std::to_string(room));
   }
   for (const ffi::Tensor& one : kept) arguments.emplace_back(one);
   arguments.emplace_back(found.bound);
