@@ -189,3 +189,21 @@ def test_a_language_model_decodes_in_place(tmp_path: Path) -> None:
         program_file = build_example(tmp_path / "cpp", host())
         said = example(program_file, tmp_path / "out", {"input_ids": ids[:1]}, tmp_path, more=["--generate", "6"], text=True)
         assert said.splitlines()[1] == " ".join(map(str, expected[0, 5:].tolist()))
+
+
+@pytest.mark.slow
+def test_a_language_model_of_transformers(tmp_path: Path) -> None:
+    """Compiled with its own cache it is told how to become a library; done as told, it writes what transformers' generate() writes, of any length."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, max_position_embeddings=64, eos_token_id=None)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(3, 40, (2, 6))
+    options: dict[str, Any] = {"recipe": sc.Pipeline.parse("pack()"), "dynamic": {"input_ids": {0: "batch", 1: "tokens"}}}
+    with pytest.raises(ModelError, match=r'"use_cache": False.*cache=True'):
+        sc.compile(model, {"input_ids": ids}, **options).export(tmp_path / "out", cache=True)
+    sc.compile(model, {"input_ids": ids, "use_cache": False}, **options).export(tmp_path / "out", cache=True)
+    exported = runner(tmp_path / "out").Model(tmp_path / "out")
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, pad_token_id=0)
+    assert exported.generate(ids.numpy(), 9).tolist() == expected[:, 6:].tolist()
+    assert exported.manifest["symbols"]["tokens"] == exported.manifest["symbols"]["capacity"] == [1, None]
