@@ -36,6 +36,7 @@ from sparsify_compiler.target import host
 WINDOW = "Indexer(always=(SlidingWindow(window=7), Sinks(tokens=3)), block_q=8, block_k=8)"
 HEADS = ("Indexer(always=(SlidingWindow(window=5),), block_q=16, block_k=8, choices=(Indexer(always=(Dilated(step=4), GlobalTokens(tokens=1)), "
          "block_q=16, block_k=8),), heads=((1, 2),))")
+WIDE = "Indexer(always=(SlidingWindow(window=200),), block_q=8, block_k=160)"
 PATTERNS = (WINDOW, HEADS, "Indexer(always=(Windows(size=6, before=1),), block_q=4, block_k=16)", "Indexer(always=(Everything(),))")
 
 
@@ -91,14 +92,14 @@ def test_the_kernel_over_a_cache() -> None:
         past += size
 
 
-@pytest.mark.parametrize("text", [WINDOW, HEADS, PATTERNS[2]])
+@pytest.mark.parametrize("text", [WINDOW, HEADS, PATTERNS[2], WIDE])
 def test_the_kernel_of_one_token(text: str) -> None:
-    """Lines of the table that hide whole blocks from some heads of a group, tiles, and dense attention below a length."""
+    """Lines of the table that hide whole blocks from some heads of a group, tiles, also of more keys than are read at once, dense below a length."""
     indexer = Indexer.parse(text[:-1] + ", dense_below_decoding=12)")
-    table, tiles = table_of(indexer, 4, 64, True)
+    table, tiles = table_of(indexer, 4, 400, True)
     blocks = Blocks(indexer.block_q, indexer.block_k, False, table.shape[1] != 1, "", 0, 12)
     step = build.load(AttendStep(8, 8, 4, 2, 8**-0.5, 8, 8, 1, blocks), host()).function
-    for keys in (1, 11, 12, 33, 60):
+    for keys in (1, 11, 12, 33, 60, 390):
         query, key, value = (torch.randn(1, heads, size, 8, dtype=torch.float32) for heads, size in ((4, 1), (2, keys), (2, keys)))
         expected = attend.reference(query, key, value, is_causal=True, indexer=str(indexer))
         found = torch.full((4, 8), math.nan, dtype=torch.float32)
@@ -170,6 +171,17 @@ def test_what_a_cache_is_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             compiled.program.regions[""].spec.ranges["tokens"] = (1, limit)
         _, ranges = export_library._compile(compiled.program, host(), True, 30)
         assert ranges["tokens"] == ranges["capacity"] == (1, most)
+
+
+def test_few_queries_over_a_cache_are_dense_by_their_own_limit() -> None:
+    """A text of few tokens has few keys only where there is no cache."""
+    _, compiled = decoder("select_blocks(always=(SlidingWindow(window=3),), block_q=4, block_k=4, dense_below=100)")
+    region = compiled.program.regions[""]
+    for node in region.graph.nodes:
+        if node.target is attend.op:
+            node.kwargs = {**node.kwargs, "indexer": node.kwargs["indexer"].replace("dense_below_decoding=100", "dense_below_decoding=10")}
+    assert with_cache(region, 24).longest == 24
+    assert all(len(node.args) == 11 for node in with_cache(region, 24).region.graph.nodes if node.target is attend_cached)
 
 
 def decoder(passes: str) -> tuple[nn.Module, CompiledModel]:
