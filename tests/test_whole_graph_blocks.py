@@ -181,7 +181,7 @@ def test_few_queries_over_a_cache_are_dense_by_their_own_limit() -> None:
         if node.target is attend.op:
             node.kwargs = {**node.kwargs, "indexer": node.kwargs["indexer"].replace("dense_below_decoding=100", "dense_below_decoding=10")}
     assert with_cache(region, 24).longest == 24
-    assert all(len(node.args) == 11 for node in with_cache(region, 24).region.graph.nodes if node.target is attend_cached)
+    assert all(len(node.args) == 13 for node in with_cache(region, 24).region.graph.nodes if node.target is attend_cached)
 
 
 def decoder(passes: str) -> tuple[nn.Module, CompiledModel]:
