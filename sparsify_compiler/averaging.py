@@ -44,6 +44,7 @@ def average(models: Sequence[nn.Module], shares: Sequence[float] | None = None) 
             if each[0].dim() > 1 and not _has_mask(states[0], name):
                 _same_zeros(each, name)
             mean[name] = torch.stack([one.double() * weight for one, weight in zip(each, weights, strict=True)]).sum(0)
+    _same_ties(states[0], mean)
     made = copy.deepcopy(models[0])
     with torch.no_grad():
         for name, tensor in made.state_dict().items():
@@ -128,6 +129,17 @@ def _same_zeros(each: Sequence[Tensor], name: str) -> None:
     if any(not torch.equal(zeros[0], other) for other in zeros[1:]):
         raise InputError("the zeros of its weight are not the same in all models", where=f"average, {name}",
                          hint="train them from one mask, by a recipe that does not move it: the mean of different masks is less sparse")
+
+
+def _same_ties(first: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> None:
+    """Raises InputError where the first model has one tensor under two names, and others have two whose mean is not the same."""
+    held: dict[tuple[Any, ...], str] = {}
+    for name, tensor in first.items():
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        other = held.setdefault(key, name) if tensor.numel() and name in mean else name
+        if other != name and not torch.equal(mean[name], mean[other]):
+            raise InputError(f"this is the tensor of {other} in the first model, and another one elsewhere", where=f"average, {name}",
+                             hint="tie the weights in all models, or give a model whose weights are not tied first")
 
 
 def _has_mask(state: Mapping[str, Tensor], name: str) -> bool:

@@ -47,10 +47,12 @@ class Masked(nn.Module):
     rest              share with which weights that are not kept count in a product that gradients are taken of; without gradients it is the mask's
     smoothed          a buffer of the weight's shape for who averages gradients over steps, or None
     backs             modules with a `mask` of their own for what goes back through the layers that read the product (masked_backward.py)
+    pairs             modules that look at what goes through these layers (masked_pairs.py)
     """
 
     smoothed: Tensor | None
     backs: tuple[nn.Module, ...] = ()
+    pairs: tuple[nn.Module, ...] = ()
 
     def __init__(self, straight_through: bool = False, smoothed: Tensor | None = None) -> None:
         super().__init__()
@@ -103,17 +105,22 @@ def _weighed(x: Tensor, mask: Tensor, rest: float) -> Tensor:
     return torch.where(mask, x, x * rest) if rest else x * mask
 
 
+def _like(weight: fx.Node) -> Tensor:
+    """Zeros of the shape of a weight that is computed."""
+    value = weight.meta["val"]
+    return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+
+
 def tap_product(region: Region, name: str, product: fx.Node, make: Callable[[Tensor], Masked]) -> Masked:
     """Let a Masked, made of the weight, take the place of a product of a region's graph, under a name of the region's module.
 
     Raises InputError where another has done so.
     """
-    sources = [source for source in product.all_input_nodes if source.op == "get_attr"]
-    if not sources:
+    mask = next((source for source in product.all_input_nodes if source.op == "get_attr" and source.meta["val"].dtype == torch.bool), None)
+    if mask is None:
         raise InputError("another pass moves this mask", where=str(product.meta.get("path", product.name)), hint="learn it, or move it")
-    mask = next(source for source in sources if get_tensor(region.module, str(source.target)).dtype == torch.bool)
-    weight = next(source for source in sources if source is not mask)
-    made = make(get_tensor(region.module, str(weight.target)))
+    weight = next(source for source in product.all_input_nodes if source is not mask)
+    made = make(get_tensor(region.module, str(weight.target)) if weight.op == "get_attr" else _like(weight))
     region.module.add_module(name, made)
     with region.graph.inserting_before(product):
         call = region.graph.call_module(name, (weight, mask))

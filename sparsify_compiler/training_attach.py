@@ -91,7 +91,13 @@ def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] 
     attentions = {path: _watched_attention(region, node, watch_of) for path, region, node in scored}
     marks = [(by, path, region, node) for region, node in watched.nodes() for by, path in node.meta.get(META, ())]
     reads = [(_stored(node), node.meta.get(KNOWN, {})) for _, _, _, node in marks]
-    for by, _, region, node in marks:
+    movers: dict[Any, TrainingPass] = {}
+    for by, path, region, node in marks:
+        tap = taps.get((node, type(by).tap))
+        stands = node in packed or (isinstance(tap, Masked) and any(tap is part for part in region.module.children()))
+        if stands and movers.get((node, type(by).tap), by) != by:
+            raise InputError(f"another pass moves this mask: {by.name()}() is there twice", where=path, hint="one of them, or other targets= for each")
+        movers[node, type(by).tap] = by
         if node not in packed and (node, type(by).tap) not in taps:
             taps[node, type(by).tap] = by.tap(region, f"sparsify_watch_{len(taps)}", node)
     put_attentions(watched)

@@ -43,10 +43,22 @@ class ZerothOrder(torch.optim.Optimizer):
         chosen = [one for one in parameters if one.requires_grad]
         if not chosen:
             raise InputError("no parameter of these is to train", where="ZerothOrder", hint="call requires_grad_() on those that are")
-        super().__init__(chosen, {"lr": float(rate), "scale": float(scale), "share": float(share), "seed": seed, "steps": 0})
         self._hook = hook
-        for parameter, group in self._each():
-            if group["share"] < 1 and parameter.dim() > 1:
+        super().__init__(chosen, {"lr": float(rate), "scale": float(scale), "share": float(share), "seed": seed, "steps": 0})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any optimizer, with "lr", "scale" and "share" of its own; which weights are small is settled now.
+
+        Raises InputError for numbers that the constructor would refuse.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if not (group["lr"] >= 0 and group["scale"] > 0 and 0 < group["share"] <= 1):
+            self.param_groups.pop()
+            raise InputError(f"lr is 0 or more, scale above 0, share above 0 and at most 1: got {group['lr']}, {group['scale']}, {group['share']}",
+                             where="ZerothOrder.add_param_group")
+        for parameter in group["params"]:
+            if group["share"] < 1 and parameter.dim() > 1 and parameter.requires_grad:
                 mask = self._mask(parameter)
                 self.state[parameter]["threshold"] = _threshold(parameter.detach() if mask is None else parameter.detach()[mask], group["share"])
 

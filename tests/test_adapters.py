@@ -187,7 +187,7 @@ def test_routed_experts_are_the_sum_over_the_chosen(experts: int, rank: int, cho
 
 
 def test_bad_input() -> None:
-    assert set(catalog.names("adapter")) == {"bottleneck", "low_rank", "masked_low_rank", "routed_low_rank", "row_by_column"}
+    assert set(catalog.names("adapter")) == {"bottleneck", "group_sums", "low_rank", "masked_low_rank", "routed_low_rank", "row_by_column"}
     for text, why in (("bottleneck(activation='tanhh')", "relu, gelu, silu"), ("bottleneck(spread=0.0)", "spread above 0"),
                       ("routed_low_rank(experts=2, chosen=3)", "3 of 2"), ("routed_low_rank(rank=0)", "1 or more")):
         with pytest.raises(ParseError, match=why):

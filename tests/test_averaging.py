@@ -179,6 +179,22 @@ def test_counts_are_the_first_models_and_other_floats_are_averaged() -> None:
     assert int(mean.norm.num_batches_tracked) == 0
 
 
+def test_a_tie_in_the_first_model_has_to_be_one_in_all() -> None:
+    def made(tied: bool, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+        if tied:
+            model[1].weight = model[0].weight
+        return model
+
+    with pytest.raises(InputError, match=r"tensor of 0\.weight in the first"):
+        sc.average([made(True, 0), made(False, 1)])
+    for models in ([made(True, 0), made(True, 1)], [made(False, 0), made(True, 1)]):
+        mean = sc.average(models)
+        for name in ("0.weight", "1.weight"):
+            torch.testing.assert_close(mean.get_parameter(name), sum(one.get_parameter(name) for one in models) / 2)
+
+
 def test_what_cannot_be_averaged_is_refused() -> None:
     for other in (net().to("meta"), net().double()):
         with pytest.raises(InputError, match="other weights than the first") as caught:

@@ -157,6 +157,14 @@ def test_gumbel_is_what_the_paper_says() -> None:
     assert float(((late < 0.1) | (late > 0.9)).float().mean()) > 0.97, "at last one candidate is drawn nearly whole"
 
 
+def test_shares_are_not_rounded_under_autocast() -> None:
+    form, mask = Structure.parse("2:4"), torch.tensor([[True, True, False, False]])
+    scores = torch.randn(1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 0.01
+    plain = Gumbel().soft(scores, mask, Choice(form, 0.5, 0.5, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Gumbel().soft(scores, mask, Choice(form, 0.5, 0.5, 3)), plain)
+
+
 def test_every_pass_draws_anew_until_the_learning_is_done() -> None:
     module, hook, _ = attached("mask_llm(steps=20)")
     first = [module(X).detach() for _ in range(3)]

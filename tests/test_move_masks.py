@@ -475,6 +475,29 @@ def test_under_torch_compile_masks_move_alike() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mask_is_moved_by_one_pass(packed: bool) -> None:
+    """The second would otherwise act with what the first has put in the graph."""
+    behind = " | pack()" if packed else ""
+    start = "mask_weights(score='random', density=0.25)"
+    with pytest.raises(InputError, match="another pass"):
+        attached(f"{start} | move_masks(every=2) | move_masks(grow='gradient', every=3){behind}")
+    for fine in ("move_masks(every=2, targets=('0',)) | move_masks(grow='gradient', every=3, targets=('2',))",
+                 "penalise_weights(loss='l1') | penalise_weights(loss='hyper_sparse') | move_masks()"):
+        if not (packed and "penalise" in fine):
+            attached(f"{start} | {fine}{behind}")
+
+
+def test_a_schedule_that_grows_beyond_numbers_is_refused() -> None:
+    exponential = catalog.get("schedule", "exponential")
+    assert exponential(999, rate=-0.7) > 1e300
+    with pytest.raises(ParseError, match="beyond what a number holds"):
+        exponential(0, rate=-0.8)
+    assert exponential(999, rate=5.0) == 0
+    with pytest.raises(ParseError, match="beyond"):
+        sc.recipes.hyper_sparse(0.1, steps=1000, growth=1.0)
+
+
 def test_bad_options() -> None:
     for wrong in ({"every": 0}, {"fraction": 1.5}, {"drop": "movement"}, {"least": 0.3}, {"penalty": -1.0}):
         with pytest.raises(ParseError):

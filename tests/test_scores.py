@@ -91,7 +91,8 @@ def given(weight: Tensor) -> dict[str, Tensor]:
     """Statistics of every name, for a weight of a layer that is no part of an FFN."""
     inputs = weight.shape[1]
     return {"input_norm": torch.rand(inputs) + 0.1, "hidden_norm": torch.zeros(0), "gradient": torch.randn(weight.shape),
-            "gradient_square": torch.rand(weight.shape), "movement": torch.randn(weight.shape)}
+            "gradient_square": torch.rand(weight.shape), "movement": torch.randn(weight.shape), "start": torch.randn(weight.shape),
+            "correlation": torch.rand(weight.shape) * 2 - 1}
 
 
 @pytest.mark.parametrize("name", SCORES)

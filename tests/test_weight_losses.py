@@ -107,6 +107,30 @@ def test_the_weakest_groups_become_zero_and_the_rest_shrinks() -> None:
     assert shrink_factors(torch.tensor([0.0, 3.0], dtype=torch.float64), 1, 1.0).tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize(("structure", "of"), [("fan_in", lambda w: w), ("row", lambda w: w), ("column", lambda w: w.T)])
+def test_weights_are_compared_with_those_that_their_structure_compares(structure: str, of: Any) -> None:
+    """A row of small weights keeps its share, as the cut at the end lets it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6, bias=False)).eval()
+    module, hook = sc.attach(model, (torch.randn(2, 8),), f"mask_weights(structure={structure!r}, density=0.5) | shrink_groups(strength=0.5)")
+    weight = module.get_parameter("0.weight")
+    weight.data = torch.rand(6, 8, generator=torch.Generator().manual_seed(3)) + 0.1
+    of(weight.data)[0] *= 1e-3
+    before = weight.data.clone()
+    hook.step()
+    for now, old in zip(of(weight.data), of(before), strict=True):
+        torch.testing.assert_close(now, old * shrink_factors(old.double(), math.ceil(len(old) / 2), 0.5).float())
+        assert bool(now.any())
+
+
+def test_rows_of_zeros_beside_others() -> None:
+    norms = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 2], [1, 2, 3, 4]], dtype=torch.float64)
+    factors = shrink_factors(norms, 2, 1.0)
+    assert bool(factors.isfinite().all())
+    torch.testing.assert_close(factors[1], torch.full((4,), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(factors[2], shrink_factors(norms[2], 2, 1.0))
+
+
 @pytest.mark.parametrize("structure", ["Rows(size=2)", "Columns()", "4x2", "unstructured", "Rows(size=3)", "3x2"])
 def test_groups_are_what_a_structure_keeps_together(structure: str) -> None:
     made = Structure.parse(structure)

@@ -106,6 +106,24 @@ def test_bits(rows: int, columns: int, seed: int) -> None:
     assert _packed(mask).nbytes == -(-rows * columns // 8)
 
 
+def test_parameters_that_are_added_later_train_by_their_own_numbers() -> None:
+    """Small ones alone, as those that were there from the start."""
+    model = net()
+    optimizer = ZerothOrder([model.get_parameter("0.weight")], 1e-1, 1e-2, 0.5)
+    weight, frozen = model.get_parameter("2.weight"), nn.Parameter(torch.ones(3, 3), requires_grad=False)
+    optimizer.add_param_group({"params": [weight, frozen], "share": 0.25})
+    before = weight.detach().clone()
+    optimizer.step(lambda: loss(model))
+    moved = weight.detach() != before
+    assert int(moved.sum()) == weight.numel() // 4
+    assert before[moved].abs().max() <= before[~moved].abs().min()
+    groups = len(optimizer.param_groups)
+    for wrong in ({"share": 0.0}, {"lr": -1.0}, {"scale": 0.0}):
+        with pytest.raises(InputError, match="above 0"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **wrong})
+    assert len(optimizer.param_groups) == groups
+
+
 def test_bad_input() -> None:
     model = net()
     for options in ((-1.0,), (0.1, 0.0), (0.1, 0.1, 0.0), (0.1, 0.1, 1.5)):

@@ -12,7 +12,7 @@ from sparsify_compiler.pipeline import Pipeline
 def hyper_sparse(density: float | None = None, structure: Structure | str = "unstructured", budget: str = "uniform", steps: int = 1000,
                  dense: int = 100, weight: float = 5e-6, growth: float = 0.01, loss: str = "hyper_sparse",
                  targets: tuple[str, ...] = ("linear",), ignore: tuple[str, ...] = ()) -> Pipeline:
-    """For training: dense, under a loss of the weights that grows by the share `growth` with every step; at `steps` the smallest are cut (ART).
+    """For training: dense, under a loss of the weights that every step multiplies with exp(`growth`); at `steps` the smallest are cut (ART).
 
     The paper cuts when the cut network does as well as the whole one, over all layers at once; here at a step, each layer to its budget.
 

@@ -17,7 +17,9 @@ class Chosen(Masked):
     """Stands in a graph for weight * mask. Where gradients are taken, and until the learning is done, it multiplies with what the chooser makes of
     the scores, a parameter; elsewhere, and in an export, with the mask.
 
-    seen  the product of the last forward pass of training
+    seen    the product of the last forward pass of training
+    weight  the weight of that pass, without its gradient, where the chooser looks at weights: a parameter is what it is by now, one that is computed
+            is what it was
     """
 
     def __init__(self, chooser: Chooser, like: Tensor) -> None:
@@ -27,6 +29,7 @@ class Chosen(Masked):
         self.choice: Choice | None = None
         self.name, self._passes = "", 0
         self.seen: Tensor | None = None
+        self.weight: Tensor | None = None
 
     def begin(self, progress: float, name: str) -> None:
         """Before the forward passes of a step: how far the learning is, and what the noise of the step is drawn by."""
@@ -42,12 +45,14 @@ class Chosen(Masked):
             done: Tensor = _Done.apply(weight * mask, self.scores)  # type: ignore[no-untyped-call]
             return done
         drawn = replace(choice, seed=zlib.crc32(f"{self.name} {self._passes}".encode()))
+        if self.chooser.of_weights:
+            self.weight, drawn = weight.detach(), replace(drawn, weight=weight)
         self._passes += 1
         self.seen = weight * self.chooser.soft(self.scores, mask, drawn).to(weight.dtype)
         return self.seen
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "seen": None}
+        return {**super().__getstate__(), "seen": None, "weight": None}
 
 
 class _Done(torch.autograd.Function):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import InputError
+from sparsify_compiler.named import Named
 from sparsify_compiler.passes.train._chosen import Chosen
 from sparsify_compiler.passes.train._places import mask_of, structure_of
 from sparsify_compiler.passes.train.choosers._base import Choice
@@ -28,13 +29,15 @@ class Learnt:
     path: str
     tap: Chosen
     mask: Tensor
+    parameter: Tensor | None  # the weight, where it is none that is computed
+    sparsity: float           # behind the learning
 
 
 class Learner(Part):
     """Moves the masks that a LearnMasks has marked."""
 
     def __init__(self, of: LearnMasks, marked: Sequence[Marked]) -> None:
-        self._of = of
+        self._of, self._sparsity = of, Named.parse("schedule", of.sparsity)
         places: dict[int, Learnt] = {}
         for one in marked:
             known = places.get(id(mask_of(one)))
@@ -43,6 +46,9 @@ class Learner(Part):
             elif known.tap is not one.tap:
                 raise InputError("two weights share this mask", where=one.path, hint="give each a mask of its own")
         self._places = list(places.values())
+        for place in self._places if self._sparsity(0) != 1 else ():
+            begin = self._choice(place, 0, place.mask if place.parameter is None else place.parameter)
+            place.mask.copy_(place.tap.chooser.mask(place.tap.scores.detach(), place.mask, begin))
 
     def _place(self, one: Marked) -> Learnt:
         mask, tap = mask_of(one), one.tap
@@ -54,7 +60,14 @@ class Learner(Part):
         tap.chooser.check(choice, tuple(mask.shape))
         tap.choice = choice
         tap.scores = torch.nn.Parameter(tap.chooser.start(mask, choice).to(mask.device))
-        return Learnt(one.path, tap, mask)
+        parameter = next((tensor for tensor in one.tensors.values() if tensor is not mask), None)
+        return Learnt(one.path, tap, mask, parameter, 1 - choice.density)
+
+    def _choice(self, place: Learnt, step: int, weight: Tensor | None) -> Choice:
+        """What the chooser is told for the mask behind a step."""
+        assert place.tap.choice is not None
+        density = 1 - place.sparsity * self._sparsity(step)
+        return replace(place.tap.choice, density=density, weight=None if weight is None else weight.detach())
 
     def move(self, step: int) -> None:
         for place in self._places:
@@ -73,12 +86,15 @@ class Learner(Part):
         return ()
 
     def _choose(self, place: Learnt, step: int) -> None:
-        """Scores that are frozen, or not finite, leave the mask as it is."""
+        """Scores that are frozen, or not finite, leave the mask as it is; so do weights that are looked at, and are not finite or not there yet."""
         tap = place.tap
-        if tap.scores.requires_grad and bool(tap.scores.isfinite().all()):
-            tap.begin(self._progress(step), tap.name)
-            assert tap.choice is not None
-            place.mask.copy_(tap.chooser.mask(tap.scores.detach(), place.mask, tap.choice))
+        weight = tap.weight if place.parameter is None else place.parameter
+        if not tap.scores.requires_grad or not bool(tap.scores.isfinite().all()):
+            return
+        if tap.chooser.of_weights and (weight is None or not bool(weight.isfinite().all())):
+            return
+        tap.begin(self._progress(step), tap.name)
+        place.mask.copy_(tap.chooser.mask(tap.scores.detach(), place.mask, self._choice(place, step, weight)))
 
     def _progress(self, step: int) -> float:
         return min(step / self._of.until, 1.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsify_compiler.errors import InputError
 from sparsify_compiler.masked import Masked
 from sparsify_compiler.masked_backward import WayBack
+from sparsify_compiler.masked_pairs import Pairs, correlation
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._moving import cut, regrown, shared, thinned
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from sparsify_compiler.passes.train.move_masks import MoveMasks
 
 
-GRADIENT = "gradient"  # the statistic that training itself gives
+GRADIENT, CORRELATION, START = "gradient", "correlation", "start"
+OF_TRAINING = frozenset((GRADIENT, CORRELATION, START))  # statistics that training itself gives; "start" is the weight when attached
 
 
 class Mover(Part):
@@ -33,11 +35,16 @@ class Mover(Part):
         self._sparsity, self._decay = Named.parse("schedule", of.sparsity), Named.parse("schedule", of.decay)
         self._scores = of.scores()
         self._reads = of.smooth > 0 or any(GRADIENT in name.statistics for name in self._scores)
+        looked_at = {name for score in self._scores for name in score.statistics}
+        self._anneal = Named.parse("schedule", of.anneal)
         self._rest = None if of.rest is None else Named.parse("schedule", of.rest)
         self._places = places_of(of, marked)
+        self._pairs = CORRELATION in looked_at
+        self._start = {place.path: place.weight().clone() for place in self._places} if START in looked_at else {}
         for place in self._places if self._sparsity(0) != 1 or of.backward is not None else ():
             weight = place.weight()
-            start = self._scores[0](weight, {**place.known, GRADIENT: torch.zeros_like(weight)}, of.seed)
+            blind = {GRADIENT, CORRELATION} & set(self._scores[0].statistics)  # nothing is known of these before the first step
+            start = (Named.parse("score", "magnitude") if blind else self._scores[0])(weight, {**place.known, START: weight}, of.seed)
             if self._sparsity(0) != 1:
                 place.put(cut(place.structure, start, self._density(place, 0)))
             self._turn(place, start)
@@ -51,12 +58,16 @@ class Mover(Part):
                 if isinstance(tap, Masked):
                     tap.rest = 0.0 if self._rest is None else self._rest(step)
                 tap.take()
+                for pairs in _pairs(tap):
+                    pairs.wanted = step < self._of.until and self._due(step + 1)
+                    pairs.take()
 
     def loss(self, step: int) -> Tensor | None:
         """Half the penalty times the sum of the squares of the weights that are not kept (SR-STE)."""
         if not self._of.penalty:
             return None
-        return torch.stack([place.beyond() for place in self._places]).sum() * (self._of.penalty / 2)
+        weight = self._of.penalty / 2 * self._anneal(step)
+        return torch.stack([place.beyond() for place in self._places]).sum() * weight if weight else None
 
     def update(self, step: int) -> Iterator[Anew]:
         """Move every mask, in the steps that do; the weights that went or came."""
@@ -71,7 +82,28 @@ class Mover(Part):
                  if not self._reads or (gradient is not None and bool(gradient.isfinite().all()))]
         targets = self._targets(moved, step)
         for place, gradient in moved:
-            yield self._update(place, gradient, step, targets.get(place.path))
+            given = self._known(place, gradient)
+            if all(bool(given[name].isfinite().all()) for name in (CORRELATION,) if name in given):
+                yield self._update(place, given, step, targets.get(place.path))
+
+    def _known(self, place: Place, gradient: Tensor | None) -> dict[str, Tensor]:
+        """The statistics that the scores of a place see."""
+        known = dict(place.known) if gradient is None else {**place.known, GRADIENT: gradient}
+        if self._start:
+            known[START] = self._start[place.path]
+        return {**known, CORRELATION: self._correlation(place)} if self._pairs else known
+
+    def _correlation(self, place: Place) -> Tensor:
+        """Of the forward passes of the step at hand, of all uses and all processes. Raises InputError where there were none."""
+        found = [sums for tap in place.taps for pairs in _pairs(tap) if (sums := pairs.take()) is not None]
+        if not found:
+            raise InputError("no forward pass with gradients has gone through a masked layer since the last step", where="Hook.step",
+                             hint="call hook.step() once after each optimizer.step()")
+        total = tuple(torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for part in total:
+                torch.distributed.all_reduce(part)
+        return correlation(total)
 
     def _turn(self, place: Place, score: Tensor) -> None:
         """Choose what the way back is computed with."""
@@ -120,9 +152,8 @@ class Mover(Part):
         grown = shared(sum(dropped), [size - count for size, count in zip(sizes, stay, strict=True)], means)
         return {place.path: (a + b) / size for (place, _), a, b, size in zip(found, stay, grown, sizes, strict=True)}
 
-    def _update(self, place: Place, gradient: Tensor | None, step: int, target: float | None) -> Anew:
+    def _update(self, place: Place, given: dict[str, Tensor], step: int, target: float | None) -> Anew:
         """Move one mask, to a density of its own where one is given."""
-        given = place.known if gradient is None else {**place.known, GRADIENT: gradient}
         seed = zlib.crc32(f"{self._of.seed} {place.path} {step}".encode())
         weight, mask = place.weight(), place.mask()
         score, *growth = (named(weight, given, seed) for named in self._scores)
@@ -136,3 +167,7 @@ class Mover(Part):
             new = thinned(old, score, place.structure, density)
         self._turn(place, score)
         return place.move(new, keep=self._of.straight_through)
+
+
+def _pairs(tap: object) -> tuple[Pairs, ...]:
+    return tuple(one for one in getattr(tap, "pairs", ()) if isinstance(one, Pairs))

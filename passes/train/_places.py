@@ -153,6 +153,11 @@ def _place(of: MoveMasks, group: Sequence[Marked]) -> Place:
     if packed is not None and (of.straight_through or of.penalty or of.smooth or of.rest or of.backward):
         raise InputError("straight_through, penalty, smooth, rest and backward need the weights that are not kept", where=one.path,
                          hint="leave out pack()")
+    if packed is not None and any("correlation" in score.statistics for score in of.scores()):
+        raise InputError("packed layers do not correlate what goes through them", where=one.path, hint="leave out pack()")
+    if packed is None and len(one.tensors) < 2:
+        raise InputError("this weight is computed from others, which its mask cannot start anew", where=one.path,
+                         hint="move masks first and add adapters beside them, or let learn_masks() choose")
     mask = mask_of(one) if packed is None else packed.stored.mask()
     structure = structure_of(one, of.structure)
     if of.redistribute and structure.density is not None:

@@ -14,7 +14,7 @@ from sparsify_compiler.normal_form_edit import aten, insert
 from sparsify_compiler.passes.prune._low_rank import MARK
 from sparsify_compiler.passes.train._frozen import freeze, weight_of
 from sparsify_compiler.passes.train.adapters._base import Adapter
-from sparsify_compiler.passes_api import Context, Pass
+from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, get_tensor, set_tensor
 from sparsify_compiler.sites import chosen_sites
 from sparsify_compiler.splice import insert_formula
@@ -30,7 +30,7 @@ class AddAdapters(Pass):
     Matches    linear(x, w, b) and linear(x, w * mask, b)
     Rewrites   linear(x, f(w), b) and linear(x, f(w) * mask, b), f the adapter; of one beside its layer linear(x, w * mask, b) + f(x), of one behind
                it y + f(y), y = linear(x, w * mask, b). merge_adapters() makes weights of them again, where they are linear
-    Preserves  values
+    Preserves  values; signature, where the adapter stands for something from the start on (bottleneck, group_sums)
     Paper      LoRA, arXiv:2106.09685; SPP, arXiv:2405.16057; SQFT, arXiv:2410.03750; DSEE, arXiv:2111.00160;
                SparseAdapter, arXiv:2210.04284; LLaVA-MoLE, arXiv:2401.16160; SMoRA, arXiv:2501.15103
 
@@ -46,7 +46,10 @@ class AddAdapters(Pass):
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        Named.parse("adapter", self.adapter)(torch.ones(2, 2, dtype=torch.float32), 0)
+        adapter = Named.parse("adapter", self.adapter)
+        adapter(torch.ones(2, 2, dtype=torch.float32), 0)
+        if getattr(adapter.module, "CHANGES", False):
+            object.__setattr__(self, "preserves", Preserves.SIGNATURE)
         self.take_selectors("targets", "ignore")
 
     def run(self, program: Program, ctx: Context) -> Program:
@@ -99,7 +102,8 @@ class AddAdapters(Pass):
     def _of(self, region: Region, name: str, mask: str | None, shared: bool) -> Adapter:
         """Of one weight; is it read by what gets none?"""
         dense, seed = get_tensor(region.module, name).detach(), zlib.crc32(f"{self.seed} {region.qualified(name)}".encode())
-        adapter: Adapter = Named.parse("adapter", self.adapter)(dense, seed)
+        kept = None if mask is None else get_tensor(region.module, mask)
+        adapter: Adapter = Named.parse("adapter", self.adapter)(dense, seed, kept)
         if adapter.rest is not None and mask is not None:
             raise StructureError("a low-rank part of a masked weight would leave its mask", where=region.qualified(name),
                                  hint="start='zero', or add the adapters first and mask what is left")

@@ -18,6 +18,7 @@ from sparsify_compiler.program import Program, Region, get_tensor
 from sparsify_compiler.sites import chosen_sites
 from sparsify_compiler.stored import beside, read_stored
 
+SLACK = 1e-6            # 1 / 0.1 may be just below 10
 EXPANDED = "part_of"  # node meta of the layers that stand for one: its path
 
 
@@ -32,7 +33,7 @@ class ExpandLinears(Pass):
     Paper      Sparse Parallel and Sparse Factorized of Sparse-IFT, arXiv:2303.11525
 
     form    "parallel", or "factorized"
-    growth  how many times as many weights as before: 1 / density of the masks. Rounded to whole layers in parallel
+    growth  how many times as many weights as before: 1 / density of the masks. In parallel as many whole layers as fit
     seed    of the new weights
 
     Between parallel layers nothing is left of the batch norms that each has in the paper's convolutional networks: their sum is one linear map.
@@ -79,7 +80,7 @@ class ExpandLinears(Pass):
     def _parallel(self, region: Region, op: fx.Node, weight: fx.Node) -> None:
         dense, total, after = get_tensor(region.module, str(weight.target)).detach(), op, op.next
         users = list(op.users)
-        for branch in range(1, round(self.growth)):
+        for branch in range(1, math.floor(self.growth + SLACK)):
             generator = self._generator(region, f"{weight.target} {branch}")
             drawn = torch.randint(dense.numel(), dense.shape, generator=generator).to(dense.device)
             made = self._layer(region, op, after, f"branch_{branch}", dense.flatten()[drawn], None)

@@ -30,7 +30,7 @@ class LearnMasks(TrainingPass):
     Matches    linear(x, weight * mask, bias) and conv(x, weight * mask, bias, ...), mask a bool buffer, as mask_weights() leaves it
     Rewrites   nothing: it marks the masks that hook.step() of sc.attach() moves, and freezes
     Preserves  values
-    Paper      none: the frame that MaskLLM (arXiv:2409.17481) and Lottery Jackpots (arXiv:2104.08700) fill in
+    Paper      none: the frame that MaskLLM (arXiv:2409.17481), Lottery Jackpots (arXiv:2104.08700) and PST (arXiv:2205.11005) fill in
 
     chooser    a file of passes/train/choosers with its options, "gumbel(prior=3.0)" or "top_k": its scores are among the module's parameters
     until      the step of the last choice. From there on the mask stays, and forward passes of training multiply with it too, as all others do
@@ -38,11 +38,13 @@ class LearnMasks(TrainingPass):
     reward     weight of the sum of the squares of the weights, as a training pass multiplies with them, taken off the loss; it falls to 0 in a line
                (MaskLLM's sparse weight regularization)
     freeze     everything that the graphs hold; False: the masked weights alone
+    sparsity   a schedule that multiplies the layer's sparsity, "cubic(end=700)", for choosers whose masks can thin out: factored, top_k(power=0.0)
     structure  of the masks; None for that with which mask_weights() made them (unstructured, where the mask was there)
     seed       of noise
     targets    selectors of linear and convolution sites; all that have a mask by default
     ignore     selectors of sites whose masks stay
 
+    A weight that add_adapters(), behind this pass, makes of a frozen one and an adapter inside of the mask is chosen from as well.
     The mask is always one of the structure, and a forward pass without gradients (an evaluation, compile()) multiplies with it alone. Scores that are
     not finite leave it as it is. An optimizer's weight decay pulls scores to 0, the same for all, so that it should be 0 for them.
     """
@@ -52,13 +54,17 @@ class LearnMasks(TrainingPass):
     every: int = 1
     reward: float = 0.0
     freeze: bool = True
+    sparsity: str = "constant"
     structure: Structure | str | None = None
     seed: int = 0
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.made()
+        Named.parse("schedule", self.sparsity)(0)
+        thins = self.made().thins
+        if self.sparsity != "constant" and not thins:
+            raise ParseError(f"the masks of {self.chooser} do not thin out", where="learn_masks", hint="sparsity='constant', or the chooser factored")
         if isinstance(self.structure, str):
             object.__setattr__(self, "structure", Structure.parse(self.structure))
         if self.every < 1 or self.until < 1:

@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.masked import Masked, masked_weight, tap_product
 from sparsify_compiler.masked_backward import tap_backward
+from sparsify_compiler.masked_pairs import tap_pairs
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.structures._base import Structure
-from sparsify_compiler.passes.train._mover import GRADIENT, Mover
+from sparsify_compiler.passes.train._mover import CORRELATION, OF_TRAINING, Mover
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
 from sparsify_compiler.sites import chosen_sites
@@ -33,9 +34,10 @@ class MoveMasks(TrainingPass):
 
     sparsity   a file of passes/train/schedules, of the number of steps, which multiplies the layer's sparsity (the structure's own, or
                that of its mask when attached). "cubic(end=750)" starts dense and ends there
-    drop       a file of passes/prune/scores, of the weights as they are by then: the lowest go. Gradients that it looks at are those of training;
-               other statistics are those of the calibration, of the model before it is trained
-    grow       such a file for what comes in for a `fraction` that goes: "random", "gradient"; None: nothing comes back
+    drop       a file of passes/prune/scores, of the weights as they are by then: the lowest go. Gradients, correlations of inputs and outputs and
+               the weights at the start that it looks at are those of training; other statistics are those of the calibration, of the model before it
+               is trained
+    grow       such a file for what comes in for a `fraction` that goes: "random", "gradient", "correlation"; None: nothing comes back
     fraction   share of the kept weights that may be exchanged in one update
     decay      a schedule that multiplies the fraction
     every      steps between two updates
@@ -49,6 +51,7 @@ class MoveMasks(TrainingPass):
     backward   a structure: the gradient of the layer's input is computed with the weights that it keeps of all, "NM(n=2, m=8, along='outputs')"
                (BDWP, arXiv:2309.13015)
     penalty    weight of half the sum of the squares of the weights that are not kept, a term of the loss (SR-STE, arXiv:2102.04010, equation 9)
+    anneal     a schedule that multiplies the penalty, "ramp(end=250)" (AST, arXiv:2407.20584)
     redistribute  what all layers drop comes back in those whose kept weights have the largest gradients on average (arXiv:1907.04840, section 3.3); a
                layer's density then is its own, and the schedule's no more
     least      rows with less than this share of the usual number of inputs go as a whole, but in the last layer (SRigL, arXiv:2305.02299)
@@ -73,6 +76,7 @@ class MoveMasks(TrainingPass):
     rest: str | None = None
     backward: Structure | str | None = None
     penalty: float = 0.0
+    anneal: str = "constant"
     least: float = 0.0
     redistribute: bool = False
     seed: int = 0
@@ -82,6 +86,7 @@ class MoveMasks(TrainingPass):
     def __post_init__(self) -> None:
         Named.parse("schedule", self.sparsity)(0)
         Named.parse("schedule", self.decay)(0)
+        Named.parse("schedule", self.anneal)(0)
         for name in self.scores():
             if "movement" in name.statistics:
                 raise ParseError(f"the score {name.name} sums up over all steps, and masks move between them", where="move_masks")
@@ -113,7 +118,7 @@ class MoveMasks(TrainingPass):
         return {site.path: names for site in chosen_sites(program, KINDS, self.targets, self.ignore)} if names else {}
 
     def _calibrated(self) -> frozenset[str]:
-        return frozenset(name for score in self.scores() for name in score.statistics) - {GRADIENT}
+        return frozenset(name for score in self.scores() for name in score.statistics) - OF_TRAINING
 
     def run(self, program: Program, ctx: Context) -> Program:
         for site in chosen_sites(program, KINDS, self.targets, self.ignore):
@@ -131,8 +136,9 @@ class MoveMasks(TrainingPass):
             return Masked(self.straight_through, torch.zeros_like(weight, requires_grad=False) if self.smooth > 0 else None)
 
         backs = tap_backward(region, name, node) if self.backward is not None else ()
+        pairs = tap_pairs(region, name, node) if any(CORRELATION in score.statistics for score in self.scores()) else ()
         made = tap_product(region, name, node, make)
-        made.backs = backs
+        made.backs, made.pairs = backs, pairs
         return made
 
     def part(self, marked: Sequence[Marked]) -> Part:

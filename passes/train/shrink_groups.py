@@ -34,9 +34,10 @@ class ShrinkGroups(TrainingPass):
     targets   selectors of linear and convolution sites; all that have a mask by default
     ignore    selectors of sites
 
-    Groups are rows, columns, blocks or single weights of a layer, and as many are wanted as the mask kept when attached. They are not cut by this,
-    and may come back: put move_masks(sparsity="after(start=...)") before it. The paper steps along plain gradients; behind another optimizer the
-    step is the same, and its fixed points are not. Frozen weights, and those that are not finite, stay.
+    Groups are rows, columns, blocks or single weights, and as many of a layer are wanted as the mask kept when attached; of each output or input,
+    where the structure compares no others. They are not cut by this, and may come back: put move_masks(sparsity="after(start=...)") before it.
+    The paper steps along plain gradients; behind another optimizer the step is the same, and its fixed points are not. Frozen weights, and those
+    that are not finite, stay.
     """
 
     strength: float = 1e-3
@@ -67,25 +68,32 @@ class _Shrinking(Part):
 
     def update(self, step: int) -> Iterable[Anew]:
         strength = self._strength * self._schedule(step - 1)
-        for place, groups in self._places if strength else ():
+        for place, (groups, contests) in self._places if strength else ():
             if place.parameter.requires_grad and bool(place.parameter.isfinite().all()):
-                shrink(place.parameter, groups, kept(int(groups.max()) + 1, place.share), strength)
+                shrink(place.parameter, groups, kept((int(groups.max()) + 1) // contests, place.share), strength, contests)
         return ()
 
 
-def shrink(weight: Tensor, groups: Tensor, count: int, strength: float) -> None:
-    """Multiply each group of a weight with its factor, in place. groups: int64 of the weight's shape, numbers from 0 on."""
+def shrink(weight: Tensor, groups: Tensor, count: int, strength: float, contests: int = 1) -> None:
+    """Multiply each group of a weight with its factor, in place.
+
+    groups    int64 of the weight's shape, numbers from 0 on
+    contests  as many equal runs of these numbers, in each of which `count` are wanted
+    """
     squares = torch.zeros(int(groups.max()) + 1, dtype=torch.float64, device=weight.device)
     squares.index_add_(0, groups.flatten(), weight.detach().double().square().flatten())
-    weight.mul_(shrink_factors(squares.sqrt(), count, strength)[groups].to(weight.dtype))
+    weight.mul_(shrink_factors(squares.sqrt().view(contests, -1), count, strength).flatten()[groups].to(weight.dtype))
 
 
-def _groups(place: Aimed) -> Tensor:
+def _groups(place: Aimed) -> tuple[Tensor, int]:
+    """int64 of the weight's shape, the groups by number, and how many runs of them are compared among themselves."""
     shape = place.mask.shape
     if place.structure.density is not None or not place.mask.numel():
         raise InputError(f"{place.structure} keeps its share of every few weights: there is nothing to choose in a layer", where=place.path,
                          hint="rows, columns, blocks, or unstructured")
-    return place.structure.groups(shape[0], place.mask[0].numel()).reshape(shape).to(place.mask.device)
+    rows, columns = shape[0], place.mask[0].numel()
+    groups = place.structure.groups(rows, columns)
+    return groups.reshape(shape).to(place.mask.device), place.structure.contests(rows, columns)
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

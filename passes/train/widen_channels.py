@@ -34,7 +34,8 @@ class WidenChannels(Pass):
     Paper      Sparse Wide of Sparse-IFT, arXiv:2303.11525; start="copies": Net2WiderNet of Net2Net, arXiv:1511.05641
 
     density   that all linear layers and convolutions are to have then; the same factor for all chosen groups follows
-    start     "fresh": weights are drawn anew from their own values, scaled as a layer of more inputs starts; for a model that is not trained.
+    start     "fresh": weights are drawn anew from their own values, those of layers with more inputs scaled as such start (tables of embeddings
+              are not, nor what is tied to one); for a model that is not trained.
               "copies": units are repeated and what reads them divided, so that an untouched model of no norms over them gives what it gave
     seed      of what is drawn
     targets   selectors of groups, as in remove_channels()
@@ -64,7 +65,10 @@ class WidenChannels(Pass):
         groups = find_groups(program)
         chosen = [group for group in self._chosen(groups, program, ctx) if ctx.spend()]
         counts = {group.atom: _counts(group.size, self._factor(program, groups, chosen)) for group in chosen}
-        before = {(one.region.path, one.name): one.tensor for group in chosen for one in group.members}
+        members = [one for group in chosen for one in group.members]
+        before = {(one.region.path, one.name): one.tensor for one in members}
+        read = {(one.region.path, one.name) for one in members if one.reads}
+        tables = {(one.region.path, one.name) for one in members if any(is_call(node, aten.embedding.default) for node in one.writes)}
         divisors = self._divisors(groups, chosen, counts) if self.start == "copies" else {}
         cut_channels(program, groups.found, counts, self.name())
         done: dict[int, tuple[Tensor, Tensor]] = {}  # what tied names held, kept so that no address is used twice, and what they hold then
@@ -72,7 +76,8 @@ class WidenChannels(Pass):
             module = program.regions[path].module
             now = get_tensor(module, name)
             if id(now) not in done:
-                made = self._started(now.detach(), old.detach(), divisors.get((path, name), {}), name)
+                scaled = (path, name) in read - tables
+                made = self._started(now.detach(), old.detach(), divisors.get((path, name), {}), name, scaled)
                 done[id(now)] = now, nn.Parameter(made, old.requires_grad) if isinstance(now, nn.Parameter) else made
             set_tensor(module, name, done[id(now)][1])
         return program
@@ -110,14 +115,14 @@ class WidenChannels(Pass):
             found.setdefault((one.region.path, one.name), {})[one.dim] = axes.kept(one.axis, counts)[axes.index(one.axis, counts)]
         return found
 
-    def _started(self, now: Tensor, old: Tensor, divisors: Mapping[int, Tensor], name: str) -> Tensor:
+    def _started(self, now: Tensor, old: Tensor, divisors: Mapping[int, Tensor], name: str, scaled: bool) -> Tensor:
         for dim, often in divisors.items():
             now = now / often.to(now).view(-1, *[1] * (now.dim() - dim - 1))
         if self.start == "copies" or now.dim() < 2 or not now.is_floating_point():
             return now.clone()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
         drawn = torch.randint(old.numel(), now.shape, generator=generator).to(old.device)
-        return old.flatten()[drawn] * math.sqrt(old[0].numel() / now[0].numel())
+        return old.flatten()[drawn] * (math.sqrt(old[0].numel() / now[0].numel()) if scaled else 1.0)
 
 
 def _counts(size: int, factor: float) -> Tensor:

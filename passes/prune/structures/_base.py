@@ -40,6 +40,10 @@ class Structure:
         """int64 [rows, columns]: weights of the same number, from 0 on, are kept or cut together; by default each is alone."""
         return torch.arange(rows * columns).view(rows, columns)
 
+    def contests(self, rows: int, columns: int) -> int:
+        """Into how many equal runs of numbers groups() falls, each of which keeps its own share; one by default, the layer."""
+        return 1
+
     def share(self, mask: Tensor) -> float:
         """The density at which mask() keeps as much as a mask [out, in, ...] does: of its weights, or of the groups, where the last is smaller.
 

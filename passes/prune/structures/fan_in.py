@@ -25,5 +25,8 @@ class FanIn(Structure):
     def formats(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
         return (("condensed", {}), *ANY_MASK)
 
+    def contests(self, rows: int, columns: int) -> int:
+        return rows
+
     def _keep(self, score: Tensor, density: float) -> Tensor:
         return keep_top(score, kept(score.shape[1], density))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import StructureError
@@ -30,6 +31,16 @@ class Unstructured(Structure):
 
     def formats(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
         return (("condensed", {}), *ANY_MASK) if self.scope == "row" else ANY_MASK
+
+    def groups(self, rows: int, columns: int) -> Tensor:
+        whole = torch.arange(rows * columns)
+        return whole.view(columns, rows).T if self.scope == "column" else whole.view(rows, columns)
+
+    def contests(self, rows: int, columns: int) -> int:
+        return {"layer": 1, "row": rows, "column": columns}[self.scope]
+
+    def share(self, mask: Tensor) -> float:
+        return float(mask.double().mean())
 
     def _keep(self, score: Tensor, density: float) -> Tensor:
         if self.scope == "column":

@@ -1,4 +1,8 @@
-"""What an adapter is: a function `name(weight, seed, *, options) -> Adapter` in a file of its own; weight [out, in] is the layer's, not masked."""
+"""What an adapter is: a function `name(weight, seed, mask, *, options) -> Adapter` in a file of its own.
+
+weight [out, in] is the layer's, not masked; mask bool of its shape, or None where there is none. A module constant CHANGES = True says that the layer
+gives something else with the adapter from the start on.
+"""
 
 from __future__ import annotations
 

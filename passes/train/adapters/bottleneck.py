@@ -12,10 +12,12 @@ from torch.nn.functional import gelu, linear, relu, silu
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.passes.train.adapters._base import Adapter, check_rank
 
+CHANGES = True
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "silu": silu}
 
 
-def bottleneck(weight: Tensor, seed: int, *, rank: int = 16, scale: float = 1.0, activation: str = "relu", spread: float = 0.01) -> Adapter:
+def bottleneck(weight: Tensor, seed: int, mask: Tensor | None = None, *, rank: int = 16, scale: float = 1.0, activation: str = "relu",
+               spread: float = 0.01) -> Adapter:
     """y + scale * linear(activation(linear(y, reads)), writes), y what the layer gives.
 
     spread  standard deviation of both at the start: 0 for the last alone would start with no change, and no gradient would tell its inputs apart

@@ -14,7 +14,8 @@ from sparsify_compiler.passes.train.adapters._base import Adapter, check_rank, f
 STARTS = ("zero", "principal")
 
 
-def low_rank(weight: Tensor, seed: int, *, rank: int = 8, scale: float = 1.0, share: float = 0.0, start: str = "zero") -> Adapter:
+def low_rank(weight: Tensor, seed: int, mask: Tensor | None = None, *, rank: int = 8, scale: float = 1.0, share: float = 0.0,
+             start: str = "zero") -> Adapter:
     """linear(x, weight) + scale * linear(linear(x, reads), writes).
 
     share  where above 0, the rank is that at which both factors together have this share of the weight's numbers

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsify_compiler.passes.train.adapters._base import Adapter, factors
 
 
-def masked_low_rank(weight: Tensor, seed: int, *, rank: int = 8, scale: float = 1.0) -> Adapter:
+def masked_low_rank(weight: Tensor, seed: int, mask: Tensor | None = None, *, rank: int = 8, scale: float = 1.0) -> Adapter:
     """weight + scale * writes reads."""
     return Adapter("inside", partial(_changed, scale=scale), factors(weight, rank, seed))
 

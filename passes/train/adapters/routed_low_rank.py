@@ -12,7 +12,8 @@ from sparsify_compiler.errors import ParseError
 from sparsify_compiler.passes.train.adapters._base import Adapter, factors, uniform
 
 
-def routed_low_rank(weight: Tensor, seed: int, *, experts: int = 4, rank: int = 8, chosen: int = 1, scale: float = 1.0) -> Adapter:
+def routed_low_rank(weight: Tensor, seed: int, mask: Tensor | None = None, *, experts: int = 4, rank: int = 8, chosen: int = 1,
+                    scale: float = 1.0) -> Adapter:
     """scale * linear(gate * linear(x, reads), writes), reads [experts * rank, in]; a row's gate is the softmax of its scores at the highest of them.
 
     chosen  how many experts a row uses. rank=1 makes an expert of each rank

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsify_compiler.passes.train.adapters._base import Adapter, factors
 
 
-def row_by_column(weight: Tensor, seed: int, *, rank: int = 1, scale: float = 1.0) -> Adapter:
+def row_by_column(weight: Tensor, seed: int, mask: Tensor | None = None, *, rank: int = 1, scale: float = 1.0) -> Adapter:
     """weight * (1 + scale * writes reads)."""
     return Adapter("inside", partial(_changed, scale=scale), factors(weight, rank, seed))
 

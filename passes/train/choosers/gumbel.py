@@ -58,7 +58,8 @@ class Gumbel(Chooser):
         scale, temperature = ((1 - t) * first + t * last for first, last in (self.scale, self.temperature))
         drawn = torch.empty_like(scores).exponential_(generator=choice.noise(scores.device))
         shares = ((scores * scale - drawn.clamp_min(torch.finfo(drawn.dtype).tiny).log()) / temperature).softmax(1)
-        return _whole(shares @ _candidates(form, scores.device), mask, form)
+        with torch.autocast(scores.device.type, enabled=False):  # a user's autocast would round the shares to 16 bits
+            return _whole(shares.float() @ _candidates(form, scores.device), mask, form)
 
     def mask(self, scores: Tensor, mask: Tensor, choice: Choice) -> Tensor:
         form = _form(choice)

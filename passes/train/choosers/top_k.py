@@ -25,6 +25,10 @@ class TopK(Chooser):
     gap: float = 0.01
     power: float = 4.0
 
+    @property
+    def thins(self) -> bool:
+        return self.power == 0
+
     def start(self, mask: Tensor, choice: Choice) -> Tensor:
         return 1 - self.gap * (~mask).float()
 
