@@ -96,7 +96,7 @@ def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] 
         tap = taps.get((node, type(by).tap))
         stands = node in packed or (isinstance(tap, Masked) and any(tap is part for part in region.module.children()))
         if stands and movers.get((node, type(by).tap), by) != by:
-            raise InputError(f"another pass moves this mask: {by.name()}() is there twice", where=path, hint="one of them, or other targets= for each")
+            raise InputError(f"another pass moves this mask: {by.name()}() is there twice", where=path, hint="one of them, or other targets=")
         movers[node, type(by).tap] = by
         if node not in packed and (node, type(by).tap) not in taps:
             taps[node, type(by).tap] = by.tap(region, f"sparsify_watch_{len(taps)}", node)

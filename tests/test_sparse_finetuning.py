@@ -346,7 +346,7 @@ def test_groups_are_connected_whole_and_correlated_ones_grow() -> None:
     going = int(before.sum()) - math.ceil(stays * before.numel() - 1e-6)
     limit = size[before].sort().values[going - 1]
     free = (~before | (size <= limit)) & ~(before & (size > limit))
-    related = torch.corrcoef(torch.cat([hidden.T, X.T]))[:32, 32:].nan_to_num(0).abs().masked_fill(~free, -1)  # rows that are cut whole give a constant
+    related = torch.corrcoef(torch.cat([hidden.T, X.T]))[:32, 32:].nan_to_num(0).abs().masked_fill(~free, -1)  # rows that are cut whole are constant
     came = hook.masks["0"] & free
     assert int(came.sum()) == going
     assert set(related.flatten().topk(going).indices.tolist()) == set(came.flatten().nonzero()[:, 0].tolist())

@@ -1,0 +1,115 @@
+"""What holds for every recipe of the catalogue that trains with masks: zeros give nothing after any step, and come back only where something grows."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sparsify_compiler as sc
+from sparsify_compiler import catalog
+from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.passes.train.learn_masks import LearnMasks
+from sparsify_compiler.passes.train.move_masks import MoveMasks
+from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.training import Hook
+
+X = torch.randn(24, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+Y = torch.randn(24, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+GIVEN = {"density": 0.5, "steps": 6, "every": 2, "group": 8, "size": 4, "batches": 4, "rank": 2}
+TRAINED = {MoveMasks, LearnMasks}
+
+
+class Net(nn.Module):
+    """Two FFNs with their residuals: what all of these recipes find something in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList((nn.Linear(16, 32), nn.Linear(32, 16))) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in self.layers:  # type: ignore[misc]
+            x = x + down(functional.relu(up(x)))
+        return x
+
+
+def made(name: str) -> Pipeline:
+    recipe = catalog.get("recipe", name)
+    known = inspect.signature(recipe).parameters
+    pipeline: Pipeline = recipe(**{key: value for key, value in GIVEN.items() if key in known})
+    return pipeline
+
+
+def with_masks() -> list[str]:
+    """Recipes with a pass of passes/train and one that masks."""
+    found = []
+    for name in catalog.names("recipe"):
+        try:
+            names = [one.name() for one in made(name).passes]
+            trains = any(".passes.train." in type(one).__module__ for one in made(name).passes)
+        except (SparsifyError, TypeError):
+            continue
+        if trains and "mask_weights" in names:
+            found.append(name)
+    return found
+
+
+def attached(name: str) -> tuple[nn.Module, Hook, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    module, hook = sc.attach(Net().eval(), (X,), made(name), calibration=[(X,)])
+    return module, hook, torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], 1e-2, weight_decay=0.1)
+
+
+def step(module: nn.Module, hook: Hook, optimizer: torch.optim.Optimizer) -> float:
+    loss = functional.mse_loss(module(X), Y) + hook.loss()
+    loss.backward()
+    optimizer.step()
+    hook.step(optimizer)
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def test_there_are_some() -> None:
+    assert {"rigl", "gmp", "mask_llm", "pst", "ast", "app", "g2gnet", "activate_while_pruning", "sqft", "srigl"} <= set(with_masks())
+
+
+@pytest.mark.parametrize("name", with_masks())
+def test_no_zero_is_lost_but_where_its_updater_grows(name: str) -> None:
+    module, hook, optimizer = attached(name)
+    grows = any((isinstance(one, MoveMasks) and (one.grow is not None or one.straight_through)) or isinstance(one, LearnMasks)
+                for one in made(name).passes)
+    pairs = {key: module.get_parameter(key.removesuffix("_mask")) for key, one in module.named_buffers() if key.endswith("_mask")}
+    assert pairs
+    for _ in range(8):
+        before = {key: module.get_buffer(key).clone() for key in pairs}
+        step(module, hook, optimizer)
+        with torch.no_grad():
+            expected = module(X)
+            for key, weight in pairs.items():
+                mask = module.get_buffer(key)
+                assert grows or not bool((mask & ~before[key]).any())
+                kept = weight.clone()
+                weight.masked_fill_(~mask, 3.0)
+                assert torch.equal(module(X), expected), f"what {key} cuts has an effect"
+                weight.copy_(kept)
+
+
+@pytest.mark.parametrize("name", with_masks())
+def test_a_run_that_is_resumed_is_the_same_to_the_bit(name: str) -> None:
+    module, hook, optimizer = attached(name)
+    for _ in range(3):
+        step(module, hook, optimizer)
+    saved: Any = copy.deepcopy((module.state_dict(), hook.state_dict(), optimizer.state_dict()))
+    losses = [step(module, hook, optimizer) for _ in range(4)]
+    again, other, second = attached(name)
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    second.load_state_dict(saved[2])
+    assert [step(again, other, second) for _ in range(4)] == losses
+    for key, value in module.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
