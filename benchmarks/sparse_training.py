@@ -29,7 +29,7 @@ import sparsify_compiler as sc
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.training import Hook
 
-BATCH, RATE, EVERY, LAYERS = 128, 2e-3, 25, ("linear", "conv")
+BATCH, RATE, SGD, EVERY, LAYERS = 128, 2e-3, 0.1, 25, ("linear", "conv")
 
 
 def random_masks(budget: str, density: float) -> Pipeline:
@@ -74,6 +74,11 @@ METHODS: dict[str, Callable[[float, int], Pipeline]] = {  # of density and the s
     "structure decay 1:16": lambda density, last: sc.recipes.progressive_gradient_flow(1, 16, "structure", last, last // 10, padded=True),
     "STE 2:8": lambda density, last: sc.recipes.sr_ste("NM(n=2, m=8, padded=True)", penalty=0.0),
     "BDWP 2:8": lambda density, last: sc.recipes.bdwp(2, 8, padded=True),
+    "APP, magnitude": lambda density, last: sc.recipes.app(density, 0.8, 8, last // 7, "magnitude"),
+    "APP": lambda density, last: sc.recipes.app(density, 0.8, 8, last // 7),
+    "AP": lambda density, last: sc.recipes.activate_while_pruning(density, budget="erk", steps=last, every=EVERY),
+    "G2GNet": lambda density, last: sc.recipes.g2gnet(density, 4, steps=last, every=EVERY),
+    "G2GNet, random growth": lambda density, last: sc.recipes.g2gnet(density, 4, steps=last, every=EVERY, grow="random"),
     "HyperSparse (ART)": lambda density, last: sc.recipes.hyper_sparse(density, steps=last, dense=last // 5),
     "L1 (ART)": lambda density, last: sc.recipes.hyper_sparse(density, steps=last, dense=last // 5, loss="l1"),
     "no loss, cut at the same step": lambda density, last: sc.recipes.hyper_sparse(density, steps=last, dense=last // 5, weight=0.0),
@@ -82,6 +87,7 @@ METHODS: dict[str, Callable[[float, int], Pipeline]] = {  # of density and the s
     "one shot, magnitude": lambda density, last: sc.recipes.magnitude(density=density),
     "Lottery Jackpots": lambda density, last: sc.recipes.lottery_jackpots(density, steps=last),
     "Lottery Jackpots, all changes": lambda density, last: sc.recipes.lottery_jackpots(density, steps=last, power=0.0),
+    "Lottery Jackpots, SGD": lambda density, last: sc.recipes.lottery_jackpots(density, steps=last),
     "one shot, magnitude, 1:4": lambda density, last: sc.recipes.magnitude("1:4"),
     "Lottery Jackpots 1:4": lambda density, last: sc.recipes.lottery_jackpots(structure="1:4", steps=last),
     "MaskLLM 1:4": lambda density, last: sc.recipes.mask_llm("1:4", "magnitude", last, reward=0.0),
@@ -139,7 +145,7 @@ def accuracy(model: str, method: str, density: float, train: fashion.Images, tes
     pipeline = Pipeline(tuple(type(one)(**{**one.options(), "targets": every}) if one.name() == "mask_weights" else one for one in pipeline.passes))
     module, hook = sc.attach(network, (train.pixels[:BATCH],), pipeline, seed=seed)
     if not method.startswith("one shot"):
-        fit(module, hook, train, seed, steps, 0.0 if stays else 1e-2)
+        fit(module, hook, train, seed, steps, 0.0 if stays else 1e-2, SGD if "SGD" in method else 0.0)
     kept = [int(mask.sum()) for mask in hook.masks.values()]
     weights = [mask.numel() for mask in hook.masks.values()]
     low = sum(one.numel() for name, one in module.named_parameters() if "low_rank" in name)
@@ -162,10 +168,11 @@ def trained(model: str, seed: int, steps: int, train: fashion.Images) -> nn.Modu
     return network
 
 
-def fit(module: nn.Module, hook: Hook, train: fashion.Images, seed: int, steps: int, decay: float) -> None:
+def fit(module: nn.Module, hook: Hook, train: fashion.Images, seed: int, steps: int, decay: float, sgd: float = 0.0) -> None:
+    """With AdamW, or with SGD at this rate, momentum .9."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.SGD(parameters, sgd, 0.9) if sgd else torch.optim.AdamW(parameters, RATE, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, sgd or RATE, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         chosen = torch.randint(len(train.labels), (BATCH,), generator=generator)

@@ -1,4 +1,4 @@
-"""What holds for every recipe of the catalogue that trains with masks: zeros give nothing after any step, and come back only where something grows."""
+"""What holds for every recipe of the catalogue that trains with masks: zeros hold after every step but where something grows, and runs resume."""
 
 from __future__ import annotations
 
@@ -113,3 +113,23 @@ def test_a_run_that_is_resumed_is_the_same_to_the_bit(name: str) -> None:
     assert [step(again, other, second) for _ in range(4)] == losses
     for key, value in module.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_a_cropped_network_has_fewer_filters_and_learns() -> None:
+    """By layers, as ERK shares out; the result is dense."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 16, 16))
+    images, labels = X.view(24, 1, 4, 4), torch.arange(24) % 16
+    module, _ = sc.attach(model.eval(), (images,), sc.recipes.precropping(0.5))
+    small, large = len(module.get_parameter("0.weight")), len(module.get_parameter("2.weight"))
+    assert large / 32 < small / 8 <= 1
+    assert module.get_parameter("2.weight").shape == (large, small, 3, 3)
+    assert not any(one.dtype == torch.bool for one in module.buffers())
+    optimizer, losses = torch.optim.AdamW(module.parameters(), 1e-2), []
+    for _ in range(6):
+        loss = functional.cross_entropy(module(images), labels)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
