@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsify_compiler.cost_models.forms import dense, eager, gather, lanes, slices, streams, strips, tiles
+from sparsify_compiler.cost_models.forms import attention, dense, eager, experts, gather, lanes, planes, slices, streams, strips, tiles
 from sparsify_compiler.cost_models.forms._base import Form, Values
 from sparsify_compiler.cost_models.machine import Machine
 from sparsify_compiler.cost_models.shipped import costs_of
 from sparsify_compiler.cost_models.symbols import compiled
 
 DTYPES = ("float32", "bfloat16")
-FAMILIES = (dense, tiles, streams, slices, strips, lanes, gather)
+FAMILIES = (dense, tiles, streams, slices, strips, lanes, gather, planes, experts, attention)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def forms(op: str, values: Values, dtype: str, machine: Machine) -> list[Form]:
     """Every form that an op of these sizes has on the machine, the dense ones first; none for an op that no family computes. GPUs have torch's."""
     if dtype not in DTYPES:
         return []
-    families = (eager,) if op in eager.FORMULAS else (dense,) if machine.arch == "cuda" else FAMILIES
+    families = (eager, planes) if op in eager.FORMULAS else (dense, planes) if machine.arch == "cuda" else FAMILIES
     return [form for family in families for form in family.offer(op, values, dtype, machine)]
 
 
@@ -66,6 +66,11 @@ def numbers(form: Form, values: Values, machine: Machine, between: float, again:
     distance = between + compiled(form.formula.weight)(given)
     cold = machine.cold(between if again is None else again)
     return {**given, **machine.times(threads), "arrive": 1 / machine.rate(distance, threads), "cold": cold}
+
+
+def is_fitted(form: Form, machine: Machine) -> bool:
+    """Is it known what a step of this kernel costs, there or on any other processor?"""
+    return form.fitted in machine.costs or form.fitted in costs_of(machine.arch, machine.features)
 
 
 def seconds(form: Form, values: Values, machine: Machine, between: float, again: float | None = None) -> Seconds:

@@ -166,35 +166,39 @@ def _site(region: Region, node: fx.Node, path: str, example: Any, between: int, 
     dtype, cost = str(node.meta["val"].dtype).removeprefix("torch."), node_cost(node)
     places = example_shape(region, input_of(node), example)
     rows = math.prod(places[:-1]) if node.target is aten.linear.default else math.prod(example_shape(region, node, example)) // max(shape[0], 1)
-    if node.target is aten.linear.default and dtype in FORMULAS:
-        return _linear(path, Work.of((shape[0], shape[1]), rows, dtype=dtype, between=between), again, machine)
+    is_linear = node.target is aten.linear.default
+    if is_linear and dtype in FORMULAS:
+        return _layer(path, "linear", shape, Work.of((shape[0], shape[1]), rows, dtype=dtype, between=between), again, machine)
     seconds, rough = _by_node(node, cost, between, machine)
-    kind = "linear" if node.target is aten.linear.default else "conv"
+    if not rough:
+        return _layer(path, "conv", shape, _work_of(node, dtype, between), again, machine)
+    kind = "linear" if is_linear else "conv"
     return SiteEstimate(path, kind, shape, rows, dtype, cost.flops, cost.bytes, "dense eager", seconds.total * 1e3, seconds.bound, rough)
 
 
-def _linear(path: str, work: Work, again: float, machine: Machine) -> SiteEstimate:
+def _layer(path: str, kind: str, shape: tuple[int, ...], work: Work, again: float, machine: Machine) -> SiteEstimate:
     parts = {name: part for name, part in parts_of(work, machine, again).items() if is_dense(name)}
     kernel = min(parts, key=lambda name: parts[name].total)
-    dense, cost, sizes = parts[kernel], work.cost, dict(work.sizes)
+    dense, cost = parts[kernel], work.cost
     best = []
     for density in TRIED:
         found = min(_choices(work, density, again, machine), default=None, key=lambda one: one.ms)
         ideal = Best(density, IDEAL, "", (dense.overhead + density * (dense.compute + dense.memory)) * 1e3)
         found = ideal if found is None else found
         best.append(found if found.ms < dense.total * 1e3 else Best(density, "dense", kernel, dense.total * 1e3))
-    return SiteEstimate(path, "linear", (int(sizes["N"]), int(sizes["K"])), int(sizes["M"]), work.dtype, cost.flops, cost.bytes, kernel,
+    return SiteEstimate(path, kind, shape, int(dict(work.sizes)["M"]), work.dtype, cost.flops, cost.bytes, kernel,
                         dense.total * 1e3, dense.bound, best=tuple(best))
 
 
 def _choices(work: Work, density: float, again: float, machine: Machine) -> Iterator[Best]:
     """The fastest sparse kernel of every structure that fits the layer."""
     sizes = dict(work.sizes)
-    shape, rows = (int(sizes["N"]), int(sizes["K"])), int(sizes["M"])
+    outputs, inputs = int(sizes["N"]), int(sizes["K"] * sizes.get("taps", 1))
     parse = catalog.get("structure", "unstructured").parse
-    tried = [(text, Work.of(shape, rows, structure, density, work.dtype, work.between)) for text in TRIED[density]
-             if (structure := parse(text)).misfit(*shape) is None]
-    tried.append((SELECTED, Work.make("select_linear", work.dtype, work.between, M=rows, N=shape[0], K=shape[1], density=density)))
+    tried = [(text, Work.stored(work.op, sizes, structure, density, work.dtype, work.between)) for text in TRIED[density]
+             if (structure := parse(text)).misfit(outputs, inputs) is None]
+    if work.op == "linear":
+        tried.append((SELECTED, Work.make("select_linear", work.dtype, work.between, M=sizes["M"], N=outputs, K=inputs, density=density)))
     for text, one in tried:
         sparse = {name: part.total * 1e3 for name, part in parts_of(one, machine, again).items() if not is_dense(name)}
         if sparse:
@@ -223,7 +227,12 @@ def _by_node(node: fx.Node, cost: Cost, between: int, machine: Machine) -> tuple
     grouped = name in CONVS and (name != "conv2d" or node.kwargs.get("groups", 1) != 1)
     if found is None or dtype not in FORMULAS or name in PRODUCTS or name == "linear" or grouped:
         return catalog.get("cost model", "predict").rough(cost.flops, cost.bytes, machine), True
-    op, sizes = found
+    return parts_of(_work_of(node, dtype, between), machine)["dense eager"], False
+
+
+def _work_of(node: fx.Node, dtype: str, between: int) -> Work:
+    """Of an op of torch's own that has formulas."""
+    op, sizes = node_sizes(node) or ("", {})
+    name = op_name(node)
     taps = {"taps": OPERATIONS.get(name, sizes["taps"])} if op == "elementwise" else {}
-    parts = parts_of(Work.make(op, dtype, between, **{**{key: value for key, value in sizes.items() if not key.endswith("_bytes")}, **taps}), machine)
-    return parts["dense eager"], False
+    return Work.make(op, dtype, between, **{**{key: value for key, value in sizes.items() if not key.endswith("_bytes")}, **taps})

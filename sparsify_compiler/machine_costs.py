@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .cost_models.machine import Machine
 
 PULL = 0.05             # of the shipped costs
-LAYERS = {"linears": 400, "others": 200}
-OTHERS_EVERY = 4        # a layer of torch's other operators after so many linear ones
+LAYERS = {"linears": 400, "others": 200, "kernels": 100}
+EVERY = {"others": 4, "kernels": 8}     # a layer of these after so many linear ones
 HELD = 5                # of every so many layers one is judged by, and not fitted on
 LEAST = 2 * HELD        # layers
 
@@ -96,13 +96,11 @@ def _timed(seconds: float, machine: Machine, show: Show) -> list[list[Timed]]:
 
 
 def _layers() -> list[Work]:
-    """Linear layers, and torch's other operators among them."""
-    linears, others = (draw(FITTING.start, LAYERS[kind], KINDS[kind]) for kind in ("linears", "others"))
+    """Linear layers, and the other kinds among them."""
+    drawn = {kind: draw(FITTING.start, count, KINDS[kind]) for kind, count in LAYERS.items()}
     mixed = []
-    for number, work in enumerate(linears):
-        mixed.append(work)
-        if number % OTHERS_EVERY == OTHERS_EVERY - 1 and others:
-            mixed.append(others.pop(0))
+    for number, work in enumerate(drawn.pop("linears"), 1):
+        mixed += [work, *(rest.pop(0) for kind, rest in drawn.items() if rest and number % EVERY[kind] == 0)]
     return mixed
 
 

@@ -19,11 +19,11 @@ from .errors import InputError, nearest
 from .target import Target, fingerprint, host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from .cost_models.predict import Seconds
 
-VERSION = "3"           # of what a measured number means; part of every key
+VERSION = "4"           # of what a measured number means; part of every key
 BETWEEN = 1 << 26       # bytes: about what the other layers of a middle-sized model read before a layer's turn comes again
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}    # bytes
 DENSE = "dense"         # what the name of every dense form begins with
@@ -67,11 +67,16 @@ class Work:
 
         structure  a Structure, whose own density counts where it fixes one; the format is what `pack` would take
         """
-        sizes: dict[str, float] = {"M": rows, "N": shape[0], "K": shape[1]}
+        return cls.stored("linear", {"M": rows, "N": shape[0], "K": shape[1]}, structure, density, dtype, between)
+
+    @classmethod
+    def stored(cls, op: str, sizes: Mapping[str, float], structure: Any = None, density: float = 1.0, dtype: Any = "float32",
+               between: int = BETWEEN) -> Self:
+        """Of "linear" or "conv2d" of these sizes, with a weight of this structure and density in the format that `pack` would take; None: dense."""
         if structure is None:
-            return cls.make("linear", dtype, between, **sizes)
-        sizes["density"] = density if structure.density is None else structure.density
-        made = [cls.make(f"linear_{name}", dtype, between, **sizes, **attributes) for name, attributes in structure.formats()]
+            return cls.make(op, dtype, between, **sizes)
+        kept = density if structure.density is None else structure.density
+        made = [cls.make(f"{op}_{name}", dtype, between, **sizes, density=kept, **attributes) for name, attributes in structure.formats()]
         return min(made, key=lambda work: work.cost.bytes)
 
     @property
@@ -124,7 +129,7 @@ def parts_of(work: Work, target: Any = None, again: float | None = None) -> dict
         raise InputError(f"the size {error.args[0]} is missing", where=f"work of {work.op}", hint="see cost_models/symbols.py") from error
     if not made:
         raise InputError(f"no formula says how long {work.op} takes in {work.dtype}", where="work",
-                         hint="linear layers, gated FFNs, and torch's convolutions, attention and elementwise ops have one")
+                         hint="linear layers, convolutions, gated FFNs, experts, attention and elementwise ops have one, in some dtypes")
     return made
 
 
@@ -136,8 +141,9 @@ def is_predicted(work: Work, target: Any = None) -> bool:
 
 
 def _forms(work: Work, machine: Any) -> list[Any]:
-    found: list[Any] = _model().forms(work.op, work.values, work.dtype, machine)
-    return found
+    """Those whose costs are known, be it from another processor."""
+    model = _model()
+    return [form for form in model.forms(work.op, work.values, work.dtype, machine) if model.is_fitted(form, machine)]
 
 
 def _model() -> Any:

@@ -13,6 +13,8 @@ DENSITIES = (0.05, 0.1, 0.1, 0.2, 0.3, 0.5)
 BETWEEN = (0, 1 << 24, 1 << 26, 1 << 28)
 LINEARS = ("bsr", "bsr", "bsr", "nm", "csr", "csr", "condensed", "select_linear", "select_ffn", "select_inputs_ffn")
 LARGEST = 5_000_000         # weights of a layer
+MIXTURE = 50_000_000        # of a mixture of experts
+HEADS = 8
 FITTING = range(100, 200)   # seeds of layers that costs are fitted on; no others are
 
 
@@ -36,8 +38,40 @@ def attention(rng: random.Random) -> dict[str, float]:
             "written": rows * width}
 
 
+def sparse_convolution(rng: random.Random) -> dict[str, float]:
+    """Of one square image; its structure is drawn by the op."""
+    side, taken, outputs = rng.choice((7, 14, 28, 56)), rng.choice((64, 128, 256, 512, 1024)), rng.choice((64, 128, 256, 512, 1024))
+    taps = rng.choice((1, 1, 9)) if taken * outputs <= 1 << 16 else 1
+    return {"M": side**2, "N": outputs, "K": taken, "taps": taps, "read": taken * side**2, "written": outputs * side**2,
+            "density": rng.choice(DENSITIES)}
+
+
+def experts(rng: random.Random) -> dict[str, float]:
+    """A gated mixture of equal inputs and outputs."""
+    width, hidden = rng.choice((256, 512, 1024)), rng.choice((128, 256, 512, 1024))
+    count = rng.choice((4, 8, 16, 32, 64))
+    while 3 * width * hidden * count > MIXTURE:
+        count //= 2
+    return {"M": rng.choice((1, 1, 2, 8, 16, 64, 256, 1024)), "K": width, "N": width, "hidden": hidden, "experts": count,
+            "chosen": min(rng.choice((1, 2, 2, 4)), count)}
+
+
+def blocks(rng: random.Random) -> dict[str, float]:
+    """Of 8 heads: one token over a cache, or a text over itself."""
+    width, block, keys, group = rng.choice((64, 64, 128)), rng.choice((32, 64, 128)), rng.choice((512, 1024, 2048, 4096)), rng.choice((1, 1, 4))
+    queries = rng.choice((1, keys))
+    wide, lines = -(-keys // block), -(-queries // block)
+    count = max(1, round(wide * rng.choice((0.05, 0.1, 0.1, 0.3, 0.5))))
+    return {"M": HEADS * queries, "K": width, "E": width, "block_q": min(block, queries), "block_k": block, "pairs": HEADS * lines * count,
+            "listed": HEADS // group * lines * count, "group": group, "read": HEADS * queries * width + 2 * HEADS // group * keys * width,
+            "written": HEADS * queries * width}
+
+
+CONVS = ("conv2d_csr", "conv2d_csr", "conv2d_bsr", "conv2d_bsr", "conv2d_condensed")
+KERNELS: Mapping[str, Callable[[random.Random], dict[str, float]]] = {**dict.fromkeys(CONVS, sparse_convolution), "experts_ffn": experts,
+                                                                      "attend_blocks": blocks}
 EAGER: Mapping[str, Callable[[random.Random], dict[str, float]]] = {"elementwise": elementwise, "conv2d": convolution, "attend": attention}
-KINDS = {"linears": LINEARS, "others": tuple(EAGER)}
+KINDS = {"linears": LINEARS, "others": tuple(EAGER), "kernels": (*CONVS, "experts_ffn", "experts_ffn", "attend_blocks", "attend_blocks")}
 
 
 def draw(seed: int, count: int, kinds: Sequence[str] = LINEARS) -> list[Work]:
@@ -61,6 +95,10 @@ def draw(seed: int, count: int, kinds: Sequence[str] = LINEARS) -> list[Work]:
             op, sizes["M"] = kind, rng.choice((1, 1, 1, 2, 4, 16))
         elif kind in EAGER:
             op, sizes = kind, EAGER[kind](rng)
+        elif kind in KERNELS:
+            op, sizes = kind, KERNELS[kind](rng)
+            if kind == "conv2d_bsr":
+                sizes |= {"r": rng.choice((4, 8, 16)), "c": 1}
         elif kind != "condensed":
             op, width = kind, rng.choice((384, 576, 768))
             sizes |= {"M": rng.choice((1, 1, 1, 2, 16)), "K": width, "N": width, "hidden": rng.choice((768, 1536, 2048))}

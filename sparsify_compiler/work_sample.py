@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import catalog
+from . import catalog, work_sample_kernels
 from .errors import InputError
 from .ops import select_ffn
 from .target import Target
@@ -30,13 +29,13 @@ Tensors = dict[str, Tensor]
 
 def forms_of(work: Work, target: Target) -> tuple[dict[str, Form], Tensor]:
     """Every form of the layer, the dense ones first, and the x that all of them read. Raises InputError for an op that is not made up here."""
-    maker = {"elementwise": _elementwise, "conv2d": _conv2d, "attend": _attend, "select_linear": _select_linear, "select_ffn": _select_ffn,
-             "select_inputs_ffn": _select_inputs_ffn}.get(work.op)
-    if maker is None and work.op.partition("_")[0] == "linear":
-        maker = _linear
+    makers: Mapping[str, work_sample_kernels.Maker] = {
+        "elementwise": _elementwise, "attend": _attend, "select_linear": _select_linear, "select_ffn": _select_ffn,
+        "select_inputs_ffn": _select_inputs_ffn}
+    maker = _linear if work.op.partition("_")[0] == "linear" else makers.get(work.op) or work_sample_kernels.maker_of(work.op)
     if maker is None:
         raise InputError(f"{work.op} cannot be made up from its sizes", where="work",
-                         hint="linear layers, gated FFNs, elementwise, conv2d and attend can")
+                         hint="linear layers, convolutions, gated FFNs, experts, attention and elementwise ops can")
     generator = torch.Generator().manual_seed(0)
     return maker(work, target, lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32))
 
@@ -74,15 +73,6 @@ def _elementwise(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Fo
     return {EAGER: partial(torch.nn.functional.gelu, x)}, x
 
 
-def _conv2d(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Form], Tensor]:
-    """Over a square image, which it leaves as large as it was."""
-    sizes, dtype = dict(work.sizes), getattr(torch, work.dtype)
-    side, kernel = math.isqrt(int(sizes["M"])), math.isqrt(int(sizes["taps"]))
-    x = noise(1, int(sizes["K"]), side, side).to(dtype)
-    weight = noise(int(sizes["N"]), int(sizes["K"]), kernel, kernel).to(dtype)
-    return {EAGER: partial(torch.nn.functional.conv2d, x, weight, padding=kernel // 2)}, x
-
-
 def _attend(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Form], Tensor]:
     """Every query with as many keys, over as many heads as there are rows for."""
     sizes, dtype = dict(work.sizes), getattr(torch, work.dtype)
@@ -100,11 +90,12 @@ def random_mask(work: Work, outputs: int, inputs: int) -> Tensor:
         scores = torch.rand(rows, columns, generator=generator, dtype=torch.float32)
         return torch.zeros(rows, columns, dtype=torch.bool).scatter_(1, scores.topk(min(count, columns), 1).indices, True)
 
-    if work.op == "linear_nm":
+    form = work.op.partition("_")[2]
+    if form == "nm":
         n, m = int(sizes["n"]), int(sizes["m"])
         return top(outputs * inputs // m, m, n).view(outputs, inputs)
     density = sizes["density"]
-    if work.op == "linear_condensed":
+    if form == "condensed":
         return top(outputs, inputs, round(density * inputs))
     r, c = int(sizes.get("r", 1)), int(sizes.get("c", 1))
     blocks = torch.rand(-(-outputs // r), inputs // c, generator=generator, dtype=torch.float32) < density

@@ -71,6 +71,17 @@ def test_sparsity_never_makes_it_slower(small: Estimate) -> None:
     assert times[0] <= small.ms
 
 
+@pytest.mark.parametrize(("taps", "machine"), [(1, "cortex-a76"), (3, "neoverse-v2")])
+def test_convolutions_are_told_what_sparsity_gives(taps: int, machine: str) -> None:
+    model = nn.Sequential(nn.Conv2d(256, 256, taps, padding=taps // 2), nn.Conv2d(256, 256, 3, padding=1, groups=256)).eval()
+    sparse, grouped = sc.estimate(model, (torch.zeros(1, 256, 28, 28),), machine).sites
+    assert [best.density for best in sparse.best] == [0.5, 0.3, 0.1]
+    assert all(best.kernel.startswith("planes") for best in sparse.best[1:])
+    assert sparse.best[2].ms < sparse.best[1].ms < sparse.ms
+    assert grouped.rough
+    assert not grouped.best
+
+
 def test_large_layers_gain_more_on_the_machine_that_has_kernels() -> None:
     model, x = nn.Sequential(nn.Linear(1024, 1024)).eval(), (torch.randn(64, 1024),)
     board, gpu = sc.estimate(model, x, "cortex-a76"), sc.estimate(model, x, "h200")

@@ -33,6 +33,8 @@ def made_up(target: Target | None = None, **rates: float) -> Machine:
     return Machine("made-up", "a machine with round numbers", arch, tuple(features), 2, numbers, MEMORY)
 
 
+# On AMX tiles: no such machine was at hand.
+UNFITTED = {("conv2d", "bfloat16"), ("conv2d_csr", "bfloat16"), ("small conv2d", "bfloat16"), ("experts_ffn", "bfloat16")}
 STRUCTURES: dict[str, dict[str, float]] = {
     "linear": {}, "linear_bsr": {"r": 16, "c": 1, "density": 0.2}, "linear_nm": {"n": 2, "m": 4}, "linear_condensed": {"density": 0.2},
     "linear_csr": {"density": 0.1}, "linear_bitmap": {"density": 0.3}, "select_linear": {"density": 0.5},
@@ -96,12 +98,17 @@ def test_every_formula_is_written_in_the_table_and_in_what_is_fitted(missing: tu
     machine, seen = replace(made_up(dot=4e11), features=features), set()
     costs = shipped.costs_of(machine.arch, machine.features)
     ffn = {"hidden": 96, "density": 0.5}
-    others = {op: {"taps": 9, "read": 1 << 18, "written": 1 << 18, "E": 64, "pairs": 512, "block_q": 8, "block_k": 8} for op in eager.FORMULAS}
+    more = (*eager.FORMULAS, "attend_blocks", "experts_ffn", "conv2d_csr")
+    others = {op: {"taps": 9, "read": 1 << 18, "written": 1 << 18, "E": 64, "pairs": 512, "block_q": 8, "block_k": 8, "listed": 8,
+                    "hidden": 96, "experts": 4, "chosen": 2, "density": 0.5} for op in more}
     for op, sizes in [*STRUCTURES.items(), ("select_ffn", ffn), ("select_inputs_ffn", ffn), *others.items()]:
         for rows in (1, 4, 16, 64):
             for dtype in ("float32", "bfloat16"):
                 values = {"M": rows, "N": 64, "K": 64, "value_bytes": 2, "x_bytes": 2, **sizes}
                 for form in model.forms(op, values, dtype, machine):
+                    if not model.is_fitted(form, machine):
+                        assert (op, dtype) in UNFITTED
+                        continue
                     names = {symbol.name for symbol in form.formula.seconds.free_symbols}
                     assert names <= set(TABLE) | set(costs[form.fitted]), form.fitted
                     seen.add(form.fitted)
@@ -141,8 +148,8 @@ def test_of_an_unknown_op_the_time_is_a_roofline() -> None:
 
 
 def test_what_cannot_be_predicted_says_so() -> None:
-    with pytest.raises(InputError, match="no formula says how long attend_blocks takes"):
-        predict(Work.make("attend_blocks", M=1), made_up())
+    with pytest.raises(InputError, match="no formula says how long held_ffn takes"):
+        predict(Work.make("held_ffn", M=1), made_up())
     with pytest.raises(InputError, match="the size K is missing"):
         predict(Work.make("linear", M=1, N=2), made_up())
     with pytest.raises(TargetError, match="did you mean"):

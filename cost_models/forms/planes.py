@@ -1,0 +1,88 @@
+"""Sparse convolutions: over planes, where pixels are the lanes (kernels/planes.py); 1×1 ones in bfloat16 as linear layers over pixels (pixels.py).
+
+A column of a group of outputs is an index, its weights, and a load of each of a tile's registers of pixels, each multiplied with every weight. A
+visit is a group on one tile, in one chunk of the columns; sums go to memory between chunks. But for 1×1 kernels x is copied first, padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from sympy import Expr, Max, Piecewise, ceiling
+
+from sparsify_compiler.cost_models.forms import eager, lanes, strips, tiles
+from sparsify_compiler.cost_models.forms._base import LANES, Form, Formula, Hardware, Values, costs
+from sparsify_compiler.cost_models.forms.dense import units_of
+from sparsify_compiler.cost_models.symbols import (
+    K,
+    M,
+    N,
+    density,
+    fma,
+    group,
+    near,
+    read,
+    span,
+    taps,
+    threads,
+    value_bytes,
+    vectors,
+    written,
+    x_bytes,
+)
+
+DENSE, SPARSE = "conv2d", "conv2d_"
+TILES_OF: Mapping[int, tuple[int, ...]] = {1: (8, 4), 2: (6,), 4: (4,), 8: (3,)}     # of outputs that share columns: registers of pixels in a tile
+CHUNK, CHUNKED_FROM, ALONE = 512, 384, 12_000
+HELD = 640          # registers of x in the first cache
+PIXELS = (tiles, strips, lanes)
+
+product, loaded, column, opened, visited, fetched, copied, put = costs("product", "loaded", "column", "opened", "visited", "fetched", "copied", "put")
+INPUTS = K * taps
+COLUMNS: Expr = density * N * INPUTS / group
+REGISTERS = ceiling(M / LANES)
+TILES = ceiling(REGISTERS / vectors)
+FMAS = COLUMNS * group * REGISTERS
+LOADS = COLUMNS * REGISTERS
+CHUNKS = Max(1, ceiling(INPUTS / span))
+GROUPS = ceiling(N / group)
+VISITS = CHUNKS * GROUPS * TILES
+SUMS = (CHUNKS - 1) * GROUPS * group * REGISTERS        # registers of sums that go to memory and back
+WEIGHT = COLUMNS * (group * 4 + 4)                      # float32, whatever is stored
+FETCHED = Piecewise((4 * LANES * LOADS, span * vectors > HELD), (0, True))    # bytes from the second cache, where a tile's inputs exceed the first
+_STEPS = product * FMAS + loaded * LOADS + column * COLUMNS * TILES + opened * VISITS + visited * SUMS
+_MOVED = (put * x_bytes * written + fetched * FETCHED) * near
+PLAIN = Formula(WEIGHT, (_STEPS * fma + _MOVED) / threads, (FMAS, ALONE))
+COPIED = replace(PLAIN, compute=(_STEPS * fma + _MOVED + copied * x_bytes * read * near) / threads)
+PACKED = Formula(value_bytes * N * INPUTS, eager.CONV.compute)
+
+
+def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
+    """The dense form that is packed ahead, where there is one; of a sparse convolution torch's other one too, and the kernels."""
+    if op != DENSE and not op.startswith(SPARSE):
+        return []
+    pointwise, dense = values["taps"] <= 1, [] if op == DENSE else eager.offer(DENSE, values, dtype, machine)
+    if machine.arch == "x86_64":
+        dense.append(Form("dense packed", PACKED, f"packed conv2d{' 1x1' if pointwise else ''} {units_of(dtype, machine)}"))
+    if op == DENSE or machine.arch == "cuda":
+        return dense
+    if dtype == "bfloat16":
+        return dense + (_pixels(op, values, machine) if pointwise else [])
+    return dense + _planes(op.removeprefix(SPARSE), values, "plain" if pointwise else "copied")
+
+
+def _pixels(op: str, values: Values, machine: Hardware) -> list[Form]:
+    linear = f"linear_{op.removeprefix(SPARSE)}"
+    found = [form for family in PIXELS for form in family.offer(linear, values, "bfloat16", machine) if not form.name.startswith("dense")]
+    return [replace(form, name=f"pixels {form.name}") for form in found]
+
+
+def _planes(name: str, values: Values, kind: str) -> list[Form]:
+    inputs, size = int(values["K"] * values["taps"]), max(size for size in TILES_OF if values.get("r", 1) % size == 0)
+    cut = [(count, inputs) for count in TILES_OF[size]]
+    if size == 1 and inputs >= CHUNKED_FROM:
+        cut += [(count, CHUNK // count) for count in TILES_OF[size]]
+    formula, key = PLAIN if kind == "plain" else COPIED, f"planes {kind} {'one' if size == 1 else 'group'}"
+    return [Form(f"planes {name}_r{size}v{count}{f'c{chunk}' if chunk < inputs else ''}", formula, key,
+                 {"group": size, "vectors": count, "span": chunk}) for count, chunk in cut]

@@ -1,0 +1,114 @@
+"""The counts of test_cost_counts.py for sparse convolutions, mixtures of experts and attention by blocks; forms run where they are offered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_help import needs_avx512
+from test_cost_counts import ALL_16, count, is_count, size
+from test_predict import made_up
+
+from sparsify_compiler import catalog
+from sparsify_compiler.codegen.kernels.expert_rows import ExpertRows
+from sparsify_compiler.codegen.kernels.experts_layout import prepare_experts
+from sparsify_compiler.codegen.kernels.finish import Finish
+from sparsify_compiler.codegen.kernels.layout import groups_of
+from sparsify_compiler.codegen.kernels.planes import NUMBERS, Planes
+from sparsify_compiler.codegen.kernels.planes_layout import Geometry, prepare_planes
+from sparsify_compiler.cost_models import predict
+from sparsify_compiler.cost_models.forms import attention, experts, planes
+from sparsify_compiler.cost_models.symbols import compiled
+from sparsify_compiler.target import host
+from sparsify_compiler.work import Work
+from sparsify_compiler.work_draw import KINDS, draw
+from sparsify_compiler.work_sample import forms_of
+
+pytestmark = needs_avx512
+PLAIN = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
+
+
+@pytest.mark.parametrize(("r", "vectors"), [(1, 4), (1, 8), (4, 4), (8, 3)])
+@pytest.mark.parametrize("chunk", [160, 32])
+def test_planes(r: int, vectors: int, chunk: int) -> None:
+    """Every fourth input of a 1×1 convolution over an image of 24×24, whose registers no tile divides."""
+    outputs, inputs, step, side = 32, 160, 4, 24
+    if r > 1 and chunk < inputs:
+        return
+    mask = (torch.arange(inputs) % step == 0).expand(outputs, inputs)
+    form = catalog.get("format", "bsr").encode(torch.ones(outputs, inputs, dtype=torch.float32), mask, r=r, c=1)
+    groups, _, _ = groups_of("linear_bsr", form.tensors(), form.attributes())
+    made = prepare_planes(groups, PLAIN, r, chunk, None, outputs, inputs, 1)
+    numbers = {"M": side**2, "N": outputs, "K": inputs, "taps": 1, "density": 1 / step, "group": r, "vectors": vectors, "span": chunk}
+    is_count(planes.WEIGHT, numbers, size(made.values, made.columns))
+    is_count(planes.CHUNKS * planes.GROUPS, numbers, made.visits.numel())
+    given = {"groups": outputs // r, "chunks": made.chunks, "pixels": side**2, "pitch": side, "rows": side, "kinds": 1}
+    integers = [made.columns * side**2, made.pointers, made.visits]
+    numbered = torch.tensor([given[name] for name in NUMBERS]).int()
+    held: list[tuple[torch.Tensor, bool]] = [(made.values, False), *((one.int(), True) for one in integers), (made.bias, False),
+                                             (made.strips, True), (torch.zeros(2, dtype=torch.int32), True), (numbered, True)]
+    images = [((1, channels, side, side), None) for channels in (inputs, outputs)]
+    arguments = [*((tuple(one.shape), one if known else None) for one, known in held), *images]
+    counts = count(Planes(r, vectors, made.chunks > 1, Finish(), False).compute(), arguments)
+    is_count(planes.FMAS * 16, numbers, counts.lanes)
+
+
+def test_the_row_of_a_mixture() -> None:
+    inputs, hidden, outputs, chosen, number = 32, 48, 64, 2, 4
+    tensors = {"gate": torch.ones(number, hidden, inputs, dtype=torch.float32), "up": torch.ones(number, hidden, inputs, dtype=torch.float32),
+               "down": torch.ones(number, outputs, hidden, dtype=torch.float32)}
+    made = prepare_experts(tensors, "relu")
+    held = list(made.arguments().values())
+    places = torch.tensor([[0, 3]], dtype=torch.int32)
+    arguments = [((1, inputs), None), ((1, chosen), places), ((1, chosen), None),
+                 *((tuple(one.shape), one if one.dtype is torch.int32 else None) for one in held), ((1, outputs), None)]
+    counts = count(ExpertRows(made.layout, False).compute(), arguments, ALL_16)
+    numbers = {"M": 1, "K": inputs, "N": outputs, "hidden": hidden, "experts": number, "chosen": chosen, "value_bytes": 4}
+    assert counts.lanes == pytest.approx(compiled(experts.ROW_FMAS)(numbers) * 16, rel=0.02)     # the factors of experts beside
+    is_count(experts.WEIGHT, numbers, size(*(one[:chosen] for one in tensors.values())))
+
+
+def test_units_of_a_mixture() -> None:
+    """The expectation, against many random choices."""
+    generator, rows, number, chosen = torch.Generator().manual_seed(0), 256, 8, 2
+    units = []
+    for _ in range(200):
+        counts = torch.rand(rows, number, generator=generator, dtype=torch.float32).topk(chosen).indices.flatten().bincount(minlength=number)
+        units.append(float((-(-counts // 16)).sum()))
+    numbers = {"M": rows, "experts": number, "chosen": chosen}
+    assert compiled(experts.UNITS)(numbers) == pytest.approx(sum(units) / len(units), rel=0.03)
+
+
+def test_attention_by_blocks() -> None:
+    """What the forms count is half of the operations that the op's formula counts, 16 at a time."""
+    numbers = {"M": 1024, "K": 64, "E": 32, "pairs": 48, "block_q": 128, "block_k": 32, "vectors": 4}
+    flops = compiled(catalog.get("cost", "attend_blocks").FLOPS)(numbers)
+    is_count(attention.FMAS * 16 * 2, numbers, flops)
+    is_count(attention.FMAS * 16 * 2, numbers | {"block_q": 16, "vectors": 2}, flops / 128 * 32)     # half of the registers are empty
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS["kernels"])))
+def test_the_forms_are_those_that_run(kind: str) -> None:
+    machine = made_up(host())
+    for work in draw(7, 4, (kind,)):
+        offered = {form.name for form in predict.forms(work.op, work.values, work.dtype, machine)}
+        assert offered <= set(forms_of(small(work), host())[0])
+        assert offered or (work.op, work.dtype) == ("attend_blocks", "bfloat16")
+
+
+def small(work: Work) -> Work:
+    """The same with less to make up, where that changes no kernel."""
+    sizes: dict[str, Any] = dict(work.sizes)
+    return Work.make(work.op, work.dtype, work.between, **sizes | ({"experts": 4, "M": min(sizes["M"], 16)} if work.op == "experts_ffn" else {}))
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS["kernels"])))
+def test_more_work_takes_longer(kind: str) -> None:
+    machine = made_up(host())
+    for work in draw(8, 6, (kind,)):
+        more = Work.make(work.op, work.dtype, work.between, **{**dict(work.sizes), **{name: value * 2 for name, value in work.sizes
+                                                                                     if name in ("M", "pairs", "read", "written", "listed")}})
+        for one, other in zip(*([predict.seconds(form, each.values, machine, each.between).total
+                                 for form in predict.forms(each.op, each.values, each.dtype, machine)] for each in (work, more)), strict=True):
+            assert other > one > 0
