@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +125,39 @@ def test_accumulated_gradients_choose_alike(recipe: str) -> None:
         found.append(masks(module))
     for name, mask in found[0].items():
         assert float((mask != found[1][name]).float().mean()) < 0.02, "but for ties that rounding breaks"
+
+
+def _rank(rank: int, recipe: str, place: str, out: str) -> None:
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    module, hook, _ = attached(recipe)
+    parallel = nn.parallel.DistributedDataParallel(module)
+    optimizer = torch.optim.SGD([one for one in module.parameters() if one.requires_grad], 0.1)
+    for _ in range(4):
+        (functional.mse_loss(parallel(X.chunk(2)[rank]), Y.chunk(2)[rank]) + hook.loss()).backward()
+        optimizer.step()
+        hook.step(optimizer)
+        optimizer.zero_grad()
+    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, f"{out}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes_choose_as_one_does_on_both_halves(recipe: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    torch.multiprocessing.spawn(_rank, (recipe, str(tmp_path / "meet"), str(tmp_path / "out")), nprocs=2)  # type: ignore[no-untyped-call]
+    one, other = load_file(tmp_path / "out0"), load_file(tmp_path / "out1")
+    module, hook, _ = attached(recipe)
+    optimizer = torch.optim.SGD([parameter for parameter in module.parameters() if parameter.requires_grad], 0.1)
+    for _ in range(4):
+        step(module, hook, optimizer)
+    for name, value in module.state_dict().items():
+        assert torch.equal(one[name], other[name])
+        torch.testing.assert_close(one[name], value, rtol=1e-4, atol=1e-5)
 
 
 # --- PST ----------------------------------------------------------------------------------------------------------------------------------------
