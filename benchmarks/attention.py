@@ -1,13 +1,13 @@
 """Speed of attention over some blocks of keys, against torch's scaled_dot_product_attention and compiled FlexAttention, interleaved.
 
-    python benchmarks/attention.py [--tokens 1024 ...] [--heads 8 ...] [--widths 64 ...] [--dtypes fp32 bf16] [--no-flex] [--build]
+    python benchmarks/attention.py [--tokens 1024 ...] [--heads 8 ...] [--widths 64 ...] [--dtypes fp32 bf16] [--flex window tenth] [--rounds 1] [--build]
     python benchmarks/attention.py --decode [--tokens 8192 32768] [--heads 8 32] [--groups 8]
 
 Causal prefill: all blocks, a window of 512 tokens and 64 sinks, and a random tenth of the blocks below the diagonal (one choice for all heads; blocks
 of 64 × 64). "of ideal" is SDPA's time times the share of its causal blocks that are read, over the time taken. Decoding: one query row, an eighth
 of the blocks of the cache, each group its own; the gain is over the fastest of torch's dense forms: SDPA as models call it, SDPA with the heads of a
-group as rows of one head (ops/attend.py's), and two matrix products for the same rows. Layouts are made beforehand. --build compiles what is
-to be timed and leaves.
+group as rows of one head (ops/attend.py's), and two matrix products for the same rows. Layouts are made beforehand. --flex alone times FlexAttention
+for none of the patterns. --build compiles what is to be timed and leaves; what is slow is then timed in a few --rounds.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from sparsify_compiler.passes.attention.patterns.sinks import Sinks
 from sparsify_compiler.passes.attention.patterns.sliding_window import SlidingWindow
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PATTERNS = ("all", "window", "tenth")
 BLOCK, WINDOW, SINKS, SHARE, KEPT = 64, 512, 64, 0.1, 8
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -44,7 +45,8 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--decode", action="store_true")
-    parser.add_argument("--no-flex", action="store_true")
+    parser.add_argument("--flex", nargs="*", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--build", action="store_true")
     given = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -59,32 +61,32 @@ def main() -> None:
                 for name in given.dtypes:
                     torch.manual_seed(0)
                     row = decode(tokens, heads, min(given.groups, heads), width, DTYPES[name], given.build) if given.decode else prefill(
-                        tokens, heads, width, DTYPES[name], not given.no_flex, given.build)
+                        tokens, heads, width, DTYPES[name], given.flex, 0 if given.build else given.rounds)
                     table.add_row(str(tokens), str(heads), str(width), name, *row)
     if not given.build:
         Console(width=150).print(table)
 
 
-def prefill(tokens: int, heads: int, width: int, dtype: torch.dtype, flex: bool, build: bool) -> Iterator[str]:
-    """What the table says of one size."""
+def prefill(tokens: int, heads: int, width: int, dtype: torch.dtype, flex: list[str], rounds: int) -> Iterator[str]:
+    """What the table says of one size; nothing without rounds."""
     torch._dynamo.reset()   # it compiles a function 8 times, then no more
     query, key, value = (torch.randn(1, heads, tokens, width).to(dtype) for _ in range(3))
     layouts = dict(patterns(tokens))
     forms: dict[str, Callable[[], object]] = {"SDPA": lambda: scaled_dot_product_attention(query, key, value, is_causal=True)}
     for name, (layout, mask) in layouts.items():
         forms[name] = lambda layout=layout: layout.attend(query, key, value)
-        if flex:
+        if name in flex:
             forms[f"flex {name}"] = flexible(query, key, value, mask)
-    if build:
-        for form in forms.values():
-            form()
+    for form in forms.values():
+        form()
+    if not rounds:
         return iter(())
-    found = {name: timing.median for name, timing in interleave(forms, rounds=9, warmup=1, at_most=12.0, repeats=1).items()}
+    found = {name: timing.median for name, timing in interleave(forms, rounds=rounds, warmup=0, at_most=12.0, repeats=1).items()}
     flops = 2 * heads * tokens * tokens * width
     cells = [f"{found['SDPA']:.2f}", f"{flops / found['SDPA'] / 1e9:.2f}"]
     for name, (layout, _) in layouts.items():
         cells.append(f"{found[name]:.2f} ({100 * layout.density() * found['SDPA'] / found[name]:.0f} %)")
-    cells.extend(f"{found[f'flex {name}'] / found[name]:.1f} x" if flex else "" for name in layouts)
+    cells.extend(f"{found[f'flex {name}'] / found[name]:.1f} x" if name in flex else "" for name in layouts)
     return iter(cells)
 
 

@@ -27,7 +27,8 @@ from sparsify_compiler.target import host
 
 LANES = 16
 WIDENED = {torch.float16: torch.float32}    # what is computed in another dtype
-NEEDS: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("avx512f", "avx512dq", "avx512bf16", "amx-tile", "amx-bf16")}
+NEEDS: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("avx512f", "avx512dq", "avx512bf16")}     # of few query rows
+TILES = ("amx-tile", "amx-bf16")    # and of many, in bfloat16
 FEW = 8             # query rows up to which every key is read once for all of them
 TASKS = 8           # parts of the work that they are cut into, at least
 SHARED = 1 << 30    # elements of values that are turned at once for all query blocks, at most
@@ -117,14 +118,16 @@ def refusal(query: Tensor, key: Tensor, value: Tensor) -> str:
 
 
 @cache
-def _missing(dtype: torch.dtype) -> str:
+def _missing(dtype: torch.dtype, few: bool = False) -> str:
+    """Why the kernel of a dtype, for few or many query rows, does not run here; "" where it does."""
+    tiles = dtype is torch.bfloat16 and not few
     try:
-        lacks = [feature for feature in NEEDS[dtype] if not host().has(feature)]
+        lacks = [feature for feature in (*NEEDS[dtype], *(TILES if tiles else ())) if not host().has(feature)]
     except TargetError as error:
         return str(error)
     if lacks:
         return f"this machine lacks {lacks[0]}"
-    return "" if dtype is torch.float32 or permission.tiles() else "the operating system does not give AMX tiles"
+    return "the operating system does not give AMX tiles" if tiles and not permission.tiles() else ""
 
 
 class GpuPlan:
@@ -140,14 +143,14 @@ class GpuPlan:
 
 
 def plan(call: Call, form: tuple[Any, ...]) -> Plan | GpuPlan:
-    """How to run a call that is not refused; float16, and bfloat16 without tiles, in float32. Raises KernelError where the kernel cannot be built."""
+    """How to run a call that is not refused; float16, and bfloat16 where instructions for it lack, in float32. Raises KernelError where the kernel cannot be built."""
     if call.query.is_cuda:
         return GpuPlan()
     batch, heads, queries, width = call.query.shape
     dtype, last = call.query.dtype, call.value.shape[-1]
-    if dtype in WIDENED or (dtype is torch.bfloat16 and _missing(dtype)):
-        dtype = torch.float32
     few, threads, indices = queries <= FEW, torch.get_num_threads(), call.indices
+    if dtype in WIDENED or (dtype is torch.bfloat16 and _missing(dtype, few)):
+        dtype = torch.float32
     flags = call.block_q, call.block_k, int(call.tile_of is not None), int(call.key_mask is not None), int(call.causal)
     tasks, groups = batch * heads * indices.shape[2], call.key.shape[1]
     kernel: Any
