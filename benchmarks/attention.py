@@ -1,6 +1,7 @@
 """Speed of attention over some blocks of keys, against torch's scaled_dot_product_attention and compiled FlexAttention, interleaved.
 
-    python benchmarks/attention.py [--tokens 1024 ...] [--heads 8 ...] [--widths 64 ...] [--dtypes fp32 bf16] [--flex window tenth] [--rounds 1] [--build]
+    python benchmarks/attention.py [--tokens 1024 ...] [--heads 8 ...] [--widths 64 ...] [--dtypes fp32 bf16] [--flex window tenth] [--rounds 1]
+                                   [--build]
     python benchmarks/attention.py --decode [--tokens 8192 32768] [--heads 8 32] [--groups 8]
 
 Causal prefill: all blocks, a window of 512 tokens and 64 sinks, and a random tenth of the blocks below the diagonal (one choice for all heads; blocks

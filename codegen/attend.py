@@ -34,8 +34,9 @@ TASKS = 8           # parts of the work that they are cut into, at least
 SHARED = 1 << 30    # elements of values that are turned at once for all query blocks, at most
 TINY = 1e-30        # for a scale of 0: infinity times this is still infinity
 FAR = 1 << 31       # strides of the kernels' arguments are 32 bits wide
-PLANS = 1024        # that are remembered
+KEPT = 1024         # plans that are remembered
 NO_BIAS = (0, 0, 0, 0, 0, 0)
+NO_TILES, NO_MASK = (torch.zeros((1,) * dimensions, dtype=torch.uint8) for dimensions in (3, 2))
 
 
 class Call(NamedTuple):
@@ -67,39 +68,43 @@ class Plan:
     as_they_lie: bool
     lists_as_they_lie: bool
     out: tuple[tuple[int, ...], tuple[int, ...]]
+    plain: bool     # all as they lie, and nothing but the lists says what counts
 
     def run(self, call: Call) -> tuple[Tensor, Tensor]:
         """out and lse."""
         query, key, value, indices, counts, tile_of, tiles, key_mask, bias, *_ = call
+        size, strides = self.out
+        out = torch.empty_strided(size, strides, dtype=self.dtype)
+        lse = torch.empty_strided(size[:3], (size[1] * size[2], size[2], 1), dtype=torch.float32)
+        if self.plain:
+            self.kernel(query, key, value, indices, counts, indices, NO_TILES, NO_MASK, out, lse, *self.numbers, *NO_BIAS, self.factor)
+            return out, lse
         if not self.as_they_lie:
             query, key, value = (_strided(tensor.to(self.dtype)) for tensor in (query, key, value))
             if self.dtype is torch.bfloat16 and query.shape[2] > FEW and query.shape[3] % DEPTH:    # a tile's row is 32 of them
                 query, key = (pad(tensor, (0, -query.shape[3] % DEPTH)) for tensor in (query, key))
         if not self.lists_as_they_lie:
             indices, counts, tile_of = _words(indices), _words(counts), None if tile_of is None else _words(tile_of)
-        kinds, turned = (indices, _nothing(3)) if tile_of is None or tiles is None else (tile_of, _turned(tiles))
-        mask = _nothing(2) if key_mask is None else key_mask.contiguous().view(torch.uint8)
-        size, strides = self.out
-        out = torch.empty_strided(size, strides, dtype=self.dtype)
-        lse = torch.empty(size[:3], dtype=torch.float32)
+        kinds, turned = (indices, NO_TILES) if tile_of is None or tiles is None else (tile_of, _turned(tiles))
+        mask = NO_MASK if key_mask is None else key_mask.contiguous().view(torch.uint8)
         bias = bias if bias is None or bias.dtype in (torch.float32, torch.bfloat16) else bias.float()
         added = NO_BIAS if bias is None else _addressed(bias)
         self.kernel(query, key, value, indices, counts, kinds, turned, mask, out, lse, *self.numbers, *added, self.factor)
         return (out if self.dtype is call.query.dtype else out.to(call.query.dtype)), lse
 
 
-_PLANS: dict[tuple[Any, ...], Plan] = {}
+PLANS: dict[tuple[Any, ...], Plan] = {}     # by form
 
 
 def form_of(call: Call) -> tuple[Any, ...]:
     """What a plan depends on."""
-    given = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in call[:9]]
-    return (*given, *call[9:], torch.get_num_threads())
+    query, key, value, indices, counts, tile_of, tiles, key_mask, bias, *rest = call
+    more = () if tile_of is tiles is key_mask is bias is None else tuple(t if t is None else _form(t) for t in (tile_of, tiles, key_mask, bias))
+    return (_form(query), _form(key), _form(value), _form(indices), _form(counts), more, *rest, torch.get_num_threads())
 
 
-def known(form: tuple[Any, ...]) -> Plan | None:
-    """The plan of an equal call before."""
-    return _PLANS.get(form)
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def refusal(query: Tensor, key: Tensor, value: Tensor) -> str:
@@ -143,7 +148,10 @@ class GpuPlan:
 
 
 def plan(call: Call, form: tuple[Any, ...]) -> Plan | GpuPlan:
-    """How to run a call that is not refused; float16, and bfloat16 where instructions for it lack, in float32. Raises KernelError where the kernel cannot be built."""
+    """How to run a call that is not refused; float16, and bfloat16 where instructions for it lack, in float32.
+
+    Raises KernelError where the kernel cannot be built.
+    """
     if call.query.is_cuda:
         return GpuPlan()
     batch, heads, queries, width = call.query.shape
@@ -166,12 +174,14 @@ def plan(call: Call, form: tuple[Any, ...]) -> Plan | GpuPlan:
         kernel, more = _tiles(), (min(threads, tasks), int(_turned_once(call.value, indices, heads, call.block_k)))
     lists = [tensor for tensor in (indices, call.counts, call.tile_of) if tensor is not None]
     factor = (scale_of(call.query, call.scale) or TINY) * math.log2(math.e)
-    lies = all(_lies(tensor, dtype) for tensor in call[:3]) and (few or dtype is torch.float32 or width % DEPTH == 0)
-    made = Plan(kernel, (*flags, *more), factor, dtype, lies, all(_is_words(tensor) for tensor in lists),
-                ((batch, heads, queries, last), (queries * heads * last, last, heads * last, 1)))
-    if len(_PLANS) >= PLANS:
-        _PLANS.clear()
-    _PLANS[form] = made
+    lies: bool = all(_lies(tensor, dtype) for tensor in call[:3]) and (few or dtype is torch.float32 or width % DEPTH == 0)
+    words = all(_is_words(tensor) for tensor in lists)
+    plain = lies and words and dtype is call.query.dtype and call.tile_of is None and call.key_mask is None and call.bias is None
+    made = Plan(kernel, (*flags, *more), factor, dtype, lies, words,
+                ((batch, heads, queries, last), (queries * heads * last, last, heads * last, 1)), plain)
+    if len(PLANS) >= KEPT:
+        PLANS.clear()
+    PLANS[form] = made
     return made
 
 
@@ -219,11 +229,6 @@ def _addressed(bias: Tensor) -> tuple[int, ...]:
     size = bias.element_size()
     steps = (0 if length == 1 else stride * size for length, stride in zip(bias.shape, bias.stride(), strict=True))
     return bias.data_ptr(), *steps, size
-
-
-@cache
-def _nothing(dimensions: int) -> Tensor:
-    return torch.zeros((1,) * dimensions, dtype=torch.uint8)
 
 
 @cache

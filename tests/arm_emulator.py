@@ -176,4 +176,4 @@ def _forget() -> None:
     """Kernels that are loaded, for whatever machine."""
     for cached in (build._loaded, attend._few, attend._panel, attend._tiles, attend._missing):
         cached.cache_clear()
-    attend._PLANS.clear()
+    attend.PLANS.clear()

@@ -17,6 +17,7 @@ from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.block_layout import ALL, NONE, SOME, BlockLayout, from_blocks, from_places
 from sparsify_compiler.codegen import attend
 from sparsify_compiler.ops import attend_blocks
+from sparsify_compiler.target import host
 
 
 def tensors(batch: int, heads: int, groups: int, queries: int, keys: int, width: int, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,6 +206,24 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_few_rows_in_bfloat16_need_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache is read as it lies: changing its dtype at every token would cost more than attention."""
+    if not host().has("avx512bf16"):
+        pytest.skip("no AVX512_BF16 here")
+    layout = from_blocks(chosen(1, 2, 1, 130, 1, 32, 0.6), Grid(1, 130, 1, 32, True))
+    query, key, value = (tensor.bfloat16() for tensor in tensors(1, 4, 2, 1, 130, 64))
+    monkeypatch.setattr(attend.permission, "tiles", lambda: False)
+    attend._missing.cache_clear()
+    attend.PLANS.clear()
+    try:
+        layout.attend(query, key, value)
+        assert [(plan.dtype, plan.as_they_lie, plan.plain) for plan in attend.PLANS.values()] == [(torch.bfloat16, True, True)]
+        check(query, key, value, layout)
+    finally:
+        attend._missing.cache_clear()
+        attend.PLANS.clear()
 
 
 def test_calls_without_a_kernel_say_why_and_run_the_reference() -> None:

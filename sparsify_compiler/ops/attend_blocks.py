@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ._linear import LIBRARY
 
+_modes, _wrapped = torch._C._len_torch_dispatch_stack, torch._C._functorch.is_functorch_wrapped_tensor
 CHUNK = 1 << 24  # scores that the reference holds at once
 
 
@@ -145,11 +147,10 @@ def computed(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts:
              key_mask: Tensor | None = None, bias: Tensor | None = None, *, block_q: int, block_k: int, causal: bool = False,
              scale: float | None = None) -> tuple[Tensor, Tensor]:
     """What the op does: by the kernel that can run the call, or as the reference says."""
-    from sparsify_compiler.codegen import attend
-
+    attend = _kernels()
     call = attend.Call(query, key, value, indices, counts, tile_of, tiles, key_mask, bias, block_q, block_k, causal, scale)
     form = attend.form_of(call)
-    plan: attend.Plan | attend.GpuPlan | None = attend.known(form)
+    plan = attend.PLANS.get(form)
     if plan is None:
         check(query, key, value, indices, counts, tile_of, tiles, key_mask, bias, block_q=block_q, block_k=block_k)
         if attend.refusal(query, key, value):
@@ -158,12 +159,22 @@ def computed(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts:
     return plan.run(call)
 
 
+@cache
+def _kernels() -> Any:
+    from sparsify_compiler.codegen import attend
+
+    return attend
+
+
 def unwatched(*tensors: Tensor | None) -> bool:
     """Is nobody to see the op's call: no gradient, trace or mode? Then `computed` is the same, without a tenth of a millisecond of dispatching."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or _modes():
         return False
-    wrapped, grad = torch._C._functorch.is_functorch_wrapped_tensor, torch.is_grad_enabled()
-    return all(tensor is None or (type(tensor) is Tensor and not wrapped(tensor) and not (grad and tensor.requires_grad)) for tensor in tensors)
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:     # no generator: a step of decoding finds nothing of this in the caches
+        if tensor is not None and (type(tensor) is not Tensor or _wrapped(tensor) or (grad and tensor.requires_grad)):
+            return False
+    return True
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, tile_of: Tensor | None = None, tiles: Tensor | None = None,
