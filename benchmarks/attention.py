@@ -63,7 +63,9 @@ def main() -> None:
                     torch.manual_seed(0)
                     row = decode(tokens, heads, min(given.groups, heads), width, DTYPES[name], given.build) if given.decode else prefill(
                         tokens, heads, width, DTYPES[name], given.flex, 0 if given.build else given.rounds)
-                    table.add_row(str(tokens), str(heads), str(width), name, *row)
+                    found = (str(tokens), str(heads), str(width), name, *row)
+                    table.add_row(*found)
+                    Console(stderr=True, width=150).print(*found)
     if not given.build:
         Console(width=150).print(table)
 

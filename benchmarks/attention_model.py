@@ -54,7 +54,9 @@ CACHES: dict[str, Callable[[Any], Any]] = {
     "keys of rank 48 of 192 (ShadowKV)": lambda model: sc.low_rank_cache(48, 256, model),
     "half of the prompt": lambda model: sc.evicting_cache(share=0.5),
     "a fifth of the prompt": lambda model: sc.evicting_cache(share=0.2),
-    "mass .95 (ZipVL)": lambda model: sc.evicting_cache(mass=0.95),
+    "mass .95 in 4 bits, the rest in 2 (ZipVL)": lambda model: sc.mixed_cache(mass=0.95),
+    "mass .8 in 4 bits, the rest in 2": lambda model: sc.mixed_cache(mass=0.8),
+    "mass .95 (ZipVL's ratio alone)": lambda model: sc.evicting_cache(mass=0.95),
     "a fifth, half on after layer 15 (FastKV)": lambda model: sc.evicting_cache(share=0.2, layer=14, passed=0.5),
 }
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .layer_choice import LayerChoice
     from .library_cache_encoded import low_rank_cache, quantized_cache
     from .library_cache_evicting import evicting_cache
+    from .library_cache_mixed import mixed_cache
     from .library_cache_streaming import streaming_cache
     from .movement import Movement
     from .passes_api import Miss, Pass, Preserves
@@ -50,7 +51,8 @@ _LAZY = {
     "Preserves": "passes_api", "Program": "program", "Report": "report", "Rule": "rule", "RulePass": "rule", "Stage": "program",
     "Target": "target", "attach": "training_attach", "errors": "", "estimate": "estimates", "evicting_cache": "library_cache_evicting",
     "export_dense": "artefact", "generate_corrected": "correct", "find_sites": "sites", "load": "artefact", "low_rank_cache": "library_cache_encoded",
-    "quantized_cache": "library_cache_encoded", "streaming_cache": "library_cache_streaming", "recipes": "", "recover": "recover",
+    "quantized_cache": "library_cache_encoded", "streaming_cache": "library_cache_streaming", "mixed_cache": "library_cache_mixed",
+    "recipes": "", "recover": "recover",
     "reparameterize": "reparameterize", "lightning_callback": "training_callbacks", "trainer_callback": "training_callbacks",
     "export_tuned": "tuning", "import_tuned": "tuning", "tune": "tuning", "average": "averaging", "averaged_cycles": "averaging", "soup": "averaging",
     "finalize": "finalize", "ZerothOrder": "zeroth_order", "LayerChoice": "layer_choice",
@@ -59,8 +61,8 @@ _LAZY = {
 __all__ = ["Budget", "CompiledModel", "LayerChoice", "Match", "Miss", "Movement", "Pass", "Pipeline", "Preserves", "Program", "Report", "Rule",
            "RulePass", "Stage", "Target", "ZerothOrder", "__version__", "attach", "average", "averaged_cycles", "capture", "compile", "errors",
            "estimate", "evicting_cache", "export_dense", "export_tuned", "finalize", "find_sites", "generate_corrected", "import_tuned",
-           "lightning_callback", "load", "low_rank_cache", "quantized_cache", "recipes", "recover", "reparameterize", "soup", "streaming_cache",
-           "trainer_callback", "tune"]
+           "lightning_callback", "load", "low_rank_cache", "mixed_cache", "quantized_cache", "recipes", "recover", "reparameterize", "soup",
+           "streaming_cache", "trainer_callback", "tune"]
 
 
 def __getattr__(name: str) -> Any:

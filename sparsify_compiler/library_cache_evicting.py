@@ -102,7 +102,7 @@ class EvictingLayer(AppendingLayer):
             self.shared.tokens = tokens
         count = max(self._count(found.mean((1, 2)), total), recent)
         if count < tokens:
-            self._keep(_stay(_pooled(found.mean(2), mask, self.choice.pool), count, recent), mask, total)
+            self._keep(self._chosen(found.mean(2), mask, count, recent), mask, total)
 
     def _count(self, found: Tensor, total: int) -> int:
         """How many tokens stay of a prompt, of what all heads look at [B, K]."""
@@ -112,6 +112,10 @@ class EvictingLayer(AppendingLayer):
             return found.shape[1]
         held = found.sort(1, descending=True).values.cumsum(1)
         return int((held < self.choice.mass * held[:, -1:]).sum(1).max()) + 1
+
+    def _chosen(self, found: Tensor, mask: Tensor | None, count: int, recent: int) -> Tensor:
+        """The tokens that stay [B, G, count], of what each group looks at [B, G, K]."""
+        return _stay(_pooled(found, mask, self.choice.pool), count, recent)
 
     def _keep(self, places: Tensor, mask: Tensor | None, total: int) -> None:
         """Hold only the tokens [B, G, count]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.block_layout import ALL, NONE, SOME, BlockLayout, from_blocks, from_places
 from sparsify_compiler.codegen import attend
+from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.ops import attend_blocks
 from sparsify_compiler.target import host
 
@@ -123,14 +125,42 @@ def test_all_blocks_are_dense_attention(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("causal", [False, True])
-def test_bfloat16_is_as_good_as_that_of_torch(width: int, causal: bool) -> None:
-    query, key, value = (tensor.bfloat16() for tensor in tensors(1, 4, 4, 700, 700, width))
-    layout = from_blocks(torch.ones(1, 1, 11, 11, dtype=torch.bool), Grid(700, 700, 64, 64, causal))
+@pytest.mark.parametrize(("queries", "causal"), [(700, False), (700, True), (1, False)])
+def test_bfloat16_is_as_good_as_that_of_torch(width: int, queries: int, causal: bool) -> None:
+    query, key, value = (tensor.bfloat16() for tensor in tensors(1, 32 if queries == 1 else 4, 4, queries, 700, width))
+    key, value = (tensor.repeat_interleave(query.shape[1] // 4, 1) for tensor in (key, value))
+    layout = from_blocks(torch.ones(1, 1, -(-queries // 64), 11, dtype=torch.bool), Grid(queries, 700, 64, 64, causal))
     expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=causal)
     ours, theirs = ((out.double() - expected).square().mean().sqrt() for out in
                     (layout.attend(query, key, value)[0], scaled_dot_product_attention(query, key, value, is_causal=causal)))
     assert ours <= 1.05 * theirs
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
+    """Of a prompt of 16384 tokens: all its scores would take 2 GB."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the most that a process held is not told here")
+    for text in ("Indexer(always=(SlidingWindow(window=512), Sinks(tokens=64)))",
+                 "Indexer(always=(Windows(size=64),), scorer=pooled, selector='top_k(share=0.1)')"):
+        taken = [most_bytes(Indexer.parse(text), length) for length in (4096, 4096, 8192, 16384)]     # the first run loads what it needs
+        assert taken[3] < 160 << 20, (text, taken)
+        assert taken[3] < 2.6 * taken[2] + (16 << 20), (text, taken)
+
+
+def most_bytes(indexer: Indexer, length: int) -> int:
+    """What attention to a prompt takes at most, beside its queries, keys and values."""
+    query, key, value = tensors(1, 2, 1, length, length, 64)
+    Path("/proc/self/clear_refs").write_text("5")      # the most is what it is now
+    before = _held("VmRSS")
+    layout = indexer.layout(query, key, True, 0.125)
+    out, _ = layout.attend(query, key, value)
+    assert out.shape == query.shape
+    return _held("VmHWM") - before
+
+
+def _held(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) << 10
 
 
 def test_strided_tensors_are_read_as_they_lie() -> None:

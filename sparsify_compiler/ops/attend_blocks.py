@@ -156,7 +156,8 @@ def computed(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts:
         if attend.refusal(query, key, value):
             return reference(*call[:9], block_q=block_q, block_k=block_k, causal=causal, scale=scale)
         plan = attend.plan(call, form)
-    return plan.run(call)
+    found: tuple[Tensor, Tensor] = plan.run(call)
+    return found
 
 
 @cache
@@ -171,10 +172,7 @@ def unwatched(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or _modes():
         return False
     grad = torch.is_grad_enabled()
-    for tensor in tensors:     # no generator: a step of decoding finds nothing of this in the caches
-        if tensor is not None and (type(tensor) is not Tensor or _wrapped(tensor) or (grad and tensor.requires_grad)):
-            return False
-    return True
+    return all(tensor is None or (type(tensor) is Tensor and not _wrapped(tensor) and not (grad and tensor.requires_grad)) for tensor in tensors)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, tile_of: Tensor | None = None, tiles: Tensor | None = None,
