@@ -80,7 +80,7 @@ class MixedLayer(EvictingLayer):
         for side, held in enumerate((self.keys, self.values)):
             moved = held.gather(2, order[:, None, :, None].expand_as(held))
             coded = (first + second) * self.group
-            groups = moved[:, :, :coded].unflatten(2, (first + second, self.group))
+            groups = moved[:, :, :coded].reshape(*held.shape[:2], first + second, self.group, held.shape[3])
             parts = groups[:, :, :first], groups[:, :, first:]
             of_rest, of_salient = (ways[side].encode(part, 0) for ways, part in zip(self._ways, parts, strict=True))
             sides.append((of_rest, of_salient, moved[:, :, coded:].clone()))
