@@ -140,8 +140,8 @@ def quality(given: argparse.Namespace) -> None:
     for column in ("cache", "MB", *subject.texts, "increase", "numbers"):
         table.add_column(column, justify="left" if column == "cache" else "right")
     dense: list[float] = []
-    for name, make in CACHES.items():
-        losses, held = [], None
+    for name in given.caches:
+        make, losses, held = CACHES[name], [], None
         for texts in subject.texts.values():
             found = []
             for tokens in texts:
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--text", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--caches", nargs="+", choices=list(CACHES), default=list(CACHES), help="what is measured against the first of them")
     parser.add_argument("--texts", type=int, default=1)
     parser.add_argument("--needles", type=int, default=1)
     given = parser.parse_args()

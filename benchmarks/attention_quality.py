@@ -229,7 +229,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     for axis in (left, right):
         axis.set_xlabel("blocks read / blocks below the diagonal")
         axis.grid(alpha=0.3)
-    left.legend(fontsize=7, loc="lower left")
+    left.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(file)
 
