@@ -89,7 +89,7 @@ def ours(mixture: Any) -> Any:
     found = runtime.candidates("experts_ffn", tensors, {"activation": "silu"}, mixture.down_proj.dtype, (1,), host())
     kernels = [candidate for candidate in found if candidate.options["family"] == "experts_ffn"]  # torch's grouped product is a candidate, too
     if not kernels:
-        raise SystemExit(f"this machine has no kernel for experts of {mixture.down_proj.dtype}: AVX-512 is needed, for bfloat16 AMX tiles")
+        raise SystemExit(f"this machine has no kernel for experts of {mixture.down_proj.dtype}: AVX-512 is needed, for bfloat16 AVX512_BF16")
     return kernels[0].bind()
 
 

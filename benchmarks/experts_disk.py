@@ -2,6 +2,7 @@
 
     python benchmarks/experts_disk.py --folder FOLDER --build       # a Mixtral of random weights, compiled and saved
     python benchmarks/experts_disk.py --folder FOLDER               # in a process of its own: MB of the weights' file that this process has read
+    python benchmarks/experts_disk.py --folder FOLDER --experts 48  # the same with 48 MB of experts in memory at most
 
 Linux only: what is resident is what /proc/self/smaps says of the file.
 """
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--experts", type=int, help="MB of experts that may be in memory")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     place = arguments.folder / "mixture"
@@ -36,12 +38,15 @@ def main() -> None:
         return
     with torch.device("meta"):  # its classes are needed, not its weights
         model = MixtralForCausalLM(MixtralConfig(**CONFIG)).eval()
-    loaded = sc.load(place, model=model, mapped=True)
+    loaded = sc.load(place, model=model, mapped=True, experts_bytes=None if arguments.experts is None else arguments.experts << 20)
     console = Console()
     console.print("loaded: {1} of {0} MB in memory".format(*resident(place)))
     for tokens in arguments.tokens:
         loaded.generate(torch.randint(1, 256, (1, 1)), max_new_tokens=tokens, do_sample=False)
-        console.print(f"after {tokens} more tokens: {resident(place)[1]} MB")
+        known = loaded.resident_experts
+        more = "" if known is None else (f", {known.bytes >> 20} MB of them experts; {known.reads['from disk']} read, "
+                                         f"{known.reads['in memory']} still there")
+        console.print(f"after {tokens} more tokens: {resident(place)[1]} MB{more}")
 
 
 def resident(folder: Path) -> tuple[int, int]:

@@ -36,6 +36,7 @@ from .memory import give_back
 from .packed_storage import leave_in_artefact
 from .program import LeftOut, Program, Region, Stage, TensorSpec
 from .report import Report
+from .resident_experts import bound_experts
 from .storage import read_safetensors, settled, write_safetensors, writing
 from .target import Target
 
@@ -56,7 +57,7 @@ def save(compiled: CompiledModel, path: str | Path) -> None:
 
 
 def load(path: str | Path, model: nn.Module | None = None, target: Target | str | None = None, *, rebuild: bool = False,
-         mapped: bool = False) -> CompiledModel:
+         mapped: bool = False, experts_bytes: int | None = None) -> CompiledModel:
     """The model that was saved in the folder.
 
     model    the original model, or a fresh one of the same class: needed where the model was captured in regions. It is not modified
@@ -64,18 +65,23 @@ def load(path: str | Path, model: nn.Module | None = None, target: Target | str 
     rebuild  compile the kernels again from their IR instead of using the binaries
     mapped   leave the weights in the file: they come from disk when they are first read, and the system drops those that were not read for the
              longest when memory is short. For mixtures with more experts than memory, whose kernel reads the chosen ones where they lie
+    experts_bytes  with mapped: bytes of experts that are in memory at a time at most, all mixtures together; those used last stay. Nobody may write
+             to their weights then. `compiled.resident_experts` says how many came from disk
 
     A packed weight is in memory once, as its kernel laid it out: what was stored stays in the file, mapped, until something reads it (state_dict,
     save, torch.compile). The folder may be removed or replaced meanwhile, but its files must not be written into.
 
     Raises ArtefactError: missing, damaged, changed, written by a newer version, or made for a machine whose code cannot run here.
     """
+    if experts_bytes is not None and not mapped:
+        raise InputError("a bound on the experts in memory is for weights that stay on disk", where="experts_bytes",
+                         hint="load(..., mapped=True, experts_bytes=...)")
     for attempt in range(ATTEMPTS):
         folder = settled(Path(path))
         before = _identity(folder)
         try:
             with torch.no_grad():
-                return _read(folder, model, target, rebuild, mapped)
+                return _read(folder, model, target, rebuild, mapped, experts_bytes)
         except (ArtefactError, OSError):
             # Another process may have replaced the folder under our hands: then look again.
             if attempt + 1 == ATTEMPTS or _identity(settled(Path(path))) == before:
@@ -168,7 +174,8 @@ class _KernelWriter:
         return len(self.records) - 1
 
 
-def _read(folder: Path, model: nn.Module | None, target: Target | str | None, rebuild: bool, mapped: bool) -> CompiledModel:
+def _read(folder: Path, model: nn.Module | None, target: Target | str | None, rebuild: bool, mapped: bool,
+          experts_bytes: int | None) -> CompiledModel:
     manifest = read_manifest(folder)
     made_for = Target.from_json(manifest["target"]) if manifest.get("target") else None
     try:
@@ -186,9 +193,12 @@ def _read(folder: Path, model: nn.Module | None, target: Target | str | None, re
     if nodes:
         runs_on = bind_kernels(folder, manifest, graph["kernels"], nodes, made_for, target, rebuild)
     left = [*leave_in_artefact(folder / WEIGHTS, graph, program), *(stored.values() if mapped else ())]
+    resident = None if experts_bytes is None else bound_experts(program, experts_bytes, (folder / WEIGHTS).stat().st_size)
     del source, stored
     give_back()
-    return CompiledModel(program, runs_on, read_report(folder), left)
+    compiled = CompiledModel(program, runs_on, read_report(folder), left)
+    compiled.resident_experts = resident
+    return compiled
 
 
 def _decode(graph: Mapping[str, Any], source: TensorSource, model: nn.Module | None) -> tuple[Program, list[tuple[Region, fx.Node, int]]]:

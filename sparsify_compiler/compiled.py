@@ -17,6 +17,7 @@ from .program import Program
 
 if TYPE_CHECKING:
     from .report import Report
+    from .resident_experts import ResidentExperts
     from .target import Target
 
 
@@ -35,6 +36,7 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.program, self.target = program, target
         self._report = report
+        self.resident_experts: ResidentExperts | None = None  # where load() was given a bound on experts in memory
         self._mapped = frozenset(tensor.untyped_storage().data_ptr() for tensor in mapped)
         self._kernels = tuple(node.meta["kernel"] for _, node in program.nodes() if node.meta.get("kernel") is not None)
         self._bind()

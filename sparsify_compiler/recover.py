@@ -21,7 +21,7 @@ from .recover_pair import Student, Teacher
 from .recover_state import RunFile, fingerprint
 from .recovery import Recovery
 from .training import Hook
-from .training_attach import attach
+from .training_attach import acting, attach
 
 
 def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Inputs], *, hook: Hook | None = None, minutes: float = 10.0,
@@ -66,6 +66,7 @@ def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Inputs], *, 
     if hook is None:
         model, hook = attach(model, first, Pipeline(()), dynamic=dynamic)
     model.eval()
+    acting(model)
     student = Student(model, hook, Teacher(teacher, first, dynamic), dtype)
     chosen = student.losses(first, named)
     key = fingerprint(model, f"{[(one.name, one.options) for one in chosen]} {steps} {rate} {warmup} {clip} {decay} {accumulate} {dtype}")

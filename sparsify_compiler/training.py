@@ -31,6 +31,7 @@ class Watch(nn.Module):
     """Stands in the graph and keeps the value that went by last, with its gradient's graph. It is no part of the model's state.
 
     ends  a forward pass goes no further, by raising EndsHereError
+    acts  what changes values in training alone does so now
     """
 
     _is_impure = True  # so that fx does not drop it as dead code
@@ -39,6 +40,12 @@ class Watch(nn.Module):
         super().__init__()
         self.seen: list[Tensor] = []
         self.ends = False
+        self.acts = True
+
+    def train(self, mode: bool = True) -> Watch:
+        """As the user's train() and eval() say."""
+        self.acts = mode
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> None:
         if type(x) is Tensor:  # an export of the model, which runs on stand-ins, leaves nothing here

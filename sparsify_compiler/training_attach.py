@@ -104,6 +104,7 @@ def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] 
     for region in watched.regions.values():
         region.module.recompile()
     module = own_tensors(instantiate(watched)) if own else instantiate(watched)
+    acting(module)
     marked: dict[TrainingPass, list[Marked]] = {}
     for (by, path, region, node), (names, known) in zip(marks, reads, strict=True):
         tensors = {key: get_tensor(module, region.qualified(name)) for key, name in names.items()}
@@ -111,6 +112,13 @@ def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] 
     parts: list[Part] = [by.part(places) for by, places in marked.items()]
     layers = _masked(module, program) | {_path_of(node): layer for node, layer in packed.items()}
     return module, Hook(parts, values, states, attentions, layers, _block_parameters(module, watched, blocks))
+
+
+def acting(module: nn.Module) -> None:
+    """Let act what does in training alone, until the user says eval(). The rest stays the model in evaluation, without dropout."""
+    for one in module.modules():
+        if isinstance(one, Watch):
+            one.acts = True
 
 
 def _watched_attention(region: Region, node: fx.Node, watch_of: Callable[[Region, fx.Node], Watch]) -> WatchedAttention:

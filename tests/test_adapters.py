@@ -186,6 +186,15 @@ def test_routed_experts_are_the_sum_over_the_chosen(experts: int, rank: int, cho
         torch.testing.assert_close(module(X), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_of_scores_that_are_alike_no_more_experts_are_used_than_were_asked_for() -> None:
+    from sparsify_compiler.passes.train.adapters.routed_low_rank import _change
+
+    x, reads, writes = torch.randn(5, 6), torch.randn(8, 6), torch.randn(3, 8)
+    y = _change(x, reads, writes, torch.zeros(4, 6), rank=2, chosen=1, scale=1.0)
+    each = torch.stack([0.25 * (x @ reads[i : i + 2].T) @ writes[:, i : i + 2].T for i in range(0, 8, 2)])
+    assert bool((each - y).abs().amax(-1).lt(1e-5).any(0).all()), "every row is one expert's"
+
+
 def test_bad_input() -> None:
     assert set(catalog.names("adapter")) == {"bottleneck", "group_sums", "low_rank", "masked_low_rank", "routed_low_rank", "row_by_column"}
     for text, why in (("bottleneck(activation='tanhh')", "relu, gelu, silu"), ("bottleneck(spread=0.0)", "spread above 0"),

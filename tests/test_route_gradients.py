@@ -38,6 +38,9 @@ def test_straight_through_keeps_values_and_opens_what_is_chosen(experts: int, k:
     same, found = Named.parse("router gradient", f"straight_through(temperature={temperature!r})")(scores, chosen, weights)
     assert torch.equal(same, chosen)
     assert torch.equal(found, torch.ones_like(found) if weights is None else weights)
+    narrow, alike = Named.parse("router gradient", f"straight_through(temperature={temperature!r})")(scores, chosen.int(), weights)
+    assert narrow.dtype is torch.int32
+    assert torch.equal(alike, found)
     found.sum().backward()
     assert scores.grad is not None
     named = torch.zeros(rows, experts + 1).scatter_(-1, chosen + 1, 1.0)[:, 1:]
@@ -187,3 +190,58 @@ def test_what_is_wrong_is_told() -> None:
     ctx = Context()
     Pipeline((RouteGradients(),)).run(capture(nn.Linear(2, 2).eval(), (torch.zeros(1, 2),)), ctx)
     assert [miss.why for miss in ctx.misses] == ["the model has no experts"]
+
+
+def test_the_load_is_that_of_the_experts_that_were_drawn() -> None:
+    """Scores that always name expert 0 first, an estimator that draws: the loss is of the draw, whichever pass stands first."""
+    torch.manual_seed(0)
+    model, x = GatedFfn(8, 32).eval(), torch.randn(4000, 8)
+    split = "split_experts(experts=4, partition='copies', router='random', selector='top_k(k=1)', shared=0.0, "\
+            "importance='weight_norm', weight='softmax', repair='none')"
+    for text in ("penalise_routing(loss='load_balance', weight=1.0) | route_gradients(estimator='dice')",
+                 "route_gradients(estimator='dice') | penalise_routing(loss='load_balance', weight=1.0)"):
+        module, hook = sc.attach(model, (x,), f"{split} | {text}")
+        with torch.no_grad():
+            next(one for name, one in module.named_parameters() if "router" in name).zero_()
+        module(x)
+        assert float(hook.loss().detach()) == pytest.approx(1.0, abs=0.02)
+        assert float(module.eval()(x).sum()) == pytest.approx(float(module(x).sum()))
+
+
+def test_an_estimator_rests_after_eval_and_acts_again_after_train() -> None:
+    torch.manual_seed(0)
+    model, x = GatedFfn(8, 32).eval(), torch.randn(64, 8)
+    split = "split_experts(experts=4, router='random', selector='top_k(k=1)', shared=0.0, repair='none')"
+    module, _ = sc.attach(model, (x,), f"{split} | route_gradients(estimator='dice')", calibration=[(x,)])
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+    with torch.no_grad():
+        drawn_by_none = module.train()(x)
+    assert torch.equal(module.eval()(x), drawn_by_none)
+    assert not torch.equal(module.train()(x), module(x))
+
+
+def test_two_passes_are_to_agree() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), GatedFfn(8, 32)).eval(), torch.randn(64, 8)
+    module, hook = sc.attach(model, (x,), "thor", calibration=[(x,)])
+    with torch.no_grad():
+        for name, one in module.named_parameters():
+            if "experts" in name:
+                one.add_(torch.randn_like(one) * 0.2)  # copies that came apart
+    first = module(x)
+    assert hook.loss() == 0
+    second = module(x)
+    p, q = first.softmax(-1), second.softmax(-1)
+    wanted = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean() / 2
+    assert float(hook.loss().detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)
+    assert hook.loss() > 0
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    hook.loss().backward()
+    assert all(one.grad is not None and bool(one.grad.ne(0).any()) for name, one in module.named_parameters() if "experts" in name)
+    optimizer.step(), hook.step(optimizer)
+    module(x)
+    assert hook.loss() == 0, "a pass of the step before is none of this one"
+    module(x[:7])
+    assert hook.loss() == 0

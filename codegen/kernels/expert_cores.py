@@ -21,9 +21,10 @@ class Core(ABC):
     """group and strip: neurons and outputs at a time; across: units at a time; depth: inputs packed at a time; dtype: of what is packed.
 
     few  rows up to which an expert's are multiplied one after the other, as they lie; 0 for a core that does not
+    text functions in LLVM's language that it calls
     """
 
-    few = 0
+    few, text = 0, ""
     dtype: str
     group: int
     strip: int

@@ -12,11 +12,13 @@ Bound by: the FMA rate or the tile unit where experts have many rows, the bandwi
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels.expert_cores import Core, Fma, Tile
+from sparsify_compiler.codegen.kernels.expert_dots import Dot
 from sparsify_compiler.codegen.kernels.expert_order import Order, each_panel
 from sparsify_compiler.codegen.kernels.experts_layout import ExpertsArguments, ExpertsLayout
 from sparsify_compiler.codegen.kernels.products import LANES
@@ -30,6 +32,7 @@ class ExpertPanels:
     layout: ExpertsLayout
     workers: int
     cut_for: Vectors = AVX512
+    tiles: bool = True  # of bfloat16 by AMX tiles, else by AVX512_BF16
     name = "expert_panels"
 
     def compute(self) -> Any:
@@ -39,24 +42,25 @@ class ExpertPanels:
 
 def _body(how: ExpertPanels) -> None:
     a = ExpertsArguments(how.layout)
-    order, core = Order(a), (Fma if how.layout.dtype == "float32" else Tile)(a, how.layout)
+    order, core = Order(a), (Fma if how.layout.dtype == "float32" else Tile if how.tiles else Dot)(a, how.layout)
     room = e.maximum(order.units, 1)
     packed, hidden = e.scratch(room * core.size(a.K), core.dtype), e.scratch(room * core.size(a.H), core.dtype)
     width = e.opaque(e.floordiv(a.N + (core.strip - 1), core.strip) * core.strip)
     sums = e.scratch(a.M * width, "float32")
     with e.loop(order.units, parallel=how.workers > 1) as unit:
         _by_rows(core, order, unit, e.constant(1, "int32"), lambda: core.copy_rows(order, packed, unit), lambda: _pack(a, core, order, packed, unit))
-    with e.loop(how.workers, parallel=how.workers > 1) as me:
-        core.open()
-        with order.share(e.floordiv(a.H, core.group), how.workers, me) as (expert, group, first, units):
-            at = e.let(group * core.group)
-            _by_rows(core, order, first, units, lambda: core.row_neurons(order, packed, hidden, expert, at, first), lambda: each_panel(
-                first, units, core.across, lambda unit, many: core.neurons(packed, hidden, expert, at, unit, many)))
-        core.close()
-    with e.loop(how.workers, parallel=how.workers > 1) as me:
-        core.open()
-        _outputs(a, how, core, order, me, hidden, sums, width)
-        core.close()
+    with e.llvm(core.text) if core.text else nullcontext():
+        with e.loop(how.workers, parallel=how.workers > 1) as me:
+            core.open()
+            with order.share(e.floordiv(a.H, core.group), how.workers, me) as (expert, group, first, units):
+                at = e.let(group * core.group)
+                _by_rows(core, order, first, units, lambda: core.row_neurons(order, packed, hidden, expert, at, first), lambda: each_panel(
+                    first, units, core.across, lambda unit, many: core.neurons(packed, hidden, expert, at, unit, many)))
+            core.close()
+        with e.loop(how.workers, parallel=how.workers > 1) as me:
+            core.open()
+            _outputs(a, how, core, order, me, hidden, sums, width)
+            core.close()
 
 
 def _by_rows(core: Core, order: Order, first: Any, units: Any, few: Callable[[], None], many: Callable[[], None]) -> None:

@@ -28,18 +28,19 @@ from sparsify_compiler.target import Target
 NAME, OP, LABEL = "experts_ffn", "experts_ffn", "chosen experts"
 GIVEN = ("chosen", "weights")  # what the graph computes beside x
 ROW, ROWS = "expert_rows", "expert_panels"
+DOTS = "avx512bf16"
 
 
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
-    """Name and options of the kernel, for widths of whole vectors, and in bfloat16 for machines with AMX tiles."""
+    """Name and options of the kernel, for widths of whole vectors, and in bfloat16 for machines with AMX tiles or AVX512_BF16."""
     if op != OP or dtype not in DTYPES or any(name in tensors for name in GIVEN):
         return []
     weights = [tensors[name] for name in WEIGHTS if name in tensors]
     step, wide = step_of(str(dtype).removeprefix("torch.")), dtype is torch.bfloat16
     fits = all(weight.dtype is dtype and weight.dim() == 3 and min(weight.shape) > 0 and weight.shape[2] % step == 0 for weight in weights)
     if wide:
-        fits = fits and tensors["down"].shape[1] % step == 0 and amx.runs(target)
+        fits = fits and tensors["down"].shape[1] % step == 0 and (amx.runs(target) or target.has(DOTS))
     known = attributes["activation"] in ACTIVATIONS and attributes["activation"] in select_ffn.ACTIVATIONS
     return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})] if fits and known else []
 
@@ -54,7 +55,7 @@ def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
     given = tensors if bias is None else {**tensors, "bias": bias}
     prepared = prepare_experts({name: given[name].detach() for name in (*WEIGHTS, *BIASES) if name in given}, str(attributes["activation"]))
     layout, cut_for = prepared.layout, vectors_of(target)
-    kernels = {ROW: ExpertRows(layout, target.cores > 1, cut_for), ROWS: ExpertPanels(layout, workers(target), cut_for)}
+    kernels = {ROW: ExpertRows(layout, target.cores > 1, cut_for), ROWS: ExpertPanels(layout, workers(target), cut_for, amx.runs(target))}
     return Laid(LABEL, options, prepared, Variants(kernels, lambda rows: ROW if rows == 1 else ROWS), target, GIVEN)
 
 

@@ -15,7 +15,7 @@ from sparsify_compiler.epilogue import META, Epilogue, epilogues
 from sparsify_compiler.fakes import fake_like, mode_of
 from sparsify_compiler.far import FarKernel, is_far
 from sparsify_compiler.operands import input_of, with_dense_weight
-from sparsify_compiler.ops import put_rows, take_rows
+from sparsify_compiler.ops import put_part, put_rows, take_part, take_rows
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, set_tensor
 from sparsify_compiler.shapes import example_shape
@@ -153,8 +153,16 @@ def rows_of(region: Region, node: fx.Node, ctx: Context) -> Tensor:
 
 def on_taken_rows(node: fx.Node) -> bool:
     """Whether a layer lies in a block that runs on a part of the rows: how many there are is known at each call only, whatever the graph says."""
-    taken = backwards(node, lambda one: one.target is take_rows.op, lambda one: one.op == "call_function" and one.target is not put_rows.op)
+    back = (put_rows.op, put_part.op)
+    taken = backwards(node, _takes, lambda one: one.op == "call_function" and one.target not in back)
     return bool(taken)
+
+
+def _takes(node: fx.Node) -> bool:
+    """Does it take as many rows as the data say? Of tokens there are as many in every text."""
+    if node.target is take_part.op:
+        return len(node.kwargs["index"].meta["val"].shape) == 1  # type: ignore[union-attr]
+    return node.target is take_rows.op
 
 
 def chunks(found: Iterable[tuple[Region, fx.Node]], size_of: Callable[[Region, fx.Node], int]) -> Iterator[tuple[list[tuple[Region, fx.Node]], int]]:

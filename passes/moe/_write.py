@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import linear
 
-from sparsify_compiler.fold import erase_dead, put
+from sparsify_compiler.fold import erase_dead
 from sparsify_compiler.normal_form_edit import aten, insert
 from sparsify_compiler.ops import experts_ffn
 from sparsify_compiler.passes.moe._evidence import Ffn, Formula
 from sparsify_compiler.passes.moe._free import Free, given_by, with_residual
+from sparsify_compiler.passes.moe._placed import Placed
 from sparsify_compiler.passes.moe._sites import Dense
 from sparsify_compiler.passes.moe._split import Split
-from sparsify_compiler.splice import insert_formula
 
 SCORES = "scores of experts"  # in the metadata of a router's last node
 SHARED = "experts share it"  # in the metadata of the node that an FFN ends at
@@ -144,26 +143,17 @@ class _Writer:
         erase_dead([self.before])
 
     def _at(self, part: str) -> str:
-        return ".".join(name for name in (self.path, part) if name)
+        return self._placed.at(part)
 
     def _stored(self, part: str, name: str, value: Tensor) -> fx.Node:
-        """A parameter, in the model's dtype."""
-        dtype = self.dense.x.meta["val"].dtype
-        return put(self.dense.region, self.before, value.to(dtype), name, self.dense.leaves(), {"path": self._at(part)}, self.by)
+        return self._placed.stored(part, name, value)
 
     def formula(self, part: str, formula: Formula, inputs: Mapping[str, fx.Node], experts: Mapping[str, fx.Node]) -> fx.Node:
-        """The formula's nodes, of a module of their own in the model's paths."""
-        known = dict(inputs) | {name: self._stored(part, name, value) for name, value in formula.tensors.items()}
-        wanted = inspect.signature(formula.function).parameters
-        known |= {name: put(self.dense.region, self.before, value, name, (), {"path": self._at(part)}, self.by)
-                  for name, value in formula.buffers.items()}
-        known |= {name: node for name, node in experts.items() if name in wanted and name not in known}
-        last = self.before.prev
-        result = insert_formula(self.dense.region, self.before, formula.function, known, self.by)
-        while last.next is not self.before:
-            last = last.next
-            last.meta["path"] = self._at(part)
-        return result
+        return self._placed.formula(part, formula, inputs, experts)
+
+    @property
+    def _placed(self) -> Placed:
+        return Placed(self.dense.region, self.before, self.path, tuple(self.dense.leaves()), self.dense.x.meta["val"].dtype, self.by)
 
 
 def _dense(x: Tensor, gate: Tensor, down: Tensor, up: Tensor | None = None, gate_bias: Tensor | None = None, up_bias: Tensor | None = None,

@@ -149,12 +149,13 @@ class SplitExperts(Pass):
         return always, filled(self._named("partition")(evidence, routed, self.experts))
 
     def _share(self, split: Split, neurons: int, density: float | None) -> float:
-        """Of the experts, how many make the density: at least one."""
+        """Of the experts, how many make the density: at least one of several. One alone may be left out of rows."""
         fixed = self._fixed()
         size = float((split.table >= 0).sum(1).double().mean())
         wished = (density or 0.0) * neurons - split.always.numel()
         experts = wished / size if fixed is None else float(fixed)
-        return min(max(experts / self.experts, 1 / self.experts), 1.0)
+        least = 1 / self.experts if self.experts > 1 else 0.0
+        return min(max(experts / self.experts, least), 1.0)
 
 
 def _unfit(dense: Dense | str, experts: int, shared: float) -> str | None:

@@ -50,13 +50,16 @@ class RouteGradients(TrainingPass):
     def tap(self, region: Region, name: str, node: fx.Node) -> Watch:
         made = Estimated(Named.parse("router gradient", self.estimator))
         region.module.add_module(name, made)
-        given = scores_of(node), node.kwargs["chosen"], node.kwargs.get("weights")
+        given: tuple[Any, ...] = scores_of(node), node.kwargs["chosen"], node.kwargs.get("weights")
         with region.graph.inserting_before(node):
             both = region.graph.call_module(name, given)
             chosen, weights = (region.graph.call_function(operator.getitem, (both, place)) for place in (0, 1))
         for new, like in ((chosen, given[1]), (weights, given[0])):
-            new.meta |= {"val": like.meta["val"]}  # type: ignore[union-attr]
+            new.meta |= {"val": like.meta["val"]}
         node.kwargs = {**node.kwargs, "chosen": chosen, "weights": weights}
+        for other in [user for user in given[1].users if user.op == "call_module" and user is not both]:  # a loss looks at what is run
+            other.replace_input_with(given[1], chosen)
+            weights.append(other)
         return made
 
     def part(self, marked: Sequence[Marked]) -> Part:
@@ -64,7 +67,7 @@ class RouteGradients(TrainingPass):
 
 
 class Estimated(Watch):
-    """Stands in a graph before a mixture. Under no_grad, and in an export, it hands on the choice and its weights.
+    """Stands in a graph before a mixture. After module.eval(), under no_grad, and in an export, it hands on the choice and its weights.
 
     A router that is frozen, before which nothing is trained, still has its experts drawn.
     """
@@ -74,7 +77,7 @@ class Estimated(Watch):
         self._estimator = estimator
 
     def forward(self, scores: Tensor, chosen: Tensor, weights: Tensor | None) -> Any:  # type: ignore[override]
-        if type(scores) is not Tensor or not torch.is_grad_enabled():
+        if type(scores) is not Tensor or not self.acts or not torch.is_grad_enabled():
             return chosen, weights
         return self._estimator(scores, chosen, weights)
 

@@ -27,7 +27,7 @@ def routed_low_rank(weight: Tensor, seed: int, mask: Tensor | None = None, *, ex
 
 def _change(x: Tensor, reads: Tensor, writes: Tensor, route: Tensor, *, rank: int, chosen: int, scale: float) -> Tensor:
     odds = linear(x, route).softmax(-1)
-    best = odds.topk(chosen, -1).values[..., -1:]
-    gate = torch.where(odds >= best, odds, torch.zeros_like(odds)).repeat_interleave(rank, -1)
+    best = odds.topk(chosen, -1)  # of scores that are alike some, never more than were asked for
+    gate = torch.zeros_like(odds).scatter(-1, best.indices, best.values).repeat_interleave(rank, -1)
     y = linear(linear(x, reads) * gate, writes)
     return y if scale == 1 else y * scale

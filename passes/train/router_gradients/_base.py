@@ -1,8 +1,8 @@
 """What estimators of a router's gradient share.
 
 An estimator is a function `name(scores, chosen, weights, *, options...) -> (chosen, weights)` in a file of its own: scores float32 [..., E], chosen
-int64 [..., k], -1 for none, weights [..., k], or None for ones; called where gradients are recorded alone. What it gives takes the places of both in
-that forward pass, and carries the gradient to the scores.
+int32 or int64 [..., k], -1 for none, weights [..., k], or None for ones; called where gradients are recorded alone. What it gives takes the places
+of both in that forward pass, and carries the gradient to the scores.
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ def straight_through(scores: Tensor, chosen: Tensor, weights: Tensor | None, *, 
     The deviation is that of the row's scores, so what a router gives may have any scale. Neither number has a gradient of its own.
     """
     with torch.no_grad():
-        open_ = torch.zeros(*scores.shape[:-1], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device).scatter_(-1, chosen + 1, True)[..., 1:]
+        none = torch.zeros(*scores.shape[:-1], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device)
+        open_ = none.scatter_(-1, chosen.long() + 1, True)[..., 1:]
         lowest = scores.masked_fill(~open_, torch.inf).amin(-1, keepdim=True)
         highest = scores.masked_fill(open_, -torch.inf).amax(-1, keepdim=True)
         limit = torch.where(lowest.isinf(), highest, torch.where(highest.isinf(), lowest, (lowest + highest) / 2))
         width = temperature * (scores - scores.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-    return chosen, shifted(weights, of_chosen(((scores - limit) / width).sigmoid(), chosen))
+    return chosen, shifted(weights, of_chosen(((scores - limit) / width).sigmoid(), chosen.long()))

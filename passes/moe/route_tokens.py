@@ -1,0 +1,135 @@
+"""Route the tokens of each text around residual blocks: a mixture of depths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sparsify_compiler.errors import ParseError
+from sparsify_compiler.named import Named
+from sparsify_compiler.ops import put_part, take_part, top_tokens
+from sparsify_compiler.part_run import TOKENS
+from sparsify_compiler.passes.moe._depth import Depth, check_router, depths, moved, router_of, seen, unseen
+from sparsify_compiler.passes.moe._evidence import Formula
+from sparsify_compiler.passes_api import Context, Pass, Preserves
+from sparsify_compiler.program import Program, Stage
+
+
+@dataclass(frozen=True)
+class RouteTokens(Pass):
+    """Let each text run some of its tokens through a block, attention and all: those that a router scores highest; the others pass it by.
+
+    Matches    x + attention(norm(x)), then + ffn(norm(..)), and whatever else a block of the residual stream [texts, tokens, width] is made of
+    Rewrites   put_part(x, xs + weight * (block(xs) - xs), index); index = top_tokens(router(x), share), xs = take_part(x, index)
+    Preserves  signature; quality is measured, and with a density of 1 it is the model
+    Paper      Mixture-of-Depths, Raposo et al., arXiv:2404.02258; which blocks: gamma-MoD, Luo et al., arXiv:2410.13859
+
+    density     tokens that blocks compute / all, over the model; by default the user's budget
+    routed      share of the blocks that tokens may pass by, those of lowest importance
+    importance  a file of passes/moe/block_importances
+    router      "ridge", fitted to how much the block changes a token, or "random", to be trained
+    weight      a file of passes/moe/weights: "one", or "sigmoid" of the score, by which routers learn
+    first       so many blocks at the beginning that every token runs through
+
+    Tokens among those that are chosen see each other in attention, not the others. How many there are depends on the text's length alone; which,
+    on all of the text, so this is for encoders, prompts and training, and not for generate(): there split_experts(experts=1, ...) routes around FFNs.
+    Padding is scored like any token. Needs calibration, unless the router is random and all blocks are routed.
+    """
+
+    density: float | None = None
+    routed: float = 0.75
+    importance: str = "change"
+    router: str = "ridge"
+    weight: str = "one"
+    first: int = 0
+
+    preserves: ClassVar[Preserves] = Preserves.SIGNATURE
+    gives_stage: ClassVar[Stage | None] = Stage.SPARSE
+
+    def __post_init__(self) -> None:
+        check_router(self.router, self.name())
+        Named.parse("block importance", self.importance)
+        Named.parse("expert weight", self.weight)
+        if not 0 < self.routed <= 1 or self.first < 0:
+            raise ParseError(f"routed lies above 0 and at most at 1, first at 0 or above; got {self.routed} and {self.first}", where=self.name())
+        self.check_density(self.density)
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        density, found = self.density_of(ctx), depths(program, TOKENS, ctx, self.name())
+        chosen = self._chosen(program, found, ctx)
+        share = 1 - (1 - density) * len(found) / max(len(chosen), 1)
+        if chosen and share <= 0:
+            ctx.miss(f"{len(chosen)} of {len(found)} blocks cannot bring their tokens to a density of {density:.3g}: route more", chosen[0].path)
+        elif chosen:
+            rows = seen(program, chosen, ctx) if self._router().statistics else {}
+            done = [one for one in chosen if ctx.spend()]
+            for one in reversed(done):  # a block behind reads what stands for the one before
+                self._route(one, rows.get(one.path, unseen(one.width, 1)), share, ctx)
+            for one in done:
+                one.decide(program, share, density, f"a text runs {share:.3f} of its tokens through it; router {self.router}, {self.importance}")
+        return program
+
+    def _chosen(self, program: Program, found: list[Depth], ctx: Context) -> list[Depth]:
+        """The blocks of lowest importance among those behind the first ones."""
+        able = found[self.first :]
+        count = min(round(self.routed * len(found)), len(able))
+        if not able or count == len(able):
+            return able
+        order = Named.parse("block importance", self.importance)(program, able, ctx).argsort(stable=True)
+        return [able[i] for i in sorted(order[:count].tolist())]
+
+    def _route(self, one: Depth, rows: tuple[Tensor, Tensor], share: float, ctx: Context) -> None:
+        part, by = one.part, self.name()
+        placed = one.placed(part.inside[0], by)
+        scores = placed.formula("router", router_of(self._router(), one.width, *rows, share, ctx.seed), {"x": part.start}, {})
+        flat = placed.formula("router", Formula({}, _flat), {"scores": scores}, {})
+        index = placed.formula("router", Formula({}, partial(top_tokens.op, share=share)), {"scores": flat}, {})
+        readers = list(part.end.users)
+        stream, end = part.run_on(index, by), part.end
+        behind = one.placed(end.next, by)
+        weight = Named.parse("expert weight", self.weight)(1)
+        if weight is not None:
+            every = behind.formula("router", Formula(weight.tensors, partial(_weighed, weight.function)), {"scores": scores}, {})
+            taken = behind.formula("router", Formula({}, partial(take_part.op, dim=TOKENS)), {"x": every, "index": index}, {})
+            end = behind.formula("", Formula({}, moved), {"x": stream, "y": end, "weight": taken}, {})
+        new = behind.formula("", Formula({}, put_part.op), {"x": part.start, "y": end, "index": index}, {})
+        for reader in readers:
+            reader.replace_input_with(part.end, new)
+
+    def _router(self) -> Named:
+        return check_router(self.router, self.name())
+
+
+def _flat(scores: Tensor) -> Tensor:
+    return scores[..., 0]
+
+
+def _weighed(weight: Callable[..., Tensor], scores: Tensor) -> Tensor:
+    return weight(scores, torch.zeros_like(scores, dtype=torch.int64))
+
+
+class Block(nn.Module):
+    """Attention and an FFN on the residual stream; for examples of passes."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.heads = nn.LayerNorm(width), heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (one.unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        found: Tensor = x + self.ffn(x)
+        return found
+
+
+def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Four blocks over two texts of 20 tokens."""
+    torch.manual_seed(0)
+    return nn.Sequential(*[Block(16, 4) for _ in range(4)]).eval(), (torch.randn(2, 20, 16),)

@@ -1,0 +1,281 @@
+"""Tokens and texts that are routed around residual blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import sparsify_compiler as sc
+from sparsify_compiler.call import instantiate
+from sparsify_compiler.capture import capture
+from sparsify_compiler.errors import ParseError
+from sparsify_compiler.ops import open_texts, put_part, take_part, top_tokens
+from sparsify_compiler.passes.moe.route_tokens import Block
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.program import Program
+
+DYNAMIC = {"input": {0: "batch", 1: "tokens"}}
+
+
+def routed(model: nn.Module, inputs: Any, text: str, dynamic: Any = None) -> tuple[Program, Any, list[str]]:
+    program = capture(model, inputs, dynamic=dynamic) if dynamic else capture(model, inputs)
+    ctx = Context(batches=[inputs])
+    after = sc.Pipeline.parse(text).run(program, ctx)
+    return after, instantiate(after), [str(miss) for miss in ctx.misses]
+
+
+def blocks(count: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[Block(16, 4) for _ in range(count)]).eval()
+
+
+def scores_of(program: Program, block: int, x: Tensor) -> Tensor:
+    """What the router of a block gives for x, from its stored weights."""
+    state = instantiate(program).state_dict()
+    weight, offset = (next(value for key, value in state.items() if f"{block}.router.{name}" in key) for name in ("weight", "offset"))
+    return x @ weight.T + offset
+
+
+# --- ops -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_highest_tokens_in_their_order_rounded_up() -> None:
+    scores = torch.tensor([[3.0, 1, 2, 5, 4], [1, 2, 3, 4, 5]])
+    assert top_tokens.op(scores, 0.5).tolist() == [[0, 3, 4], [2, 3, 4]]
+    assert top_tokens.op(scores, 0.01).tolist() == [[3], [4]]
+    assert top_tokens.op(scores, 1.0).tolist() == [list(range(5))] * 2
+
+
+def test_a_part_comes_back_to_its_place() -> None:
+    x = torch.randn(3, 5, 2, requires_grad=True)
+    index = torch.tensor([[0, 4], [1, 2], [2, 3]])
+    part = take_part.op(x, index, 1)
+    assert torch.equal(part[1], x[1, 1:3])
+    back = put_part.op(x.detach(), part * 0 + 7, index)
+    assert (back == 7).sum(2).ne(0).nonzero().tolist() == [[0, 0], [0, 4], [1, 1], [1, 2], [2, 2], [2, 3]]
+    part.sum().backward()
+    assert x.grad is not None
+    assert float(x.grad.sum()) == 12
+    open_ = open_texts.op(torch.tensor([0.0, 2, 0]))
+    assert torch.equal(put_part.op(x.detach(), take_part.op(x.detach(), open_, 0) + 1, open_)[1], x.detach()[1] + 1)
+    mask = torch.arange(25.0).view(1, 1, 5, 5)
+    both = take_part.op(take_part.op(mask, index, 2), index, 3)
+    assert both[2, 0].tolist() == [[12, 13], [17, 18]]
+    with pytest.raises(RuntimeError, match="no dimension"):
+        take_part.op(x, index, 0)
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [None, DYNAMIC])
+def test_the_chosen_tokens_run_through_the_block_and_the_others_pass_it_by(dynamic: Any) -> None:
+    model, x = blocks(1), torch.randn(3, 10, 16)
+    program, module, _ = routed(model, (x,), "route_tokens(density=0.4, routed=1.0)", dynamic)
+    for given in [x] + [torch.randn(2, 7, 16)] * bool(dynamic):
+        index = top_tokens.op(scores_of(program, 0, given)[..., 0], 0.4)
+        part = torch.stack([text[own] for text, own in zip(given, index, strict=True)])
+        expected = given.clone()
+        for at, (own, rows) in enumerate(zip(index, model(part), strict=True)):
+            expected[at, own] = rows
+        torch.testing.assert_close(module(given), expected)
+
+
+class Told(nn.Module):
+    """A block that is told a mask [B, 1, T, T] and a factor for every place [1, T, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.q, self.out = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        query = (self.q(self.norm(x)) * places).unflatten(-1, (2, 8)).transpose(1, 2)
+        x = x + self.out(scaled_dot_product_attention(query, query, query, attn_mask=mask).transpose(1, 2).flatten(2))
+        found: Tensor = x + self.down(self.up(x).relu())
+        return found
+
+
+def test_masks_and_places_are_those_of_the_chosen_tokens() -> None:
+    torch.manual_seed(0)
+    model = Told().eval()
+    x, mask, places = torch.randn(2, 9, 16), torch.randn(2, 1, 9, 9), torch.randn(1, 9, 1)
+    program = capture(model, (x, mask, places), dynamic={"x": {0: "b", 1: "t"}, "mask": {0: "b", 2: "t", 3: "t"}, "places": {1: "t"}})
+    recipe = sc.Pipeline.parse("route_tokens(density=0.5, routed=1.0, router='random', weight='one')")
+    after = recipe.run(program, Context(batches=[(x, mask, places)]))
+    state = instantiate(after).state_dict()
+    index = top_tokens.op((x @ next(value for key, value in state.items() if "router.weight" in key).T)[..., 0], 0.5)
+    expected = x.clone()
+    for at, own in enumerate(index):
+        expected[at, own] = model(x[at : at + 1, own], mask[at : at + 1, :, own][..., own], places[:, own])[0]
+    torch.testing.assert_close(instantiate(after)(x, mask, places), expected)
+
+
+@pytest.mark.parametrize("text", ["route_tokens(density=1.0, routed=1.0)", "route_blocks(density=1.0, group=2)"])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_with_every_token_or_block_it_is_the_model(kind: str, text: str) -> None:
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model: Any = BertModel(BertConfig(**sizes)) if kind == "bert" else LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2))
+    ids = torch.randint(1, 64, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask} | ({"use_cache": False} if kind == "llama" else {})
+    dynamic = {name: {0: "batch", 1: "tokens"} for name in ("input_ids", "attention_mask")}
+    after, module, misses = routed(model.eval(), inputs, text, dynamic)
+    assert not misses
+    assert len(after.decisions) == 2
+    assert "take_part" in after.text()
+    longer = {**inputs, "input_ids": torch.randint(1, 64, (2, 14)), "attention_mask": torch.ones(2, 14, dtype=torch.int64)}
+    for given in (inputs, longer):
+        torch.testing.assert_close(module(**given)[0], model(**given)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_causal_model_stays_causal_among_the_chosen() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)).eval()
+    ids = torch.randint(1, 64, (1, 12))
+    program, module, _ = routed(model, {"input_ids": ids, "use_cache": False}, "route_tokens(density=0.5, routed=1.0)",
+                                {"input_ids": {0: "batch", 1: "tokens"}})
+    layer = model.model.layers[0]
+    hidden = model.model.embed_tokens(ids)
+    weight = next(value for key, value in module.state_dict().items() if "layers.0.router.weight" in key)
+    offset = next(value for key, value in module.state_dict().items() if "layers.0.router.offset" in key)
+    index = top_tokens.op((hidden @ weight.T + offset)[..., 0], 0.5)
+    cos, sin = model.model.rotary_emb(hidden, torch.arange(12)[None])
+    part = layer(hidden[:, index[0]], position_embeddings=(cos[:, index[0]], sin[:, index[0]]))
+    part = part if isinstance(part, Tensor) else part[0]
+    after_first = hidden.clone()
+    after_first[:, index[0]] = part
+    second = capture_of_stream(program, {"input_ids": ids, "use_cache": False})
+    torch.testing.assert_close(second, after_first, atol=1e-5, rtol=1e-4)
+
+
+def capture_of_stream(program: Program, inputs: Any) -> Tensor:
+    """The stream behind the first block that tokens pass by."""
+    from sparsify_compiler.calibrate_rows import collect_rows
+
+    region = program.regions[""]
+    node = next(node for node in region.graph.nodes if node.target is put_part.op)
+    rows, _ = collect_rows(program, [inputs], [("", node.name)])
+    return rows["", node.name][None]
+
+
+def test_blocks_of_the_lowest_attention_rank_are_routed() -> None:
+    model, x = blocks(3), torch.randn(2, 12, 16)
+    with torch.no_grad():
+        model[1].qkv.weight[:16].zero_()  # type: ignore[index, union-attr]
+        model[1].qkv.bias[:16].zero_()  # type: ignore[index, union-attr]
+    after, _, _ = routed(model, (x,), "route_tokens(density=0.8, routed=0.34, importance='attention_rank')")
+    assert [path[0] for path in after.decisions] == ["1"]
+    assert after.decisions["1@1"].density == pytest.approx(0.4)
+
+
+def test_the_density_is_of_all_blocks_and_refused_where_too_few_are_routed() -> None:
+    after, _, _ = routed(blocks(), (torch.randn(2, 12, 16),), "route_tokens(density=0.7, routed=0.5)")
+    assert [row.density for row in after.decisions.values()] == [pytest.approx(0.4)] * 2
+    after, _, misses = routed(blocks(), (torch.randn(2, 12, 16),), "route_tokens(density=0.4, routed=0.5)")
+    assert not after.decisions
+    assert "cannot bring their tokens" in misses[0]
+
+
+def test_what_cannot_run_on_a_part_says_why() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            inside = self.first(x).relu()
+            return x + self.second(inside), inside
+
+    for model, x, said in [(Read(), torch.randn(2, 9, 16), "read elsewhere"), (blocks(1), torch.randn(2, 4, 16), "another size is 4"),
+                           (Read(), torch.randn(9, 16), "not [texts, tokens, width]")]:
+        after, _, misses = routed(model.eval(), (x,), "route_tokens(density=0.5, routed=1.0)")
+        assert any(said in miss for miss in misses), misses
+        assert "take_part" not in after.text()
+    for second, why in (("route_tokens(density=0.5)", "routed already"), ("route_blocks(density=0.5)", "runs on a part already")):
+        ctx = Context(batches=[(torch.randn(2, 9, 16),)])
+        sc.Pipeline.parse(f"route_tokens(density=0.8, routed=0.5) | {second}").run(capture(blocks(), (torch.randn(2, 9, 16),)), ctx)
+        assert any(why in str(miss) for miss in ctx.misses), ctx.misses
+        assert ctx.rewrites == 2
+
+
+@pytest.mark.parametrize("text", ["route_tokens(router='oracle')", "route_tokens(routed=0.0)", "route_tokens(first=-1)", "route_blocks(group=1)",
+                                  "route_blocks(router='mean_weights')"])
+def test_options_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(ParseError):
+        sc.Pipeline.parse(text)
+
+
+def test_a_router_learns_by_its_sigmoid_and_not_by_ones() -> None:
+    for weight, learns in (("sigmoid", True), ("one", False)):
+        x = torch.randn(2, 10, 16)
+        module, _ = sc.attach(blocks(), (x,), f"route_tokens(density=0.5, router='random', weight='{weight}')", calibration=[(x,)])
+        module(x).square().sum().backward()
+        grads = [parameter.grad for name, parameter in module.named_parameters() if "router" in name]
+        assert len(grads) == 3
+        assert all((grad is not None and bool(grad.ne(0).any())) == learns for grad in grads)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_text_runs_through_the_blocks_that_it_chose(count: int) -> None:
+    model, x = blocks(), torch.randn(8, 10, 16)
+    program, module, _ = routed(model, (x,), "route_blocks(density=0.5)", DYNAMIC)
+    given = torch.randn(count, 10, 16)
+    chosen = scores_of(program, 0, given.mean(1)).topk(2, -1).indices
+    expected = []
+    for text, own in zip(given, chosen.tolist(), strict=True):
+        stream = text[None]
+        for block in sorted(own):
+            stream = model[block](stream)
+        expected.append(stream)
+    torch.testing.assert_close(module(given), torch.cat(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_a_text_alone_leaves_out_whole_blocks_when_compiled_saved_and_loaded(tmp_path: Any) -> None:
+    model, batches = blocks(), [(torch.randn(4, 10, 16),) for _ in range(3)]
+    made = sc.compile(model, batches[0], recipe="route_blocks(density=0.5, group=2)", target="cpu", calibration=batches, dynamic=DYNAMIC)
+    alone = torch.randn(1, 6, 16)
+    with torch.no_grad():
+        found = made(alone)
+    runs = [model[a](model[b](alone)) for b in (0, 1) for a in (2, 3)]
+    assert any(torch.allclose(found, one, atol=1e-4) for one in runs)
+    made.save(tmp_path / "made")
+    torch.testing.assert_close(sc.load(tmp_path / "made")(alone), found)
+
+
+def test_dense2moe_routes_blocks_beside_experts_and_trains() -> None:
+    x = torch.randn(4, 10, 16)
+    recipe = sc.recipes.dense2moe(experts=4, density=0.5, depth=0.5, group=2)
+    module, hook = sc.attach(blocks(), (x,), recipe, calibration=[(x,)], dynamic=DYNAMIC)
+    (module(x).square().mean() + hook.loss()).backward()
+    grads = {name: parameter.grad for name, parameter in module.named_parameters() if "router.weight" in name}
+    learns = [name for name, grad in grads.items() if grad is not None and bool(grad.ne(0).any())]
+    assert len(grads) == 6  # of four FFNs and two groups
+    assert sum("ffn" not in name for name in learns) == 2
+    assert sum("ffn" in name for name in learns) >= 2  # a block that no text chose learns nothing
+
+
+def test_mixture_of_depths_skips_ffns_token_by_token_in_generate() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)).eval()
+    prompt = {"input_ids": torch.randint(1, 64, (2, 12))}
+    after, module, _ = routed(model, prompt, "mixture_of_depths(density=0.5)", {"input_ids": {0: "batch", 1: "tokens"}})
+    assert [row.density for row in after.decisions.values()] == [pytest.approx(0.5, abs=0.05)] * 2
+    whole, _, _ = routed(model, prompt, "mixture_of_depths(density=1.0)", {"input_ids": {0: "batch", 1: "tokens"}})
+    torch.testing.assert_close(instantiate(whole)(**prompt).logits, model(**prompt).logits)
+    assert not torch.allclose(module(**prompt).logits, model(**prompt).logits)
