@@ -32,6 +32,7 @@ TILES = ("amx-tile", "amx-bf16")    # and of many, in bfloat16
 FEW = 8             # query rows up to which every key is read once for all of them
 TASKS = 8           # parts of the work that they are cut into, at least
 SHARED = 1 << 30    # elements of values that are turned at once for all query blocks, at most
+WIDE = 1 << 21      # numbers that are held in another dtype at a time: they stay in the caches
 TINY = 1e-30        # for a scale of 0: infinity times this is still infinity
 FAR = 1 << 31       # strides of the kernels' arguments are 32 bits wide
 KEPT = 1024         # plans that are remembered
@@ -72,7 +73,9 @@ class Plan:
 
     def run(self, call: Call) -> tuple[Tensor, Tensor]:
         """out and lse."""
-        query, key, value, indices, counts, tile_of, tiles, key_mask, bias, *_ = call
+        query, key, value, indices, counts, *_ = call
+        if self.dtype is not query.dtype and query.shape[2] > FEW:
+            return self._widened(call)
         size, strides = self.out
         out = torch.empty_strided(size, strides, dtype=self.dtype)
         lse = torch.empty_strided(size[:3], (size[1] * size[2], size[2], 1), dtype=torch.float32)
@@ -83,6 +86,12 @@ class Plan:
             query, key, value = (_strided(tensor.to(self.dtype)) for tensor in (query, key, value))
             if self.dtype is torch.bfloat16 and query.shape[2] > FEW and query.shape[3] % DEPTH:    # a tile's row is 32 of them
                 query, key = (pad(tensor, (0, -query.shape[3] % DEPTH)) for tensor in (query, key))
+        self._call(Call(query, key, value, *call[3:]), out, lse)
+        return (out if self.dtype is call.query.dtype else out.to(call.query.dtype)), lse
+
+    def _call(self, call: Call, out: Tensor, lse: Tensor) -> None:
+        """The kernel, on queries, keys and values that it can read."""
+        query, key, value, indices, counts, tile_of, tiles, key_mask, bias, *_ = call
         if not self.lists_as_they_lie:
             indices, counts, tile_of = _words(indices), _words(counts), None if tile_of is None else _words(tile_of)
         kinds, turned = (indices, NO_TILES) if tile_of is None or tiles is None else (tile_of, _turned(tiles))
@@ -90,7 +99,29 @@ class Plan:
         bias = bias if bias is None or bias.dtype in (torch.float32, torch.bfloat16) else bias.float()
         added = NO_BIAS if bias is None else _addressed(bias)
         self.kernel(query, key, value, indices, counts, kinds, turned, mask, out, lse, *self.numbers, *added, self.factor)
-        return (out if self.dtype is call.query.dtype else out.to(call.query.dtype)), lse
+
+    def _widened(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Out and lse of what is computed in another dtype, some groups of heads at a time: copies of all would be fresh memory at each call."""
+        query, key, value, *lists, tiles, key_mask, bias = call[:9]
+        (batch, heads, queries, width), (_, groups, keys, last) = query.shape, value.shape
+        out, lse = torch.empty_strided(*self.out, dtype=query.dtype), torch.empty(query.shape[:3], dtype=torch.float32)
+        shared = heads // groups
+        some = min(max(WIDE // ((width + last) * (keys + shared * queries)), 1), groups)
+        rooms = [torch.empty(1, many, rows, size, dtype=self.dtype) for many, rows, size in (
+            (some * shared, queries, width), (some, keys, width), (some, keys, last), (some * shared, queries, last))]
+        for entry in range(batch):
+            for first in range(0, groups, some):
+                few = min(some, groups - first)
+                of_groups, of_heads = slice(first, first + few), slice(first * shared, (first + few) * shared)
+                held = [room[:, :few * (1 if number in (1, 2) else shared)] for number, room in enumerate(rooms)]
+                for room, tensor, which in zip(held, (query, key, value), (of_heads, of_groups, of_groups), strict=False):
+                    room.copy_(tensor.detach()[entry:entry + 1, which])
+                own = [None if t is None else _of(t, entry, of_heads if t.shape[1] == heads else of_groups) for t in (*lists, bias)]
+                part = Call(held[0], held[1], held[2], own[0], own[1], own[2], tiles,  # type: ignore[arg-type]
+                            None if key_mask is None else key_mask[entry:entry + 1], own[3], *call[9:])
+                self._call(part, held[3], lse[entry:entry + 1, of_heads])
+                out[entry:entry + 1, of_heads].copy_(held[3])
+        return out, lse
 
 
 PLANS: dict[tuple[Any, ...], Plan] = {}     # by form
@@ -203,6 +234,12 @@ def _turned(tiles: Tensor) -> Tensor:
         found = version, pad(tiles.mT.contiguous().view(torch.uint8), (0, -tiles.shape[1] % (4 * LANES)))
         _TURNED[tiles] = found
     return found[1]
+
+
+def _of(tensor: Tensor, entry: int, heads: slice) -> Tensor:
+    """What is said of some heads of one entry of a batch [1, heads or 1, ...]."""
+    own = tensor if tensor.shape[0] == 1 else tensor[entry:entry + 1]
+    return own if own.shape[1] == 1 else own[:, heads]
 
 
 def _is_words(tensor: Tensor) -> bool:
