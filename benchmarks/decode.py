@@ -1,12 +1,15 @@
 """Tokens a second of language models whose tokens select their inputs, inside generate(), against the same model dense, interleaved.
 
     python benchmarks/decode.py --folder FOLDER --build [--model smollm2 llama] [--dtype fp32 bf16] [--recipe "select_inputs()"] [--density 0.5]
+    python benchmarks/decode.py --folder FOLDER --build ... --recipe ""         # nothing but dense layers, whatever the density is
     python benchmarks/decode.py --folder FOLDER ...         # the same options: measure what --build has left in FOLDER
 
 "smollm2" is the model of subjects.py, "llama" the shape of Llama-3.2-1B with --layers layers, a vocabulary of 32000 and random weights.
 SmolLM2 calibrates on Brown (--brown FOLDER), the other on random tokens. The time of a token is that of --tokens more of them after a prompt of 8,
 batch 1, greedy, Python included; both models in eager PyTorch with a dynamic cache, and under torch.compile (generate()'s own, one step as one
-graph) with a static one. Medians over --rounds; the gain is the fastest dense form's time over our fastest's, of each round.
+graph) with a static one; ours, where a library takes its tokens, in eager PyTorch alone, and without that library ("by parts"). For comparison the
+same model compiled dense (--recipe "", where it was built). Medians over --rounds; the gain is the fastest dense form's time over our fastest's, of
+each round.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--recipe", default="select_inputs()")
     parser.add_argument("--density", type=float, default=0.5)
+    parser.add_argument("--label", default="", help="to tell recipes of one density apart")
+    parser.add_argument("--fast", action="store_true", help="measure without torch.compile")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=4)
@@ -46,12 +51,15 @@ def main() -> None:
     torch.set_grad_enabled(False)
     for name in arguments.model:
         for dtype in arguments.dtype:
-            place = arguments.folder / f"{name}-{dtype}-{arguments.density}"
+            place = arguments.folder / f"{name}-{dtype}-{arguments.density if arguments.recipe else 'dense'}{arguments.label}"
             model, batches = {"smollm2": smollm2, "llama": llama}[name](arguments, DTYPES[dtype])
             if arguments.build:
                 build(model, batches, arguments).save(place)
             else:
-                Console().print(f"{name} {dtype} density {arguments.density}: {measured(model, sc.load(place, model=model), arguments)}")
+                ours = {"ours": sc.load(place, model=model)}
+                if arguments.recipe and (dense := arguments.folder / f"{name}-{dtype}-dense").exists():
+                    ours["ours dense"] = sc.load(dense, model=model)
+                Console().print(f"{name} {dtype} density {arguments.density}: {measured(model, ours, arguments)}")
 
 
 def smollm2(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[nn.Module, list[Mapping[str, Tensor]]]:
@@ -76,11 +84,14 @@ def llama(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[nn.Module,
 def build(model: nn.Module, batches: list[Mapping[str, Tensor]], arguments: argparse.Namespace) -> sc.CompiledModel:
     """The model, compiled for any batch and length."""
     example = {"input_ids": batches[0]["input_ids"][:, :8]}
-    return sc.compile(model, example, recipe=Pipeline.parse(f"{arguments.recipe} | pack() | lower(rounds=5)"),
-                      budget=sc.Budget(density=arguments.density), calibration=batches, dynamic={"input_ids": {0: "batch", 1: "tokens"}})
+    recipe = " | ".join(part for part in (arguments.recipe, "pack() | lower(rounds=5)") if part)
+    budget = sc.Budget(density=arguments.density) if arguments.recipe else None
+    return sc.compile(model, example, recipe=Pipeline.parse(recipe), budget=budget, calibration=batches,
+                      dynamic={"input_ids": {0: "batch", 1: "tokens"}}, decoding="library")
 
 
-def measured(model: Any, compiled: Any, arguments: argparse.Namespace) -> str:
+def measured(model: Any, ours: Mapping[str, Any], arguments: argparse.Namespace) -> str:
+    """Milliseconds a token of every form, and the gain of the fastest of `ours["ours"]`."""
     ids = torch.randint(100, 4000, (1, 8))
 
     def spent(one: Any, tokens: int, options: Mapping[str, Any]) -> float:
@@ -92,16 +103,37 @@ def measured(model: Any, compiled: Any, arguments: argparse.Namespace) -> str:
         first = spent(one, 2, options)
         return float(spent(one, 2 + arguments.tokens, options) - first) / arguments.tokens * 1e3
 
-    forms = {f"{name}{how}": (one, options) for name, one in (("dense", model), ("ours", compiled))
-             for how, options in (("", {}), (" under torch.compile", one_graph()))}
+    forms: dict[str, tuple[Any, Mapping[str, Any]]] = {"dense": (model, {})}
+    if not arguments.fast:
+        forms |= {f"{name} under torch.compile": (one, one_graph()) for name, one in (("dense", model), ("ours", ours["ours"]))
+                  if getattr(one, "step", None) is None}
+    for name, one in ours.items():
+        forms[name] = one, {}
+        if one.step is not None:
+            forms[f"{name} by parts"] = _ByParts(one), {}
     for one, options in forms.values():
         spent(one, 2 + arguments.tokens, options)
     rounds = [{name: token(*form) for name, form in forms.items()} for _ in range(arguments.rounds)]
     middle = {name: statistics.median(times[name] for times in rounds) for name in forms}
-    dense, ours = (min((name for name in forms if name.startswith(kind)), key=middle.__getitem__) for kind in ("dense", "ours"))
-    gains = [times[dense] / times[ours] for times in rounds]
+    dense = min((name for name in forms if name.startswith("dense")), key=middle.__getitem__)
+    best = min((name for name in forms if name.startswith("ours") and not name.startswith("ours dense")), key=middle.__getitem__)
+    gains = [times[dense] / times[best] for times in rounds]
     told = ", ".join(f"{name} {value:.1f}" for name, value in middle.items())
-    return f"ms a token: {told}; {ours} has {statistics.median(gains):.2f} times the speed of {dense} ({min(gains):.2f} to {max(gains):.2f})"
+    return f"ms a token: {told}; {best} has {statistics.median(gains):.2f} times the speed of {dense} ({min(gains):.2f} to {max(gains):.2f})"
+
+
+class _ByParts:
+    """A compiled model whose library takes no call."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        most, self._model.step.most = self._model.step.most, 0
+        try:
+            return self._model.generate(*args, **kwargs)
+        finally:
+            self._model.step.most = most
 
 
 def one_graph() -> dict[str, Any]:

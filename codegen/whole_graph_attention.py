@@ -15,6 +15,7 @@ from sparsify_compiler.codegen.kernels.blocks_dense import Blocks
 from sparsify_compiler.codegen.kernels.cache_write import CacheWrite
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
 from sparsify_compiler.codegen.whole_graph_functions import arguments_of, declared
+from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
 
 if TYPE_CHECKING:
@@ -67,15 +68,33 @@ def attend_cached(graph: GraphImporter, node: fx.Node) -> Any:
     return _one_kernel(graph, node, inputs, shapes, [given[0][1], "bhsd", "bhsd"], True, Mask(), scale, True, blocks)
 
 
-def _step(graph: GraphImporter, node: fx.Node, shapes: list[Any], scale: Any, blocks: Blocks | None) -> AttendStep | None:
-    """The kernel of one token for each text, where this function gets no more and its widths are whole vectors."""
+def attend_step(graph: GraphImporter, node: fx.Node) -> Any:
+    """The same of one token, whose texts begin at places of their own: (query, key, value, past, starts, key cache, value cache, scale)."""
+    tensors: Any = node.args[:3]
+    past, starts, *caches, scale = node.args[3:8]
+    given, shapes = [_as_it_lies(one) for one in tensors], [one.meta["val"].shape for one in tensors]
+    step = _step(graph, node, shapes, scale, None, declared(graph.value(caches[0])).dtype)
+    if step is None:
+        raise KernelError(f"heads are {shapes[0][3]} and {shapes[2][3]} wide, which are no whole vectors", where=node.name)
+    written = [_written(graph, cache, one, past, shape[1], shape[3]) for cache, one, shape in zip(caches, given[1:], shapes[1:], strict=True)]
+    rows = graph.block_builder.emit(relax.op.reshape(in_float32(graph, given[0][0]), [-1, shapes[0][3]]))
+    return _finished(graph, node, step, [rows, *written, graph.value(past), graph.value(starts)],
+                     [graph.size(shapes[0][0]) * shapes[0][1], shapes[2][3]])
+
+
+def _step(graph: GraphImporter, node: fx.Node, shapes: list[Any], scale: Any, blocks: Blocks | None, cached: str = "") -> AttendStep | None:
+    """The kernel of one token for each text, where this function gets no more and its widths are whole vectors.
+
+    cached  dtype of the caches, of a step that is given where texts start
+    """
     target = graph.parts.target
     (_, heads, _, width), (_, groups, _, _), (_, _, _, value_width) = shapes
     lanes = target.vector_bytes // 4
     if not graph.source.one_token or width % lanes or value_width % lanes:
         return None
     factor = 1 / math.sqrt(width) if scale is None else float(scale)
-    return AttendStep(width, value_width, heads, groups, factor, lanes, target.vector_registers // 2, target.cores, blocks)
+    return AttendStep(width, value_width, heads, groups, factor, lanes, target.vector_registers // 2, target.cores, blocks, cached or "float32",
+                      bool(cached))
 
 
 def attend_blocked(graph: GraphImporter, node: fx.Node) -> Any:
@@ -127,8 +146,12 @@ def _finished(graph: GraphImporter, node: fx.Node, schedule: Any, inputs: list[A
 
 def _written(graph: GraphImporter, cache: Any, new: tuple[fx.Node, str], past: Any, groups: int, width: int) -> Any:
     """The cache with new rows in it."""
-    inputs = [graph.value(cache), in_float32(graph, new[0]), graph.value(past)]
-    kernel = graph.kernel_of(CacheWrite(width, groups, new[1], graph.parts.target.cores), [*map(declared, inputs)])
+    held, value = graph.value(cache), graph.value(new[0])
+    dtypes = [declared(one).dtype for one in (held, value)]
+    if dtypes[1] not in ("float32", "bfloat16"):
+        value, dtypes[1] = in_float32(graph, new[0]), "float32"
+    inputs = [held, value, graph.value(past)]
+    kernel = graph.kernel_of(CacheWrite(width, groups, new[1], graph.parts.target.cores, *dtypes), [*map(declared, inputs)])
     return graph.block_builder.emit(relax.op.call_tir_inplace(kernel, inputs, 0, inputs[0].ty))
 
 

@@ -16,7 +16,7 @@ from sparsify_compiler.codegen.kernels.norm_rows import NormRows
 from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
 from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
 from sparsify_compiler.codegen.kernels.top_rows import TopRows
-from sparsify_compiler.codegen.whole_graph_attention import attend, attend_blocked, attend_cached
+from sparsify_compiler.codegen.whole_graph_attention import attend, attend_blocked, attend_cached, attend_step
 from sparsify_compiler.codegen.whole_graph_functions import Parameter, arguments_of, chosen, declared, intervals
 from sparsify_compiler.codegen.whole_graph_planes import LaidPlanes
 from sparsify_compiler.errors import KernelError
@@ -269,5 +269,5 @@ CONVERTERS: Mapping[str, Callable[[GraphImporter, fx.Node], Any]] = {
     "amax.default": _extreme(lambda x, dims, keep: relax.op.max(x, dims or None, keep)),
     **{f"where.{kind}": _where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")}, "cumsum.default": _cumsum,
     "topk.default": _topk, "sort.default": _sort, "getitem": _item,
-    "scaled_dot_product_attention.default": attend, "attend_cached": attend_cached, "attend_blocked": attend_blocked,
+    "scaled_dot_product_attention.default": attend, "attend_cached": attend_cached, "attend_blocked": attend_blocked, "attend_step": attend_step,
 }  # fmt: skip

@@ -27,6 +27,7 @@ from .artefact_graph import decode_region, encode_region
 from .artefact_kernels import bind_kernels, check_packed
 from .artefact_manifest import MANIFEST, is_artefact, peek, read_manifest, write_manifest
 from .artefact_skeleton import attention_tensors, check_attentions, encode_skeleton, restore_skeleton
+from .artefact_step import decode_step, encode_step
 from .artefact_tensors import TensorSource, TensorStore
 from .compiled import CompiledModel
 from .decision import Decision
@@ -38,10 +39,11 @@ from .program import LeftOut, Program, Region, Stage, TensorSpec
 from .report import Report
 from .resident_experts import bound_experts
 from .storage import read_safetensors, settled, write_safetensors, writing
-from .target import Target
+from .target import Target, host
 
 GRAPH, WEIGHTS, REPORT, KERNELS = "graph.json", "weights.safetensors", "report.json", "kernels"
 ATTEMPTS = 3
+PART_BY_PART = "part by part: a library would read all experts, of which only some stay in memory"
 
 __all__ = ["MANIFEST", "export_dense", "load", "read_report", "save"]
 
@@ -119,6 +121,7 @@ def _write(compiled: CompiledModel, folder: Path) -> None:
         "attentions": dict(program.attentions),
         "learned": {path: {name: store.add(f"{path}.{LEARNED}{name}", tensor) for name, tensor in tensors.items()}
                     for path, tensors in program.learned.items() if path in program.attentions},
+        "step": encode_step(compiled.step, store, folder, KERNELS, compiled.target or host()),
     }
     write_safetensors(folder / WEIGHTS, store.stored)
     (folder / GRAPH).write_text(json.dumps(graph, ensure_ascii=False, separators=(",", ":"), allow_nan=False), encoding="utf-8")
@@ -192,11 +195,16 @@ def _read(folder: Path, model: nn.Module | None, target: Target | str | None, re
     runs_on = made_for
     if nodes:
         runs_on = bind_kernels(folder, manifest, graph["kernels"], nodes, made_for, target, rebuild)
+    saved = graph.get("step")
+    step, lost = (None, PART_BY_PART if saved else "") if experts_bytes is not None else decode_step(
+        saved, folder, manifest["files"], program, source, runs_on or host(), rebuild)
     left = [*leave_in_artefact(folder / WEIGHTS, graph, program), *(stored.values() if mapped else ())]
     resident = None if experts_bytes is None else bound_experts(program, experts_bytes, (folder / WEIGHTS).stat().st_size)
     del source, stored
     give_back()
-    compiled = CompiledModel(program, runs_on, read_report(folder), left)
+    report = read_report(folder)
+    report.decoding = lost or report.decoding
+    compiled = CompiledModel(program, runs_on, report, left, step)
     compiled.resident_experts = resident
     return compiled
 

@@ -15,11 +15,12 @@ from .calibrate import Known
 from .calibrate_loss import Loss
 from .compile_job import Inputs, Job
 from .compiled import CompiledModel
-from .errors import BudgetError, CalibrationError, InputError
+from .errors import BudgetError, CalibrationError, InputError, nearest
 from .instruments import Instrument
 from .passes_api import Pass
 from .pipeline import Pipeline
 from .progress import display
+from .step_choice import DECODING
 from .target import Target, resolve
 from .yardstick import check_forms
 
@@ -38,6 +39,7 @@ def compile(
     quality: Callable[[nn.Module], float] | None = None,
     against: Sequence[str] = ("eager",),
     seed: int = 0,
+    decoding: str = "parts",
     progress: bool | Callable[[str, int, int], None] = False,
     instruments: Sequence[Instrument] | None = None,
 ) -> CompiledModel:
@@ -58,6 +60,8 @@ def compile(
     quality         model -> float, higher is better, measured on the dense and on the compiled model
     against         dense forms to measure the whole model against: "eager", "compile" (torch.compile with frozen weights)
     seed            fixes whatever is random
+    decoding        how a language model's generate() computes one token: "parts", as it was captured; "library", one whole graph, where that can
+                    be made and is faster; "auto", a library where there are 64 MB of weights or more, so that compiling it pays
     progress        True for a progress display on the terminal, or a function (what, done, total)
     instruments     watch the passes; by default those that the variable SPARSIFY_DEBUG names
 
@@ -68,11 +72,13 @@ def compile(
         raise BudgetError(f"a budget is Budget(density=...) or the like, not {type(budget).__name__} {budget!r}", where="budget")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"a seed is an int, not {type(seed).__name__} {seed!r}", where="seed")
+    if decoding not in DECODING:
+        raise InputError(f"decoding is {', '.join(DECODING)}, not {decoding!r}", where="decoding", hint=nearest(str(decoding), DECODING))
     if loss is not None and not callable(loss):
         raise InputError(f"a loss is a function of the model's output and the batch, not {type(loss).__name__}", where="loss")
     with display(progress) as show, torch.no_grad():
         return Job(model, example_inputs, as_pipeline(recipe), resolve(target), budget, read_batches(calibration), dynamic, quality,
-                   check_forms(against), seed, show, instruments, loss, known).run()
+                   check_forms(against), seed, show, instruments, loss, known, decoding).run()
 
 
 def as_pipeline(recipe: str | Path | Pipeline | Pass) -> Pipeline:

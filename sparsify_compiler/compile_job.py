@@ -39,6 +39,7 @@ from .program import Program
 from .quality import Distance, measure, output_distance
 from .report import Form, PassTime, Quality, Refusal, Report
 from .site_cost import fill_costs
+from .step_choice import choose_step, is_wanted
 from .target import Target
 from .trials import COMPILED, latency
 from .version import __version__
@@ -67,6 +68,7 @@ class Job:
     instruments: Sequence[Instrument] | None
     loss: Loss | None = None
     known: Known | None = None
+    decoding: str = "parts"
     warnings: list[str] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -170,6 +172,7 @@ class Job:
         fill_costs(report.sites, captured, program)
         compiled = CompiledModel(program, self.target, report, leave_in_temporary_file(program))
         give_back()
+        self.choose_decoding(compiled, report)
         if self.far:
             times = latency(self, program, dense)
             report.dense, report.compiled = [Form(DENSE, times[DENSE])], Form(COMPILED, times[COMPILED])
@@ -183,6 +186,15 @@ class Job:
         report.passes = [PassTime(name, seconds) for name, seconds in self.seconds.items()]
         report.warnings = list(dict.fromkeys([*self.warnings, *_room_warnings()]))
         return compiled
+
+    def choose_decoding(self, compiled: CompiledModel, report: Report) -> None:
+        """Of a language model: let one library take its tokens where that is faster."""
+        if self.far or not is_wanted(self.decoding, compiled.program, tensor_bytes(self.model)):
+            return
+        choice = self.timed("decoding", lambda: choose_step(compiled.program, compiled.model, self.target))
+        report.decoding = choice.told
+        if choice.step is not None:
+            compiled.decode_by(choice.step)
 
     def report(self, program: Program) -> Report:
         """The report's head and its sites; what is measured comes later."""

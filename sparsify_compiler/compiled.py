@@ -18,6 +18,7 @@ from .program import Program
 if TYPE_CHECKING:
     from .report import Report
     from .resident_experts import ResidentExperts
+    from .step import Step
     from .target import Target
 
 
@@ -29,18 +30,30 @@ class CompiledModel(nn.Module):
     target   the machine that the kernels are for; None when there are none
     report   what compile() found out; without one, report() tells the decisions only
     mapped   tensors of the program whose bytes lie in a file, not in memory
+    step     the library that takes calls of one token, of a language model
     Attributes that it does not have itself come from the model's own classes, where those are still there (`.config`, `.generate`).
     """
 
-    def __init__(self, program: Program, target: Target | None = None, report: Report | None = None, mapped: Iterable[Tensor] = ()) -> None:
+    step: Step | None
+
+    def __init__(self, program: Program, target: Target | None = None, report: Report | None = None, mapped: Iterable[Tensor] = (),
+                 step: Step | None = None) -> None:
         super().__init__()
         self.program, self.target = program, target
+        self.__dict__["step"] = None
         self._report = report
         self.resident_experts: ResidentExperts | None = None  # where load() was given a bound on experts in memory
         self._mapped = frozenset(tensor.untyped_storage().data_ptr() for tensor in mapped)
         self._kernels = tuple(node.meta["kernel"] for _, node in program.nodes() if node.meta.get("kernel") is not None)
         self._bind()
+        if step is not None:
+            self.decode_by(step)
         super().train(False)
+
+    def decode_by(self, step: Step) -> None:
+        """Let a library take the calls of one token that suit it."""
+        step.attach(self.model)
+        self.__dict__["step"] = step
 
     def _bind(self) -> None:
         fast = self.program.clone()
@@ -66,7 +79,7 @@ class CompiledModel(nn.Module):
 
     def resident_bytes(self) -> int:
         """Bytes of all tensors that the model holds in memory, what kernels prepared for themselves included; shared ones count once."""
-        held = [*self.model.parameters(), *self.model.buffers()]
+        held = [*self.model.parameters(), *self.model.buffers(), *([] if self.step is None else self.step.library.own)]
         opaque = 0  # what lies in another library's own layout
         for kernel in self._kernels:
             state = kernel.state()

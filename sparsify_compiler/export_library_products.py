@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,15 @@ class Products:
     """Every layer of a region with its kernels; `computed` are the nodes that these compute on their way.
 
     rows       numbers of rows of x that a layer is laid out for, where they vary
+    held       gives the tensor that is held somewhere already for an equal one that was laid out. None: the library has weights of its own; with it
+               dense layers are read where they lie, for few rows
     reference  ops without a kernel, which were written as formulas, by name
     """
 
     region: Region
     target: Target
     rows: tuple[int, ...] = ROWS
+    held: Callable[[Tensor], Tensor] | None = None
     found: dict[fx.Node, Product] = field(default_factory=dict)
     computed: set[fx.Node] = field(default_factory=set)
     reference: list[str] = field(default_factory=list)
@@ -66,7 +69,7 @@ class Products:
         return moved, frozenset(nodes[node.name] for node in self.computed)
 
     def _add(self, node: fx.Node) -> None:
-        epilogue, laid = self._laid(node)
+        epilogue, laid = self._in_place(node) or self._laid(node)
         self._keep(node, epilogue, self._name(node, laid), laid, input_of(node))
 
     def _add_convolution(self, node: fx.Node) -> None:
@@ -112,10 +115,22 @@ class Products:
         """The layer and what follows it are computed by what was laid out."""
         from .codegen.whole_graph import Product
 
+        if self.held is not None and not hasattr(laid, "schedule"):
+            laid = _sharing(laid, self.held)
         *before, last = node, *epilogue.nodes
         given: Any = [node.kwargs[one] for one in getattr(laid, "given", ())]
         self.found[last] = Product(name, laid, x, epilogue.other, tuple(given))
         self.computed.update(before)
+
+    def _in_place(self, node: fx.Node) -> tuple[Epilogue, Laid] | None:
+        """A dense weight where it lies, shared with torch."""
+        if self.held is None or packed_operator(node):
+            return None
+        from .codegen.kernels.streams import in_place
+
+        tensors, _, bias = operands(self.region, node)
+        laid = in_place(tensors["weight"], bias, self.target) if tensors["weight"].dtype is node.meta["val"].dtype else None
+        return None if laid is None else (Epilogue(), laid)
 
     def _laid(self, node: fx.Node) -> tuple[Epilogue, Laid]:
         kernel = node.meta.get("kernel")
@@ -165,6 +180,15 @@ class Products:
             name = next(one for one in (wanted, *(f"{wanted}#{number}" for number in range(2, len(taken) + 2))) if one not in taken)
             self._names[id(laid.prepared)] = name, laid.prepared
         return name
+
+
+def _sharing(laid: Laid, held: Callable[[Tensor], Tensor]) -> Laid:
+    """The same with the tensors that are held already."""
+    from .codegen.laid import PreparedTensors
+
+    one = laid.prepared
+    tensors = {name: held(tensor) for name, tensor in one.arguments().items()}
+    return replace(laid, prepared=PreparedTensors(one.layout, tensors, {}, one.out_features, one.in_features))
 
 
 def _is_layer(node: fx.Node, kind: str) -> bool:

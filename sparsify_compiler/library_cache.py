@@ -43,6 +43,23 @@ class AppendingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (room[:, :, :after] for room in self._room)
         return self._sums.give(self.keys), self.values
 
+    def room_for(self, more: int) -> tuple[Tensor, Tensor]:
+        """The buffers [B, G, capacity, D] of keys and values that are there, with room for so many more: whoever fills it says so by show()."""
+        assert self.keys is not None
+        assert self.values is not None
+        before = self.held()
+        if not self._fits(self.keys, before + more):
+            self._sums = KeySums()
+            self._grow(self.keys, self.values, before, before + more)
+        assert self._room is not None
+        return self._room
+
+    def show(self, tokens: int) -> None:
+        """So many tokens are in the buffers of room_for() now."""
+        assert self._room is not None
+        keys, self.values = (room[:, :, :tokens] for room in self._room)
+        self.keys = self._sums.give(keys)
+
     def held(self) -> int:
         """Tokens in `keys` and `values`."""
         return int(self.keys.shape[-2]) if self.is_initialized and self.keys is not None and self.keys.dim() == 4 else 0

@@ -139,6 +139,26 @@ def test_attention_over_a_cache() -> None:
     assert not caches[0][0, 0, :9].eq(1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_of_texts_that_start_later(dtype: torch.dtype) -> None:
+    """Keys before the start are not read, whatever they are; caches are written and read in their own dtype."""
+    query, new = torch.randn(3, 4, 1, 16), [torch.randn(3, 2, 1, 16).to(dtype) for _ in range(2)]
+    step = AttendStep(16, 16, 4, 2, 0.25, 16, 8, 2, None, str(dtype).removeprefix("torch."), True)
+    write = build.load(CacheWrite(16, 2, "bhsd", 1, *[str(dtype).removeprefix("torch.")] * 2), host()).function
+    for keys, starts in ((5, [0, 4, 2]), (700, [699, 0, 300])):
+        caches = [torch.randn(3, 2, keys + 3, 16).to(dtype) for _ in range(2)]
+        for cache, one in zip(caches, new, strict=True):
+            for text, start in enumerate(starts):
+                cache[text, :, :start] = math.nan
+            write(cache, one, torch.tensor([keys - 1]))
+            assert torch.equal(cache[:, :, keys - 1:keys], one)
+        found = run(step, query.view(-1, 16), *caches, torch.tensor([keys - 1]), torch.tensor(starts), like=query.reshape(-1, 16)).view(3, 4, 1, 16)
+        for text, start in enumerate(starts):
+            key, value = (cache[text:text + 1, :, start:keys].float() for cache in caches)
+            expected = F.scaled_dot_product_attention(query[text:text + 1], key, value, scale=0.25, enable_gqa=True)
+            torch.testing.assert_close(found[text:text + 1], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(6, 2, 32, 16, 16, 16), (4, 1, 8, 24, 8, 2), (2, 2, 4, 4, 4, 8)])
 def test_attention_of_one_token(sizes: tuple[int, ...]) -> None:
     """Caches in one part and in several, of whole vectors and not; behind the last token anything may be in them."""

@@ -1,4 +1,4 @@
-"""softmax(q kᵀ scale) v of one new token over a cache, in float32, on any processor: a step of decoding in graphs that run without torch.
+"""softmax(q kᵀ scale) v of one new token over a cache, in float32, on any processor: a step of decoding in one graph.
 
 attend_dense.py lays rows along vectors, of which a step has a handful; here keys lie along them for scores, and columns for values. A key is read
 from memory once for all heads that share it. The keys are cut into parts, as many for any number of threads, which are merged exactly at the end
@@ -30,7 +30,11 @@ ALONE = 1 << 16     # multiply-adds below which waking other threads costs more 
 
 @dataclass(frozen=True)
 class AttendStep:
-    """How: sizes, both widths multiples of `lanes`; heads // groups neighbours share keys; columns of values that are summed together; blocks."""
+    """How: sizes, both widths multiples of `lanes`; heads // groups neighbours share keys; columns of values that are summed together; blocks.
+
+    cached  dtype of the caches, float32 or bfloat16
+    padded  is the first key that counts given for each text? Without blocks only
+    """
 
     width: int
     value_width: int
@@ -41,10 +45,12 @@ class AttendStep:
     registers: int
     workers: int
     blocks: Blocks | None = None
+    cached: str = "float32"
+    padded: bool = False
     name = "attend_step"
 
     def compute(self) -> Any:
-        """The PrimFunc f(query [B * H, D], key [B, G, S, D], value [B, G, S, E], past [1], (table, tiles: blocks_dense.py) out [B * H, E])."""
+        """The PrimFunc f(query [B * H, D], key [B, G, S, D], value [B, G, S, E], past [1], starts or blocks' table and tiles, out [B * H, E])."""
         return e.function("main", lambda: _body(self))
 
     @property
@@ -56,8 +62,9 @@ class AttendStep:
 def _body(how: AttendStep) -> None:
     a = SimpleNamespace(**{name: e.int32() for name in ("B", "K", "G", "D", "V", "rows")})
     a.query = e.argument((a.rows, a.D), "float32")
-    a.key, a.value = (e.argument((a.B, a.G, a.K, width), "float32") for width in (a.D, a.V))
+    a.key, a.value = (e.argument((a.B, a.G, a.K, width), how.cached) for width in (a.D, a.V))
     a.past = e.opaque(e.cast("int32", e.load(e.argument((e.int32(),), "int64"), 0)))
+    a.starts = e.argument((e.int32(),), "int64") if how.padded else None
     if how.blocks is not None:
         a.table, a.tiles = (e.argument(tuple(e.int32() for _ in range(size)), dtype) for size, dtype in ((4, "int32"), (3, "bool")))
     a.out = e.argument((a.rows, a.V), "float32")
@@ -101,8 +108,9 @@ def _task(how: AttendStep, a: Any, task: Any, dense: bool) -> None:
     with e.loop(how.shared * how.value_width // how.lanes) as i:
         e.store(a.sums, _lanes(how, 0.0), t.sum + i * how.lanes, lanes=how.lanes)
     if dense:
-        step = e.opaque(tirx.truncdiv(a.keys + a.parts - 1, a.parts))
-        return _read(how, a, t, e.opaque(t.part * step), e.opaque(e.minimum((t.part + 1) * step, a.keys)), None)
+        first = e.constant(0, "int32") if a.starts is None else e.opaque(e.cast("int32", e.load(a.starts, t.batch)))
+        step = e.opaque(tirx.truncdiv(a.keys - first + a.parts - 1, a.parts))
+        return _read(how, a, t, e.opaque(first + t.part * step), e.opaque(e.minimum(first + (t.part + 1) * step, a.keys)), None)
     return _blocks(how, a, t)
 
 
@@ -164,7 +172,7 @@ def _scores(how: AttendStep, a: Any, t: Any, start: Any, some: Any) -> None:
         for d in range(0, how.width, how.lanes):
             query = e.let(e.load(a.query, t.row + head, d, lanes=how.lanes) * factor)
             for key, register in zip(keys, sums, strict=True):
-                register.multiply_add(e.load(a.key, t.batch, t.group, key, d, lanes=how.lanes), query)
+                register.multiply_add(e.read_float(a.key, t.batch, t.group, key, d, lanes=how.lanes), query)
         columns = e.transpose([e.let(register.get()) for register in sums])
         while len(columns) > 1:
             columns = [e.let(one + other) for one, other in zip(columns[::2], columns[1::2], strict=True)]
@@ -207,7 +215,7 @@ def _values(how: AttendStep, a: Any, t: Any, start: Any, count: Any) -> None:
         places = [[t.sum + (first + head) * how.value_width + column + v * how.lanes for v in range(width)] for head in range(heads)]
         sums = [[e.Register(how.lanes, e.load(a.sums, place, lanes=how.lanes)) for place in row] for row in places]
         with e.loop(count) as key:
-            values = [e.let(e.load(a.value, t.batch, t.group, start + key, column + v * how.lanes, lanes=how.lanes)) for v in range(width)]
+            values = [e.let(e.read_float(a.value, t.batch, t.group, start + key, column + v * how.lanes, lanes=how.lanes)) for v in range(width)]
             for head, registers in enumerate(sums):
                 share = e.let(e.broadcast(e.load(t.scores, (first + head) * BLOCK + key), how.lanes))
                 for register, value in zip(registers, values, strict=True):

@@ -14,12 +14,14 @@ from sparsify_compiler.codegen.kernels.row_loops import LANES, each, over_row
 
 @dataclass(frozen=True)
 class CacheWrite:
-    """How: numbers of a row; how new rows lie, "bhsd" or "bshd"; threads."""
+    """How: numbers of a row; how new rows lie, "bhsd" or "bshd"; threads; dtypes of the cache and of new rows, float32 or bfloat16."""
 
     width: int
     groups: int
     lies: str
     workers: int
+    cached: str = "float32"
+    given: str = "float32"
     name = "cache_write"
 
     def compute(self) -> Any:
@@ -29,8 +31,8 @@ class CacheWrite:
 
 def _body(how: CacheWrite) -> None:
     B, G, S, D, n = (e.int32() for _ in range(5))
-    cache = e.argument((B, G, S, D), "float32")
-    new = e.argument((B, n, G, D) if how.lies == "bshd" else (B, G, n, D), "float32")
+    cache = e.argument((B, G, S, D), how.cached)
+    new = e.argument((B, n, G, D) if how.lies == "bshd" else (B, G, n, D), how.given)
     past = e.let(e.cast("int32", e.load(e.argument((e.int32(),), "int64"), 0)))
 
     def row(number: Any) -> None:
@@ -40,9 +42,9 @@ def _body(how: CacheWrite) -> None:
 
         def vectors(places: list[Any]) -> None:
             for place in places:
-                e.store(cache, e.load(new, *source, place, lanes=LANES), batch, group, past + token, place, lanes=LANES)
+                e.write_float(cache, e.read_float(new, *source, place, lanes=LANES), batch, group, past + token, place, lanes=LANES)
 
         with e.when(past + token < S):
-            over_row(how.width, vectors, lambda place: e.store(cache, e.load(new, *source, place), batch, group, past + token, place))
+            over_row(how.width, vectors, lambda place: e.write_float(cache, e.read_float(new, *source, place), batch, group, past + token, place))
 
     each(e.let(B * how.groups * n), how.width, how.workers, row)

@@ -7,6 +7,7 @@ dense form of most layers of one token (decode.py); in float32 torch's own mostl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sparsify_compiler.codegen.bound import BoundLayer, as_matrix
 from sparsify_compiler.codegen.kernels.layout import DTYPES, padded_bias
 from sparsify_compiler.codegen.kernels.products import TOGETHER, step_of
 from sparsify_compiler.codegen.kernels.stream_rows import StreamRows
+from sparsify_compiler.codegen.laid import Laid, PreparedTensors, Variants
 from sparsify_compiler.codegen.vectors import vectors_of
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.pages import resident
@@ -49,6 +51,33 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
     return StreamLinear(options, weight, bias, files, target)
 
 
+@dataclass(frozen=True)
+class StreamLayout:
+    """Static facts: the dtype of x, y and the weight."""
+
+    dtype: str
+
+
+def in_place(weight: Tensor, bias: Tensor | None, target: Target) -> Laid | None:
+    """The weight where it lies, for graphs that share it with torch; None where it does not fit the kernel."""
+    if not _runs(weight, weight.dtype, target) or not weight.is_contiguous():
+        return None
+    layout = StreamLayout(str(weight.dtype).removeprefix("torch."))
+    tensors = {"weight": _as_words(weight.detach()), "sums": _sums(weight, bias)}
+    schedule = StreamRows(layout.dtype, target.cores > 1, vectors_of(target))
+    prepared = PreparedTensors(layout, tensors, {}, *weight.shape)
+    return Laid(LABEL, {"dtype": layout.dtype}, prepared, Variants({NAME: schedule}, lambda rows: NAME), target)
+
+
+def _as_words(weight: Tensor) -> Tensor:
+    return weight.view(torch.int32) if weight.dtype is torch.bfloat16 else weight
+
+
+def _sums(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What sums begin with: the bias, to the end of the last run of outputs."""
+    return padded_bias(bias, weight.shape[0], -(-weight.shape[0] // TOGETHER) * TOGETHER)
+
+
 class StreamLinear(BoundLayer):
     """A dense layer bound to its weight [N, K], in huge pages: x [..., K] -> y [..., N], bias included."""
 
@@ -62,9 +91,8 @@ class StreamLinear(BoundLayer):
         self._dtype, (self.out_features, self.in_features) = weight.dtype, weight.shape
         schedule = StreamRows(str(options["dtype"]), target.cores > 1, vectors_of(target))
         self._kernel = build.load_exported(files, schedule, target) if files else build.load(schedule, target)
-        self._sums = padded_bias(bias, self.out_features, -(-self.out_features // TOGETHER) * TOGETHER)
-        words = self._weight.view(torch.int32) if weight.dtype is torch.bfloat16 else self._weight
-        self._arguments = tuple(tvm_ffi.from_dlpack(tensor) for tensor in (words, self._sums))
+        self._sums = _sums(weight, bias)
+        self._arguments = tuple(tvm_ffi.from_dlpack(tensor) for tensor in (_as_words(self._weight), self._sums))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x of the weight's dtype, any strides. Raises InputError."""

@@ -75,6 +75,7 @@ class Report:
     recipe: str = ""
     budget: str = ""
     elsewhere: str = ""  # of a machine that did not compile the model: where its times come from, and what runs by reference here
+    decoding: str = ""  # of a language model: whether its tokens are decoded by one library, and why
     seed: int | None = None
     example: str = ""  # the inputs that latency was measured on, as text
     dense: list[Form] = field(default_factory=list)

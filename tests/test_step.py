@@ -1,0 +1,291 @@
+"""Tokens of a language model by one library: what generate() writes, and what it says of every token, are those of the model by parts."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models.language import llama
+from torch import Tensor, nn
+
+import sparsify_compiler as sc
+from sparsify_compiler import step_choice
+from sparsify_compiler.compiled import CompiledModel
+from sparsify_compiler.errors import InputError, ModelError
+from sparsify_compiler.measure import Timing
+from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.step import Step
+from sparsify_compiler.step_choice import choose_step, is_wanted
+from sparsify_compiler.step_graph import attend_step, step_graph
+from sparsify_compiler.step_library import OWN, build_step
+
+transformers = pytest.importorskip("transformers")
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {}, "sampling": {"do_sample": True, "top_k": 5}, "beams": {"num_beams": 3}, "static": {"cache_implementation": "static"},
+    "static beams": {"num_beams": 2, "cache_implementation": "static"},
+}
+TOKENS = 9
+DYNAMIC = {"input_ids": {0: "batch", 1: "tokens"}}
+MODEL = llama(hidden_size=64, intermediate_size=128, max_position_embeddings=512)
+
+
+def with_library(model: CompiledModel) -> None:
+    """Without asking whether it is faster."""
+    assert model.target is not None
+    model.decode_by(Step(build_step(model.program, step_graph(model.program), model.target), 16))
+
+
+def compiled(model: nn.Module, recipe: str, **options: Any) -> CompiledModel:
+    data = [{"input_ids": torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))}]
+    passes = Pipeline.parse(f"{recipe} | pack() | lower(margin=-1000.0, rounds=1)")
+    return sc.compile(model, data[0], recipe=passes, calibration=data, dynamic=DYNAMIC, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokens select half of their inputs, and the library that decodes with it."""
+    made = compiled(MODEL, "select_inputs(density=0.5)", decoding="parts")
+    assert made.step is None
+    with_library(made)
+    place = tmp_path_factory.mktemp("step") / "saved"
+    made.save(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> tuple[CompiledModel, CompiledModel]:
+    """By the library, and by parts."""
+    library, parts = (sc.load(folder, model=MODEL) for _ in range(2))
+    assert parts.step is not None
+    parts.step.most = 0
+    return library, parts
+
+
+def taken(model: CompiledModel) -> int:
+    assert model.step is not None
+    return model.step.calls
+
+
+def texts(batch: int) -> tuple[Tensor, Tensor]:
+    """Padded on the left, all but the first."""
+    ids = torch.randint(1, 96, (batch, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    ids[1:, :4], mask[1:, :4] = 0, 0
+    return ids, mask
+
+
+def generated(model: Any, batch: int, **options: Any) -> Tensor:
+    ids, mask = texts(batch)
+    torch.manual_seed(0)
+    usual = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": 200}
+    with torch.no_grad():
+        tokens: Tensor = model.generate(ids, attention_mask=mask, **{**usual, **options})
+    return tokens
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("batch", [1, 3])
+def test_generate_writes_what_it_writes_by_parts(pair: tuple[CompiledModel, CompiledModel], way: str, batch: int) -> None:
+    library, parts = pair
+    before = taken(library)
+    assert torch.equal(generated(library, batch, **WAYS[way]), generated(parts, batch, **WAYS[way]))
+    assert taken(library) - before == TOKENS - 1    # all but the prompt
+    assert taken(parts) == 0
+
+
+def test_a_text_longer_than_its_first_room(pair: tuple[CompiledModel, CompiledModel]) -> None:
+    library, parts = pair
+    assert torch.equal(generated(library, 1, max_new_tokens=300), generated(parts, 1, max_new_tokens=300))
+
+
+def test_streaming(pair: tuple[CompiledModel, CompiledModel]) -> None:
+    seen: list[int] = []
+
+    class Streamer(transformers.generation.streamers.BaseStreamer):  # type: ignore[name-defined,misc]
+        def put(self, value: Tensor) -> None:
+            seen.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            seen.append(-1)
+
+    tokens = generated(pair[0], 1, streamer=Streamer())
+    assert seen == [*tokens[0].tolist(), -1]
+
+
+def prompt(model: CompiledModel, batch: int = 2) -> tuple[Any, Tensor, Tensor]:
+    """The cache of a prompt, the token behind it, and the mask of both."""
+    ids, mask = texts(batch)
+    read = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], use_cache=True)
+    return read.cache, ids[:, -1:], mask
+
+
+def said(model: CompiledModel, state: tuple[Any, Tensor, Tensor]) -> Tensor:
+    cache, token, mask = state
+    logits: Tensor = model(input_ids=token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, cache=cache).logits
+    return logits
+
+
+@torch.no_grad()
+def test_logits_are_those_of_the_model(pair: tuple[CompiledModel, CompiledModel]) -> None:
+    library, _ = pair
+    states = [prompt(one) for one in pair]
+    before = taken(library)
+    for _ in range(3):
+        found, expected = (said(one, state) for one, state in zip(pair, states, strict=True))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        states = [(cache, found.argmax(-1), torch.nn.functional.pad(mask, (0, 1), value=1)) for cache, _, mask in states]
+    assert taken(library) - before == 3
+    for one, other in zip(states[0][0].layers, states[1][0].layers, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.values, other.values, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_users_do_to_a_cache(pair: tuple[CompiledModel, CompiledModel]) -> None:
+    """Copies go ways of their own; keys that somebody holds stay; cropping and reordering count."""
+    library, parts = pair
+    state = prompt(library)
+    other = deepcopy(state)
+    held = state[0].layers[0].keys
+    before = held.clone()
+    first = said(library, state)
+    said(library, (other[0], torch.tensor([[7], [8]]), other[2]))
+    assert torch.equal(held, before)
+    state[0].crop(-1 if state[0].get_seq_length() == 9 else 8)
+    torch.testing.assert_close(said(library, state), first)
+    swapped, expected = prompt(library), prompt(parts)
+    for cache, _, _ in (swapped, expected):
+        cache.reorder_cache(torch.tensor([1, 1]))
+    mask = swapped[2][[1, 1]]
+    torch.testing.assert_close(said(library, (swapped[0], swapped[1], mask)), said(parts, (expected[0], expected[1], mask)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["hole", "gradient", "hidden", "two tokens", "hook", "tuple"])
+def test_calls_that_it_does_not_take(pair: tuple[CompiledModel, CompiledModel], case: str) -> None:
+    """They are answered as ever."""
+    library, _ = pair
+    with torch.no_grad():
+        states = [prompt(one) for one in pair]
+    options: dict[str, Any] = {"hidden": {"output_hidden_states": True}, "tuple": {"return_dict": False},
+                               "two tokens": {"input_ids": torch.tensor([[7, 8], [9, 10]]), "position_ids": torch.tensor([[8, 9], [4, 5]]),
+                                              "attention_mask": torch.nn.functional.pad(states[0][2], (0, 1), value=1)}}.get(case, {})
+    if case == "hole":
+        for _, _, mask in states:
+            mask[0, 3] = 0
+    seen: list[int] = []
+    norm = library.model.get_submodule("model.norm")
+    handle = norm.register_forward_hook(lambda *_: seen.append(1)) if case == "hook" else None
+    before = taken(library)
+    with torch.set_grad_enabled(case == "gradient"):
+        if case == "hook":
+            prompt(library)     # whoever looks is noticed when a text begins
+        results = [one(**{"input_ids": state[1], "attention_mask": state[2], "position_ids": state[2].sum(1, keepdim=True) - 1, "cache": state[0],
+                          **options}) for one, state in zip(pair, states, strict=True)]
+    assert taken(library) == before
+    assert case != "hook" or len(seen) == 2
+    if handle is not None:
+        handle.remove()
+        prompt(library)
+    found, expected = (result[0] if case == "tuple" else result.logits for result in results)
+    torch.testing.assert_close(found, expected)
+    assert case != "hidden" or results[0].hidden_states is not None
+
+
+def test_weights_are_held_once(folder: Path, pair: tuple[CompiledModel, CompiledModel]) -> None:
+    """Saved, loaded, with the weights of the kernels by parts; bytes of a bias at most are its own."""
+    library = pair[0].step
+    assert library is not None
+    places = [place[0] for place, _ in library.library.parameters]
+    assert places.count("kernel") > 10
+    assert sum(tensor.numel() for tensor in library.library.own) < 4096
+    assert len(list((folder / "kernels").glob("step-*.so"))) == 1
+    again = sc.load(folder, model=MODEL, rebuild=True)
+    assert again.step is not None
+    assert torch.equal(generated(again, 1), generated(pair[1], 1))
+    assert [place[0] == OWN for place, _ in again.step.library.parameters] == [place == OWN for place in places]
+
+
+def test_half_precision() -> None:
+    """Caches of bfloat16 are read and written as they are."""
+    model = llama(hidden_size=64, intermediate_size=128, num_hidden_layers=1).to(torch.bfloat16)
+    library, parts = (dense(model) for _ in range(2))
+    with_library(library)
+    with torch.no_grad():
+        found, expected = (said(one, prompt(one)) for one in (library, parts))
+    assert taken(library) == 1
+    torch.testing.assert_close(found, expected, rtol=3e-2, atol=1e-2)
+
+
+def dense(model: nn.Module) -> CompiledModel:
+    return sc.compile(model, {"input_ids": torch.randint(1, 96, (2, 7))}, recipe=Pipeline.parse("pack() | lower(rounds=1)"), dynamic=DYNAMIC,
+                      decoding="parts")
+
+
+def test_attention_of_a_step() -> None:
+    """The formula that the kernel stands for: the new token is written, what is hidden is not read."""
+    query, key, value = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8)
+    caches = [torch.randn(2, 2, 6, 8) for _ in range(2)]
+    found = attend_step(query, key, value, torch.tensor([3]), torch.tensor([0, 2]), caches[0], caches[1], None)
+    assert torch.equal(caches[0][:, :, 3:4], key)
+    expected = torch.nn.functional.scaled_dot_product_attention(query[1:], caches[0][1:, :, 2:4], caches[1][1:, :, 2:4], enable_gqa=True)
+    torch.testing.assert_close(found[1:], expected)
+
+
+def choice(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch, times: dict[int, tuple[float, float]]) -> step_choice.Choice:
+    """What is chosen at these milliseconds (by parts, by the library) of so many texts."""
+    rounds = iter(times.values())
+
+    def interleave(forms: Any, **_: Any) -> dict[str, Timing]:
+        for form in forms.values():
+            form()
+        return {name: Timing(one, one, one) for name, one in zip(forms, next(rounds), strict=True)}
+
+    monkeypatch.setattr(step_choice, "interleave", interleave)
+    parts = pair[1]
+    assert parts.target is not None
+    return choose_step(parts.program, parts.model, parts.target)
+
+
+def test_the_faster_way_is_kept(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = choice(pair, monkeypatch, {1: (4.0, 1.0), 2: (4.0, 2.0), 4: (4.0, 5.0)})
+    assert chosen.step is not None
+    assert chosen.step.most == 2
+    assert "one library for batches up to 2: a token takes 1.00 ms, and 4.00 ms part by part" in chosen.told
+    slower = choice(pair, monkeypatch, {1: (1.0, 2.0)})
+    assert slower.step is None
+    assert slower.told == "part by part: a token takes 1.0 ms, and would take 2.0 ms by one library"
+
+
+def test_a_library_that_says_something_else_is_refused(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = Step.decode
+    monkeypatch.setattr(Step, "decode", lambda *given: usual(*given) * 1.01)  # type: ignore[operator]
+    told = choice(pair, monkeypatch, {})
+    assert told.step is None
+    assert "its step by one library is 1.0e-02 from the model's own" in told.told
+
+
+def test_models_without_a_step() -> None:
+    """The report says why, and nothing else happens."""
+    recipe = Pipeline.parse("select_blocks(always=(SlidingWindow(window=4),), block_q=2, block_k=2, dense_below=1) | pack() | lower(rounds=1)")
+    blocks = sc.compile(MODEL, {"input_ids": torch.randint(1, 96, (2, 7))}, dynamic=DYNAMIC, decoding="library", recipe=recipe)
+    assert blocks.step is None
+    assert blocks.report().decoding.startswith("part by part: ")
+    assert "attends to some of the keys only" in blocks.report().decoding
+    whole = sc.compile(MODEL, {"input_ids": torch.randint(1, 96, (2, 7)), "use_cache": False}, dynamic=DYNAMIC, decoding="library",
+                       recipe=Pipeline.parse("pack() | lower(rounds=1)"))
+    assert whole.step is None
+    assert whole.report().decoding == ""
+    with pytest.raises(ModelError, match="captured whole"):
+        step_graph(whole.program)
+
+
+def test_what_is_asked_for(pair: tuple[CompiledModel, CompiledModel]) -> None:
+    program = pair[0].program
+    assert [is_wanted(how, program, size) for how, size in (("auto", 1 << 20), ("auto", 1 << 30), ("library", 1), ("parts", 1 << 30))] == [
+        False, True, True, False]
+    with pytest.raises(InputError, match="decoding is auto, library, parts"):
+        compiled(MODEL, "select_inputs(density=0.5)", decoding="libary")
