@@ -298,6 +298,20 @@ def test_tiles_finish(name: str, numbers: dict[str, Any], activation: Any, r: in
         assert torch.equal(kernel(x, other).flatten(0, 1), want)
 
 
+def test_gelu_in_float32_is_as_near_as_float32_can_be() -> None:
+    """Also where Φ is 0 or 1 for all that float32 knows; the quotient itself goes beyond them there."""
+    width = 64
+    stored = catalog.get("format", "csr").encode(torch.eye(width), torch.eye(width) > 0)
+    after = {"activation": "gelu", "arguments": {"approximate": "none"}}
+    kernel = next(one for one in runtime.candidates("linear_csr", stored.tensors(), stored.attributes() | after, torch.float32, (width,), host())
+                  if one.options["family"] == "strips").bind()
+    x = torch.cat((torch.linspace(-7, 7, 4 * width * width), torch.logspace(-30, 30, 2 * width), -torch.logspace(-30, 30, 2 * width))).view(-1, width)
+    got, want = kernel(x).double(), x.double() * torch.special.ndtr(x.double())
+    assert bool(((got - want).abs() <= 2.5e-7 * x.abs()).all())
+    assert torch.equal(got[x > 6], x[x > 6].double())
+    assert not got[x < -6].any()
+
+
 def test_a_stored_kernel_with_an_unknown_activation_is_refused() -> None:
     stored = catalog.get("format", "csr").encode(torch.randn(32, 32), torch.ones(32, 32, dtype=torch.bool))
     after = {"activation": "tanh", "arguments": {}}
