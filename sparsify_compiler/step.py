@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Mapping
 from threading import Lock
 from typing import Any
@@ -20,6 +21,7 @@ from .step_graph import IDS, PLACES
 from .step_library import StepLibrary
 
 MASK = "attention_mask"
+HIDDEN = -6e4   # what a mask of floats adds to hide a token, at least: float16 has no more
 HARMLESS: Mapping[str, tuple[Any, ...]] = {     # values of arguments that change nothing; of others None and False
     "use_cache": (True, None), "return_dict": (True, None), "logits_to_keep": (0, 1, None)}
 
@@ -34,6 +36,7 @@ class Step:
 
     def __init__(self, library: StepLibrary, most: int) -> None:
         self.library, self.most, self.calls = library, most, 0
+        self._words = self._places = math.inf   # rows of the tables that a model looks up, as far as it tells
         self._lock = Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
@@ -42,6 +45,7 @@ class Step:
     def attach(self, model: nn.Module) -> None:
         """Take the calls of a private copy of a model."""
         usual, hooks = model.forward, _hooks(model)
+        self._words, self._places = _rows(model)
         names = tuple(inspect.signature(usual).parameters)
         returned: list[type] = []   # the class of what the model returns of a text: its logits and the cache, and nothing else
 
@@ -49,11 +53,12 @@ class Step:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or torch.is_grad_enabled():
                 return usual(*args, **kwargs)
-            if returned:
+            kinds = returned[:1]    # another thread may take it away
+            if kinds:
                 call = self._call({**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs)
                 logits = None if call is None else self.decode(*call[1:])
                 if call is not None and logits is not None:
-                    return returned[0](**{"logits": logits, call[0]: call[-1]})
+                    return kinds[0](**{"logits": logits, call[0]: call[-1]})
             result = usual(*args, **kwargs)
             returned[:] = [type(result)] if _is_plain(result) and _hooks(model) == hooks else []
             return result
@@ -88,17 +93,35 @@ class Step:
         starts = _starts(mask, batch, found.past + 1)
         if starts is None:
             return None
-        if places is None:
-            places = torch.full((batch, 1), found.past, dtype=torch.int64)
-        elif not isinstance(places, Tensor) or places.dim() != 2 or places.shape[1] != 1 or places.shape[0] not in (1, batch):
+        places = _placed(places, batch, found.past, starts)
+        if places is None or not _within(ids, self._words) or not _within(places, self._places):
             return None
-        elif places.shape[0] != batch or not places.is_contiguous():
-            places = places.expand(batch, 1).contiguous()
         past = torch.full((1,), found.past, dtype=torch.int64)
         logits = self.library.run(ids.contiguous(), places, past, starts, *found.buffers)
         found.done()
         self.calls += 1
         return logits
+
+
+def _placed(places: Any, batch: int, past: int, starts: Tensor) -> Tensor | None:
+    """position_ids as the library reads them, [B, 1] int64; None where they are of another shape, or are for the model to find from a mask."""
+    if places is None:
+        return None if bool(starts.any()) else torch.full((batch, 1), past, dtype=torch.int64)
+    if not isinstance(places, Tensor) or places.dim() != 2 or places.shape[1] != 1 or places.shape[0] not in (1, batch):
+        return None
+    return places.to(torch.int64).expand(batch, 1).contiguous()
+
+
+def _within(numbers: Tensor, rows: float) -> bool:
+    """Are they rows of a table? A library takes the nearest for others, where the model itself raises an error."""
+    return int(numbers.min()) >= 0 and int(numbers.max()) < rows
+
+
+def _rows(model: Any) -> tuple[float, float]:
+    """Words and positions that a model has; a model that computes positions goes on the usual way behind the last that its config speaks of."""
+    words = getattr(model.get_input_embeddings(), "num_embeddings", None) if hasattr(model, "get_input_embeddings") else None
+    places = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return words or math.inf, places or math.inf
 
 
 def _starts(mask: Any, batch: int, tokens: int) -> Tensor | None:
@@ -110,7 +133,10 @@ def _starts(mask: Any, batch: int, tokens: int) -> Tensor | None:
     if mask.dim() == 4:
         if mask.shape[1] != 1 or mask.shape[2] != 1:
             return None
-        seen = mask[:, 0, 0] if mask.dtype is torch.bool else mask[:, 0, 0] == 0
+        line = mask[:, 0, 0]
+        seen = line if mask.dtype is torch.bool else line == 0
+        if mask.dtype is not torch.bool and not (mask.is_floating_point() and bool((seen | (line <= HIDDEN)).all())):
+            return None     # it weighs tokens
         if seen.shape[1] > tokens and bool(seen[:, tokens:].any()):
             return None
     elif mask.dim() == 2:

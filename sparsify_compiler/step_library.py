@@ -104,8 +104,8 @@ class Held:
         self._found: dict[Any, list[Tensor]] = {}
         self._places: dict[tuple[int, torch.Size], tuple[str, ...]] = {}
         for place, tensor in held_tensors(program):
-            self._places.setdefault((tensor.data_ptr(), tensor.shape), place)
             if tensor.is_contiguous():
+                self._places.setdefault((tensor.data_ptr(), tensor.shape), place)
                 self._found.setdefault(_sample(tensor), []).append(tensor)
 
     def find(self, tensor: Tensor) -> Tensor:

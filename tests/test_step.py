@@ -195,6 +195,41 @@ def test_calls_that_it_does_not_take(pair: tuple[CompiledModel, CompiledModel], 
     assert case != "hidden" or results[0].hidden_states is not None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["word", "negative", "place", "weighs", "places from the mask"])
+def test_what_only_the_model_knows_is_left_to_it(pair: tuple[CompiledModel, CompiledModel], case: str) -> None:
+    """Errors of rows that no table has, masks that weigh tokens, positions that are not given for padded texts."""
+    library, _ = pair
+    cache, token, mask = prompt(library)
+    weighs = torch.zeros(2, 1, 1, 9)
+    weighs[..., :3] = -0.5
+    cases: dict[str, dict[str, Any]] = {"word": {"input_ids": torch.tensor([[7], [MODEL.config.vocab_size]])},
+                                        "negative": {"input_ids": torch.tensor([[-1], [7]])},
+                                        "place": {"position_ids": torch.tensor([[8], [512]])}, "weighs": {"attention_mask": weighs},
+                                        "places from the mask": {"position_ids": None}}
+    usual: dict[str, Any] = {"input_ids": token, "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "cache": cache}
+    before = taken(library)
+    try:
+        library(**{**usual, **cases[case]})
+    except IndexError:
+        assert case in ("word", "negative")
+    else:
+        assert case not in ("word", "negative")
+    assert taken(library) == before
+
+
+@torch.no_grad()
+def test_masks_of_floats_and_positions_of_32_bits(pair: tuple[CompiledModel, CompiledModel]) -> None:
+    states = [prompt(one) for one in pair]
+    mask = states[0][2]
+    hidden = torch.zeros(2, 1, 1, 9).masked_fill(mask[:, None, None] == 0, torch.finfo(torch.float32).min)
+    before = taken(pair[0])
+    found, expected = (one(input_ids=token, attention_mask=hidden, position_ids=(mask.sum(1, keepdim=True) - 1).int(), cache=cache).logits
+                       for one, (cache, token, _) in zip(pair, states, strict=True))
+    assert taken(pair[0]) == before + 1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_are_held_once(folder: Path, pair: tuple[CompiledModel, CompiledModel]) -> None:
     """Saved, loaded, with the weights of the kernels by parts; bytes of a bias at most are its own."""
     library = pair[0].step
