@@ -90,6 +90,22 @@ def biases(batch: int, heads: int, queries: int, keys: int) -> dict[str, Tensor]
                                                                                            -math.inf)}
 
 
+@pytest.mark.parametrize("repeat", [1, 3])
+@pytest.mark.parametrize("of_heads", ["one", "groups", "heads"])
+@pytest.mark.parametrize("kind", BIASES)
+def test_heads_that_are_widened_by_and_by_keep_what_is_said_of_each(monkeypatch: pytest.MonkeyPatch, repeat: int, of_heads: str, kind: str) -> None:
+    """Lists, masks and biases of their own, over more groups than are held at a time, whose number these do not divide."""
+    batch, groups, queries, keys = 2, 5, 40, 90
+    query, key, value = (tensor.half() for tensor in tensors(batch, groups * repeat, groups, queries, keys, 16, 24))
+    lists = {"one": 1, "groups": groups, "heads": groups * repeat}[of_heads]
+    key_mask = torch.rand(batch, keys, dtype=torch.float32) < 0.7
+    layout = from_blocks(chosen(batch, lists, queries, keys, 16, 16, 0.6), Grid(queries, keys, 16, 16, True))
+    bias = biases(batch, groups * repeat, queries, keys)[kind]
+    monkeypatch.setattr(attend, "WIDE", 2 * (16 + 24) * (keys + repeat * queries))     # two groups
+    check(query, key, value, layout, key_mask, None, bias)
+    check(query, key, value, layout)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [1, 40])
 def test_a_row_whose_keys_all_have_the_least_number_stays_one_of_numbers(queries: int, dtype: torch.dtype) -> None:

@@ -67,6 +67,18 @@ def test_in_many_bits_all_is_as_before(padded: int) -> None:
 
 
 @torch.no_grad()
+def test_a_mask_with_holes_follows_its_tokens() -> None:
+    """Padding on the left stands in its place in any order: it is what is looked at least, and comes first."""
+    given = prompt()
+    given["attention_mask"][0, 5:30:2] = 0
+    found = []
+    for held in (transformers.DynamicCache(), sc.mixed_cache(mass=0.6, **FINE)):
+        compiled()(**given, past_key_values=held, use_cache=True)
+        found.append(more(held, given["attention_mask"]))
+    assert float((found[1] - found[0]).abs().max() / found[0].abs().max()) < 0.02
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("mass", [0.3, 0.6, 0.9])
 def test_salient_tokens_are_held_in_more_bits(monkeypatch: pytest.MonkeyPatch, mass: float) -> None:
     """By what the last rows look at, in the mean of all heads: the fewest tokens of that share, and the last rows' own."""
@@ -91,6 +103,7 @@ def test_salient_tokens_are_held_in_more_bits(monkeypatch: pytest.MonkeyPatch, m
         decoded = [torch.cat([*(ways[side].decode(pair[side], 0).flatten(2, 3) for ways, pair in zip(layer._ways, layer._coded, strict=True)),
                               (layer.keys, layer.values)[side][:, :, :layer.kept]], 2) for side in range(2)]
         rest = (42 - count) // 4 * 4
+        assert 4 <= layer.kept < 8  # the last group stays as it is
         for entry in range(2):
             order = layer._order[entry]
             salient = set(range(37, 42)) | set([place for place in places[entry].tolist() if place < 37][:count - 5])
