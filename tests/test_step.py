@@ -303,6 +303,24 @@ def test_a_library_that_says_something_else_is_refused(pair: tuple[CompiledModel
     assert "its step by one library is 1.0e-02 from the model's own" in told.told
 
 
+def test_a_model_that_rounding_moves_as_far_has_its_library(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that selects inputs in bfloat16: what it says of a cache that was rounded otherwise is as far from what it says of its own."""
+    usual, rounded = Step.decode, step_choice._rounded
+
+    def further(cache: Any, way: int) -> Any:
+        copied = rounded(cache, way)
+        for layer in copied.layers:
+            layer.values.mul_(1.1)
+        return copied
+
+    monkeypatch.setattr(Step, "decode", lambda *given: usual(*given) * 1.002)  # type: ignore[operator]
+    assert choice(pair, monkeypatch, {}).step is None
+    monkeypatch.setattr(step_choice, "_rounded", further)
+    assert choice(pair, monkeypatch, {1: (4.0, 1.0), 2: (1.0, 2.0)}).step is not None
+    monkeypatch.setattr(Step, "decode", lambda *given: usual(*given) * 1.6)  # type: ignore[operator]
+    assert choice(pair, monkeypatch, {}).step is None
+
+
 def test_models_without_a_step() -> None:
     """The report says why, and nothing else happens."""
     recipe = Pipeline.parse("select_blocks(always=(SlidingWindow(window=4),), block_q=2, block_k=2, dense_below=1) | pack() | lower(rounds=1)")
