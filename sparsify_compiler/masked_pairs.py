@@ -30,12 +30,12 @@ class Pairs(nn.Module):
         if not self.wanted or not plain(x) or not torch.is_grad_enabled():
             return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            rows, outs = x.reshape(-1, x.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
+            rows, outs = x.reshape(-1, x.shape[-1]).double(), y.reshape(-1, y.shape[-1]).double()
             found = (rows.new_tensor([len(rows)]), rows.sum(0), outs.sum(0), rows.square().sum(0), outs.square().sum(0), outs.T @ rows)
             self._sums = found if self._sums is None else tuple(a + b for a, b in zip(self._sums, found, strict=True))
 
     def take(self) -> tuple[Tensor, ...] | None:
-        """The number of rows, sums of x, y, x² and y², and of the products [out, in]; None where no row came. It starts again at none."""
+        """float64: the number of rows, sums of x, y, x² and y², and of the products [out, in]; None where no row came. It starts again at none."""
         found, self._sums = self._sums, None
         return found
 
@@ -45,11 +45,17 @@ class Pairs(nn.Module):
 
 def correlation(sums: tuple[Tensor, ...]) -> Tensor:
     """float32 [out, in], between -1 and 1, of what Pairs.take() gave; 0 where an input or an output does not vary."""
-    count, x, y, xx, yy, xy = (one.double() for one in sums)
+    count, x, y, xx, yy, xy = sums
+    (spread_x, varies_x), (spread_y, varies_y) = (_spread(total / count, squares / count) for total, squares in ((x, xx), (y, yy)))
     both = xy / count - (y / count)[:, None] * (x / count)[None]
-    spread = ((yy / count - (y / count).square())[:, None] * (xx / count - (x / count).square())[None]).clamp_min(0).sqrt()
-    varies = spread > 1e-6 * ((yy / count)[:, None] * (xx / count)[None]).sqrt()  # what is less is rounding
-    return torch.where(varies, both / spread.masked_fill(~varies, 1), 0).clamp(-1, 1).float() + 0 * xy.float()
+    spread, varies = spread_y[:, None] * spread_x[None], varies_y[:, None] & varies_x[None]
+    return (torch.where(varies, both / spread.masked_fill(~varies, 1), 0).clamp(-1, 1) + 0 * xy).float()
+
+
+def _spread(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """The standard deviation, and does it vary at all? Not by less than a millionth, which is rounding."""
+    variance = square - mean.square()
+    return variance.clamp_min(0).sqrt(), variance > 1e-12 * square
 
 
 def tap_pairs(region: Region, name: str, product: fx.Node) -> tuple[Pairs, ...]:

@@ -364,6 +364,46 @@ def test_the_correlation_is_that_of_all_rows(seed: int, parts: int) -> None:
     assert pairs.take() is None
 
 
+def test_what_does_not_vary_is_exactly_uncorrelated_far_from_zero_too() -> None:
+    """Of numbers whose float32 sums round: a row that is cut whole gives its bias alone, and would grow by noise."""
+    generator, far = torch.Generator().manual_seed(0), torch.linspace(0, 1000, 8)
+    x, y = (torch.randn(1000, 8, generator=generator, dtype=torch.float32) for _ in range(2))
+    pairs = Pairs()
+    pairs.wanted = True
+    pairs(x + far, torch.cat([y + far, torch.tensor([[0.1, 0.3, -0.7, 1.234]]).expand(1000, 4)], 1))
+    sums = pairs.take()
+    assert sums is not None
+    found = correlation(sums)
+    assert not bool(found[8:].any())
+    torch.testing.assert_close(found[:8], torch.corrcoef(torch.cat([y.T, x.T]).double())[:8, 8:].float(), rtol=0, atol=1e-4)
+
+
+class _Gate(nn.Module):
+    """A layer that some batches do not reach, which no one graph says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layer(x) if bool(x.sum() > -100) else x
+        return made
+
+
+def test_a_layer_that_no_batch_reached_keeps_its_places() -> None:
+    model = nn.Sequential(nn.Linear(16, 8), _Gate()).eval()
+    module, hook = sc.attach(model, (X.abs(),), "mask_weights(score='random', density=0.25) | move_masks(grow='correlation', every=1)")
+    optimizer, before = torch.optim.SGD(module.parameters(), 0.1), masks(module)
+    assert len(before) == 2
+    with torch.no_grad():
+        module.get_parameter("0.bias").fill_(-100)
+    module(X).sum().backward()
+    optimizer.step()
+    hook.step(optimizer)
+    moved = {name: not torch.equal(mask, before[name]) for name, mask in masks(module).items()}
+    assert sorted(moved.values()) == [False, True]
+
+
 def test_groups_are_connected_whole_and_correlated_ones_grow() -> None:
     module, hook, optimizer = attached("g2gnet(density=0.5, group=8, steps=9, every=2)")
     blocks = hook.masks["0"].view(4, 8, 2, 8).float().mean((1, 3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,27 +78,31 @@ class Mover(Part):
         if self._reads and places and all(gradient is None for gradient in gradients):
             raise InputError("no gradient has reached a masked weight since the last step", where="Hook.step",
                              hint="call hook.step() once after each optimizer.step(), with loss.backward() before it")
+        related = self._related(places)
         moved = [(place, gradient) for place, gradient in zip(places, gradients, strict=True)
-                 if not self._reads or (gradient is not None and bool(gradient.isfinite().all()))]
+                 if (not self._reads or (gradient is not None and bool(gradient.isfinite().all()))) and (not self._pairs or place.path in related)]
         targets = self._targets(moved, step)
         for place, gradient in moved:
-            given = self._known(place, gradient)
-            if all(bool(given[name].isfinite().all()) for name in (CORRELATION,) if name in given):
-                yield self._update(place, given, step, targets.get(place.path))
+            yield self._update(place, self._known(place, gradient, related), step, targets.get(place.path))
 
-    def _known(self, place: Place, gradient: Tensor | None) -> dict[str, Tensor]:
+    def _known(self, place: Place, gradient: Tensor | None, related: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The statistics that the scores of a place see."""
-        known = dict(place.known) if gradient is None else {**place.known, GRADIENT: gradient}
-        if self._start:
-            known[START] = self._start[place.path]
-        return {**known, CORRELATION: self._correlation(place)} if self._pairs else known
+        of_training = ((GRADIENT, gradient), (CORRELATION, related.get(place.path)), (START, self._start.get(place.path)))
+        return {**place.known, **{name: value for name, value in of_training if value is not None}}
 
-    def _correlation(self, place: Place) -> Tensor:
-        """Of the forward passes of the step at hand, of all uses and all processes. Raises InputError where there were none."""
-        found = [sums for tap in place.taps for pairs in _pairs(tap) if (sums := pairs.take()) is not None]
-        if not found:
+    def _related(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """Path -> correlation, of the places that a forward pass went through, where it is finite. Raises InputError where none went through any."""
+        found = {place.path: one for place in places if (one := self._correlation(place)) is not None} if self._pairs else {}
+        if self._pairs and places and not found:
             raise InputError("no forward pass with gradients has gone through a masked layer since the last step", where="Hook.step",
                              hint="call hook.step() once after each optimizer.step()")
+        return {path: one for path, one in found.items() if bool(one.isfinite().all())}
+
+    def _correlation(self, place: Place) -> Tensor | None:
+        """Of the forward passes of the step at hand, of all uses and all processes."""
+        found = [sums for tap in place.taps for pairs in _pairs(tap) if (sums := pairs.take()) is not None]
+        if not found:
+            return None
         total = tuple(torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for part in total:
@@ -152,7 +156,7 @@ class Mover(Part):
         grown = shared(sum(dropped), [size - count for size, count in zip(sizes, stay, strict=True)], means)
         return {place.path: (a + b) / size for (place, _), a, b, size in zip(found, stay, grown, sizes, strict=True)}
 
-    def _update(self, place: Place, given: dict[str, Tensor], step: int, target: float | None) -> Anew:
+    def _update(self, place: Place, given: Mapping[str, Tensor], step: int, target: float | None) -> Anew:
         """Move one mask, to a density of its own where one is given."""
         seed = zlib.crc32(f"{self._of.seed} {place.path} {step}".encode())
         weight, mask = place.weight(), place.mask()
