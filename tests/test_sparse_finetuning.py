@@ -21,6 +21,7 @@ from sparsify_compiler.masked_pairs import Pairs, correlation
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.scores.unmoved_negatives import unmoved_negatives
 from sparsify_compiler.passes.prune.structures._base import Structure
+from sparsify_compiler.passes.train._moving import regrown
 from sparsify_compiler.passes.train.adapters.group_sums import group_sums
 from sparsify_compiler.passes.train.choosers._base import Choice
 from sparsify_compiler.passes.train.choosers.factored import Factored
@@ -376,6 +377,43 @@ def test_what_does_not_vary_is_exactly_uncorrelated_far_from_zero_too() -> None:
     found = correlation(sums)
     assert not bool(found[8:].any())
     torch.testing.assert_close(found[:8], torch.corrcoef(torch.cat([y.T, x.T]).double())[:8, 8:].float(), rtol=0, atol=1e-4)
+
+
+class _Twice(nn.Module):
+    """One layer that reads both halves of a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layer(x[:, :8]).relu() + self.layer(x[:, 8:] * 3)
+        return made
+
+
+def test_the_correlation_is_that_of_all_uses_and_sought_where_masks_move_alone() -> None:
+    torch.manual_seed(0)
+    passes = "mask_weights(score='random', density=0.25) | move_masks(grow='correlation', fraction=0.5, every=2)"
+    module, hook = sc.attach(_Twice().eval(), (X,), passes)
+    optimizer, found = torch.optim.SGD(module.parameters(), 0.0), [one for one in module.modules() if isinstance(one, Pairs)]
+    assert len(found) == 2
+    for number in (1, 2):
+        module(X).square().mean().backward()
+        assert all((one._sums is None) == (number == 1) for one in found)
+        before = hook.masks["layer"].clone()
+        optimizer.step()
+        hook.step(optimizer)
+    weight, rows = module.get_parameter("layer.weight").detach(), torch.cat([X[:, :8], X[:, 8:] * 3])
+    outs = functional.linear(rows, net_weight(_Twice) * before, module.get_parameter("layer.bias").detach())
+    related = torch.corrcoef(torch.cat([outs.T, rows.T]).double())[:8, 8:].nan_to_num(0).float().abs()
+    structure = Structure.parse("unstructured")
+    assert torch.equal(hook.masks["layer"], regrown(before, net_weight(_Twice).abs(), related, structure, 0.25, 0.125))
+    assert not bool(weight[~hook.masks["layer"]].any())
+
+
+def net_weight(kind: type[nn.Module]) -> Tensor:
+    torch.manual_seed(0)
+    return kind().get_parameter("layer.weight").detach()
 
 
 class _Gate(nn.Module):
