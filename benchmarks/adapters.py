@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recovery import HESSIAN, LOSSES, batches_of
+from recovery import HESSIAN, LOSSES, Texts
 from rich.console import Console
 from rich.table import Table
 from subjects import MiniLM, options
-from torch import Tensor
 
 import sparsify_compiler as sc
 
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.set_defaults(samples=16)
     arguments = parser.parse_args()
-    subject, batches = MiniLM(arguments), batches_of(arguments)
+    subject, batches = MiniLM(arguments), Texts(arguments)
     rows: list[dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
     for case in arguments.cases:
         for rate in arguments.rates or [CASES[case][1]]:
@@ -57,7 +56,7 @@ def main() -> None:
     show(rows)
 
 
-def measured(subject: MiniLM, batches: list[dict[str, Tensor]], case: str, rate: float, steps: int) -> dict[str, Any]:
+def measured(subject: MiniLM, batches: Texts, case: str, rate: float, steps: int) -> dict[str, Any]:
     """Quality before and after, how many numbers train, and the first and last loss."""
     model = subject.model.requires_grad_(True)
     model.embeddings.requires_grad_(False)

@@ -1,6 +1,6 @@
 """MiniLM recovered: a sparse sentence encoder trained on plain text to do what the dense one does.
 
-    python benchmarks/recovery.py --brown FOLDER [--cases "2:4" ...] [--steps 900] [--samples 64] [--json FILE]
+    python benchmarks/recovery.py --brown FOLDER [--cases "2:4" ...] [--steps 900] [--samples 64] [--varied] [--json FILE]
 
 All linear layers of the encoder are cut; the recovery trains them, the biases and the norms (the embeddings are frozen) with sc.recover() on the
 Brown files that are not held out, in batches of 32 × 64 tokens, in bfloat16 autocast. Cosine to the dense model's embeddings on held-out Brown texts
@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[900])
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--losses", nargs="+", default=LOSSES)
+    parser.add_argument("--varied", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--checkpoints", type=Path)
     parser.add_argument("--speed", action="store_true")
@@ -77,12 +80,12 @@ def main() -> None:
     if arguments.speed:
         timed(subject, [case for case in arguments.cases if case in STRUCTURES])
         return
-    batches = batches_of(arguments)
+    batches = Texts(arguments, arguments.varied)
     rows: list[dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
     for steps in arguments.steps:
         for case in arguments.cases:
             about = {"case": case, "steps": steps, "rate": arguments.rate, "losses": list(arguments.losses), "samples": arguments.samples,
-                     "split": arguments.split}
+                     "split": arguments.split, "varied": arguments.varied}
             if not any(about.items() <= row.items() for row in rows):
                 rows.append({**about, **measured(subject, batches, case, steps, arguments)})
                 say(rows[-1])
@@ -91,7 +94,7 @@ def main() -> None:
     show(rows)
 
 
-def measured(subject: MiniLM, batches: list[dict[str, Tensor]], case: str, steps: int, arguments: Any) -> dict[str, Any]:
+def measured(subject: MiniLM, batches: Texts, case: str, steps: int, arguments: Any) -> dict[str, Any]:
     """Quality before and after, and the seconds of processor that the recovery took: None where an earlier process did a part of it."""
     model = subject.model.requires_grad_(True)
     model.embeddings.requires_grad_(False)
@@ -101,7 +104,7 @@ def measured(subject: MiniLM, batches: list[dict[str, Tensor]], case: str, steps
     module, hook = sc.attach(model, subject.batches[0], recipe, calibration=subject.batches, dynamic=dynamic)
     with torch.no_grad():
         before, spent = subject.measure(module), time.process_time()
-    name = f"{case} {steps} {arguments.samples}.safetensors".replace(" ", "-")
+    name = f"{case} {steps} {arguments.samples}{' varied' if arguments.varied else ''}.safetensors".replace(" ", "-")
     file = arguments.checkpoints / name if arguments.checkpoints else None
     whole = file is None or not file.exists()
     module, recovery = sc.recover(module, model, batches, hook=hook, minutes=600, steps=steps, rate=arguments.rate, losses=arguments.losses,
@@ -133,20 +136,60 @@ def timed(subject: MiniLM, cases: list[str]) -> None:
     Console(width=130).print(table)
 
 
-def batches_of(arguments: Any) -> list[dict[str, Tensor]]:
-    """All texts that are not held out, cut into pieces of LENGTH tokens, shuffled, in batches of ROWS."""
-    from transformers import AutoTokenizer
+class Texts:
+    """All texts that are not held out, cut into pieces of LENGTH tokens, shuffled, in batches of ROWS; in another way each time that they are walked over.
 
-    tokenizer = AutoTokenizer.from_pretrained(MiniLM.place(None, arguments.cache))  # type: ignore[arg-type]
-    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
-    inner = LENGTH - 2
-    pieces = []
-    for text in brown(arguments.brown)[0]:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        pieces += [[first, *ids[i : i + inner], last] for i in range(0, len(ids) - inner, inner)]
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor(pieces)[order][: len(pieces) // ROWS * ROWS]
-    return [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in ids.split(ROWS)]
+    varied  half of the pieces begin somewhere else, half are made of sentences from anywhere; and in half of all a token in seven is another one,
+            drawn as often as the texts have it. Else the pieces are the same every time.
+    """
+
+    def __init__(self, arguments: Any, varied: bool = False) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(MiniLM.place(None, arguments.cache))  # type: ignore[arg-type]
+        self._ends = set(tokenizer.convert_tokens_to_ids(list(".?!")))
+        self._first, self._last = tokenizer.cls_token_id, tokenizer.sep_token_id
+        self._texts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in brown(arguments.brown, arguments.split)[0]]
+        self._sentences = [sentence for text in self._texts for sentence in self._cut(text)]
+        self._all = torch.tensor([token for text in self._texts for token in text])
+        self._varied, self._walks = varied, 0
+
+    def _cut(self, text: list[int]) -> Iterator[list[int]]:
+        begin = 0
+        for place, token in enumerate(text):
+            if token in self._ends:
+                yield text[begin : place + 1]
+                begin = place + 1
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        self._walks += self._varied
+        chance, generator = random.Random(self._walks), torch.Generator().manual_seed(self._walks)
+        ids = torch.tensor([[self._first, *piece, self._last] for piece in self._pieces(chance)])
+        ids = ids[torch.randperm(len(ids), generator=generator)][: len(ids) // ROWS * ROWS]
+        if self._varied:
+            ids = self._replaced(ids, generator)
+        return iter([{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in ids.split(ROWS)])
+
+    def _pieces(self, chance: random.Random) -> list[list[int]]:
+        inner, pieces = LENGTH - 2, []
+        for text in self._texts:
+            start = chance.randrange(inner) if self._varied else 0
+            pieces += [text[i : i + inner] for i in range(start, len(text) - inner, inner)]
+        if not self._varied:
+            return pieces
+        chance.shuffle(pieces)
+        return [*pieces[::2], *(self._mixed(chance, inner) for _ in pieces[1::2])]
+
+    def _mixed(self, chance: random.Random, length: int) -> list[int]:
+        found: list[int] = []
+        while len(found) < length:
+            found += chance.choice(self._sentences)
+        return found[:length]
+
+    def _replaced(self, ids: Tensor, generator: torch.Generator) -> Tensor:
+        hit = torch.rand(ids.shape, generator=generator, dtype=torch.float32) < torch.rand(len(ids), 1, generator=generator).gt(0.5) / 7
+        hit[:, 0] = hit[:, -1] = False
+        return torch.where(hit, self._all[torch.randint(len(self._all), ids.shape, generator=generator)], ids)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
