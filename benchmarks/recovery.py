@@ -137,10 +137,10 @@ def timed(subject: MiniLM, cases: list[str]) -> None:
 
 
 class Texts:
-    """All texts that are not held out, cut into pieces of LENGTH tokens, shuffled, in batches of ROWS; in another way each time that they are walked over.
+    """All texts that are not held out, cut into pieces of LENGTH tokens, shuffled, in batches of ROWS.
 
-    varied  half of the pieces begin somewhere else, half are made of sentences from anywhere; and in half of all a token in seven is another one,
-            drawn as often as the texts have it. Else the pieces are the same every time.
+    varied  each time that they are walked over half of the pieces begin somewhere else, half are made of sentences from anywhere; and in half of all
+            a token in seven is another one, drawn as often as the texts have it. Else the pieces are the same every time.
     """
 
     def __init__(self, arguments: Any, varied: bool = False) -> None:
