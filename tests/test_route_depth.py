@@ -47,6 +47,7 @@ def test_the_highest_tokens_in_their_order_rounded_up() -> None:
     scores = torch.tensor([[3.0, 1, 2, 5, 4], [1, 2, 3, 4, 5]])
     assert top_tokens.op(scores, 0.5).tolist() == [[0, 3, 4], [2, 3, 4]]
     assert top_tokens.op(scores, 0.01).tolist() == [[3], [4]]
+    assert top_tokens.op(scores, 1e-9).tolist() == [[3], [4]]
     assert top_tokens.op(scores, 1.0).tolist() == [list(range(5))] * 2
 
 
@@ -185,6 +186,15 @@ def test_the_density_is_of_all_blocks_and_refused_where_too_few_are_routed() -> 
     after, _, misses = routed(blocks(), (torch.randn(2, 12, 16),), "route_tokens(density=0.4, routed=0.5)")
     assert not after.decisions
     assert "cannot bring their tokens" in misses[0]
+    for text, why in (("route_tokens(density=0.8, routed=0.2)", "cannot bring their tokens"),
+                      ("route_blocks(density=0.8, group=2, first=8)", "in groups cannot bring")):
+        after, _, misses = routed(blocks(10), (torch.randn(2, 12, 16),), text)  # the share is 2e-16, in floating point
+        assert not after.decisions
+        assert why in misses[0]
+    for text in ("route_tokens(density=0.9, routed=0.1)", "gamma_mod(density=0.9, first=4)"):
+        after, _, misses = routed(blocks(), (torch.randn(2, 12, 16),), text)
+        assert not after.decisions
+        assert "is none" in misses[0]
 
 
 def test_what_cannot_run_on_a_part_says_why() -> None:

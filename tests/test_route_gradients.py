@@ -245,3 +245,17 @@ def test_two_passes_are_to_agree() -> None:
     assert hook.loss() == 0, "a pass of the step before is none of this one"
     module(x[:7])
     assert hook.loss() == 0
+
+
+def test_a_pass_whose_gradient_was_taken_is_compared_with_none() -> None:
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(8, 8), GatedFfn(8, 32)).eval(), [(torch.randn(64, 8),) for _ in range(4)]
+    module, hook = sc.attach(model, batches[0], "thor", calibration=batches)
+    for (x,) in batches[:2]:  # two batches of one step, each by itself
+        (module(x).square().mean() + hook.loss()).backward()
+        assert hook.loss() == 0
+    both = module(batches[2][0]).square().mean() + module(batches[2][0]).square().mean()
+    assert float((both + hook.loss()).detach()) >= float(both.detach())
+    (both + hook.loss()).backward()
+    _, record = sc.recover(module, model, batches, hook=hook, steps=2, accumulate=2, minutes=1.0)
+    assert record.stopped == "all steps are done"

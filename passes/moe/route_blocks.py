@@ -30,7 +30,7 @@ class RouteBlocks(Pass):
     Preserves  signature; quality is measured, and with a density of 1 it is the model
     Paper      Dense2MoE, Zheng et al., arXiv:2510.09094, whose mixture of blocks this is
 
-    density   blocks that a text runs through / all; by default the user's budget
+    density   blocks that a text runs through / all that can run on some texts; by default the user's budget
     group     blocks of a group; what is left over at the end is run by all
     router    "ridge", fitted to how much each block changes a text, or "random", to be trained
     selector  a file of passes/moe/selectors
@@ -66,7 +66,7 @@ class RouteBlocks(Pass):
         density, found = self.density_of(ctx), depths(program, TEXTS, ctx, self.name())
         groups = self._groups(found)
         routed = self.group * len(groups)
-        share = 1 - (1 - density) * len(found) / max(routed, 1)
+        share = round(1 - (1 - density) * len(found) / max(routed, 1), 9)
         if found and not groups:
             ctx.miss(f"{len(found)} blocks make no group of {self.group} behind the first and before the last", found[0].path)
         elif groups and share <= 0:

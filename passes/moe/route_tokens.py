@@ -29,7 +29,7 @@ class RouteTokens(Pass):
     Preserves  signature; quality is measured, and with a density of 1 it is the model
     Paper      Mixture-of-Depths, Raposo et al., arXiv:2404.02258; which blocks: gamma-MoD, Luo et al., arXiv:2410.13859
 
-    density     tokens that blocks compute / all, over the model; by default the user's budget
+    density     tokens that blocks compute / all, over the blocks that can run on a part; by default the user's budget
     routed      share of the blocks that tokens may pass by, those of lowest importance
     importance  a file of passes/moe/block_importances
     router      "ridge", fitted to how much the block changes a token, or "random", to be trained
@@ -62,8 +62,10 @@ class RouteTokens(Pass):
     def run(self, program: Program, ctx: Context) -> Program:
         density, found = self.density_of(ctx), depths(program, TOKENS, ctx, self.name())
         chosen = self._chosen(program, found, ctx)
-        share = 1 - (1 - density) * len(found) / max(len(chosen), 1)
-        if chosen and share <= 0:
+        share = round(1 - (1 - density) * len(found) / max(len(chosen), 1), 9)
+        if found and not chosen:
+            ctx.miss(f"a share of {self.routed:.3g} of {len(found)} blocks, behind the first {self.first}, is none", found[0].path)
+        elif chosen and share <= 0:
             ctx.miss(f"{len(chosen)} of {len(found)} blocks cannot bring their tokens to a density of {density:.3g}: route more", chosen[0].path)
         elif chosen:
             rows = seen(program, chosen, ctx) if self._router().statistics else {}

@@ -11,7 +11,7 @@ from sparsify_compiler.pipeline import Pipeline
 def thor(experts: int = 4, consistency: float = 1.0) -> Pipeline:
     """For training: copies of each FFN, one of which is drawn for every row; afterwards rows choose by the sides of random planes that they lie on.
 
-    Two passes over a batch, which draw different experts, are to give alike: run the model twice before each step
+    Two passes over a batch, which draw different experts, are to give alike: run the model twice before each backward()
 
     Paper      Taming Sparsely Activated Transformer with Stochastic Experts, Zuo et al., arXiv:2110.04260
     """

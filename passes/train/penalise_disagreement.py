@@ -22,7 +22,7 @@ OF = ("probabilities", "values")
 
 @dataclass(frozen=True)
 class PenaliseDisagreement(TrainingPass):
-    """In training, add how far what the model gave in two forward passes since the last step is from each other, times a weight.
+    """In training, add how far what the model gave in two forward passes since the last backward() is from each other, times a weight.
 
     Matches    the model's first output of floating point, where the whole model is one graph
     Rewrites   nothing: it marks what hook.loss() of sc.attach() is made of
@@ -34,8 +34,8 @@ class PenaliseDisagreement(TrainingPass):
     weight    what the loss is multiplied with
     schedule  a file of passes/train/schedules, of the number of steps, which multiplies the weight
 
-    Run the model twice on a batch, add hook.loss() to both losses, then step. After one pass alone, and after passes of different shapes, it adds
-    nothing.
+    Run the model twice on a batch, and call backward() once, on both losses and hook.loss(). A pass is forgotten when its gradient is taken, so of
+    batches that gather one step's gradient each is compared with itself. After one pass alone, and after passes of different shapes, it adds nothing.
     """
 
     of: str = "probabilities"
@@ -68,11 +68,13 @@ class PenaliseDisagreement(TrainingPass):
 
 
 class WatchedTwice(Watch):
-    """Keeps what went by in the last two forward passes."""
+    """Keeps what went by in the last two forward passes whose gradients were not taken: afterwards their graphs are gone."""
 
     def forward(self, x: Tensor) -> None:
         if type(x) is Tensor and torch.is_grad_enabled() and self.acts:
             self.seen = [*self.seen[-1:], x]
+            if x.requires_grad:
+                x.register_hook(lambda gradient: self.seen.clear())  # type: ignore[no-untyped-call]
 
 
 class _Twice(Penalty):
