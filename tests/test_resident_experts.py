@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import sparsify_compiler as sc
 from sparsify_compiler.errors import InputError
-from sparsify_compiler.resident_experts import WINDOW, ResidentExperts
+from sparsify_compiler.resident_experts import WINDOW, Bounded, ResidentExperts
 from sparsify_compiler.target import host
 
 EXPERTS, WIDTH, HIDDEN = 8, 64, 512
@@ -122,3 +122,35 @@ def test_memory_that_is_no_files_is_never_dropped() -> None:
             return {name: torch.zeros(2, 64, 64, dtype=torch.float32) for name in ("gate", "down")}
 
     assert not _on_disk(Kernel(), 1 << 20)
+
+
+def test_a_copy_of_what_the_file_holds_is_never_dropped() -> None:
+    from sparsify_compiler.resident_experts import _on_disk
+
+    weight = torch.zeros(2, 64, 64, dtype=torch.float32)
+
+    class Kernel:
+        def __init__(self, read: torch.Tensor) -> None:
+            self.read = read
+
+        def state(self) -> dict[str, torch.Tensor]:
+            return {"gate": weight, "prepared.gate": self.read}
+
+    size = weight.untyped_storage().nbytes()
+    assert [found is weight for found in _on_disk(Kernel(weight), size)] == [True]
+    assert not _on_disk(Kernel(weight.clone()), size)
+
+
+def test_experts_in_memory_come_first_so_that_none_of_them_is_read_again() -> None:
+    resident = Counted(20)  # two of ten bytes
+    list(resident.turns(0, [6]))
+    assert list(resident.turns(0, [0, 3, 6])) == [[6, 0], [3]]
+    assert resident.reads == {"from disk": 3, "in memory": 1}
+
+
+def test_what_is_no_expert_takes_no_memory() -> None:
+    resident = Counted(60)
+    bounded = Bounded(lambda x, chosen, weights: x, 0, resident, EXPERTS)
+    x = torch.randn(1, 4)
+    assert torch.equal(bounded(x, torch.tensor([[-1, EXPERTS]])), x)
+    assert resident.reads == {"from disk": 0, "in memory": 0}
