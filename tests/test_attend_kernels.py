@@ -179,6 +179,15 @@ def _held(name: str) -> int:
     return int(line.split()[1]) << 10
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+def test_a_plan_is_of_tensors_that_lie_alike(queries: int) -> None:
+    """The same shapes with another last dimension cannot be read by what was remembered."""
+    query, key, value = tensors(1, 2, 2, queries, 90, 32)
+    layout = from_blocks(chosen(1, 2, queries, 90, 16, 16, 0.6), Grid(queries, 90, 16, 16, True))
+    check(query, key, value, layout)
+    check(*(tensor.mT.contiguous().mT for tensor in (query, key, value)), layout)
+
+
 def test_strided_tensors_are_read_as_they_lie() -> None:
     held = torch.randn(2, 90, 3, 6, 40, dtype=torch.float32)     # [batch, token, q k v, head, width], as one projection makes them
     query, key, value = (held[:, :, i].transpose(1, 2) for i in range(3))
