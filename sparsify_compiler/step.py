@@ -22,6 +22,7 @@ from .step_library import StepLibrary
 
 MASK = "attention_mask"
 HIDDEN = -6e4   # what a mask of floats adds to hide a token, at least: float16 has no more
+COLLECTING = "transformers.utils.output_capturing"     # its hooks stay, and see what a call asks for: such a call is not taken
 HARMLESS: Mapping[str, tuple[Any, ...]] = {     # values of arguments that change nothing; of others None and False
     "use_cache": (True, None), "return_dict": (True, None), "logits_to_keep": (0, 1, None)}
 
@@ -157,4 +158,5 @@ def _is_plain(result: Any) -> bool:
 
 def _hooks(model: nn.Module) -> int:
     """How many look into a model from outside: they would see nothing of a library."""
-    return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules() if one is not model)
+    hooks = (hook for one in model.modules() if one is not model for kind in (one._forward_hooks, one._forward_pre_hooks) for hook in kind.values())
+    return sum(getattr(hook, "__module__", None) != COLLECTING for hook in hooks)

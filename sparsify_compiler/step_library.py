@@ -94,7 +94,8 @@ def _told(function: Function) -> str:
             schedules = product.laid.variants.schedules
             shapes = [(name, list(one.shape), str(one.dtype)) for name, one in product.laid.prepared.arguments().items()]
             lines.append(f"  {product.name} of {product.x} + {product.other}, {product.given}: {sorted(map(repr, schedules.values()))} {shapes}")
-    return re.sub(r"\bs\d+\b", "batch", "\n".join(lines))   # the only symbol, which has another name in every process
+    told = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", "\n".join(lines))
+    return re.sub(r"\bs\d+\b", "batch", told)   # the only symbol, which has another name in every process, as functions have another address
 
 
 class Held:

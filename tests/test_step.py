@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import sparsify_compiler as sc
 from sparsify_compiler import step_choice
+from sparsify_compiler.codegen import whole_graph_here
 from sparsify_compiler.compiled import CompiledModel
-from sparsify_compiler.errors import InputError, ModelError
+from sparsify_compiler.errors import InputError, KernelError, ModelError
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.step import Step
@@ -193,6 +194,8 @@ def test_calls_that_it_does_not_take(pair: tuple[CompiledModel, CompiledModel], 
     found, expected = (result[0] if case == "tuple" else result.logits for result in results)
     torch.testing.assert_close(found, expected)
     assert case != "hidden" or results[0].hidden_states is not None
+    generated(library, 1)
+    assert taken(library) - before == TOKENS - 1    # the next text is decoded by it again
 
 
 @torch.no_grad()
@@ -242,6 +245,17 @@ def test_weights_are_held_once(folder: Path, pair: tuple[CompiledModel, Compiled
     assert again.step is not None
     assert torch.equal(generated(again, 1), generated(pair[1], 1))
     assert [place[0] == OWN for place, _ in again.step.library.parameters] == [place == OWN for place in places]
+
+
+def test_the_code_is_found_again_by_other_processes(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(whole_graph_here, "library", lambda _, text, __: told.append(text) or (b"", []))  # type: ignore[func-returns-value]
+    program, target = pair[0].program, pair[0].target
+    assert target is not None
+    with pytest.raises(KernelError):
+        build_step(program, step_graph(program), target)
+    assert "attend_step(" in told[0]
+    assert " at 0x" not in told[0]
 
 
 def test_half_precision() -> None:
@@ -295,9 +309,18 @@ def test_the_faster_way_is_kept(pair: tuple[CompiledModel, CompiledModel], monke
     assert slower.told == "part by part: a token takes 1.0 ms, and would take 2.0 ms by one library"
 
 
+def say_times(monkeypatch: pytest.MonkeyPatch, usual: Any, factor: float) -> None:
+    """Libraries say what they say, times a factor, of calls that they take."""
+    def decode(*given: Any) -> Tensor | None:
+        logits: Tensor | None = usual(*given)
+        return None if logits is None else logits * factor
+
+    monkeypatch.setattr(Step, "decode", decode)
+
+
 def test_a_library_that_says_something_else_is_refused(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch) -> None:
     usual = Step.decode
-    monkeypatch.setattr(Step, "decode", lambda *given: usual(*given) * 1.01)  # type: ignore[operator]
+    say_times(monkeypatch, usual, 1.01)
     told = choice(pair, monkeypatch, {})
     assert told.step is None
     assert "its step by one library is 1.0e-02 from the model's own" in told.told
@@ -313,11 +336,11 @@ def test_a_model_that_rounding_moves_as_far_has_its_library(pair: tuple[Compiled
             layer.values.mul_(1.1)
         return copied
 
-    monkeypatch.setattr(Step, "decode", lambda *given: usual(*given) * 1.002)  # type: ignore[operator]
+    say_times(monkeypatch, usual, 1.002)
     assert choice(pair, monkeypatch, {}).step is None
     monkeypatch.setattr(step_choice, "_rounded", further)
     assert choice(pair, monkeypatch, {1: (4.0, 1.0), 2: (1.0, 2.0)}).step is not None
-    monkeypatch.setattr(Step, "decode", lambda *given: usual(*given) * 1.6)  # type: ignore[operator]
+    say_times(monkeypatch, usual, 1.6)
     assert choice(pair, monkeypatch, {}).step is None
 
 
