@@ -159,7 +159,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
     for text in ("Indexer(always=(SlidingWindow(window=512), Sinks(tokens=64)))",
                  "Indexer(always=(Windows(size=64),), scorer=pooled, selector='top_k(share=0.1)')"):
         most_bytes(Indexer.parse(text), 4096)       # loads what it needs
-        assert most_bytes(Indexer.parse(text), 16384) < 160 << 20, text     # what a shorter one takes is not told: a heap that was larger has room for it
+        assert most_bytes(Indexer.parse(text), 16384) < 160 << 20, text       # a shorter one's says nothing: a larger heap has room for it
 
 
 def most_bytes(indexer: Indexer, length: int) -> int:
