@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import training_help
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from training_help import assert_resumes, net
 
 import sparsify_compiler as sc
 from sparsify_compiler import catalog
@@ -33,30 +35,13 @@ MASKLLM = "mask_llm(steps=20, reward=1e-4)"
 JACKPOTS = "lottery_jackpots(density=0.25, steps=20)"
 
 
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
-
-
 Y = net()(X).detach()
+step = partial(training_help.step, X, Y)
 
 
 def attached(recipe: Any) -> tuple[nn.Module, Hook, torch.optim.Optimizer]:
     module, hook = sc.attach(net(), (X,), recipe, calibration=[(X,)])
     return module, hook, torch.optim.Adam([one for one in module.parameters() if one.requires_grad], 1e-2)
-
-
-def step(module: nn.Module, hook: Hook, optimizer: torch.optim.Optimizer, accumulate: int = 1, dtype: torch.dtype | None = None) -> float:
-    total = 0.0
-    for x, y in zip(X.chunk(accumulate), Y.chunk(accumulate), strict=True):
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = ((module(x).float() - y).square().mean() + hook.loss()) / accumulate
-        loss.backward()
-        total += float(loss.detach())
-    optimizer.step()
-    hook.step(optimizer)
-    optimizer.zero_grad()
-    return total
 
 
 def distance(module: nn.Module) -> float:
@@ -113,16 +98,7 @@ def test_learning_brings_the_network_closer_to_the_dense_one(recipe: str) -> Non
 @pytest.mark.parametrize("recipe", [MASKLLM, JACKPOTS, "bdwp(n=2, m=8)", "progressive_gradient_flow(n=1, m=8, steps=8, rate=0.2)",
                                     "progressive_gradient_flow(n=1, m=8, decays='structure', steps=8)"])
 def test_resuming_is_bit_equal(recipe: str) -> None:
-    one = attached(recipe)
-    for _ in range(5):
-        step(*one, accumulate=2)
-    saved = copy.deepcopy([part.state_dict() for part in one])
-    expected = [step(*one, accumulate=2) for _ in range(6)]
-    other = attached(recipe)
-    for part, state in zip(other, saved, strict=True):
-        part.load_state_dict(state)  # type: ignore[arg-type]
-    assert [step(*other, accumulate=2) for _ in range(6)] == expected
-    assert all(torch.equal(value, other[0].state_dict()[name]) for name, value in one[0].state_dict().items())
+    assert_resumes(partial(attached, recipe), partial(step, accumulate=2), 5, 6)
 
 
 def test_scores_that_are_not_finite_or_frozen_leave_their_masks() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import training_help
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from training_help import assert_resumes, in_two_processes, net
 
 import sparsify_compiler as sc
 from sparsify_compiler import catalog
@@ -29,6 +31,7 @@ Y = torch.randn(48, 8, generator=torch.Generator().manual_seed(2))
 RIGL = "mask_weights(score='random', density=0.25) | move_masks(grow='gradient', decay='cosine(end=12)', every=3, until=12)"
 SMOOTHED = "mask_weights(structure='fan_in', density=0.25) | move_masks(grow='gradient', smooth=0.9, every=3, until=12)"
 SHARED = "mask_weights(score='random', density=0.25) | move_masks(grow='gradient', fraction=0.5, redistribute=True, every=1, until=3)"
+step = partial(training_help.step, X, Y)
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -36,25 +39,8 @@ OPTIMIZERS = {
 }
 
 
-def net(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).to(dtype).eval()
-
-
 def attached(recipe: Any) -> tuple[nn.Module, Hook]:
     return sc.attach(net(), (X,), recipe, calibration=[(X,)])
-
-
-def step(module: nn.Module, hook: Hook, optimizer: torch.optim.Optimizer, accumulate: int = 1) -> float:
-    total = 0.0
-    for x, y in zip(X.chunk(accumulate), Y.chunk(accumulate), strict=True):
-        loss = ((module(x) - y).square().mean() + hook.loss()) / accumulate
-        loss.backward()
-        total += float(loss.detach())
-    optimizer.step()
-    hook.step(optimizer)
-    optimizer.zero_grad()
-    return total
 
 
 def masks(hook: Hook) -> list[Tensor]:
@@ -154,16 +140,7 @@ def test_resuming_is_bit_equal(recipe: str) -> None:
         module, hook = attached(recipe)
         return module, hook, torch.optim.AdamW(module.parameters(), 1e-2)
 
-    one = fresh()
-    for _ in range(6):  # also an update: a state is not updated again when it is loaded
-        step(*one)
-    saved = copy.deepcopy([part.state_dict() for part in (one[0], one[1], one[2])])
-    expected = [step(*one) for _ in range(7)]
-    other = fresh()
-    for part, state in zip(other, saved, strict=True):
-        part.load_state_dict(state)  # type: ignore[arg-type]
-    assert [step(*other) for _ in range(7)] == expected
-    assert all(torch.equal(value, other[0].state_dict()[name]) for name, value in one[0].state_dict().items())
+    assert_resumes(fresh, step, 6, 7)   # behind an update, too: a state is not updated again when it is loaded
 
 
 def test_accumulated_gradients_choose_alike() -> None:
@@ -504,30 +481,10 @@ def test_bad_options() -> None:
             MoveMasks(**wrong)  # type: ignore[arg-type]
 
 
-def _rank(rank: int, place: str, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
-    module, hook = attached(RIGL)
-    parallel = nn.parallel.DistributedDataParallel(module)
-    optimizer = torch.optim.SGD(module.parameters(), 0.1)
-    for _ in range(7):
-        functional.mse_loss(parallel(X.chunk(2)[rank]), Y.chunk(2)[rank]).backward()
-        optimizer.step()
-        hook.step(optimizer)
-        optimizer.zero_grad()
-    from safetensors.torch import save_file
-
-    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, f"{out}{rank}")
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_two_processes_choose_alike(tmp_path: Any) -> None:
     """As one process on both halves of the batch does."""
-    from safetensors.torch import load_file
-
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "meet"), str(tmp_path / "out")), nprocs=2)  # type: ignore[no-untyped-call]
-    one, other = load_file(tmp_path / "out0"), load_file(tmp_path / "out1")
+    one, other = in_two_processes(attached, RIGL, X, Y, 7, tmp_path)
     module, hook = attached(RIGL)
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     for _ in range(7):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import training_help
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from training_help import assert_resumes, in_two_processes, net, sgd
 
 import sparsify_compiler as sc
 from sparsify_compiler import catalog
@@ -36,28 +38,12 @@ APP = "app(density=0.25, batches=4, steps=3)"
 AP = "activate_while_pruning(density=0.25, steps=9, every=2)"
 G2G = "g2gnet(density=0.5, group=8, steps=9, every=2)"
 RECIPES = [PST, AST, APP, AP, G2G]
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+step = partial(training_help.step, X, Y)
 
 
 def attached(recipe: str) -> tuple[nn.Module, Hook, torch.optim.Optimizer]:
     module, hook = sc.attach(net(), (X,), recipe)
     return module, hook, torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], 1e-2)
-
-
-def step(module: nn.Module, hook: Hook, optimizer: torch.optim.Optimizer, accumulate: int = 1) -> float:
-    total = 0.0
-    for x, y in zip(X.chunk(accumulate), Y.chunk(accumulate), strict=True):
-        loss = (functional.mse_loss(module(x), y) + hook.loss()) / accumulate
-        loss.backward()
-        total += float(loss.detach())
-    optimizer.step()
-    hook.step(optimizer)
-    optimizer.zero_grad()
-    return total
 
 
 def masks(module: nn.Module) -> dict[str, Tensor]:
@@ -101,18 +87,7 @@ def test_zeros_hold_and_come_back_only_where_the_recipe_says(recipe: str) -> Non
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_resuming_is_bit_equal(recipe: str) -> None:
-    module, hook, optimizer = attached(recipe)
-    for _ in range(5):
-        step(module, hook, optimizer)
-    saved = copy.deepcopy((module.state_dict(), hook.state_dict(), optimizer.state_dict()))
-    losses = [step(module, hook, optimizer) for _ in range(6)]
-    again, other, second = attached(recipe)
-    again.load_state_dict(saved[0])
-    other.load_state_dict(saved[1])
-    second.load_state_dict(saved[2])
-    assert [step(again, other, second) for _ in range(6)] == losses
-    for name, value in module.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value)
+    assert_resumes(partial(attached, recipe), step, 5, 6)
 
 
 @pytest.mark.parametrize("recipe", [PST, AST, AP, G2G])
@@ -120,7 +95,7 @@ def test_accumulated_gradients_choose_alike(recipe: str) -> None:
     found = []
     for accumulate in (1, 4):
         module, hook, _ = attached(recipe)
-        optimizer = torch.optim.SGD([one for one in module.parameters() if one.requires_grad], 0.1)
+        optimizer = sgd(module)
         for _ in range(4):
             step(module, hook, optimizer, accumulate)
         found.append(masks(module))
@@ -128,32 +103,12 @@ def test_accumulated_gradients_choose_alike(recipe: str) -> None:
         assert float((mask != found[1][name]).float().mean()) < 0.02, "but for ties that rounding breaks"
 
 
-def _rank(rank: int, recipe: str, place: str, out: str) -> None:
-    from safetensors.torch import save_file
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
-    module, hook, _ = attached(recipe)
-    parallel = nn.parallel.DistributedDataParallel(module)
-    optimizer = torch.optim.SGD([one for one in module.parameters() if one.requires_grad], 0.1)
-    for _ in range(4):
-        (functional.mse_loss(parallel(X.chunk(2)[rank]), Y.chunk(2)[rank]) + hook.loss()).backward()
-        optimizer.step()
-        hook.step(optimizer)
-        optimizer.zero_grad()
-    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, f"{out}{rank}")
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_processes_choose_as_one_does_on_both_halves(recipe: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    torch.multiprocessing.spawn(_rank, (recipe, str(tmp_path / "meet"), str(tmp_path / "out")), nprocs=2)  # type: ignore[no-untyped-call]
-    one, other = load_file(tmp_path / "out0"), load_file(tmp_path / "out1")
+    one, other = in_two_processes(attached, recipe, X, Y, 4, tmp_path)
     module, hook, _ = attached(recipe)
-    optimizer = torch.optim.SGD([parameter for parameter in module.parameters() if parameter.requires_grad], 0.1)
+    optimizer = sgd(module)
     for _ in range(4):
         step(module, hook, optimizer)
     for name, value in module.state_dict().items():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
+import training_help
 from torch import Tensor, nn
 from torch.nn import functional
+from training_help import assert_resumes
 
 import sparsify_compiler as sc
 from sparsify_compiler import catalog
@@ -23,6 +24,7 @@ X = torch.randn(24, 16, generator=torch.Generator().manual_seed(1), dtype=torch.
 Y = torch.randn(24, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
 GIVEN = {"density": 0.5, "steps": 6, "every": 2, "group": 8, "size": 4, "batches": 4, "rank": 2}
 TRAINED = {MoveMasks, LearnMasks}
+step = partial(training_help.step, X, Y)
 
 
 class Net(nn.Module):
@@ -65,15 +67,6 @@ def attached(name: str) -> tuple[nn.Module, Hook, torch.optim.Optimizer]:
     return module, hook, torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], 1e-2, weight_decay=0.1)
 
 
-def step(module: nn.Module, hook: Hook, optimizer: torch.optim.Optimizer) -> float:
-    loss = functional.mse_loss(module(X), Y) + hook.loss()
-    loss.backward()
-    optimizer.step()
-    hook.step(optimizer)
-    optimizer.zero_grad()
-    return float(loss.detach())
-
-
 def test_there_are_some() -> None:
     assert {"rigl", "gmp", "mask_llm", "pst", "ast", "app", "g2gnet", "activate_while_pruning", "sqft", "srigl"} <= set(with_masks())
 
@@ -101,18 +94,7 @@ def test_no_zero_is_lost_but_where_its_updater_grows(name: str) -> None:
 
 @pytest.mark.parametrize("name", with_masks())
 def test_a_run_that_is_resumed_is_the_same_to_the_bit(name: str) -> None:
-    module, hook, optimizer = attached(name)
-    for _ in range(3):
-        step(module, hook, optimizer)
-    saved: Any = copy.deepcopy((module.state_dict(), hook.state_dict(), optimizer.state_dict()))
-    losses = [step(module, hook, optimizer) for _ in range(4)]
-    again, other, second = attached(name)
-    again.load_state_dict(saved[0])
-    other.load_state_dict(saved[1])
-    second.load_state_dict(saved[2])
-    assert [step(again, other, second) for _ in range(4)] == losses
-    for key, value in module.state_dict().items():
-        assert torch.equal(again.state_dict()[key], value), key
+    assert_resumes(partial(attached, name), step, 3, 4)
 
 
 def test_a_cropped_network_has_fewer_filters_and_learns() -> None:

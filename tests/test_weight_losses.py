@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import training_help
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from training_help import assert_resumes, net
 
 import sparsify_compiler as sc
 from sparsify_compiler import catalog
@@ -26,24 +28,12 @@ X = torch.randn(48, 16, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(48, 8, generator=torch.Generator().manual_seed(2))
 ART = "hyper_sparse(density=0.25, steps=12, dense=3, weight=0.01, growth=0.1)"
 WGSEF = "wgsef(density=0.25, steps=12, strength=0.02)"
+step = partial(training_help.step, X, Y)
 
 
 def attached(recipe: Any) -> tuple[nn.Module, Hook, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    module, hook = sc.attach(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval(), (X,), recipe)
+    module, hook = sc.attach(net(), (X,), recipe)
     return module, hook, torch.optim.AdamW(module.parameters(), 1e-2)
-
-
-def step(module: nn.Module, hook: Hook, optimizer: torch.optim.Optimizer, accumulate: int = 1) -> float:
-    total = 0.0
-    for x, y in zip(X.chunk(accumulate), Y.chunk(accumulate), strict=True):
-        loss = ((module(x) - y).square().mean() + hook.loss()) / accumulate
-        loss.backward()
-        total += float(loss.detach())
-    optimizer.step()
-    hook.step(optimizer)
-    optimizer.zero_grad()
-    return total
 
 
 def test_hyper_sparse_has_the_gradient_of_its_paper() -> None:
@@ -243,16 +233,7 @@ def test_frozen_and_unbounded_weights_stay() -> None:
 
 @pytest.mark.parametrize("recipe", [ART, WGSEF])
 def test_resuming_is_bit_equal(recipe: str) -> None:
-    one = attached(recipe)
-    for _ in range(6):
-        step(*one, accumulate=2)
-    saved = copy.deepcopy([part.state_dict() for part in one])
-    expected = [step(*one) for _ in range(8)]
-    other = attached(recipe)
-    for part, state in zip(other, saved, strict=True):
-        part.load_state_dict(state)  # type: ignore[arg-type]
-    assert [step(*other) for _ in range(8)] == expected
-    assert all(torch.equal(value, other[0].state_dict()[name]) for name, value in one[0].state_dict().items())
+    assert_resumes(partial(attached, recipe), partial(step, accumulate=2), 6, 8)
 
 
 def test_a_convolution_whose_filters_go() -> None:
