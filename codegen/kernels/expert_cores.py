@@ -58,6 +58,10 @@ class Core(ABC):
         """What down reads: `group` neurons of an expert from `first` on, for `many` units."""
 
     @abstractmethod
+    def write_neurons(self, hidden: Any, first: Any, unit: Any, many: int) -> None:
+        """What down reads of them, from the finished sums of gate and up."""
+
+    @abstractmethod
     def outputs(self, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
         """`strip` outputs from `first` on into `finished`, for `many` units."""
 
@@ -121,6 +125,11 @@ class Fma(Core):
         for which, name in enumerate(self.projections):
             self._halves(name, expert, first, self.a.H, packed, self.a.K, unit, many, which * apart)
             self.biased(name, expert, first, self.group, many, which * apart)
+        self.write_neurons(hidden, first, unit, many)
+
+    def write_neurons(self, hidden: Any, first: Any, unit: Any, many: int) -> None:
+        width = e.lanes()
+        apart = many * self.group * width
         with e.loop(many) as v, e.loop(self.group) as n:
             value = self.activated(e.let((v * self.group + n) * width), apart, width)
             e.store(hidden, value, (unit + v) * self.size(self.a.H) + (first + n) * width, lanes=width)
@@ -185,17 +194,10 @@ class Fma(Core):
                 e.store(self.finished, total.get(), at + (v * LANES + n) * lanes, lanes=lanes)
 
 
-class Tile(Core):
-    """bfloat16 on AMX: a tile of W, 16 outputs × 32 inputs, times tiles of up to two units. [pair of inputs][row] words of two."""
+class Pairs(Core):
+    """bfloat16 as [pair of inputs][row] words of two: how rows are packed, and neurons written for the second product."""
 
-    dtype, group, strip, across, depth = "int32", 16, 32, 2, 32
-
-    def open(self) -> None:
-        super().open()
-        t.configure([t.ROWS] * 8)
-
-    def close(self) -> None:
-        t.release()
+    dtype = "int32"
 
     def size(self, width: Any) -> Any:
         return e.floordiv(width, 2) * LANES
@@ -205,6 +207,26 @@ class Tile(Core):
         for pair, words in enumerate(e.transpose(lines)):
             e.store(packed, words, start + (e.floordiv(first, 2) + pair) * LANES, lanes=LANES)
 
+    def write_neurons(self, hidden: Any, first: Any, unit: Any, many: int) -> None:
+        apart = many * self.group * LANES
+        with e.loop(many) as v, e.loop(self.group // 2) as pair:
+            low, high = (self.activated(e.let((v * self.group + 2 * pair + i) * LANES), apart, LANES) for i in range(2))
+            to = (unit + v) * self.size(self.a.H) + (e.floordiv(first, 2) + pair) * LANES
+            e.store(hidden, t.bfloat16_pairs(low, high), to, lanes=LANES)
+
+
+class Tile(Pairs):
+    """bfloat16 on AMX: a tile of W, 16 outputs × 32 inputs, times tiles of up to two units."""
+
+    group, strip, across, depth = 16, 32, 2, 32
+
+    def open(self) -> None:
+        super().open()
+        t.configure([t.ROWS] * 8)
+
+    def close(self) -> None:
+        t.release()
+
     def neurons(self, packed: Any, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
         names, apart = self.projections, many * self.group * LANES
         weights = [(self.a.projections[name][0], self.a.rows(name, expert, first, 1, self.a.H - 1)[0]) for name in names]
@@ -212,10 +234,7 @@ class Tile(Core):
                                                                   for which in range(len(names))])
         for which, name in enumerate(names):
             self.biased(name, expert, first, self.group, many, which * apart)
-        with e.loop(many) as v, e.loop(self.group // 2) as pair:
-            low, high = (self.activated(e.let((v * self.group + 2 * pair + i) * LANES), apart, LANES) for i in range(2))
-            to = (unit + v) * self.size(self.a.H) + (e.floordiv(first, 2) + pair) * LANES
-            e.store(hidden, t.bfloat16_pairs(low, high), to, lanes=LANES)
+        self.write_neurons(hidden, first, unit, many)
 
     def outputs(self, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
         down, halves = self.a.projections["down"][0], self.strip // t.ROWS

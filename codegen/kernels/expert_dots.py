@@ -6,41 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from sparsify_compiler.codegen import emit as e
-from sparsify_compiler.codegen import emit_tiles as t
-from sparsify_compiler.codegen.kernels.expert_cores import Fma
+from sparsify_compiler.codegen.kernels.expert_cores import Fma, Pairs
 from sparsify_compiler.codegen.kernels.experts_layout import ExpertsArguments, ExpertsLayout
 from sparsify_compiler.codegen.kernels.products import LANES
 
 DOT = Path(__file__).with_name("dot_bf16.ll")
 
 
-class Dot(Fma):
-    """[pair of inputs][row] words of two bfloat16, as for tiles. Each product is exact, sums are float32, denormals count as zero."""
+class Dot(Pairs, Fma):
+    """Words of two, as for tiles; their products as those of vectors. Each product is exact, sums are float32, denormals count as zero."""
 
-    dtype, few = "int32", 0
+    few = 0
     text = DOT.read_text()
 
     def __init__(self, a: ExpertsArguments, how: ExpertsLayout) -> None:
         super().__init__(a, how)
         self.depth = 2 * LANES
-
-    def size(self, width: Any) -> Any:
-        return e.floordiv(width, 2) * LANES
-
-    def pack(self, packed: Any, start: Any, rows: list[Any], first: Any) -> None:
-        lines = [e.let(e.reinterpret("int32", e.load(self.a.x, row, first, lanes=self.depth), LANES)) for row in rows]
-        for pair, words in enumerate(e.transpose(lines)):
-            e.store(packed, words, start + (e.floordiv(first, 2) + pair) * LANES, lanes=LANES)
-
-    def neurons(self, packed: Any, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
-        apart = many * self.group * LANES
-        for which, name in enumerate(self.projections):
-            self._halves(name, expert, first, self.a.H, packed, self.a.K, unit, many, which * apart)
-            self.biased(name, expert, first, self.group, many, which * apart)
-        with e.loop(many) as v, e.loop(self.group // 2) as pair:
-            low, high = (self.activated(e.let((v * self.group + 2 * pair + i) * LANES), apart, LANES) for i in range(2))
-            to = (unit + v) * self.size(self.a.H) + (e.floordiv(first, 2) + pair) * LANES
-            e.store(hidden, t.bfloat16_pairs(low, high), to, lanes=LANES)
 
     def _multiply(self, weight: Any, rows: list[Any], inputs: Any, width: Any, unit: Any, many: int, at: int) -> None:
         sums = [[e.Register(LANES, e.broadcast(e.zero(), LANES)) for _ in range(many)] for _ in rows]
