@@ -101,8 +101,6 @@ def main() -> None:
         return
     machine = replace(machines.measure_host(), costs={})     # not those that were fitted here by `sparsify targets --fit`, if any were
     points = measured(works, options.seconds, machine)
-    if options.fit:     # a convolution that runs as a linear layer has its costs, which many more layers tell
-        points = [(work, point) for work, point in points if not point.form.name.startswith("pixels ")]
     if options.fit:
         machine = replace(machine, costs=fit([point for _, point in points], machine, shipped.costs_of(machine.arch, machine.features), PULL))
         write(machine, options.seed)

@@ -46,7 +46,7 @@ def version() -> str:
 
 def fit(points: Iterable[Timed], machine: Machine, before: Mapping[str, Mapping[str, float]] | None = None,
         pull: float = PULL_OTHERS) -> dict[str, dict[str, float]]:
-    """Costs of every kernel that has a point, none negative, by the names of Form.fitted.
+    """Costs of every kernel that has a point of its own, none negative, by the names of Form.fitted.
 
     machine  what it does in a second: the units that costs are multiples of
     before   costs of the same kernels on another machine, which pull instead of PRIOR
@@ -54,7 +54,8 @@ def fit(points: Iterable[Timed], machine: Machine, before: Mapping[str, Mapping[
     """
     groups: dict[str, list[Timed]] = defaultdict(list)
     for point in points:
-        groups[point.form.fitted].append(point)
+        if not point.form.borrowed:
+            groups[point.form.fitted].append(point)
     return {key: _fit(group, machine, (before or {}).get(key, {}), pull) for key, group in sorted(groups.items())}
 
 

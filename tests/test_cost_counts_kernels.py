@@ -18,6 +18,7 @@ from sparsify_compiler.codegen.kernels.layout import groups_of
 from sparsify_compiler.codegen.kernels.planes import NUMBERS, Planes
 from sparsify_compiler.codegen.kernels.planes_layout import Geometry, prepare_planes
 from sparsify_compiler.cost_models import predict
+from sparsify_compiler.cost_models.fit import Timed, fit
 from sparsify_compiler.cost_models.forms import attention, experts, planes
 from sparsify_compiler.cost_models.symbols import compiled
 from sparsify_compiler.target import host
@@ -112,3 +113,12 @@ def test_more_work_takes_longer(kind: str) -> None:
         for one, other in zip(*([predict.seconds(form, each.values, machine, each.between).total
                                  for form in predict.forms(each.op, each.values, each.dtype, machine)] for each in (work, more)), strict=True):
             assert other > one > 0
+
+
+def test_what_runs_as_a_linear_layer_has_its_costs_and_tells_nothing_of_them() -> None:
+    work = Work.make("conv2d_csr", "bfloat16", M=196, N=64, K=64, taps=1, read=12544, written=12544, density=0.1)
+    offered = predict.forms(work.op, work.values, work.dtype, made_up(host()))
+    assert [form.borrowed for form in offered] == [form.name.startswith("pixels ") for form in offered]
+    assert any(form.borrowed for form in offered)
+    fitted = fit([Timed(form, work.values, work.between, 1e-4) for form in offered], made_up(host()))
+    assert set(fitted) == {form.fitted for form in offered if not form.borrowed}

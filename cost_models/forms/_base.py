@@ -70,12 +70,14 @@ class Form:
     formula  its time
     fitted   what its costs are kept by (shipped.py)
     given    numbers of the formula that are not sizes of the work: how the kernel cuts it
+    borrowed are its costs those of another op's kernel, which is what they are fitted on?
     """
 
     name: str
     formula: Formula
     fitted: str
     given: Values = field(default_factory=dict)
+    borrowed: bool = False
 
 
 def costs(*names: str) -> tuple[Symbol, ...]:

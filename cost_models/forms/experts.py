@@ -39,7 +39,7 @@ def _grouped(units: str) -> Formula:
 
 
 def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
-    """Ours in float32 (in bfloat16 it takes AMX tiles, where no time was measured), and torch's."""
+    """Ours in float32 (in bfloat16 none was timed), and torch's."""
     if op != OP or machine.arch == "cuda":
         return []
     units = units_of(dtype, machine)

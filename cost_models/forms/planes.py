@@ -75,7 +75,7 @@ def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
 def _pixels(op: str, values: Values, machine: Hardware) -> list[Form]:
     linear = f"linear_{op.removeprefix(SPARSE)}"
     found = [form for family in PIXELS for form in family.offer(linear, values, "bfloat16", machine) if not form.name.startswith("dense")]
-    return [replace(form, name=f"pixels {form.name}") for form in found]
+    return [replace(form, name=f"pixels {form.name}", borrowed=True) for form in found]
 
 
 def _planes(name: str, values: Values, kind: str) -> list[Form]:

@@ -155,5 +155,3 @@ def unseen(width: int, experts: int) -> tuple[Tensor, Tensor]:
 def moved(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """x + weight (y - x)."""
     return x + weight.to(x.dtype) * (y - x)
-
-
