@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from kernel_help import needs_avx512
+from sympy import Integer
 from test_cost_counts import ALL_16, count, is_count, size
 from test_predict import made_up
+from tir_count import Counts
 
 from sparsify_compiler import catalog
 from sparsify_compiler.codegen.kernels.expert_rows import ExpertRows
@@ -16,43 +19,61 @@ from sparsify_compiler.codegen.kernels.experts_layout import prepare_experts
 from sparsify_compiler.codegen.kernels.finish import Finish
 from sparsify_compiler.codegen.kernels.layout import groups_of
 from sparsify_compiler.codegen.kernels.planes import NUMBERS, Planes
-from sparsify_compiler.codegen.kernels.planes_layout import Geometry, prepare_planes
+from sparsify_compiler.codegen.kernels.planes_layout import Geometry, PreparedPlanes, prepare_planes
 from sparsify_compiler.cost_models import predict
 from sparsify_compiler.cost_models.fit import Timed, fit
 from sparsify_compiler.cost_models.forms import attention, experts, planes
 from sparsify_compiler.cost_models.symbols import compiled
-from sparsify_compiler.target import host
+from sparsify_compiler.errors import InputError
+from sparsify_compiler.target import FEATURES, host
 from sparsify_compiler.work import Work
+from sparsify_compiler.work import predict as times
 from sparsify_compiler.work_draw import KINDS, draw
 from sparsify_compiler.work_sample import forms_of
 
 pytestmark = needs_avx512
+OFFSETS, VISITS, ELSEWHERE = 1, 3, -1     # numbers of parameters, as tir_count has them
+OUTPUTS, INPUTS, STEP, SIDE = 32, 160, 4, 23
 PLAIN = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
 
 
 @pytest.mark.parametrize(("r", "vectors"), [(1, 4), (1, 8), (4, 4), (8, 3)])
 @pytest.mark.parametrize("chunk", [160, 32])
 def test_planes(r: int, vectors: int, chunk: int) -> None:
-    """Every fourth input of a 1×1 convolution over an image of 24×24, whose registers no tile divides."""
-    outputs, inputs, step, side = 32, 160, 4, 24
-    if r > 1 and chunk < inputs:
+    """Every fourth input of a 1×1 convolution over an image of 23×23, which no register and no tile divides."""
+    if r > 1 and chunk < INPUTS:
         return
-    mask = (torch.arange(inputs) % step == 0).expand(outputs, inputs)
-    form = catalog.get("format", "bsr").encode(torch.ones(outputs, inputs, dtype=torch.float32), mask, r=r, c=1)
-    groups, _, _ = groups_of("linear_bsr", form.tensors(), form.attributes())
-    made = prepare_planes(groups, PLAIN, r, chunk, None, outputs, inputs, 1)
-    numbers = {"M": side**2, "N": outputs, "K": inputs, "taps": 1, "density": 1 / step, "group": r, "vectors": vectors, "span": chunk}
+    made, counts = _walked(r, vectors, chunk)
+    numbers = {"M": SIDE**2, "N": OUTPUTS, "K": INPUTS, "taps": 1, "density": 1 / STEP, "group": r, "vectors": vectors, "span": chunk}
     is_count(planes.WEIGHT, numbers, size(made.values, made.columns))
     is_count(planes.CHUNKS * planes.GROUPS, numbers, made.visits.numel())
-    given = {"groups": outputs // r, "chunks": made.chunks, "pixels": side**2, "pitch": side, "rows": side, "kinds": 1}
-    integers = [made.columns * side**2, made.pointers, made.visits]
-    numbered = torch.tensor([given[name] for name in NUMBERS]).int()
-    held: list[tuple[torch.Tensor, bool]] = [(made.values, False), *((one.int(), True) for one in integers), (made.bias, False),
-                                             (made.strips, True), (torch.zeros(2, dtype=torch.int32), True), (numbered, True)]
-    images = [((1, channels, side, side), None) for channels in (inputs, outputs)]
-    arguments = [*((tuple(one.shape), one if known else None) for one, known in held), *images]
-    counts = count(Planes(r, vectors, made.chunks > 1, Finish(), False).compute(), arguments)
     is_count(planes.FMAS * 16, numbers, counts.lanes)
+    is_count(planes.LOADS * 16 * r, numbers, counts.lanes)      # a register of pixels is loaded once for all outputs of a group
+    is_count(planes.COLUMNS * planes.TILES, numbers, counts.loaded[OFFSETS])
+    is_count(planes.VISITS, numbers, counts.loaded[VISITS])
+    whole = counts if made.chunks == 1 else _walked(r, vectors, INPUTS)[1]
+    between = 16 * planes.GROUPS * planes.group * planes.REGISTERS if made.chunks > 1 else Integer(0)    # sums that begin in memory with the bias
+    is_count(2 * 16 * planes.SUMS + between, numbers, counts.loaded[ELSEWHERE] - whole.loaded[ELSEWHERE])
+
+
+def _walked(r: int, vectors: int, chunk: int) -> tuple[PreparedPlanes, Counts]:
+    mask = (torch.arange(INPUTS) % STEP == 0).expand(OUTPUTS, INPUTS)
+    form = catalog.get("format", "bsr").encode(torch.ones(OUTPUTS, INPUTS, dtype=torch.float32), mask, r=r, c=1)
+    groups, _, _ = groups_of("linear_bsr", form.tensors(), form.attributes())
+    made = prepare_planes(groups, PLAIN, r, chunk, None, OUTPUTS, INPUTS, 1)
+    given = {"groups": OUTPUTS // r, "chunks": made.chunks, "pixels": SIDE**2, "pitch": SIDE, "rows": SIDE, "kinds": 1}
+    numbered = torch.tensor([given[name] for name in NUMBERS]).int()
+    integers = [made.columns * SIDE**2, made.pointers, made.visits]
+    held: list[tuple[torch.Tensor, bool]] = [(made.values, False), *((one.int(), True) for one in integers), (made.bias, False), (made.strips, True), (torch.zeros(2, dtype=torch.int32), True), (numbered, True)]
+    images = [((1, channels, SIDE, SIDE), None) for channels in (INPUTS, OUTPUTS)]
+    arguments = [*((tuple(one.shape), one if known else None) for one, known in held), *images]
+    return made, count(Planes(r, vectors, made.chunks > 1, Finish(), False).compute(), arguments)
+
+
+def test_inputs_of_a_tile_that_exceed_the_first_cache_come_from_the_second() -> None:
+    numbers = {"M": 784, "N": 64, "K": 256, "taps": 1, "density": 0.25, "group": 1, "vectors": 4}
+    is_count(planes.FETCHED, numbers | {"span": planes.HELD // 4}, 0)
+    is_count(planes.FETCHED, numbers | {"span": planes.HELD // 4 + 1}, 64 * 256 * 64 / 4 * 49)
 
 
 def test_the_row_of_a_mixture() -> None:
@@ -81,12 +102,33 @@ def test_units_of_a_mixture() -> None:
     assert compiled(experts.UNITS)(numbers) == pytest.approx(sum(units) / len(units), rel=0.03)
 
 
+def test_a_mixture_is_timed_by_how_many_rows_an_expert_has() -> None:
+    sizes = {"K": 64, "N": 64, "hidden": 64, "chosen": 2}
+    for rows, experts_, expected in ((1, 8, "row"), (8, 64, "few"), (256, 8, "panels")):
+        work = Work.make("experts_ffn", M=rows, experts=experts_, **sizes)
+        assert [form.fitted.rpartition(" ")[2] for form in predict.forms(work.op, work.values, "float32", made_up(host()))] == [
+            "row" if rows == 1 else "rows", expected]
+    assert [form.name for form in predict.forms("experts_ffn", work.values | {"K": 65}, "float32", made_up(host()))] == [experts.GROUPED]
+
+
+def test_what_was_timed_on_no_processor_is_not_predicted() -> None:
+    work = Work.make("experts_ffn", "bfloat16", M=16, K=64, N=64, hidden=64, experts=8, chosen=2)
+    assert set(times(work, made_up(host()))) == {experts.GROUPED}
+    tiles = replace(made_up(), features=tuple(FEATURES["x86_64"]))
+    with pytest.raises(InputError, match="no formula says how long experts_ffn takes in bfloat16"):
+        times(work, tiles)
+
+
 def test_attention_by_blocks() -> None:
     """What the forms count is half of the operations that the op's formula counts, 16 at a time."""
     numbers = {"M": 1024, "K": 64, "E": 32, "pairs": 48, "block_q": 128, "block_k": 32, "vectors": 4}
     flops = compiled(catalog.get("cost", "attend_blocks").FLOPS)(numbers)
     is_count(attention.FMAS * 16 * 2, numbers, flops)
     is_count(attention.FMAS * 16 * 2, numbers | {"block_q": 16, "vectors": 2}, flops / 128 * 32)     # half of the registers are empty
+    is_count(attention.READ, numbers | {"x_bytes": 4}, 4 * 48 * 32 * (64 + 32) * 2)      # twice: 64 query rows run at a time
+    is_count(attention.CACHED, numbers | {"x_bytes": 4, "group": 4}, 48 * 32 * (64 + 32))
+    for block, expected in ((8, "attend_few float32"), (32, "attend_panel float32 v2"), (64, "attend_panel float32 v4")):
+        assert [form.fitted for form in attention.offer("attend_blocks", {"block_q": block}, "float32", made_up())] == [expected]
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS["kernels"])))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_help import needs_avx512
+from test_predict import made_up
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
@@ -80,6 +82,15 @@ def test_convolutions_are_told_what_sparsity_gives(taps: int, machine: str) -> N
     assert sparse.best[2].ms < sparse.best[1].ms < sparse.ms
     assert grouped.rough
     assert not grouped.best
+
+
+@needs_avx512
+def test_inputs_are_selected_of_linear_layers_alone() -> None:
+    """Of a convolution there is no such kernel, though over one pixel it is a layer."""
+    model = nn.Sequential(nn.Conv2d(512, 512, 1), nn.Flatten(1), nn.Linear(512, 512)).eval()
+    conv, linear = sc.estimate(model, (torch.zeros(1, 512, 1, 1),), made_up(host())).sites
+    assert linear.best[0].structure == "selected inputs"
+    assert "selected inputs" not in [best.structure for best in conv.best]
 
 
 def test_large_layers_gain_more_on_the_machine_that_has_kernels() -> None:

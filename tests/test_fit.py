@@ -21,7 +21,7 @@ from sparsify_compiler.cost_models.machine import Machine
 from sparsify_compiler.errors import InputError
 from sparsify_compiler.target import host
 from sparsify_compiler.work import Work
-from sparsify_compiler.work_draw import FITTING, draw
+from sparsify_compiler.work_draw import FITTING, KINDS, draw
 
 SHIPPED, HERE = (shipped.costs_of(machine.arch, machine.features) for machine in (made_up(), made_up(host())))
 STRIPS = "strips float32"
@@ -30,6 +30,14 @@ STRIPS = "strips float32"
 def layers(count: int = 40) -> list[Work]:
     return [Work.make("linear_bsr", M=rows, N=n, K=k, r=4, c=1, density=density)
             for rows, n, k, density in itertools.islice(itertools.product((16, 64, 512), (192, 768, 3072), (384, 1536), (0.05, 0.2, 0.5)), count)]
+
+
+def test_a_fit_of_this_machine_times_every_kind() -> None:
+    ops = [work.op for work in machine_costs._layers()]
+    of_kernels = [number for number, op in enumerate(ops) if op in KINDS["kernels"]]
+    assert len(of_kernels) == machine_costs.LAYERS["linears"] // machine_costs.EVERY["kernels"]
+    assert of_kernels[0] < 12
+    assert sum(op in KINDS["others"] for op in ops) == machine_costs.LAYERS["linears"] // machine_costs.EVERY["others"]
 
 
 def points(works: list[Work], machine: Machine) -> list[Timed]:

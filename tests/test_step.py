@@ -328,12 +328,12 @@ def test_a_library_that_says_something_else_is_refused(pair: tuple[CompiledModel
 
 def test_a_model_that_rounding_moves_as_far_has_its_library(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch) -> None:
     """As one does that selects inputs in bfloat16: what it says of a cache that was rounded otherwise is as far from what it says of its own."""
-    usual, rounded = Step.decode, step_choice._rounded
+    usual, rounded, by = Step.decode, step_choice._rounded, [1.1]
 
     def further(cache: Any, way: int) -> Any:
         copied = rounded(cache, way)
         for layer in copied.layers:
-            layer.values.mul_(1.1)
+            layer.values.mul_(by[0])
         return copied
 
     say_times(monkeypatch, usual, 1.002)
@@ -342,6 +342,8 @@ def test_a_model_that_rounding_moves_as_far_has_its_library(pair: tuple[Compiled
     assert choice(pair, monkeypatch, {1: (4.0, 1.0), 2: (1.0, 2.0)}).step is not None
     say_times(monkeypatch, usual, 1.6)
     assert choice(pair, monkeypatch, {}).step is None
+    by[0] = -30.0
+    assert choice(pair, monkeypatch, {}).step is None, "half of the logits at the most, however far the model itself moves"
 
 
 def test_models_without_a_step() -> None:
