@@ -64,7 +64,8 @@ def _walked(r: int, vectors: int, chunk: int) -> tuple[PreparedPlanes, Counts]:
     given = {"groups": OUTPUTS // r, "chunks": made.chunks, "pixels": SIDE**2, "pitch": SIDE, "rows": SIDE, "kinds": 1}
     numbered = torch.tensor([given[name] for name in NUMBERS]).int()
     integers = [made.columns * SIDE**2, made.pointers, made.visits]
-    held: list[tuple[torch.Tensor, bool]] = [(made.values, False), *((one.int(), True) for one in integers), (made.bias, False), (made.strips, True), (torch.zeros(2, dtype=torch.int32), True), (numbered, True)]
+    held: list[tuple[torch.Tensor, bool]] = [(made.values, False), *((one.int(), True) for one in integers), (made.bias, False),
+                                             (made.strips, True), (torch.zeros(2, dtype=torch.int32), True), (numbered, True)]
     images = [((1, channels, SIDE, SIDE), None) for channels in (INPUTS, OUTPUTS)]
     arguments = [*((tuple(one.shape), one if known else None) for one, known in held), *images]
     return made, count(Planes(r, vectors, made.chunks > 1, Finish(), False).compute(), arguments)

@@ -289,3 +289,6 @@ def test_mixture_of_depths_skips_ffns_token_by_token_in_generate() -> None:
     whole, _, _ = routed(model, prompt, "mixture_of_depths(density=1.0)", {"input_ids": {0: "batch", 1: "tokens"}})
     torch.testing.assert_close(instantiate(whole)(**prompt).logits, model(**prompt).logits)
     assert not torch.allclose(module(**prompt).logits, model(**prompt).logits)
+    made = [module.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*made), "what a token runs through depends on it alone"
+    assert made[0].shape == (2, 18)
