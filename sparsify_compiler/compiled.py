@@ -66,7 +66,10 @@ class CompiledModel(nn.Module):
         self.__dict__["_run"] = self.model if self.program.skeleton is not None else self.model.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises InputError where a call does not fit what was captured."""
+        """Raises InputError where a call does not fit what was captured, ModelError under torch.jit.trace, which does not see kernels."""
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise ModelError("torch.jit.trace cannot follow our kernels: they are not operators of torch",
+                             hint="torch.export.export() takes the portable form; for ONNX call export_onnx()")
         return self._run(*args, **kwargs)
 
     def report(self) -> Report:
@@ -133,6 +136,22 @@ class CompiledModel(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The tensors under the model's own names; a packed weight shows as its format's tensors."""
         return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ModelError: kernels have laid out the weights that the model was compiled with."""
+        raise ModelError("a compiled model cannot be given other weights", hint="load them into the model and compile that, or load() what was saved")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        """A model of its own over the same tensors and kernels, which nothing changes."""
+        made = memo[id(self)] = CompiledModel(self.program, self.target, self._report, step=self.step)
+        made._mapped, made.resident_experts = self._mapped, self.resident_experts
+        return made
+
+    def __copy__(self) -> CompiledModel:
+        return self.__deepcopy__({})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ModelError("a compiled model cannot be pickled", hint="save(folder) writes plain files, and load(folder) reads them")
 
     def extra_repr(self) -> str:
         regions = ", ".join(path or "whole model" for path in self.program.regions)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import collections
+import copy
+import io
 import json
 import math
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -565,8 +568,27 @@ def test_a_compiled_model_is_for_inference(lowered: CompiledModel) -> None:
     assert lowered.float() is lowered
     with pytest.raises(ModelError, match="cannot be moved"):
         lowered.half()
+    with pytest.raises(ModelError, match="other weights"):
+        lowered.load_state_dict(lowered.state_dict())
+    with pytest.raises(ModelError, match="cannot be pickled"):
+        torch.save(lowered, io.BytesIO())
+    with pytest.raises(ModelError, match=r"torch\.jit\.trace"):
+        torch.jit.trace(lowered, torch.randn(5, 64))
     with pytest.raises(AttributeError):
         _ = lowered.nothing_of_that_name
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_runs_and_shares_what_never_changes(lowered: CompiledModel, saved: Path, copied: Callable[[Any], Any]) -> None:
+    x = torch.randn(5, 64)
+    for model in (lowered, artefact.load(saved, mapped=True)):
+        made = copied(model)
+        assert made is not model
+        assert made.model is not model.model
+        assert torch.equal(made(x), model(x))
+        assert made.resident_bytes() == model.resident_bytes()
+        assert made.report().sites == model.report().sites
+        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(made.state_dict().values(), model.state_dict().values(), strict=True))
 
 
 def test_kernels_are_called_and_ops_are_traced(lowered: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,6 +245,9 @@ def test_weights_are_held_once(folder: Path, pair: tuple[CompiledModel, Compiled
     assert again.step is not None
     assert torch.equal(generated(again, 1), generated(pair[1], 1))
     assert [place[0] == OWN for place, _ in again.step.library.parameters] == [place == OWN for place in places]
+    copied, before = deepcopy(again), taken(again)
+    assert torch.equal(generated(copied, 1), generated(pair[1], 1))
+    assert taken(again) - before == TOKENS - 1, "a copy decodes by the same library"
 
 
 def test_the_code_is_found_again_by_other_processes(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch) -> None:
