@@ -17,6 +17,7 @@ from .capture_verify import allow_ones, compare, run
 from .library_experts import give_experts
 from .normal_form import normalise
 from .program import Program, prune_unused
+from .shapes import note_sizes
 
 Progress = Callable[[str, int, int], None]
 
@@ -50,5 +51,6 @@ def _whole(model: nn.Module, call: ExampleCall) -> Program:
     region, aliases = export_region(model, call, "")
     normalise(region.module)
     prune_unused(region)
+    note_sizes(region, call)
     allow_ones(region, model, call)
     return Program({"": region}, aliases=aliases)

@@ -19,6 +19,7 @@ from .library_attention import take_indexers
 from .normal_form import normalise
 from .normal_form_edit import aten
 from .program import LeftOut, Program, Region, prune_unused
+from .shapes import note_sizes
 
 _PRODUCTS = {aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d, aten.conv_transpose2d, aten.matmul, aten.bmm, aten.mm,
              aten.addmm, aten.baddbmm, aten.einsum, aten._grouped_mm, aten.scaled_dot_product_attention, aten.lstm, aten.gru}
@@ -120,6 +121,7 @@ def _captured(path: str, module: nn.Module, call: ExampleCall) -> Region:
         raise NotExportableError("it holds no matrix product")
     if not agree(CapturedModule(region), module, call):
         raise NotExportableError("its graph does not reproduce it: it keeps state between calls or draws random numbers")
+    note_sizes(region, call)
     allow_ones(region, module, call)
     return region
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from . import catalog
 from .pattern import op_name
+from .shapes import size_seen
 
 CONVS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 # Ops that only look at their input in another way: nothing is computed, nothing moves.
@@ -87,8 +88,8 @@ def node_sizes(node: fx.Node) -> tuple[str, dict[str, float]] | None:
 
 def _attention_sizes(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> dict[str, float]:
     """Of every query with every key, whatever a mask leaves out."""
-    rows, width = size(query) // max(_hint(query.shape[-1]), 1), _hint(value.shape[-1])
-    return {"M": rows, "K": _hint(query.shape[-1]), "E": width, "pairs": rows * _hint(key.shape[-2]), "block_q": 1, "block_k": 1, "listed": 0,
+    rows, width = size(query) // max(size_seen(query.shape[-1]), 1), size_seen(value.shape[-1])
+    return {"M": rows, "K": size_seen(query.shape[-1]), "E": width, "pairs": rows * size_seen(key.shape[-2]), "block_q": 1, "block_k": 1, "listed": 0,
             "read": size(query) + size(key) + size(value), "written": size(out), "x_bytes": out.element_size()}
 
 
@@ -97,7 +98,7 @@ def _operations(name: str, node: fx.Node, inputs: list[Any]) -> int:
     if name in MOVES:
         return 0
     if name in PRODUCTS:
-        return 2 * _hint(inputs[0].shape[-1])
+        return 2 * size_seen(inputs[0].shape[-1])
     taps = math.prod(_numbers(node.kwargs.get("kernel_size", 1)))
     return 2 * taps if name in ("batch_norm", "addcmul") else taps
 
@@ -126,11 +127,7 @@ def _sizes(read: int, written: int, itemsize: int, taps: int) -> dict[str, float
 
 def size(value: Any) -> int:
     """Elements of a tensor, fake or real; a dynamic size counts as it was at capture."""
-    return math.prod(_hint(s) for s in value.shape)
-
-
-def _hint(dimension: int | torch.SymInt) -> int:
-    return dimension if isinstance(dimension, int) else int(dimension.node.hint)
+    return math.prod(size_seen(dimension) for dimension in value.shape)
 
 
 def _value(node: Any) -> Any:

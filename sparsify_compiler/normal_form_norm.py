@@ -32,7 +32,7 @@ def name_norm(node: fx.Node) -> bool:
     if not is_call(node, aten.mul.Tensor, aten.div.Tensor):
         return False
     known = value(node)
-    if known is None or known.dtype not in (torch.float32, torch.float64) or not isinstance(known.shape[-1], int):
+    if known is None or known.dtype not in (torch.float32, torch.float64) or not known.dim() or not isinstance(known.shape[-1], int):
         return False
     found = _normed(node)
     if found is None or not same_shape(shape(found.x), tuple(known.shape)):

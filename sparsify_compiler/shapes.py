@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .call import call_arguments, flatten_call
 from .program import Region
+
+if TYPE_CHECKING:
+    from .capture_inputs import ExampleCall
 
 
 def example_shape(region: Region, node: fx.Node, example: tuple[Any, ...] | Mapping[str, Any] | None) -> tuple[int, ...]:
@@ -28,7 +31,39 @@ def _size(dimension: int | torch.SymInt, bound: Mapping[Any, int]) -> int:
     expression = dimension.node.expr
     if expression.free_symbols <= bound.keys():
         return int(expression.subs(bound))
-    return int(dimension.node.hint)
+    return size_seen(dimension)
+
+
+def size_seen(dimension: int | torch.SymInt) -> int:
+    """A dimension as it was at capture."""
+    from torch.fx.experimental.symbolic_shapes import optimization_hint
+
+    return optimization_hint(dimension)
+
+
+def note_sizes(region: Region, call: ExampleCall) -> None:
+    """Let sizes that come out of a tensor, which only a run tells, be known as what they are on the example inputs."""
+    if any(_unknown(size) for node in region.graph.nodes for size in _sizes(node.meta.get("val"))):
+        with torch.no_grad():
+            _Noting(region.module).run(*flatten_call(region.spec, *call.arguments()))
+
+
+class _Noting(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        for size, seen in zip(_sizes(n.meta.get("val")), _sizes(result), strict=False):
+            if _unknown(size):
+                size.node.shape_env.var_to_hint_override.setdefault(size.node.expr, int(seen))
+        return result
+
+
+def _sizes(value: Any) -> tuple[Any, ...]:
+    """The dimensions of a tensor, or a number itself."""
+    return tuple(value.shape) if isinstance(value, Tensor) else (value,)
+
+
+def _unknown(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and size.node.expr.is_symbol and not size.node.has_hint()
 
 
 def _bindings(region: Region, example: tuple[Any, ...] | Mapping[str, Any]) -> dict[Any, int]:

@@ -15,6 +15,7 @@ from sparsify_compiler.capture import capture
 from sparsify_compiler.capture_verify import close
 from sparsify_compiler.errors import CaptureError, InputError, ModelError
 from sparsify_compiler.program import Program, get_tensor
+from sparsify_compiler.shapes import example_shape
 
 
 def agrees(model: nn.Module, program: Program, *args: Any, **kwargs: Any) -> bool:
@@ -83,6 +84,29 @@ def test_a_range_that_the_model_sets() -> None:
     ids = torch.ones(1, 65, dtype=torch.long)
     with pytest.raises(InputError, match=r"input_ids: dimension 1 \('seq'\) is 65; the captured model takes 1 to 64"):
         instantiate(program)(**{**inputs, "input_ids": ids, "attention_mask": ids})
+
+
+class Window(nn.Module):
+    """As DeBERTa's: rows of a table within a distance that is computed as a tensor, divided by a root that is a tensor without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.project = nn.Parameter(x(32, 4)), nn.Linear(4, 4)
+
+    def forward(self, data: Tensor) -> Tensor:
+        span = torch.tensor(min(data.shape[0], 16))
+        scale = torch.sqrt(torch.tensor(data.shape[-1], dtype=torch.float) * 3)
+        return data @ (self.project(self.table[16 - span : 16 + span]) / scale).T
+
+
+def test_sizes_that_come_out_of_a_tensor_are_those_of_the_example() -> None:
+    model = Window().eval()
+    program = capture(model, (x(5, 4),), ({0: "rows"},))
+    assert list(program.regions) == [""]
+    shapes = [example_shape(region, node, (x(5, 4),)) for region, node in program.nodes() if node.target is torch.ops.aten.linear.default]
+    assert shapes == [(10, 4)]
+    for rows in (5, 1, 9, 20):
+        assert agrees(model, program, x(rows, 4))
 
 
 def test_an_example_of_size_one() -> None:
