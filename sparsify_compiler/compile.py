@@ -39,7 +39,7 @@ def compile(
     quality: Callable[[nn.Module], float] | None = None,
     against: Sequence[str] = ("eager",),
     seed: int = 0,
-    decoding: str = "parts",
+    decoding: str = "auto",
     progress: bool | Callable[[str, int, int], None] = False,
     instruments: Sequence[Instrument] | None = None,
 ) -> CompiledModel:
@@ -60,8 +60,8 @@ def compile(
     quality         model -> float, higher is better, measured on the dense and on the compiled model
     against         dense forms to measure the whole model against: "eager", "compile" (torch.compile with frozen weights)
     seed            fixes whatever is random
-    decoding        how a language model's generate() computes one token: "parts", as it was captured; "library", one whole graph, where that can
-                    be made and is faster; "auto", a library where there are 64 MB of weights or more, so that compiling it pays
+    decoding        how a language model's generate() computes one token: "library", by one whole graph where that can be made and is faster;
+                    "parts", as it was captured; "auto", a library where there are 64 MB of weights or more, so that compiling it pays
     progress        True for a progress display on the terminal, or a function (what, done, total)
     instruments     watch the passes; by default those that the variable SPARSIFY_DEBUG names
 

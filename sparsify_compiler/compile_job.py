@@ -68,7 +68,7 @@ class Job:
     instruments: Sequence[Instrument] | None
     loss: Loss | None = None
     known: Known | None = None
-    decoding: str = "parts"
+    decoding: str = "auto"
     warnings: list[str] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

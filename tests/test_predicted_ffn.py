@@ -18,11 +18,12 @@ from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.codegen import runtime
 from sparsify_compiler.errors import InputError, KernelError
-from sparsify_compiler.ops import predicted_ffn, select, select_ffn
+from sparsify_compiler.ops import predicted_ffn, select, select_ffn, select_linear
 from sparsify_compiler.passes.activation._predictor import hidden, scored
 from sparsify_compiler.passes.activation.estimate_neurons import EstimateNeurons
 from sparsify_compiler.passes.activation.predict_neurons import PredictNeurons
 from sparsify_compiler.passes.activation.select_neurons import GatedFfn
+from sparsify_compiler.passes.lower import _scored
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.target import host
@@ -150,13 +151,13 @@ def test_the_predictors_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsify_compiler.passes.lower import _predicted
 
     asked: list[tuple[Tensor, Any]] = []
-    made = _predicted._predictor
+    made = _predicted.predictor
 
     def watched(region: Any, node: Any, x: Tensor) -> Any:
         run = made(region, node, x)
         return lambda: asked.append((x, run()))
 
-    monkeypatch.setattr(_predicted, "_predictor", watched)
+    monkeypatch.setattr(_predicted, "predictor", watched)
     net, data = ffn(True)
     program = rewritten(PredictNeurons(density=0.25, rank=8, epochs=1), net, data)[0]
     Pipeline.parse("pack() | lower(rounds=3)").run(program, Context(target=host(), kernels=runtime, example_inputs=(data[0][0][:1],)))
@@ -185,7 +186,7 @@ def test_what_others_read_too_is_not_the_predictors() -> None:
 
     program = capture(Shared().eval(), (torch.randn(4, 16),))
     ((region, node),) = [(region, node) for region, node in program.nodes() if node.target is predicted_ffn.op]
-    run: Any = _predicted._predictor(region, node, torch.randn(4, 16))
+    run: Any = _predicted.predictor(region, node, torch.randn(4, 16))
     (given,) = run.args
     assert given.shape == (4, 16)
     assert not given.any(), "what stands for a value that is there already, not x"
@@ -201,8 +202,80 @@ def test_a_models_own_choice_is_kept_where_no_kernel_pays() -> None:
     torch.testing.assert_close(instantiate(lowered)(*data[0]), instantiate(own)(*data[0]), rtol=1e-4, atol=1e-5)
 
 
-def test_heads_and_odd_ffns_stay_as_they_are() -> None:
-    """A linear that reads scored values which are no neurons of an FFN is not packed."""
+class Attention(nn.Module):
+    def __init__(self, width: int = 128, heads: int = 4) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y: Tensor = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y
+
+
+HEADS = PredictNeurons(0.5, rank=4, epochs=1, targets=("attention",))
+
+
+def attention() -> tuple[Attention, list[tuple[Tensor, ...]]]:
+    torch.manual_seed(0)
+    return Attention().eval(), [(torch.randn(16, 2, 128),) for _ in range(2)]
+
+
+@pytest.mark.parametrize("texts", [1, 4])
+def test_the_weights_of_heads_that_are_left_out_are_not_read(texts: int) -> None:
+    net, data = attention()
+    program, _ = rewritten(HEADS, net, data)
+    expected = instantiate(program)
+    lowered = Pipeline.parse("pack() | lower(margin=-1000.0, rounds=1)").run(program, Context(target=host(), kernels=runtime, example_inputs=data[0]))
+    node = next(node for _, node in lowered.nodes() if node.target is select_linear.op)
+    assert node.meta["kernel"].name == "gather by input"
+    row = next(iter(lowered.decisions.values()))
+    assert "of its heads selected" in row.reason
+    assert row.density == pytest.approx(0.5, abs=0.15)
+    x = torch.randn(texts, 2, 128)
+    found = instantiate(lowered)
+    torch.testing.assert_close(found(x), expected(x), rtol=1e-4, atol=1e-5)
+    x[0, 0, 3] = float("nan")
+    assert bool(found(x)[0, 0].isnan().all())
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_heads_where_their_kernel_does_not_pay(own: bool) -> None:
+    """All of them, and no predictor; those that the model itself chooses, where the choice is the model's."""
+    net, data = attention()
+    program, _ = rewritten(HEADS, net, data)
+    chosen = instantiate(program)
+    for _, node in program.nodes():
+        node.meta["optional"] = not own
+    lowered = Pipeline.parse("pack() | lower(margin=1.0, rounds=1)").run(program, Context(target=host(), kernels=runtime, example_inputs=data[0]))
+    assert any(node.target is select.op for _, node in lowered.nodes()) is own
+    torch.testing.assert_close(instantiate(lowered)(*data[0]), (chosen if own else net)(*data[0]), rtol=1e-4, atol=1e-5)
+    assert "reads everything: the kernel has" in next(iter(lowered.decisions.values())).reason
+
+
+def test_the_time_of_what_chooses_the_heads_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictor and selection run with every call that is timed, and attention itself does not."""
+    net, data = attention()
+    program = Pipeline.parse("pack()").run(rewritten(HEADS, net, data)[0], Context())
+    region, node = next((region, node) for region, node in program.nodes() if _scored.is_packed(node))
+    layer = _scored.layer(region, node, program, Context(target=host(), kernels=runtime, example_inputs=data[0]))
+    seen: list[str] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        layer.runs["gather by input"]()
+    assert any("addmm" in one or "linear" in one for one in seen)
+    assert any("where" in one or "select" in one for one in seen)
+    assert not any("attention" in one for one in seen)
+
+
+def test_what_no_neurons_of_an_ffn_are_is_packed_by_itself() -> None:
+    """A linear that reads values of which scores have selected some, of one row and of several."""
     class Scored(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -212,5 +285,9 @@ def test_heads_and_odd_ffns_stay_as_they_are() -> None:
             y: Tensor = self.second(torch.ops.sparsify.select(self.first(x), torch.tensor(0.5), scores=x.abs()))
             return y
 
-    program = Pipeline.parse("pack()").run(capture(Scored().eval(), (torch.randn(3, 8),)), Context())
+    net = Scored().eval()
+    program = Pipeline.parse("pack()").run(capture(net, (torch.randn(3, 8),)), Context())
     assert not any(node.target is predicted_ffn.op for _, node in program.nodes())
+    assert any(node.target is select_linear.op for _, node in program.nodes())
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(instantiate(program)(x), net(x))

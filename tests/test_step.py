@@ -12,7 +12,7 @@ from models.language import llama
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
-from sparsify_compiler import step_choice
+from sparsify_compiler import compile_job, step_choice
 from sparsify_compiler.codegen import whole_graph_here
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.errors import InputError, KernelError, ModelError
@@ -362,6 +362,16 @@ def test_models_without_a_step() -> None:
     assert whole.report().decoding == ""
     with pytest.raises(ModelError, match="captured whole"):
         step_graph(whole.program)
+
+
+def test_a_large_model_has_its_library_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(compile_job, "choose_step", lambda *given: asked.append(given) or step_choice.Choice(None, "asked"))  # type: ignore[func-returns-value]
+    model, ids = llama(hidden_size=64, intermediate_size=128, num_hidden_layers=1), {"input_ids": torch.randint(1, 96, (2, 7))}
+    for least, told in ((step_choice.WORTH, ""), (1, "asked")):
+        monkeypatch.setattr(step_choice, "WORTH", least)
+        assert sc.compile(model, ids, recipe=Pipeline.parse("pack()"), dynamic=DYNAMIC).report().decoding == told
+    assert len(asked) == 1
 
 
 def test_what_is_asked_for(pair: tuple[CompiledModel, CompiledModel]) -> None:

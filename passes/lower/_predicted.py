@@ -13,7 +13,7 @@ from sparsify_compiler.executor import part_function
 from sparsify_compiler.fold import erase_dead
 from sparsify_compiler.normal_form_edit import take_place
 from sparsify_compiler.operands import operands
-from sparsify_compiler.ops import predicted_ffn, select
+from sparsify_compiler.ops import predicted_ffn, select, select_linear
 from sparsify_compiler.passes.lower._dense_ffn import ffn_layer, insert_ffn, size_of
 from sparsify_compiler.passes.lower._layer import Form, bound, row_of, rows_of, say, usable
 from sparsify_compiler.passes.lower._linear import Linear
@@ -59,7 +59,7 @@ def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Line
     tensors, attributes, bias = operands(region, node)
     x = rows_of(region, node, ctx)
     layer = ffn_layer(region, node, x, tensors["down"].t(), program, ctx)
-    predict = _predictor(region, node, x)
+    predict = predictor(region, node, x)
     scores = torch.rand(x.shape[0], layer.weight.shape[1], generator=torch.Generator().manual_seed(ctx.seed), dtype=torch.float32)
     limit = torch.full((x.shape[0], 1), 1 - layer.decision.density, dtype=torch.float32)
     for candidate in usable(ctx.kernels.candidates("predicted_ffn", tensors, attributes, x.dtype, (layer.rows,), ctx.target), ctx):
@@ -75,7 +75,7 @@ def _after(predict: Callable[[], object], kernel: Any, scores: Tensor, limit: Te
     return y
 
 
-def _predictor(region: Region, node: fx.Node, x: Tensor) -> Callable[[], object]:
+def predictor(region: Region, node: fx.Node, x: Tensor) -> Callable[[], object]:
     """What computes the scores, and a limit that is not stored, for these rows; what other FFNs share costs nothing."""
     outputs = [value for name in ("scores", "limit") if isinstance(value := node.kwargs[name], fx.Node) and value.op != "get_attr"]
     own, inputs, waiting = {node}, list[fx.Node](), list(outputs)
@@ -110,7 +110,8 @@ def make_dense(layer: Linear) -> list[fx.Node]:
 def drop_unpacked(program: Program) -> None:
     """select(x, limit, scores) -> x, without what the scores are computed with, where no kernel reads by them; the model's own selections stay."""
     found = [node for _, node in program.nodes()
-             if node.target is select.op and node.kwargs.get("scores") is not None and node.meta.get("optional")]
+             if node.target is select.op and node.kwargs.get("scores") is not None and node.meta.get("optional")
+             and not any(user.target is select_linear.op for user in node.users)]
     paths = {str(user.meta.get("site")) for node in found for user in node.users}
     for node in found:
         node.replace_all_uses_with(node.kwargs["x"])  # type: ignore[arg-type]

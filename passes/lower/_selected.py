@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,11 +24,16 @@ aten = torch.ops.aten
 BY_INPUT = "_by_input"
 
 
-def is_selecting(node: fx.Node) -> bool:
+def reads_selection(node: fx.Node) -> bool:
     """A linear layer that reads selected inputs, with a stored weight."""
     source, weight = node.kwargs.get("input"), node.kwargs.get("weight")
-    selects = isinstance(source, fx.Node) and source.target is select.op and source.kwargs.get("scores") is None
+    selects = isinstance(source, fx.Node) and source.target is select.op
     return selects and node.target is aten.linear.default and isinstance(weight, fx.Node) and weight.op == "get_attr"
+
+
+def is_selecting(node: fx.Node) -> bool:
+    """One whose inputs are selected by what they are themselves."""
+    return reads_selection(node) and node.kwargs["input"].kwargs.get("scores") is None  # type: ignore[union-attr]
 
 
 def is_packed(node: fx.Node) -> bool:
@@ -39,13 +44,19 @@ def is_packed(node: fx.Node) -> bool:
 def pack(region: Region, node: fx.Node, program: Program, by: str) -> None:
     """linear(select(x, ...), weight [N, K], bias) -> select_linear(x, ..., weight [K, N], bias)."""
     source: Any = node.kwargs["input"]
-    dense = get_tensor(region.module, str(node.kwargs["weight"].target)).detach()  # type: ignore[union-attr]
     given = {key: source.kwargs[key] for key in ("limit", "scale", "center") if source.kwargs.get(key) is not None}
-    given |= {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
+    pack_as(region, node, source.kwargs["x"], given, program, by)
+
+
+def pack_as(region: Region, node: fx.Node, x: Any, given: Mapping[str, Any], program: Program, by: str) -> None:
+    """The linear at a node -> select_linear(x, ..., weight [K, N], bias)."""
+    dense = get_tensor(region.module, str(node.kwargs["weight"].target)).detach()  # type: ignore[union-attr]
+    optional = node.kwargs["input"].meta.get("optional", False)  # type: ignore[union-attr]
+    bias = {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
     stored = by_input(region, node, by)
     with region.graph.inserting_before(node):
-        packed = region.graph.call_function(select_linear.op, (), {"x": source.kwargs["x"], "weight": stored, **given})
-    take_place(node, packed, by, optional=source.meta.get("optional", False))
+        packed = region.graph.call_function(select_linear.op, (), {"x": x, "weight": stored, **given, **bias})
+    take_place(node, packed, by, optional=optional)
     row_of(region, packed, "linear", dense, program).format = "by input"
 
 
@@ -78,8 +89,11 @@ def size_of(region: Region, node: fx.Node) -> int:
     return int(weight.numel() * weight.element_size())
 
 
-def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Linear:
-    """The layer at a node, its kernels built and ready to run on as many selected inputs as calibration found."""
+def layer(region: Region, node: fx.Node, program: Program, ctx: Context, behind: Callable[..., Tensor] | None = None) -> Linear:
+    """The layer at a node, its kernels built and ready to run on as many selected inputs as calibration found.
+
+    behind  called with a kernel that selects, and with x: what has to be done before it
+    """
     assert ctx.kernels is not None
     assert ctx.target is not None
     tensors, _, bias = operands(region, node)
@@ -97,7 +111,8 @@ def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Line
     dynamic = () if "limit" in tensors else (limit,)
     for candidate in usable(ctx.kernels.candidates("select_linear", tensors, {}, x.dtype, (layer.rows,), ctx.target), ctx):
         kernel = bound(candidate, bias, ctx)
-        layer.add(candidate.name, partial(_call, kernel, dynamic), x, None, Form(False, kernel))
+        called = partial(_call, kernel, dynamic)
+        layer.add(candidate.name, called if behind is None else partial(behind, called), x, None, Form(False, kernel))
     return layer
 
 
@@ -122,10 +137,10 @@ def choose(layer: Linear, timings: Mapping[str, Timing], margin: float) -> bool:
     return False
 
 
-def make_dense(layer: Linear) -> list[fx.Node]:
-    """select_linear -> linear of all inputs, or of those that the model itself selects. Returns it."""
+def make_dense(layer: Linear, x: Any = None) -> list[fx.Node]:
+    """select_linear -> linear of all inputs, or of those that the model itself selects, or of what is given. Returns it."""
     region, node = layer.region, layer.node
-    x = as_selected(node, node.kwargs["x"])
+    x = as_selected(node, node.kwargs["x"]) if x is None else x
     weight = dense_weight(region, node, node.kwargs["weight"], layer.weight)
     bias = {"bias": node.kwargs["bias"]} if node.kwargs.get("bias") is not None else {}
     with region.graph.inserting_before(node):
@@ -154,6 +169,6 @@ def _as_dense_as(density: float, x: Tensor, tensors: Mapping[str, Tensor]) -> tu
     limit = tensors.get("limit", torch.ones((), dtype=torch.float32))
     order = torch.randperm(width, generator=torch.Generator().manual_seed(0))[: max(1, round(density * width))]
     size = torch.zeros(width, dtype=torch.float32)
-    size[order] = (2 * limit.float() / scale.float())[order].clamp_max(1e30)
+    size[order] = ((2 * limit.float()).clamp_min(1.0) / scale.float())[order].clamp_max(1e30)
     made = tensors.get("center", torch.zeros(width, dtype=torch.float32)).float() + size
     return made.to(x.dtype).expand(x.shape[0], width).contiguous(), limit.float().expand(x.shape[0], 1)

@@ -25,6 +25,7 @@ from sparsify_compiler.passes.lower import (
     _layout,
     _linear,
     _predicted,
+    _scored,
     _selected,
     _selected_ffn,
     _tuning,
@@ -37,7 +38,7 @@ SEEN = 5    # rounds in which a form is timed that tuning has found to be the be
 Found = tuple[Region, fx.Node]
 Times = Callable[[Sequence[Layer]], dict[str, dict[str, Timing]]]
 # What does not compute all of its weights: is_packed, size_of, layer, choose, make_dense.
-SELECTING = (_selected, _selected_ffn, _predicted, _held, _experts)
+SELECTING = (_scored, _selected, _selected_ffn, _predicted, _held, _experts)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.normal_form_edit import take_place
 from sparsify_compiler.operands import geometry_of, input_of, operator_of, packed_form, packed_operator, packed_weight
-from sparsify_compiler.passes.lower import _predicted, _selected, _selected_ffn
+from sparsify_compiler.passes.lower import _predicted, _scored, _selected, _selected_ffn
 from sparsify_compiler.passes.prune.structures._base import ANY_MASK, Structure
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage, get_tensor
@@ -31,7 +31,7 @@ class Pack(Pass):
     """Store each masked weight in the smallest format that its mask fits, and compute with that format's op.
 
     Matches    linear(x, weight * mask, bias) and conv2d(x, weight * mask, bias, ...), mask a buffer of bool, or of zeros and ones as
-               torch.nn.utils.prune makes them; linear(select(x, ...), weight, bias), and
+               torch.nn.utils.prune makes them; linear(select(x, ...), weight, bias), with scores and without; and
                linear(select(act(linear(x, gate)), ...) * linear(x, up), down), where scores are given also without up
     Rewrites   sparsify.linear_<format>(x, <format tensors>, bias) and sparsify.conv2d_<format>(x, <format tensors>, bias, ...), the convolution's
                weight [O, I / groups, kh, kw] stored as [O, I / groups * kh * kw]; any other use of weight * mask gets the product as a dense weight.
@@ -60,6 +60,8 @@ class Pack(Pass):
                 _selected_ffn.pack(region, node, ffn, program, self.name())
             elif (predicted := _predicted.find(node)) is not None and ctx.spend():
                 _predicted.pack(region, node, predicted, program, self.name())
+            elif _scored.is_scored(node) and ctx.spend():
+                _scored.pack(region, node, program, self.name())
         return program
 
     def _pack(self, product: _Masked, program: Program, ctx: Context) -> None:
