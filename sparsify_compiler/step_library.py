@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NAME = "step"
 SAMPLED = 61    # numbers by which tensors are told apart before all of them are compared
-KERNEL, TENSOR, OWN = "kernel", "tensor", "own"
+KERNEL, TENSOR, OWN, WORDS = "kernel", "tensor", "own", "words"
 
 
 @dataclass
@@ -117,12 +117,21 @@ class Held:
         return tensor
 
     def place(self, tensor: Tensor) -> tuple[str, ...]:
-        """Where a tensor is held: ("kernel", region, node, name), ("tensor", name), or ("own",)."""
+        """Where a tensor is held: ("kernel", region, node, name), ("tensor", name), either with "words" behind it, or ("own",)."""
         return self._places.get((tensor.data_ptr(), tensor.shape), (OWN,))
 
 
 def held_tensors(program: Program) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """Every tensor of a program and its kernels with its place, in the same order wherever the program is loaded."""
+    """Every tensor of a program and its kernels with its place, in the same order wherever the program is loaded; those of bfloat16 also in words
+    of two, as kernels of libraries read them."""
+    for place, tensor in _tensors(program):
+        yield place, tensor
+        pairs = tensor.is_contiguous() and tensor.dim() > 1 and tensor.shape[-1] % 2 == 0 and tensor.storage_offset() % 2 == 0
+        if pairs and tensor.dtype is torch.bfloat16:
+            yield (*place, WORDS), tensor.view(torch.int32)
+
+
+def _tensors(program: Program) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     for region, node in program.nodes():
         kernel = node.meta.get("kernel")
         for name, tensor in ({} if kernel is None else kernel.state()).items():

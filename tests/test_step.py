@@ -12,7 +12,7 @@ from models.language import llama
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
-from sparsify_compiler import compile_job, step_choice
+from sparsify_compiler import compile_job, library_cache, opaque, step_choice
 from sparsify_compiler.codegen import whole_graph_here
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.errors import InputError, KernelError, ModelError
@@ -98,9 +98,34 @@ def test_generate_writes_what_it_writes_by_parts(pair: tuple[CompiledModel, Comp
     assert taken(parts) == 0
 
 
-def test_a_text_longer_than_its_first_room(pair: tuple[CompiledModel, CompiledModel]) -> None:
+def test_a_text_longer_than_its_first_room(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch) -> None:
     library, parts = pair
-    assert torch.equal(generated(library, 1, max_new_tokens=300), generated(parts, 1, max_new_tokens=300))
+    monkeypatch.setattr(library_cache, "SPARE", 4)
+    before = taken(library)
+    assert torch.equal(generated(library, 1, max_new_tokens=40), generated(parts, 1, max_new_tokens=40))
+    assert taken(library) - before == 39
+
+
+def test_generate_compiles_the_model_and_not_the_library(pair: tuple[CompiledModel, CompiledModel]) -> None:
+    """Its own compilation of a step sees the model with its kernels, and breaks at none of them."""
+    from transformers.generation import CompileConfig
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def watch(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    how = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=watch)
+    how._compile_all_devices = True
+    library, parts = pair
+    torch._dynamo.reset()
+    before = taken(library)
+    found = generated(library, 1, cache_implementation="static", compile_config=how)
+    assert torch.equal(found, generated(parts, 1, cache_implementation="static"))
+    assert taken(library) == before
+    assert graphs
+    assert sum(node.target in (opaque.op, opaque.inputs_op) for node in graphs[0].graph.nodes) > 4, "kernels are called in it"
 
 
 def test_streaming(pair: tuple[CompiledModel, CompiledModel]) -> None:
@@ -261,15 +286,21 @@ def test_the_code_is_found_again_by_other_processes(pair: tuple[CompiledModel, C
     assert " at 0x" not in told[0]
 
 
-def test_half_precision() -> None:
-    """Caches of bfloat16 are read and written as they are."""
+def test_half_precision(tmp_path: Path) -> None:
+    """Caches of bfloat16 are read and written as they are, and weights, which kernels read in words of two, are held once, saved and loaded too."""
     model = llama(hidden_size=64, intermediate_size=128, num_hidden_layers=1).to(torch.bfloat16)
     library, parts = (dense(model) for _ in range(2))
     with_library(library)
     with torch.no_grad():
         found, expected = (said(one, prompt(one)) for one in (library, parts))
-    assert taken(library) == 1
+        library.save(tmp_path / "saved")
+        again = sc.load(tmp_path / "saved", model=model)
+        assert torch.equal(said(again, prompt(again)), found)
+    assert taken(library) == taken(again) == 1
     torch.testing.assert_close(found, expected, rtol=3e-2, atol=1e-2)
+    for one in (library, again):
+        assert one.step is not None
+        assert sum(tensor.numel() for tensor in one.step.library.own) < 1024, "zeros in the place of biases"
 
 
 def dense(model: nn.Module) -> CompiledModel:
@@ -287,8 +318,9 @@ def test_attention_of_a_step() -> None:
     torch.testing.assert_close(found[1:], expected)
 
 
-def choice(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch, times: dict[int, tuple[float, float]]) -> step_choice.Choice:
-    """What is chosen at these milliseconds (by parts, by the library) of so many texts."""
+def choice(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch, times: dict[int, tuple[float, float]],
+           anew: bool = False) -> step_choice.Choice:
+    """Chosen at these milliseconds (by parts, by the library) of so many texts; of the library that there is, or of one that is built anew."""
     rounds = iter(times.values())
 
     def interleave(forms: Any, **_: Any) -> dict[str, Timing]:
@@ -299,11 +331,16 @@ def choice(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.Monkey
     monkeypatch.setattr(step_choice, "interleave", interleave)
     parts = pair[1]
     assert parts.target is not None
+    if not anew:
+        assert parts.step is not None
+        there = parts.step.library
+        monkeypatch.setattr(step_choice, "step_graph", lambda _: None)
+        monkeypatch.setattr(step_choice, "build_step", lambda *_: there)
     return choose_step(parts.program, parts.model, parts.target)
 
 
 def test_the_faster_way_is_kept(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = choice(pair, monkeypatch, {1: (4.0, 1.0), 2: (4.0, 2.0), 4: (4.0, 5.0)})
+    chosen = choice(pair, monkeypatch, {1: (4.0, 1.0), 2: (4.0, 2.0), 4: (4.0, 5.0)}, anew=True)
     assert chosen.step is not None
     assert chosen.step.most == 2
     assert "one library for batches up to 2: a token takes 1.00 ms, and 4.00 ms part by part" in chosen.told
@@ -351,13 +388,14 @@ def test_a_model_that_rounding_moves_as_far_has_its_library(pair: tuple[Compiled
 
 def test_models_without_a_step() -> None:
     """The report says why, and nothing else happens."""
-    recipe = Pipeline.parse("select_blocks(always=(SlidingWindow(window=4),), block_q=2, block_k=2, dense_below=1) | pack() | lower(rounds=1)")
-    blocks = sc.compile(MODEL, {"input_ids": torch.randint(1, 96, (2, 7))}, dynamic=DYNAMIC, decoding="library", recipe=recipe)
+    recipe = Pipeline.parse("select_blocks(always=(SlidingWindow(window=4),), block_q=2, block_k=2, dense_below=1) | pack()")
+    model = llama(num_hidden_layers=1)
+    blocks = sc.compile(model, {"input_ids": torch.randint(1, 96, (2, 7))}, dynamic=DYNAMIC, decoding="library", recipe=recipe)
     assert blocks.step is None
     assert blocks.report().decoding.startswith("part by part: ")
     assert "attends to some of the keys only" in blocks.report().decoding
-    whole = sc.compile(MODEL, {"input_ids": torch.randint(1, 96, (2, 7)), "use_cache": False}, dynamic=DYNAMIC, decoding="library",
-                       recipe=Pipeline.parse("pack() | lower(rounds=1)"))
+    whole = sc.compile(model, {"input_ids": torch.randint(1, 96, (2, 7)), "use_cache": False}, dynamic=DYNAMIC, decoding="library",
+                       recipe=Pipeline.parse("pack()"))
     assert whole.step is None
     assert whole.report().decoding == ""
     with pytest.raises(ModelError, match="captured whole"):
@@ -367,7 +405,7 @@ def test_models_without_a_step() -> None:
 def test_a_large_model_has_its_library_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(compile_job, "choose_step", lambda *given: asked.append(given) or step_choice.Choice(None, "asked"))  # type: ignore[func-returns-value]
-    model, ids = llama(hidden_size=64, intermediate_size=128, num_hidden_layers=1), {"input_ids": torch.randint(1, 96, (2, 7))}
+    model, ids = llama(num_hidden_layers=1), {"input_ids": torch.randint(1, 96, (2, 7))}
     for least, told in ((step_choice.WORTH, ""), (1, "asked")):
         monkeypatch.setattr(step_choice, "WORTH", least)
         assert sc.compile(model, ids, recipe=Pipeline.parse("pack()"), dynamic=DYNAMIC).report().decoding == told
