@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import InputError
+from .fold import is_constant, is_mask_product
 from .program import Region, get_tensor
 
 aten = torch.ops.aten
@@ -37,6 +38,27 @@ def masked_weight(region: Region, node: fx.Node) -> MaskedWeight | None:
     weight = next(name for name in names if name not in masks)
     same = get_tensor(region.module, weight).shape == get_tensor(region.module, masks[0]).shape
     return MaskedWeight(product, weight, masks[0]) if same else None
+
+
+def mask_product(region: Region, node: fx.Node) -> tuple[fx.Node, str] | None:
+    """What an op reads as its weight, where that is a constant, of whatever parts, times a bool buffer of its shape: it, and the mask's name."""
+    product = node.kwargs.get("weight") if node.op == "call_function" else None
+    if not isinstance(product, fx.Node) or not is_mask_product(region, product) or not is_constant(product):
+        return None
+    masks = [one for one in product.all_input_nodes if one.op == "get_attr" and one.meta["val"].dtype == torch.bool]
+    weights = [one for one in product.all_input_nodes if one not in masks]
+    same = len(masks) == len(weights) == 1 and weights[0].meta["val"].shape == masks[0].meta["val"].shape
+    return (weights[0], str(masks[0].target)) if same else None
+
+
+def gate_products(region: Region) -> Iterator[tuple[fx.Node, str]]:
+    """(gate * mask, name of the gate): a float parameter times a bool buffer of its shape, which multiplies values and is nobody's weight."""
+    for node in region.graph.nodes:
+        sources = node.all_input_nodes if is_mask_product(region, node) else []
+        if len(sources) == 2 and all(one.op == "get_attr" for one in sources) and sources[0].meta["val"].shape == sources[1].meta["val"].shape:
+            gates = [one for one in sources if one.meta["val"].is_floating_point()]
+            if len(gates) == 1 and node.users and all(user.target is aten.mul.Tensor and not is_constant(user) for user in node.users):
+                yield node, str(gates[0].target)
 
 
 class Masked(nn.Module):

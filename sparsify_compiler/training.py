@@ -18,7 +18,7 @@ from .passes_api import Context, Pass, Preserves
 from .program import Region, Site
 
 KNOWN = "known in training"  # statistics of the calibration that a pass needs while it acts there: name -> tensor
-Layer = tuple[Tensor, Tensor] | Packed  # of a trained module: the weight and its mask, or the two as values in a storage format
+Layer = tuple[Callable[[], Tensor], Tensor] | Packed  # of a trained module: its weight as it is by now, and its mask; or both in a storage format
 LOWEST = -1e9  # a score that stands for minus infinity, and has gradients
 META = "training"  # in a node's metadata: the passes that act on it in training
 
@@ -218,13 +218,13 @@ class Hook:
         return {path: one.stored.mask() if isinstance(one, Packed) else one[1] for path, one in self._layers.items()}
 
     def mask_of(self, weight: Tensor) -> Tensor | None:
-        """The mask of a parameter of the module, bool of its shape; None where it has none, or is packed."""
-        return next((one[1] for one in self._layers.values() if not isinstance(one, Packed) and one[0] is weight), None)
+        """The mask of a parameter of the module, bool of its shape; None where it has none, or is packed, or is a part of what a mask is over."""
+        return next((one[1] for one in self._layers.values() if not isinstance(one, Packed) and one[0]() is weight), None)
 
     def weights(self) -> dict[str, Tensor]:
         """Path of each masked layer -> its weight as a dense tensor of its own, zeros where nothing is kept: for who goes on without us."""
         with torch.no_grad():
-            return {path: one.stored.decode() if isinstance(one, Packed) else one[0] * one[1] for path, one in self._layers.items()}
+            return {path: one.stored.decode() if isinstance(one, Packed) else one[0]() * one[1] for path, one in self._layers.items()}
 
     @property
     def activations(self) -> dict[str, Tensor]:

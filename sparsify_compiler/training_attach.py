@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .call import instantiate, own_tensors
 from .capture_batch import captured_for_any_batch
 from .compile import as_pipeline, read_batches
 from .errors import InputError
-from .masked import Masked, masked_weight
+from .masked import Masked, mask_product
 from .normal_form_edit import argument
 from .operands import packed_operator
 from .packed import put_packed
@@ -160,10 +161,20 @@ def _read(module: nn.Module, region: Region, node: fx.Node) -> Iterable[Tensor]:
 
 
 def _masked(module: nn.Module, program: Program) -> dict[str, Layer]:
-    """Path of each masked layer -> its weight and mask in the trained module."""
-    found = ((region, node, masked_weight(region, node)) for region, node in program.nodes())
-    return {_path_of(node): (get_tensor(module, region.qualified(names.weight)), get_tensor(module, region.qualified(names.mask)))
-            for region, node, names in found if names is not None}
+    """Path of each masked layer -> its weight and mask in the trained module; of a weight that is computed (of an adapter, say) what it is by now."""
+    found = ((region, node, mask_product(region, node)) for region, node in program.nodes())
+    return {_path_of(node): (partial(_now, module, region, parts[0]), get_tensor(module, region.qualified(parts[1])))
+            for region, node, parts in found if parts is not None}
+
+
+def _now(module: nn.Module, region: Region, node: fx.Node) -> Tensor:
+    """The value of a constant node of a region's graph, of the trained module's tensors."""
+    if node.op == "get_attr":
+        return get_tensor(module, region.qualified(str(node.target)))
+    given = {source: _now(module, region, source) for source in node.all_input_nodes}
+    assert callable(node.target)
+    value: Tensor = node.target(*fx.map_arg(node.args, given.__getitem__), **fx.map_arg(node.kwargs, given.__getitem__))
+    return value
 
 
 def _path_of(node: fx.Node) -> str:

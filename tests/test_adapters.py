@@ -101,6 +101,33 @@ def test_a_packed_subset_is_all_that_the_optimizer_sees() -> None:
         torch.testing.assert_close(packed.weights()[name], weight, rtol=1e-3, atol=1e-4)
 
 
+OVER_ADAPTERS = {"sqft": sc.recipes.sqft(0.5, rank=2), "pst": sc.recipes.pst(0.5, rank=2, scores=2, steps=6),
+                 "spp": sc.Pipeline.parse(f"{MASKED} | add_adapters(adapter='row_by_column')")}
+
+
+@pytest.mark.parametrize("recipe", OVER_ADAPTERS.values(), ids=OVER_ADAPTERS)
+def test_a_hook_knows_masks_and_weights_that_adapters_are_a_part_of(recipe: sc.Pipeline) -> None:
+    """As they are by now: what a dense layer would need to do the same."""
+    torch.manual_seed(0)
+    module, hook = sc.attach(net(), (X,), recipe, calibration=[(X,)])
+    assert set(hook.masks) == {"0", "2"}
+    optimizer = torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], 1e-2, weight_decay=0)
+    for _ in range(8):
+        (module(X).square().mean() + hook.loss()).backward()
+        optimizer.step()
+        hook.step(optimizer)
+        optimizer.zero_grad()
+    dense, biases = hook.weights(), dict(net().named_parameters())
+    for name, mask in hook.masks.items():
+        assert mask is module.get_buffer(f"{name}.weight_mask")
+        assert not bool(dense[name][~mask].any())
+        assert float(mask.double().mean()) == pytest.approx(0.5, abs=0.01)
+    with torch.no_grad():
+        expected = functional.linear(functional.relu(functional.linear(X, dense["0"], biases["0.bias"])), dense["2"], biases["2.bias"])
+        torch.testing.assert_close(module(X), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(dense["2"], biases["2.weight"] * hook.masks["2"])
+
+
 def test_a_subset_lies_inside_of_the_mask() -> None:
     """As many places as were asked for, whatever the score says of those that are not kept."""
     _, hook = sc.attach(net(), (X,), f"{MASKED} | train_subset(density=0.25, score='random')")

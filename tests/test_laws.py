@@ -233,7 +233,7 @@ def test_the_result_saves_and_loads(name: str, tmp_path: Any) -> None:
 
 
 # What two linear layers do not have, a residual stream for one: recipe -> the pass whose example has it.
-ACTS_ON = {"slicegpt": "rotate_stream"}
+ACTS_ON = {"slicegpt": "rotate_stream", "pat": "rotate_stream"}
 
 
 @every_recipe

@@ -11,22 +11,26 @@ from sparsify_compiler.axis_follow import Follow
 from sparsify_compiler.channel_cut import cut_channels
 from sparsify_compiler.channel_groups import Group, find_groups
 from sparsify_compiler.fold import erase_dead, evaluate, is_mask_product
+from sparsify_compiler.normal_form_edit import aten, is_call
 from sparsify_compiler.passes.prune._smaller import write_rows
 from sparsify_compiler.passes.prune._units import Units
 from sparsify_compiler.passes_api import Context, Pass
 from sparsify_compiler.program import Program, Region, get_tensor
+from sparsify_compiler.silent_units import silent_units
 
 
 @dataclass(frozen=True)
 class DropDeadChannels(Pass):
     """Drop every unit of a dependency group (neuron, head, filter) whose weights are zero in all linears and convolutions that read it.
 
-    Matches    linear(f(linear(x, w1, b1)), w2, b2) and conv(f(conv(x, w1, b1)), w2, b2), columns of w2 zero; f any ops that keep channels apart
+    Matches    linear(f(linear(x, w1, b1)), w2, b2) and conv(f(conv(x, w1, b1)), w2, b2), columns of w2 zero; f any ops that keep channels apart.
+               Or what these columns read is zero: rows of w1 and b1, or of a gate behind them, and f(0) = 0
     Rewrites   the same with those columns of w2, rows of w1, entries of b1 and of the norms between gone; a mask that keeps all then goes too
     Preserves  values, up to float reassociation
     Paper      none: what every structured mask needs to pay, as in CFSP, arXiv:2409.13199
 
-    One unit stays of a group that is dead altogether. Groups over whose units a norm goes are left alone: it would see fewer features.
+    One unit stays of a group that is dead altogether. Groups over whose units a norm goes are left alone, which would see fewer features; but an
+    rms_norm of units that are zero is the same over the others.
     `sparsify why drop_dead_channels model` tells of every group that cannot shrink the reason.
     """
 
@@ -34,10 +38,10 @@ class DropDeadChannels(Pass):
         groups = find_groups(program)
         masks: dict[str, Tensor] = {}
         for group in groups.groups:
-            alive = _alive(groups.found, group) if group.fixed is None and group.exact else None
+            alive = _alive(groups.found, group) if group.fixed is None and any(member.reads for member in group.members) else None
             if alive is not None and not bool(alive.all()) and group.size > 1 and ctx.spend():
                 masks[group.path] = alive
-            elif alive is None:
+            elif alive is None or not group.exact:
                 reason = group.fixed or "a norm goes over them, or nothing reads them"
                 ctx.miss(f"its {group.size} {group.kind} stay: {reason}", group.path)
         gone = [group for group in groups.groups if group.path in masks]
@@ -53,8 +57,11 @@ class DropDeadChannels(Pass):
 
 
 def _alive(found: Follow, group: Group) -> Tensor:
-    """bool [units]: which are read with a weight that is not zero; the first one at least."""
+    """bool [units]: which are read with a weight that is not zero where they are not zero; the first one at least."""
     alive = torch.zeros(group.size, dtype=torch.bool)
+    silent: dict[fx.Node, Tensor] = {}
+    for region in {member.region.path: member.region for member in group.members}.values():
+        silent |= silent_units(region, found, group.atom)
     for member in group.members:
         for op in member.reads:
             source = op.kwargs["weight"]
@@ -62,7 +69,13 @@ def _alive(found: Follow, group: Group) -> Tensor:
             weight = evaluate(member.region, source)
             units = found.axes.units(found.values[source][1] or (), group.atom)
             used = (weight != 0).movedim(1, 0).flatten(1).any(1).cpu() & (units >= 0)
-            alive[units[used]] = True
+            read = torch.zeros(group.size, dtype=torch.bool)
+            read[units[used]] = True
+            alive |= read & ~silent.get(op.kwargs["input"], torch.zeros_like(read))  # type: ignore[arg-type]
+    for kind, axis, _, node in found.marks if not group.exact else ():
+        if kind == "normed" and group.atom in found.axes.leaves(axis):
+            given = silent.get(node.kwargs["input"]) if is_call(node, aten.rms_norm.default) else None  # the mean of a layer_norm would be of fewer
+            alive |= torch.ones_like(alive) if given is None else ~given
     if not bool(alive.any()):
         alive[0] = True
     return alive

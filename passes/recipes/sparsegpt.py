@@ -15,7 +15,9 @@ def sparsegpt(structure: Structure | str = "unstructured", density: float | None
     """Layer by layer, cut weights from left to right and make up for each with those to its right; needs calibration.
 
     `inputs` as in mask_weights: "block" is the authors' order, "pruned" also lets the layers of one block see each other cut, "dense" is for
-    models that cannot be captured whole.
+    models that cannot be captured whole. Under attach() the zeros stay while the rest trains on, as in Sparse Llama (Agarwalla et al., Enabling
+    High-Sparsity Foundational Llama Models with Efficient Pretraining and Deployment, arXiv:2405.03594); recover(losses=("squarehead",)) fine-tunes
+    them so (Sparse Finetuning for Inference Acceleration of Large Language Models, Kurtic et al., arXiv:2310.06927).
 
     Paper      SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, Frantar and Alistarh, arXiv:2301.00774
     """

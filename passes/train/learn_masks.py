@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.errors import ParseError
-from sparsify_compiler.masked import Masked, masked_weight, tap_product
+from sparsify_compiler.masked import Masked, gate_products, masked_weight, tap_product
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._chosen import Chosen
@@ -18,7 +19,8 @@ from sparsify_compiler.passes.train._learner import Learner
 from sparsify_compiler.passes.train.choosers._base import Chooser
 from sparsify_compiler.passes.train.move_masks import KINDS
 from sparsify_compiler.passes_api import Context
-from sparsify_compiler.program import Program, Region, get_tensor, set_tensor
+from sparsify_compiler.program import Program, Region, Site, get_tensor, set_tensor
+from sparsify_compiler.selectors import select
 from sparsify_compiler.sites import chosen_sites
 from sparsify_compiler.training import Marked, Part, TrainingPass
 
@@ -27,10 +29,12 @@ from sparsify_compiler.training import Marked, Part, TrainingPass
 class LearnMasks(TrainingPass):
     """Freeze the weights, and let scores learn which of them are kept, within the structure and at the density of the mask that is there.
 
-    Matches    linear(x, weight * mask, bias) and conv(x, weight * mask, bias, ...), mask a bool buffer, as mask_weights() leaves it
+    Matches    linear(x, weight * mask, bias) and conv(x, weight * mask, bias, ...), mask a bool buffer, as mask_weights() leaves it;
+               y * (gate * mask), as gate_channels() leaves it
     Rewrites   nothing: it marks the masks that hook.step() of sc.attach() moves, and freezes
     Preserves  values
-    Paper      none: the frame that MaskLLM (arXiv:2409.17481), Lottery Jackpots (arXiv:2104.08700) and PST (arXiv:2205.11005) fill in
+    Paper      none: the frame that MaskLLM (arXiv:2409.17481), Lottery Jackpots (arXiv:2104.08700), PST (arXiv:2205.11005) and PAT
+               (arXiv:2408.14721) fill in
 
     chooser    a file of passes/train/choosers with its options, "gumbel(prior=3.0)" or "top_k": its scores are among the module's parameters
     until      the step of the last choice. From there on the mask stays, and forward passes of training multiply with it too, as all others do
@@ -41,7 +45,8 @@ class LearnMasks(TrainingPass):
     sparsity   a schedule that multiplies the layer's sparsity, "cubic(end=700)", for choosers whose masks can thin out: factored, top_k(power=0.0)
     structure  of the masks; None for that with which mask_weights() made them (unstructured, where the mask was there)
     seed       of noise
-    targets    selectors of linear and convolution sites; all that have a mask by default
+    of         the masks of "weights" or of "gates"
+    targets    selectors of linear and convolution sites, or of gates by their names; all that have a mask by default
     ignore     selectors of sites whose masks stay
 
     A weight that add_adapters(), behind this pass, makes of a frozen one and an adapter inside of the mask is chosen from as well.
@@ -59,6 +64,7 @@ class LearnMasks(TrainingPass):
     seed: int = 0
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    of: Literal["weights", "gates"] = "weights"
 
     def __post_init__(self) -> None:
         Named.parse("schedule", self.sparsity)(0)
@@ -69,6 +75,8 @@ class LearnMasks(TrainingPass):
             object.__setattr__(self, "structure", Structure.parse(self.structure))
         if self.every < 1 or self.until < 1:
             raise ParseError(f"every and until are 1 or more, got {self.every} and {self.until}", where="learn_masks")
+        if self.of not in ("weights", "gates"):
+            raise ParseError(f"of is 'weights' or 'gates', not {self.of!r}", where="learn_masks")
         if not 0 <= self.reward < float("inf"):
             raise ParseError(f"reward is a number of 0 or more, got {self.reward}", where="learn_masks")
         self.take_selectors("targets", "ignore")
@@ -79,19 +87,34 @@ class LearnMasks(TrainingPass):
         return found
 
     def run(self, program: Program, ctx: Context) -> Program:
-        for site in chosen_sites(program, KINDS, self.targets, self.ignore):
-            region = program.regions[site.region]
-            found = masked_weight(region, region.node(site.roles["op"]))
-            if found is None:
-                ctx.miss("its weight has no mask", site.path)
-                continue
+        for region, site, product, weight in list(self._products(program, ctx)):
             before = ctx.rewrites
-            self.mark(found.product, site, ctx)
+            self.mark(product, site, ctx)
             if ctx.rewrites > before and self.freeze:
                 freeze(program, ())
             elif ctx.rewrites > before:
-                set_tensor(region.module, found.weight, nn.Parameter(get_tensor(region.module, found.weight).detach(), requires_grad=False))
+                set_tensor(region.module, weight, nn.Parameter(get_tensor(region.module, weight).detach(), requires_grad=False))
         return program
+
+    def _products(self, program: Program, ctx: Context) -> Iterator[tuple[Region, Site, fx.Node, str]]:
+        """The products whose masks are learnt, with their sites and the names of what is masked."""
+        if self.of == "gates":
+            found = {region.qualified(gate): (region, product, gate)
+                     for region in program.regions.values() for product, gate in gate_products(region)}
+            sites = [Site("gate", path, region.path, {}) for path, (region, _, _) in found.items()]
+            for site in select(sites, self.targets, self.ignore) if found else ():
+                region, product, gate = found[site.path]
+                yield region, site, product, gate
+            if not found:
+                ctx.miss("the model has no gates")
+            return
+        for site in chosen_sites(program, KINDS, self.targets, self.ignore):
+            region = program.regions[site.region]
+            masked = masked_weight(region, region.node(site.roles["op"]))
+            if masked is None:
+                ctx.miss("its weight has no mask", site.path)
+            else:
+                yield region, site, masked.product, masked.weight
 
     def tap(self, region: Region, name: str, node: fx.Node) -> Masked:
         found = _choice_of(region, node)

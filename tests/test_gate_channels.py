@@ -1,0 +1,226 @@
+"""Gates of channels: shut from the start, learnt, and in the end a smaller dense model with the same values."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from training_help import assert_resumes
+
+import sparsify_compiler as sc
+from sparsify_compiler.call import instantiate
+from sparsify_compiler.errors import InputError, ParseError, UnknownNameError
+from sparsify_compiler.masked import gate_products
+from sparsify_compiler.passes.prune.gate_channels import GateChannels
+from sparsify_compiler.passes.prune.structures._base import Structure
+from sparsify_compiler.passes.train.choosers._base import Choice
+from sparsify_compiler.passes.train.choosers.sigmoid import Sigmoid
+from sparsify_compiler.passes.train.weight_losses.orthonormal import orthonormal
+from sparsify_compiler.training import Hook
+
+IDS = torch.randint(0, 40, (6, 5), generator=torch.Generator().manual_seed(1))
+WANTED = torch.randint(0, 40, (6, 5), generator=torch.Generator().manual_seed(2))
+SMALLER = "merge_adapters() | drop_dead_channels() | fold_scale()"
+
+
+class Language(nn.Module):
+    """A stream of 16 features between a table and a head, with two FFNs behind RMSNorms (or LayerNorms)."""
+
+    def __init__(self, norm: type[nn.Module] = nn.RMSNorm) -> None:
+        super().__init__()
+        self.table, self.head, self.last = nn.Embedding(40, 16), nn.Linear(16, 40, bias=False), norm(16)
+        self.layers = nn.ModuleList(nn.ModuleDict({"norm": norm(16), "up": nn.Linear(16, 32), "down": nn.Linear(32, 16)}) for _ in range(2))
+        for one in self.modules():
+            if isinstance(one, norm):
+                nn.init.uniform_(one.weight, 0.5, 1.5)  # type: ignore[arg-type]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        for layer in self.layers:
+            x = x + layer["down"](functional.gelu(layer["up"](layer["norm"](x))))  # type: ignore[index]
+        y: Tensor = self.head(self.last(x))
+        return y
+
+
+def language(norm: type[nn.Module] = nn.RMSNorm) -> nn.Module:
+    torch.manual_seed(0)
+    return Language(norm).eval()
+
+
+def step(module: nn.Module, hook: Hook, optimizer: torch.optim.Optimizer) -> float:
+    loss = functional.cross_entropy(module(IDS).flatten(0, 1), WANTED.flatten()) + hook.loss()
+    loss.backward()
+    optimizer.step()
+    hook.step(optimizer)
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def attached(recipe: str | sc.Pipeline, rate: float = 1e-2) -> tuple[nn.Module, Hook, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    module, hook = sc.attach(language(), (IDS,), recipe)
+    return module, hook, torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], rate, weight_decay=0)
+
+
+def smaller(module: nn.Module) -> nn.Module:
+    return instantiate(sc.Pipeline.parse(SMALLER).run(sc.capture(module.eval(), (IDS,))))
+
+
+def gates(module: nn.Module) -> Tensor:
+    return next(one for name, one in module.named_buffers() if name.endswith("_mask"))
+
+
+def test_a_stream_has_one_mask_and_gates_that_are_open_change_nothing() -> None:
+    program = sc.Pipeline.parse("gate_channels(density=0.75, targets=('stream',), sides='writers')").run(sc.capture(language(), (IDS,)))
+    (region,) = program.regions.values()
+    ((product, _),) = gate_products(region)
+    assert len(product.users) == 3
+    module = instantiate(program)
+    mask = gates(module)
+    assert int(mask.sum()) == 12
+    with torch.no_grad():
+        mask.fill_(True)
+        torch.testing.assert_close(module(IDS), language()(IDS))
+
+
+def test_pat_ends_as_a_smaller_dense_model_with_the_same_values() -> None:
+    module, hook, optimizer = attached(sc.recipes.pat(0.75, rank=2, mixing=4, steps=20))
+    start, losses = gates(module).clone(), [step(module, hook, optimizer) for _ in range(30)]
+    assert losses[-1] < losses[0]
+    assert int(gates(module).sum()) == 12
+    assert not torch.equal(start, gates(module)), "nothing was learnt"
+    found = smaller(module)
+    shapes = {name: tuple(one.shape) for name, one in found.named_parameters()}
+    assert sorted(shape for shape in shapes.values() if len(shape) == 2) == sorted([(40, 12), (40, 12), (32, 12), (32, 12), (12, 32), (12, 32)]) or \
+        {16} & {size for shape in shapes.values() for size in shape} == set()
+    assert not [one for one in found.buffers() if one.dtype == torch.bool]
+    with torch.no_grad():
+        torch.testing.assert_close(found(IDS), module(IDS), rtol=1e-4, atol=1e-5)
+
+
+def test_only_adapters_and_scores_train_and_scores_do_move() -> None:
+    module, hook, optimizer = attached(sc.recipes.pat(0.5, rank=2, mixing=4, steps=20))
+    before = {name: one.detach().clone() for name, one in module.named_parameters()}
+    for _ in range(4):
+        step(module, hook, optimizer)
+    moved = {name for name, one in module.named_parameters() if not torch.equal(one, before[name])}
+    assert moved
+    assert all("mixing_" in name or "low_rank_" in name or "scores" in name for name in moved)
+    assert any("scores" in name for name in moved)
+    assert {name for name in moved if "mixing_" in name} == {f"layers.{i}.down.mixing_{part}" for i in (0, 1) for part in ("reads", "writes")}
+
+
+def test_the_identity_loss_makes_rows_orthonormal() -> None:
+    """Alone, with its weight; without it they do not become so."""
+    sizes = {}
+    for weight in (10.0, 0.0):
+        module, hook, optimizer = attached(sc.recipes.pat(0.75, rank=2, mixing=4, steps=50, identity=weight), 2e-2)
+        for _ in range(60):
+            step(module, hook, optimizer)
+        sizes[weight] = float(orthonormal([one.detach() for name, one in module.named_parameters() if name.endswith("mixing_reads")], 0))
+    assert sizes[10.0] < 0.02 < sizes[0.0]
+
+
+def test_a_run_that_is_resumed_is_the_same_to_the_bit() -> None:
+    assert_resumes(partial(attached, sc.recipes.pat(0.75, rank=2, mixing=4, steps=6)), step, 3, 4)
+
+
+def test_features_under_a_layer_norm_stay() -> None:
+    """Its mean would be of fewer."""
+    program = sc.Pipeline.parse("gate_channels(density=0.75, targets=('stream',), sides='writers') | drop_dead_channels()").run(
+        sc.capture(language(nn.LayerNorm), (IDS,)))
+    assert instantiate(program).get_parameter("table.weight").shape == (40, 16)
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.Sigmoid()])
+def test_neurons_that_are_shut_go_where_nothing_becomes_of_zero(act: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), act, nn.Linear(12, 4)).eval()
+    x = torch.randn(5, 8)
+    gated = sc.Pipeline.parse("gate_channels(density=0.5)").run(sc.capture(model, (x,)))
+    found = instantiate(sc.Pipeline.parse("drop_dead_channels() | fold_scale()").run(gated))
+    assert found.get_parameter("2.weight").shape[1] == (12 if isinstance(act, nn.Sigmoid) else 6)
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), instantiate(gated)(x))
+
+
+def test_filters_have_gates_and_go() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3)).eval()
+    x = torch.randn(2, 1, 14, 14)
+    gated = sc.Pipeline.parse("gate_channels(density=0.5)").run(sc.capture(model, (x,)))
+    found = instantiate(sc.Pipeline.parse("drop_dead_channels() | fold_scale()").run(gated))
+    assert sorted(one.shape[0] for one in found.parameters() if one.dim() == 4) == [3, 4]
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), instantiate(gated)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_places_are_shut_in_all_filters_and_are_learnt() -> None:
+    """The image is empty in its left half: what is learnt lies in the right one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 2)).eval()
+    x = torch.zeros(16, 1, 8, 8)
+    x[:, :, :, 4:] = torch.randn(16, 1, 8, 4)
+    wanted = (x.sum((1, 2, 3)) > 0).long()
+    module, hook = sc.attach(model, (x,), sc.recipes.sparse_places(0.5, steps=30))
+    mask = gates(module)
+    assert tuple(mask.shape) == (1, 1, 8, 8)
+    assert int(mask.sum()) == 32
+    before = int(mask[..., 4:].sum())
+    optimizer = torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], 2e-2, weight_decay=0)
+    for _ in range(40):
+        (functional.cross_entropy(module(x), wanted) + hook.loss()).backward()
+        optimizer.step()
+        hook.step(optimizer)
+        optimizer.zero_grad()
+    assert int(mask.sum()) == 32
+    assert int(mask[..., 4:].sum()) > before
+    assert any(one.dim() == 4 and one.shape[0] == 4 and one.requires_grad for one in module.parameters())
+
+
+def test_a_sum_with_a_number_is_not_silent() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.down(self.up(x) + 1)
+            return y
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 8)
+    gated = sc.Pipeline.parse("gate_channels(density=0.5)").run(sc.capture(Shifted().eval(), (x,)))
+    found = instantiate(sc.Pipeline.parse("drop_dead_channels()").run(gated))
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), instantiate(gated)(x))
+    assert found.get_parameter("down.weight").shape[1] == 12
+
+
+def test_the_chooser_keeps_as_many_as_are_asked_for_and_becomes_a_step() -> None:
+    scores = torch.randn(1, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float32)
+    chooser, choice = Sigmoid(), Choice(Structure.parse("unstructured"), 0.3)
+    mask = chooser.mask(scores, torch.ones(1, 20, dtype=torch.bool), choice)
+    assert int(mask.sum()) == 6
+    assert bool((scores[mask].min() > scores[~mask].max()).all())
+    soft = {p: chooser.soft(scores, mask, Choice(choice.structure, 0.3, p)) for p in (0.0, 0.5, 1.0)}
+    assert bool((soft[0.0] > 0.55).all())
+    assert bool(((soft[1.0] > 0.5) == mask).all())
+    away = [float((soft[p] - mask.float()).abs().mean()) for p in (1.0, 0.5, 0.0)]
+    assert away == sorted(away)
+
+
+def test_bad_input_is_told() -> None:
+    with pytest.raises(ParseError, match="repair"):
+        GateChannels(repair="least_squares")
+    with pytest.raises(UnknownNameError):
+        GateChannels(adapter="mixture")
+    with pytest.raises(InputError, match="steepness"):
+        sc.Pipeline.parse("learn_masks(chooser='sigmoid(steepness=(0.0, 1.0))', of='gates')")
+    with pytest.raises(ParseError, match="'weights' or 'gates'"):
+        sc.Pipeline.parse("learn_masks(of='heads')")
+
+
