@@ -223,7 +223,8 @@ def test_of_scores_that_are_alike_no_more_experts_are_used_than_were_asked_for()
 
 
 def test_bad_input() -> None:
-    assert set(catalog.names("adapter")) == {"bottleneck", "group_sums", "low_rank", "masked_low_rank", "routed_low_rank", "row_by_column"}
+    assert set(catalog.names("adapter")) == {"bottleneck", "group_sums", "low_rank", "masked_low_rank", "mixing", "routed_low_rank",
+                                              "row_by_column"}
     for text, why in (("bottleneck(activation='tanhh')", "relu, gelu, silu"), ("bottleneck(spread=0.0)", "spread above 0"),
                       ("routed_low_rank(experts=2, chosen=3)", "3 of 2"), ("routed_low_rank(rank=0)", "1 or more")):
         with pytest.raises(ParseError, match=why):

@@ -265,4 +265,4 @@ def test_bad_options() -> None:
         attached("mask_weights(structure='2:4') | shrink_groups()")
     with pytest.raises(InputError, match="packed"):
         attached("mask_weights(density=0.25) | penalise_weights() | pack()")
-    assert set(catalog.names("weight loss")) == {"hyper_sparse", "l1"}
+    assert set(catalog.names("weight loss")) == {"hyper_sparse", "l1", "orthonormal"}
