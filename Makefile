@@ -21,7 +21,7 @@ test-slow: $(READY)  ## the tests that need minutes
 	$(BIN)/python -m pytest -m slow
 
 # Needs qemu-aarch64 (Debian: qemu-user). Tests of kernels that run here for this machine run there for others: all of them for the least that any
-# 64-bit Arm has and for one with everything, those of layers for each of the others.
+# 64-bit Arm has and for one with everything; a case of every kernel in every dtype for each (tests/test_matrix.py).
 KERNELS := tests/test_kernels.py tests/test_streams.py tests/test_attend_kernels.py tests/test_planes.py tests/test_experts_kernels.py \
 	tests/test_slices.py tests/test_select_inputs.py tests/test_select_neurons.py tests/test_select_inputs_ffn.py tests/test_predicted_ffn.py
 KERNEL_TESTS := numbers or any_shape or strips or any_mask or any_tensor or attend_kernels or geometry or depthwise or kernel_is or streams
@@ -30,7 +30,7 @@ test-arm: $(READY)  ## the tests of kernels for 64-bit Arm, under qemu
 	$(BIN)/python -m pytest -n auto -m "not slow" tests/test_arm.py tests/test_targets.py tests/test_board.py tests/test_every_target.py
 	$(BIN)/python -m pytest -n auto --dist loadfile -m arm tests/test_whole_graph_arm.py tests/test_whole_graph_real.py
 	for target in cortex-a53 neoverse-v2; do $(BIN)/python -m pytest -n auto --dist loadfile --target $$target $(KERNELS) -k "$(KERNEL_TESTS)" || exit 1; done
-	for target in cortex-a72 cortex-a76 neoverse-n1 neoverse-v1; do $(BIN)/python -m pytest -n auto --target $$target tests/test_kernels.py -k numbers || exit 1; done
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "arm or not arm" tests/test_matrix.py
 
 # What needs nvcc on PATH, and no GPU: every kernel compiled for sm_80 and sm_90, and emulated by the host's C++ compiler.
 test-cuda: $(READY)  ## the tests of kernels for NVIDIA GPUs, without one

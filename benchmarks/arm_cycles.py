@@ -68,13 +68,14 @@ class Loop:
         return sum(line.split()[0].startswith(("ld", "st")) and "[sp" in line for line in self.lines)
 
 
-def cases(cut_for: Vectors) -> Iterator[tuple[str, str, Any]]:
-    """Name, what bounds it, and schedule."""
+def cases(cut_for: Vectors, pairs: bool) -> Iterator[tuple[str, str, Any]]:
+    """Name, what bounds it, and schedule; pairs: the machine multiplies two of bfloat16 an instruction."""
     for r in (16, 8, 4, 2, 1):
         layout = Layout(r, "float32", "int16")
         vectors, most = lanes.tile_of(layout, cut_for)
         yield f"lanes, panel r={r}", "compute" if r >= 4 else "loads", Panel(layout, vectors, True, False, cut_for, most)
-    yield "lanes, panel r=16 bfloat16", "compute", Panel(Layout(16, "bfloat16", "int16"), 2, True, False, cut_for, 8)
+    for r, vectors, most in ((16, 2, 8), (4, 4, 4)):
+        yield f"lanes, panel r={r} bfloat16", "compute", Panel(Layout(r, "bfloat16", "int16"), vectors, True, pairs, cut_for, most)
     for r in (4, 2, 1):
         yield f"strips r={r}", "compute" if r >= 4 else "loads", StripPanel(StripLayout(r, "float32", "float32"), 2, NOTHING, cut_for)
     yield "attend, panel", "compute", AttendPanel(4, cut_for)
@@ -154,7 +155,7 @@ def modelled(loop: Loop, model: str, tool: str) -> Modelled:
 def rows_of(target: str, tool: str) -> Iterator[Mapping[str, Any]]:
     """What is found of each kernel."""
     model, pipes = MODELS[target]
-    for name, bound, schedule in cases(vectors_of(resolve(target))):
+    for name, bound, schedule in cases(vectors_of(resolve(target)), resolve(target).has("bf16")):
         loop = hottest(assembly(schedule, target))
         found = modelled(loop, model, tool)
         yield {"kernel": name, "bound": bound, "instructions": len(loop.lines), "multiply-adds": loop.multiply_adds, "cycles": found.cycles,

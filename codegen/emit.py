@@ -26,7 +26,7 @@ absolute, broadcast, cast_to, constant, halves = bits.absolute, bits.broadcast, 
 join, lane, let, pair, part = bits.join, bits.lane, bits.let, bits.pair, bits.part
 reinterpret, shuffle, transpose, upcast_high, upcast_low = bits.reinterpret, bits.shuffle, bits.transpose, bits.upcast_high, bits.upcast_low
 upcast_pairs, upper_half, vector_type, zero = bits.upcast_pairs, bits.upper_half, bits.vector_type, bits.zero
-pair_upper = bits.pair_upper
+interleave, pair_upper = bits.interleave, bits.pair_upper
 int32 = builder.int32
 floordiv, floormod = tirx.floordiv, tirx.floormod
 

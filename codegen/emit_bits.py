@@ -108,6 +108,13 @@ def pair(low: Expr, high: Expr, lanes: int) -> Expr:
     return tirx.reinterpret(vector_type("int32", lanes), word)
 
 
+def interleave(low: Expr, high: Expr, lanes: int) -> list[Expr]:
+    """The same of all lanes, as two vectors of words of the first and the last half of them."""
+    vectors = [let(low), let(high)]
+    order = [[tirx.const(number, "int32") for i in range(first, first + lanes // 2) for number in (i, i + lanes)] for first in (0, lanes // 2)]
+    return [let(tirx.reinterpret(vector_type("int32", lanes // 2), tirx.Shuffle(vectors, part))) for part in order]
+
+
 def pair_upper(low: Expr, high: Expr, lanes: int) -> Expr:
     """int32 words of the bfloat16 whose bits are the upper halves of two float32."""
     words = [reinterpret("uint32", value, lanes) for value in (low, high)]

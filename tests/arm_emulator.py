@@ -35,7 +35,7 @@ PROCESSORS = {"cortex-a53": "cortex-a53", "cortex-a72": "cortex-a72", "cortex-a7
               "neoverse-v2": "max,sve128=on,sve256=off"}
 SIZE = 1 << 28      # bytes of the file, which is sparse
 CODES = {torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.int64: (0, 64), torch.int32: (0, 32), torch.int16: (0, 16),
-         torch.int8: (0, 8), torch.uint8: (1, 8)}
+         torch.int8: (0, 8), torch.uint8: (1, 8), torch.bool: (6, 8)}
 
 
 def missing() -> str:

@@ -82,3 +82,22 @@ def test_what_is_offered_compiles(name: str, monkeypatch: pytest.MonkeyPatch) ->
     for schedules in found.values():
         for schedule in schedules:
             assert build.compile_binary(schedule.compute(), schedule.name, target)[:4] == b"\x7fELF"
+
+
+def test_bfloat16_is_multiplied_in_pairs_where_arm_can() -> None:
+    """By the instruction that takes one lane of the weights, once for every register of sums: LLVM's own way copies the lane first."""
+    import tvm
+
+    from sparsify_compiler.codegen.targets import tvm_target
+
+    stored = next(tensors for op, tensors, attributes, _ in _ops(torch.bfloat16) if op == "linear_bsr" and attributes["r"] == 16)
+    attributes = next(attributes for op, _, attributes, _ in _ops(torch.bfloat16) if op == "linear_bsr" and attributes["r"] == 16)
+    for name in ("cortex-a76", "neoverse-v1", "neoverse-v2"):
+        target = resolve(name)
+        found = runtime.candidates("linear_bsr", stored, attributes, torch.bfloat16, (64,), target)
+        (laid,) = [one.lay() for one in found if one.options["family"] == "lanes"]
+        schedule = next(one for variant, one in laid.variants.schedules.items() if variant.startswith("panel"))
+        text = tvm.compile(tvm.IRModule({"main": schedule.compute()}), target=tvm_target(target), tir_pipeline="tirx").mod.inspect_source("asm")
+        lanes = [line for line in text.splitlines() if "bfdot" in line]
+        assert bool(lanes) == target.has("bf16")
+        assert all("2h[" in line for line in lanes)

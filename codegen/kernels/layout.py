@@ -210,6 +210,26 @@ def factors(a: Arguments, layout: Layout, first: Any, count: int, part: Any, row
     return weight
 
 
+def pairs(a: Arguments, layout: Layout, first: Any, count: int, part: Any, rows: int) -> Callable[[int, int], Callable[[Any, Any], Any]]:
+    """The same of bfloat16, two columns' weights in a word: weight(pair of columns, row)(sums, inputs) are the sums with what they give."""
+    from sparsify_compiler.codegen import emit as e
+
+    width, start, r = e.lanes(), e.let(e.floordiv(first, 2)), layout.r
+    if not e.vectors().by_element:
+        def spread(u: int, row: int) -> Callable[[Any, Any], Any]:
+            word = e.let(e.broadcast(e.load(a.values, (start + u) * r + part + row), width))
+            return lambda total, x: e.external(e.vector_type("float32", width), "dot_bf16", total, x, word)
+
+        return spread
+    loaded = {(u, row): e.let(e.load(a.values, (start + u) * r + part + row, lanes=width))
+              for u in range(count // 2) for row in range(0, rows, width)}
+
+    def lane(u: int, row: int) -> Callable[[Any, Any], Any]:
+        return lambda total, x: e.external(e.vector_type("float32", width), f"dot_bf16_{row % width}", total, x, loaded[u, row - row % width])
+
+    return lane
+
+
 def pack_rows(a: Arguments, packed: Any, panels: Any, vectors: int, parallel: bool) -> None:
     """packed[panel][column][row] = x[row, column], as float32 or as the bits of bfloat16, and zeros in column K.
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsify_compiler.codegen import emit as e
-from sparsify_compiler.codegen.kernels.layout import OUTPUTS, Layout, arguments, factors, pack_rows
+from sparsify_compiler.codegen.kernels.layout import OUTPUTS, Layout, arguments, factors, pack_rows, pairs
 from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
 WIDEST = 16     # lanes
-DOT = Path(__file__).with_name("dot_bf16.ll")
+DOT, DOT_ARM = (Path(__file__).with_name(f"dot_bf16{machine}.ll") for machine in ("", "_arm"))
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Panel:
     layout: Layout
     vectors: int
     parallel: bool
-    dot: bool = False    # multiply bfloat16 pairs with AVX512_BF16: x stays bfloat16 when packed
+    dot: bool = False    # multiply bfloat16 pairs with AVX512_BF16, or BFDOT of Arm: x stays bfloat16 when packed
     cut_for: Vectors = AVX512
     most: int = OUTPUTS  # rows of a group whose sums are in registers at a time
     name = "panel"
@@ -58,7 +58,7 @@ def _body(how: Panel) -> None:
     outputs = e.let(e.floordiv(a.bias.shape[0], e.maximum(strips, 1))) if how.cut_for != AVX512 else None
     with e.loop(panels * strips, parallel=how.parallel) as task:
         panel, strip = e.let(e.floordiv(task, strips)), e.let(e.floormod(task, strips))
-        with e.llvm(DOT.read_text()) if how.dot else nullcontext():
+        with e.llvm((DOT_ARM if how.cut_for.by_element else DOT).read_text()) if how.dot else nullcontext():
             _strip(a, how, packed, panel, strip, outputs)
 
 
@@ -96,31 +96,32 @@ def _keep(how: Panel, finished: Any, half: int, first: Any, sums: list[list[e.Re
 def _group(a: Any, how: Panel, packed: Any, start: Any, group: Any, output: Any, part: Any, rows: int) -> list[list[e.Register]]:
     """The sums of some rows of one group, from number `part` on, which is `output`: [row][vectors] registers."""
     unroll, width = how.layout.unroll if rows * how.vectors < 8 else how.layout.step, e.lanes()
-    r, first, last = how.layout.r, e.let(e.load(a.pointers, group)), e.let(e.load(a.pointers, group + 1))
+    first, last = e.let(e.load(a.pointers, group)), e.let(e.load(a.pointers, group + 1))
     partial = [[[e.Register(width, e.broadcast(e.load(a.bias, output + row) if u == 0 else e.zero(), width)) for _ in range(how.vectors)]
                 for row in range(rows)] for u in range(_sets(how, unroll))]
 
-    def column(u: int, v: int) -> Any:
+    def column(u: int, v: int, registers: int = 1) -> Any:
         """The packed column of this step's place u."""
         at = start + e.cast("int32", e.load(a.columns, first + j * unroll + u)) * how.rows
-        return e.let(e.load(packed, at + v * width, lanes=width))
+        return e.let(e.load(packed, at + v * width, lanes=registers * width))
+
+    def both(u: int) -> list[Any]:
+        """The packed columns of places 2u and 2u + 1, rows in words of both."""
+        if how.cut_for.by_element:      # two registers of words are one of each column
+            return [word for v in range(0, how.vectors, 2) for word in e.interleave(column(2 * u, v, 2), column(2 * u + 1, v, 2), 2 * width)]
+        return [e.let(e.pair(column(2 * u, v), column(2 * u + 1, v), width)) for v in range(how.vectors)]
 
     with e.loop(e.floordiv(last - first, unroll)) as j:
-        weight = None if how.dot else factors(a, how.layout, first + j * unroll, unroll, part, rows)
+        weight = (pairs if how.dot else factors)(a, how.layout, first + j * unroll, unroll, part, rows)
         for u in range(unroll // 2 if how.dot else unroll):
             sums = partial[u % len(partial)]
-            if how.dot:
-                inputs = [e.let(e.pair(column(2 * u, v), column(2 * u + 1, v), width)) for v in range(how.vectors)]
-            else:
-                inputs = [column(u, v) for v in range(how.vectors)]
+            inputs = both(u) if how.dot else [column(u, v) for v in range(how.vectors)]
             for row, registers in enumerate(sums):
-                if how.dot:
-                    word = e.let(e.broadcast(e.load(a.values, (e.floordiv(first + j * unroll, 2) + u) * r + row), width))
-                    for v, register in enumerate(registers):
-                        register.set(e.external(register.dtype, "dot_bf16", register.get(), inputs[v], word))
-                else:
-                    factor = weight(u, row)
-                    for v, register in enumerate(registers):
+                factor = weight(u, row)
+                for v, register in enumerate(registers):
+                    if how.dot:
+                        register.set(factor(register.get(), inputs[v]))
+                    else:
                         register.multiply_add(factor, inputs[v])
     for row in range(rows):
         for v in range(how.vectors):
@@ -131,7 +132,9 @@ def _group(a: Any, how: Panel, packed: Any, start: Any, group: Any, output: Any,
 
 def _sets(how: Panel, unroll: int) -> int:
     """How often the sums of a group are in registers. Of two columns that are read together one set is enough, where registers are short."""
-    return unroll // 2 if how.dot else 1 if how.cut_for != AVX512 and unroll == how.layout.step else unroll
+    if how.dot:
+        return 1 if how.cut_for.by_element else unroll // 2
+    return 1 if how.cut_for != AVX512 and unroll == how.layout.step else unroll
 
 
 def turn(a: Any, row: Any, sums: list[Any], put: Callable[[Any, Any], None]) -> None:

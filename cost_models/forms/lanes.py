@@ -17,6 +17,7 @@ FEW_ROWS = {1: 1, 2: 2, 4: 4, 8: 6, 16: 8}      # rows up to which `rows` runs, 
 SCHEDULES = {16: (1,), 8: (2, 1), 4: (4, 2), 2: (2, 4), 1: (2, 4)}
 ALONE = 12_000
 DOT_FROM = 4
+DOTTED = {"avx512bf16", "bf16"}      # features of which one multiplies pairs
 
 index: Expr = Piecewise((2, K < 32767), (4, True))
 COLUMNS: Expr = density * N * K / group
@@ -61,7 +62,7 @@ def _form(name: str, size: int, count: int, rows: float, dtype: str, machine: Ha
         return Form(name, ROWS, f"rows {dtype} {'one' if size == 1 else 'group'}", {"group": size})
     tiles = -(-int(rows) // LANES)
     wide = count if count > 1 and (tiles % count == 0 or tiles >= 4 * count) else 1
-    dot = dtype == "bfloat16" and size >= DOT_FROM and "avx512bf16" in machine.features
+    dot = dtype == "bfloat16" and size >= DOT_FROM and not DOTTED.isdisjoint(machine.features)
     several = "bfloat16 dot" if dot else "float32 group"    # which bfloat16 is widened to
     key = f"panel {f'{dtype} one' if size == 1 else several}"
     return Form(name, (DOTS if dot else PANEL)[wide > 1], key, {"group": size, "vectors": wide})

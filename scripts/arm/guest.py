@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import os
 import sys
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def main() -> None:
         except RuntimeError as error:
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)
+    os._exit(0)     # threads of kernels that wait would be waited for
 
 
 if __name__ == "__main__":
