@@ -89,11 +89,12 @@ def test_odd_outputs_strides_and_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(kernel(x, chosen, weights), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 6])
-def test_nan_reaches_only_those_who_chose(rows: int) -> None:
-    tensors = made(torch.float32, True, False, True)
+def test_nan_reaches_only_those_who_chose(rows: int, dtype: torch.dtype) -> None:
+    tensors = made(dtype, True, False, True)
     tensors["down"][1, 2, 3] = float("nan")
-    kernel, x = bound(tensors, "silu"), torch.randn(rows, K)
+    kernel, x = bound(tensors, "silu"), torch.randn(rows, K).to(dtype)
     assert bool(kernel(x, torch.full((rows, 2), 3)).isfinite().all())
     assert bool(kernel(x, torch.tensor([[3, 1]] * rows))[:, 2].isnan().all())
     assert not bool(kernel(x, torch.full((rows, 2), -1)).any())

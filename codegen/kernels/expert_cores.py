@@ -146,20 +146,32 @@ class Fma(Core):
         a = self.a
         with e.loop(order.filled(unit)) as i:
             for which, name in enumerate(self.projections):
-                rows, at = a.rows(name, expert, first, LANES, a.H - 1), e.opaque(unit * self.size(a.K) + i * a.K)
-                total = products(a.projections[name][0], rows, packed, at, a.K, self.dtype)
+                rows, at = a.rows(name, expert, first, LANES, a.H - 1), e.opaque(unit * self.size(a.K) + i * self.length(a.K))
+                total = self.row_products(a.projections[name][0], rows, packed, at, a.K)
                 if f"{name}_bias" in a.biases:
                     total = total + e.load(a.biases[f"{name}_bias"], e.wide(expert) * a.H + first, lanes=LANES)
                 e.store(self.finished, total, which * LANES, lanes=LANES)
             value = self.activated(e.constant(0, "int32"), LANES, LANES)
-            e.store(hidden, value, unit * self.size(a.H) + i * a.H + first, lanes=LANES)
+            self.keep_row(hidden, value, unit * self.size(a.H) + i * self.length(a.H) + self.length(first))
 
     def row_outputs(self, order: Order, hidden: Any, expert: Any, first: Any, unit: Any, put: Callable[[Any, Any], None]) -> None:
         a = self.a
         with e.loop(order.filled(unit)) as i:
-            rows, at = a.rows("down", expert, first, LANES, a.N - 1), e.opaque(unit * self.size(a.H) + i * a.H)
-            total = e.Register(LANES, products(a.projections["down"][0], rows, hidden, at, a.H, self.dtype))
+            rows, at = a.rows("down", expert, first, LANES, a.N - 1), e.opaque(unit * self.size(a.H) + i * self.length(a.H))
+            total = e.Register(LANES, self.row_products(a.projections["down"][0], rows, hidden, at, a.H))
             put(i, total.get())
+
+    def length(self, width: Any) -> Any:
+        """Elements of so many inputs of one row of a unit of few."""
+        return width
+
+    def row_products(self, weight: Any, rows: list[Any], inputs: Any, at: Any, size: Any) -> Any:
+        """16 rows of a weight with such a row, which lies from `at` on."""
+        return products(weight, rows, inputs, at, size, self.dtype)
+
+    def keep_row(self, hidden: Any, value: Any, at: Any) -> None:
+        """16 neurons of such a row."""
+        e.store(hidden, value, at, lanes=LANES)
 
     def _halves(self, name: str, expert: Any, first: Any, end: Any, inputs: Any, width: Any, unit: Any, many: int, at: int) -> None:
         """16 rows of a weight, of the `end` of an expert, some at a time."""

@@ -55,7 +55,8 @@ def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
     given = tensors if bias is None else {**tensors, "bias": bias}
     prepared = prepare_experts({name: given[name].detach() for name in (*WEIGHTS, *BIASES) if name in given}, str(attributes["activation"]))
     layout, cut_for = prepared.layout, vectors_of(target)
-    kernels = {ROW: ExpertRows(layout, target.cores > 1, cut_for), ROWS: ExpertPanels(layout, workers(target), cut_for, amx.runs(target))}
+    words = layout.dtype == "bfloat16" and not amx.runs(target)   # with tiles nobody has measured them for one row
+    kernels = {ROW: ExpertRows(layout, target.cores > 1, cut_for, words), ROWS: ExpertPanels(layout, workers(target), cut_for, amx.runs(target))}
     return Laid(LABEL, options, prepared, Variants(kernels, lambda rows: ROW if rows == 1 else ROWS), target, GIVEN)
 
 

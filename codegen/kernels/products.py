@@ -54,10 +54,11 @@ def _sums(weights: Any, rows: Sequence[Any], inputs: Any, at: Any, size: Any, dt
             parts = [word] if halves == 1 else e.upcast_pairs(word, width)
             for part, value in zip(parts, values, strict=True):
                 total.multiply_add(part, value)
-    return [_added(e.transpose([e.let(total.get()) for total in sums[first : first + width]])) for first in range(0, len(sums), width)]
+    return [added(e.transpose([e.let(total.get()) for total in sums[first : first + width]])) for first in range(0, len(sums), width)]
 
 
-def _added(lanes: list[Any]) -> Any:
+def added(lanes: list[Any]) -> Any:
+    """The sum of a power of two of vectors."""
     while len(lanes) > 1:
         lanes = [e.let(low + high) for low, high in zip(lanes[::2], lanes[1::2], strict=True)]
     return lanes[0]
