@@ -57,12 +57,12 @@ class Student:
         return chosen
 
     def loss(self, batch: Inputs, losses: Sequence[Named]) -> Tensor:
-        """float32 []."""
+        """float32 []: the mean over the passes that the hook asks for."""
         attention = _reads_attention(losses)
         with self._cast:
             theirs = self._teacher(batch, attention)
-            ours = see(self._model, self._hook, batch, attention)
-        return distance(losses, ours, theirs)
+            every = [distance(losses, see(self._model, self._hook, batch, attention), theirs) for _ in range(self._hook.passes)]
+        return torch.stack(every).mean()
 
     def block_loss(self, batch: Inputs, losses: Sequence[Named], number: int) -> Tensor:
         """The same of the state behind the residual block of this number alone, where both models stop."""

@@ -102,7 +102,12 @@ class Anew:
 
 
 class Part:
-    """What one pass does in training, nothing by itself. Its only state is the number of steps, which Hook keeps."""
+    """What one pass does in training, nothing by itself. Its only state is the number of steps, which Hook keeps.
+
+    passes  how many forward passes over one batch its loss is about
+    """
+
+    passes: ClassVar[int] = 1
 
     def loss(self, step: int) -> Tensor | None:
         """A term of the loss for the last forward pass, or none."""
@@ -195,6 +200,11 @@ class Hook:
     def acts(self) -> bool:
         """Is anything moved or added to the loss by step()?"""
         return bool(self._parts)
+
+    @property
+    def passes(self) -> int:
+        """How often the model is to run on a batch before each backward(): 2 where a loss compares two passes, else 1."""
+        return max((part.passes for part in self._parts), default=1)
 
     @contextmanager
     def ending_at(self, path: str) -> Iterator[None]:

@@ -19,6 +19,7 @@ from sparsify_compiler.ops import experts_ffn
 from sparsify_compiler.passes.activation.select_neurons import GatedFfn
 from sparsify_compiler.passes.moe._routing import example
 from sparsify_compiler.passes.moe.routers.oracle import measured
+from sparsify_compiler.passes.train.penalise_disagreement import disagreement
 from sparsify_compiler.passes.train.route_gradients import RouteGradients
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
@@ -259,3 +260,36 @@ def test_a_pass_whose_gradient_was_taken_is_compared_with_none() -> None:
     (both + hook.loss()).backward()
     _, record = sc.recover(module, model, batches, hook=hook, steps=2, accumulate=2, minutes=1.0)
     assert record.stopped == "all steps are done"
+
+
+def test_recovery_runs_a_batch_twice_where_passes_are_to_agree() -> None:
+    """Under the same dice the loss of a step is a line in the weight, and the copies come to agree."""
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(8, 8), GatedFfn(8, 32)).eval(), [(torch.randn(64, 8),)]
+
+    def recovered(consistency: float, steps: int) -> tuple[nn.Module, list[float]]:
+        torch.manual_seed(1)
+        module, hook = sc.attach(model, batches[0], sc.recipes.thor(consistency=consistency), calibration=batches)
+        assert hook.passes == 2
+        with torch.no_grad():
+            for name, one in module.named_parameters():
+                if "experts" in name:
+                    one.add_(torch.randn_like(one) * 0.2)
+        module, record = sc.recover(module, model, batches, hook=hook, steps=steps, minutes=1.0, rate=1e-2)
+        return module, [point.loss for point in record.points]
+
+    losses = [recovered(weight, 1)[1][0] for weight in (0.0, 100.0, 300.0)]
+    assert losses[1] > losses[0] * 1.01
+    assert losses[2] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=1e-3)
+
+    def apart(module: nn.Module) -> float:
+        module.train()
+        with torch.enable_grad():
+            return sum(float(disagreement(module(*batches[0]), module(*batches[0]), "probabilities")) for _ in range(20))
+
+    assert apart(recovered(3000.0, 30)[0]) < 0.5 * apart(recovered(0.0, 30)[0])
+
+
+def test_without_such_a_loss_one_pass_is_enough() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), GatedFfn(8, 32)).eval(), torch.randn(64, 8)
+    assert sc.attach(model, (x,), SPLIT, calibration=[(x,)])[1].passes == 1

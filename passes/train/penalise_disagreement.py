@@ -34,8 +34,9 @@ class PenaliseDisagreement(TrainingPass):
     weight    what the loss is multiplied with
     schedule  a file of passes/train/schedules, of the number of steps, which multiplies the weight
 
-    Run the model twice on a batch, and call backward() once, on both losses and hook.loss(). A pass is forgotten when its gradient is taken, so of
-    batches that gather one step's gradient each is compared with itself. After one pass alone, and after passes of different shapes, it adds nothing.
+    Run the model twice on a batch, and call backward() once, on both losses and hook.loss(); sc.recover() does. A pass is forgotten when its
+    gradient is taken, so of batches that gather one step's gradient each is compared with itself. After one pass alone, and after passes of
+    different shapes, it adds nothing.
     """
 
     of: str = "probabilities"
@@ -78,6 +79,8 @@ class WatchedTwice(Watch):
 
 
 class _Twice(Penalty):
+    passes = 2
+
     def __init__(self, of: PenaliseDisagreement, marked: Sequence[Marked]) -> None:
         super().__init__(of.weight, of.schedule, partial(_terms, of.of, marked))
         self._marked = marked
