@@ -14,9 +14,9 @@ from .capture_graph import NotExportableError, export_region
 from .capture_inputs import ExampleCall, read_call
 from .capture_regions import capture_regions
 from .capture_verify import allow_ones, compare, run
-from .library_experts import give_experts
+from .library_experts import give_experts, unfit_experts
 from .normal_form import normalise
-from .program import Program, prune_unused
+from .program import LeftOut, Program, prune_unused
 from .shapes import note_sizes
 
 Progress = Callable[[str, int, int], None]
@@ -34,7 +34,7 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Any = None, progress
     check_model(model)
     call = read_call(model, example_inputs, dynamic)
     expected = run(model, call, "example_inputs")
-    model = give_experts(model, clone_structure)
+    model, unfit = give_experts(model, clone_structure), unfit_experts(model)
     progress("capture", 0, 1)
     try:
         if reason := foreign_result(expected):
@@ -42,6 +42,7 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Any = None, progress
         program = _whole(model, call)
     except NotExportableError as problem:
         program = capture_regions(model, call, problem.reason, progress)
+    program.left_out += tuple(LeftOut(path, why) for path, why in unfit.items())
     compare(instantiate(program), call, expected)
     progress("capture", 1, 1)
     return program

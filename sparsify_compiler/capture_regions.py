@@ -119,6 +119,8 @@ def _captured(path: str, module: nn.Module, call: ExampleCall) -> Region:
     prune_unused(region)
     if not any(getattr(node.target, "overloadpacket", None) in _PRODUCTS for node in region.graph.nodes):
         raise NotExportableError("it holds no matrix product")
+    if module._parameters and not list(region.module.parameters()):
+        raise NotExportableError("its weights come to it as arguments: what calls it reads them from it")
     if not agree(CapturedModule(region), module, call):
         raise NotExportableError("its graph does not reproduce it: it keeps state between calls or draws random numbers")
     note_sizes(region, call)

@@ -25,6 +25,11 @@ def find_library_experts(model: nn.Module) -> dict[str, str | None]:
     return {path: _unfit(module) for path, module in model.named_modules() if _asks_registry(module)}
 
 
+def unfit_experts(model: nn.Module) -> dict[str, str]:
+    """Module path -> why, for every mixture that is no sparsify.experts_ffn."""
+    return {path: why for path, why in (find_library_experts(model) | find_listed_experts(model)).items() if why is not None}
+
+
 def give_experts(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """A copy of the model whose mixtures are computed by sparsify.experts_ffn; the model itself where none fits.
 

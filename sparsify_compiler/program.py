@@ -134,7 +134,7 @@ class Site:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A part of the model that could not be captured and stays eager Python, and why."""
+    """A part of the model that could not be captured and stays eager Python, or experts that are no one op of ours, and why."""
 
     path: str
     reason: str

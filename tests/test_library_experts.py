@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
+    DbrxConfig,
+    DbrxForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GptOssConfig,
@@ -25,6 +30,7 @@ from sparsify_compiler.capture import capture
 from sparsify_compiler.library_activations import activation_name
 from sparsify_compiler.library_experts import _experts, find_library_experts
 from sparsify_compiler.ops import experts_ffn
+from sparsify_compiler.program import LeftOut
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
          "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -68,12 +74,56 @@ def test_a_mixture_is_one_op(make: type[PreTrainedModel]) -> None:
     assert torch.equal(copy.generate(prompt, **options), model.generate(prompt, **options))  # type: ignore[operator]
 
 
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}  # DeepSeek's attention
+SMALL = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
+OTHERS: dict[str, dict[str, Any]] = {
+    "Qwen3Moe": {**SMALL, "num_experts": 4, "head_dim": 16},
+    "Qwen3Next": {**SMALL, "num_experts": 4, "shared_expert_intermediate_size": 16, "layer_types": ["full_attention"], "head_dim": 16},
+    "DeepseekV2": {**SMALL, **LATENT, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0},
+    "Glm4Moe": {**SMALL, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "head_dim": 16},
+    "Dots1": {**SMALL, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "head_dim": 16},
+    "GraniteMoe": FOUR, "GraniteMoeShared": {**FOUR, "shared_intermediate_size": 16}, "Phimoe": FOUR,
+    "FlexOlmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "Ernie4_5_Moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 0, "moe_num_shared_experts": 1},
+    "HunYuanMoEV1": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+    "Lfm2Moe": {**SMALL, "num_experts": 4, "num_dense_layers": 0, "layer_types": ["full_attention"]},
+    "MiniMax": {**FOUR, "layer_types": ["full_attention"], "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_are_one_op_too(family: str) -> None:
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**SIZES, **OTHERS[family])).eval()
+    program = capture(model, {"input_ids": torch.randint(3, 64, (2, 5))}, DYNAMIC)
+    assert [node.target for _, node in program.nodes()].count(experts_ffn.op) == 1
+    longer = torch.randint(3, 64, (1, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(instantiate(program)(longer).logits, model(longer).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_read_the_weights_of_another_module_stay_as_they_are() -> None:
+    """DBRX: its experts hand slices of a module's weights to that module, in a loop over those that were chosen."""
+    torch.manual_seed(0)
+    ffn = {"ffn_act_fn": {"name": "silu"}, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}
+    model = DbrxForCausalLM(DbrxConfig(d_model=32, n_heads=2, n_layers=1, max_seq_len=64, vocab_size=64, ffn_config=ffn, pad_token_id=0,
+                                       attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4})).eval()
+    program, longer = capture(model, {"input_ids": torch.randint(3, 64, (2, 5))}, DYNAMIC), torch.randint(3, 64, (1, 9))
+    reasons = {part.path.rpartition(".")[2]: part.reason for part in program.left_out}
+    assert "control flow" in reasons["experts"]
+    assert "come to it as arguments" in reasons["mlp"]
+    with torch.no_grad():
+        torch.testing.assert_close(instantiate(program)(longer).logits, model(longer).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_what_computes_in_a_way_of_its_own_stays_as_it_is() -> None:
     torch.manual_seed(0)
     model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, head_dim=16, layer_types=["full_attention"])).eval()
     assert find_library_experts(model) == {"model.layers.0.mlp.experts": "its gate is computed in a way of its own"}
     program = capture(model, {"input_ids": torch.randint(3, 64, (1, 5))}, DYNAMIC)
     assert experts_ffn.op not in [node.target for _, node in program.nodes()]
+    assert program.left_out[-1] == LeftOut("model.layers.0.mlp.experts", "its gate is computed in a way of its own")
 
 
 class Library(nn.Module):
