@@ -126,9 +126,13 @@ class Part:
 
 @dataclass(frozen=True)
 class TrainingPass(Pass):
-    """A pass that leaves values as they are, and marks where it acts while the model is trained."""
+    """A pass that leaves values as they are, and marks where it acts while the model is trained.
+
+    stands  does its tap stand for the marked value, for whatever else looks at that in training?
+    """
 
     preserves: ClassVar[Preserves] = Preserves.VALUES
+    stands: ClassVar[bool] = False
 
     def part(self, marked: Sequence[Marked]) -> Part:
         """What acts in training on the values that run() has marked."""

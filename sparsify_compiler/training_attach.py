@@ -93,7 +93,7 @@ def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] 
     marks = [(by, path, region, node) for region, node in watched.nodes() for by, path in node.meta.get(META, ())]
     reads = [(_stored(node), node.meta.get(KNOWN, {})) for _, _, _, node in marks]
     movers: dict[Any, TrainingPass] = {}
-    for by, path, region, node in marks:
+    for by, path, region, node in sorted(marks, key=lambda mark: mark[0].stands):
         tap = taps.get((node, type(by).tap))
         stands = node in packed or (isinstance(tap, Masked) and any(tap is part for part in region.module.children()))
         if stands and movers.get((node, type(by).tap), by) != by:

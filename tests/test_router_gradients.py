@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 import sparsify_compiler as sc
+from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.activation.select_neurons import GatedFfn
 from sparsify_compiler.passes.moe.selectors.ordered import calibrate, ordered
 from sparsify_compiler.passes.moe.split_experts import SplitExperts
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.pipeline import Pipeline
 
 
 def estimated(name: str, scores: Tensor, k: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -158,3 +161,12 @@ def test_a_tree_needs_a_margin_and_trains() -> None:
     grad = next(tensor.grad for name, tensor in module.named_parameters() if "router" in name)
     assert grad is not None
     assert bool(grad.isfinite().all())
+
+
+def test_a_tree_scores_the_rows_of_calibration() -> None:
+    """Its splits are a buffer, which selectors and repairs that look at rows need too."""
+    torch.manual_seed(0)
+    model, x = GatedFfn(8, 32).eval(), torch.randn(64, 8)
+    split = SplitExperts(4, router="tree", selector="top_p", repair="mean", shared=0.0, density=0.5)
+    program = Pipeline((split,)).run(capture(model, (x,)), Context(batches=[(x,)]))
+    assert next(iter(program.decisions.values())).density == pytest.approx(0.5, abs=0.05)

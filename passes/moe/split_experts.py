@@ -178,7 +178,7 @@ def _scores(router: Formula, split: Split, evidence: Evidence) -> Tensor:
         return torch.randn(SAMPLE, split.experts, generator=evidence.generator(), dtype=torch.float32)
     known = {**split.own, "down": split.down}
     wanted = inspect.signature(router.function).parameters
-    given = {name: value for name, value in known.items() if name in wanted} | dict(router.tensors)
+    given = {name: value for name, value in known.items() if name in wanted} | dict(router.tensors) | dict(router.buffers)
     return torch.cat([router.function(x, **given) for x in torch.split(evidence.x, SAMPLE)])
 
 
