@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from .anew import Anew, forget
 from .decision import Decision
 from .errors import InputError
 from .masked import Masked
@@ -79,26 +80,6 @@ class Marked:
     def value(self) -> Tensor | None:
         """What went by in the last forward pass; None before the first."""
         return self.tap.seen[0] if isinstance(self.tap, Watch) and self.tap.seen else None
-
-
-@dataclass(frozen=True)
-class Anew:
-    """What starts anew in a parameter.
-
-    shape   that the parameter had
-    carry   what an optimizer remembers of it, of that shape -> what it is to remember from now on
-    needed  has the parameter other places now, so that an optimizer that is not told would go wrong?
-    """
-
-    parameter: Tensor
-    shape: torch.Size
-    carry: Callable[[Tensor], Tensor]
-    needed: bool = False
-
-    @staticmethod
-    def at(parameter: Tensor, fresh: Tensor) -> Anew:
-        """Some places (bool, of its shape) of a parameter that stays as it is otherwise."""
-        return Anew(parameter, parameter.shape, lambda state: state.masked_fill(fresh, 0))
 
 
 class Part:
@@ -288,17 +269,6 @@ class Hook:
         with torch.no_grad():
             for part in self._parts:
                 part.move(self.steps)
-
-
-def forget(optimizer: torch.optim.Optimizer, anew: Anew) -> None:
-    """Bring what an optimizer remembers of a parameter to what has become of that. Raises InputError for a parameter that it does not train."""
-    if not any(anew.parameter is known for group in optimizer.param_groups for known in group["params"]):
-        raise InputError("the optimizer does not train the attached module's weights", where="Hook.step",
-                         hint="make it of module.parameters(), after attach(): the original model's parameters are others")
-    state = optimizer.state.get(anew.parameter, {})
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.shape == anew.shape:
-            state[name] = anew.carry(value)
 
 
 def watch(region: Region, name: str, node: fx.Node) -> Watch:

@@ -60,7 +60,8 @@ def test_routers_of_experts_that_share_an_ffn_learn_by_every_look() -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
     gradients = [one.grad for name, one in module.named_parameters() if "router" in name]
-    assert gradients and all(one is not None and bool(one.ne(0).any()) for one in gradients)
+    assert gradients
+    assert all(one is not None and bool(one.ne(0).any()) for one in gradients)
 
 
 def test_routers_that_hand_scores_on_do_so_look_by_look() -> None:

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -13,8 +16,9 @@ import sparsify_compiler as sc
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import ParseError
+from sparsify_compiler.named import Named
 from sparsify_compiler.ops import open_texts, put_part, take_part, top_tokens
-from sparsify_compiler.passes.moe.route_tokens import Block
+from sparsify_compiler.passes.moe.route_tokens import Block, _first
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program
 
@@ -234,6 +238,87 @@ def test_a_router_learns_by_its_sigmoid_and_not_by_ones() -> None:
         grads = [parameter.grad for name, parameter in module.named_parameters() if "router" in name]
         assert len(grads) == 3
         assert all((grad is not None and bool(grad.ne(0).any())) == learns for grad in grads)
+
+
+@pytest.mark.parametrize("router", ["ridge", "random"])
+def test_one_router_may_serve_all_blocks(router: str) -> None:
+    """It has one weight, fitted to the rows of all blocks, and learns by all of them."""
+    x, text = torch.randn(2, 10, 16), f"route_tokens(density=0.5, routed=0.75, router='{router}', weight='sigmoid', first=1, common={{}})"
+    one, _, _ = routed(blocks(), (x,), text.format(True))
+    each, _, _ = routed(blocks(), (x,), text.format(False))
+    weights = [[value for key, value in instantiate(program).state_dict().items() if "router.weight" in key] for program in (one, each)]
+    assert [len(found) for found in weights] == [1, 3]
+    if router == "ridge":
+        assert not any(torch.equal(weights[0][0], own) for own in weights[1])
+    module, _ = sc.attach(blocks(), (x,), text.format(True), calibration=[(x,)])
+    module(x).square().sum().backward()
+    whole = next(one.grad for name, one in module.named_parameters() if "router.weight" in name)
+    assert whole is not None
+    assert bool(whole.ne(0).any())
+
+
+class Marked(nn.Module):
+    """Blocks over tokens of which some are marked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = blocks(2)
+
+    def forward(self, x: Tensor, mark: Tensor) -> Tensor:
+        found: Tensor = self.blocks(x) + 0 * mark[..., None]
+        return found
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@drawn(st.integers(1, 12), st.floats(0.0, 1.0), st.floats(0.01, 1.0), st.integers(0, 99))
+def test_marked_tokens_come_before_all_others_in_their_order(tokens: int, marked: float, share: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    scores, mark = torch.randn(3, tokens) * 10, torch.rand(3, tokens) < marked
+    for text, own, index in zip(scores, mark, top_tokens.op(_first(scores, mark), share), strict=True):
+        order = sorted(range(tokens), key=lambda at, own=own, text=text: (not own[at], -text[at]))  # type: ignore[misc]
+        assert set(index.tolist()) == set(order[: len(index)])
+
+
+def test_marked_tokens_run_through_every_block_and_others_may_pass() -> None:
+    x, mark = torch.randn(2, 10, 16), torch.zeros(2, 10).index_fill_(1, torch.tensor([3, 7]), 1)
+    recipe = sc.Pipeline.parse("route_tokens(density=0.2, routed=1.0, router='random', keep='mark')")
+    dynamic = {"x": {0: "b", 1: "t"}, "mark": {0: "b", 1: "t"}}
+    module = instantiate(recipe.run(capture(Marked().eval(), (x, mark), dynamic), Context()))
+    for rows in (x, torch.randn(2, 8, 16)):
+        own = mark[:, : rows.shape[1]]
+        same = (module(rows, own) == rows).all(-1)
+        assert torch.equal(same, own == 0)
+
+
+def test_without_such_an_input_it_says_so() -> None:
+    x, mark = torch.randn(2, 9, 16), torch.ones(2, 9)
+    for name, own in (("nowhere", mark), ("mark", torch.ones(2, 1))):
+        ctx = Context()
+        sc.Pipeline.parse(f"route_tokens(density=0.5, routed=1.0, router='random', keep='{name}')").run(capture(Marked().eval(), (x, own)), ctx)
+        assert [f"no input {name} of [2, 9]" in str(miss) for miss in ctx.misses] == [True, True]
+
+
+def test_scores_come_to_tell_by_themselves_what_was_chosen() -> None:
+    """Gamma-MoD: the loss is the cross entropy with the choice; half of the tokens lie above 0 when it is learnt."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 20, 16)
+    module, hook = sc.attach(blocks(), (x,), sc.recipes.gamma_mod(density=0.6, routed=0.75, first=1, loss=1.0), calibration=[(x,)])
+    program, _, _ = routed(blocks(), (x,), "gamma_mod(density=0.6)")
+    module(x)
+    assert "in training penalise_routing" in program.text()
+    first = float(hook.loss().detach())
+    optimizer = torch.optim.Adam([one for name, one in module.named_parameters() if "router" in name], 0.05)
+    for _ in range(60):
+        module(x)
+        optimizer.zero_grad(), hook.loss().backward(), optimizer.step(), hook.step(optimizer)
+    module(x)
+    assert float(hook.loss().detach()) < 0.7 * first
+
+
+def test_what_was_chosen_is_predicted_by_its_formula() -> None:
+    loss, scores = Named.parse("router loss", "predicted"), torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]])
+    wanted = -(torch.tensor([2.0, 0.5, 3.0]).sigmoid().log().sum() + (1 - torch.tensor([-1.0, 0.0, -2.0]).sigmoid()).log().sum()) / 6
+    torch.testing.assert_close(loss(scores, torch.tensor([[0, 2], [1, -1]])), wanted)
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------------------------

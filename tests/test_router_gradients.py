@@ -14,8 +14,13 @@ from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.activation.select_neurons import GatedFfn
+from sparsify_compiler.passes.moe._evidence import Evidence, Ffn
+from sparsify_compiler.passes.moe.routers._base import Task
+from sparsify_compiler.passes.moe.routers.oracle import measured
+from sparsify_compiler.passes.moe.routers.tree import tree
 from sparsify_compiler.passes.moe.selectors.ordered import calibrate, ordered
 from sparsify_compiler.passes.moe.split_experts import SplitExperts
+from sparsify_compiler.passes.train.penalise_routing import PenaliseRouting
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
 
@@ -170,3 +175,63 @@ def test_a_tree_scores_the_rows_of_calibration() -> None:
     split = SplitExperts(4, router="tree", selector="top_p", repair="mean", shared=0.0, density=0.5)
     program = Pipeline((split,)).run(capture(model, (x,)), Context(batches=[(x,)]))
     assert next(iter(program.decisions.values())).density == pytest.approx(0.5, abs=0.05)
+
+
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(st.integers(2, 9), st.integers(1, 4), st.integers(0, 99))
+def test_as_many_experts_as_trees_have_a_probability_where_splits_are_whole(experts: int, trees: int, seed: int) -> None:
+    """COMET's cardinality; and several trees are the softmax over all of their leaves, added up by expert."""
+    torch.manual_seed(seed)
+    ffn, x = Ffn(torch.randn(12, 5), torch.randn(5, 12), "relu"), torch.randn(20, 5)
+    evidence = Evidence(ffn, torch.zeros(0, 5), torch.zeros(0, 12), seed=seed)
+    task = Task(evidence, torch.full((experts, 1), -1), 1.0, torch.zeros(0, experts), "output")
+    for margin, whole in ((1e-6, True), (4.0, False)):
+        made = tree(task, margin=margin, trees=trees)
+        tensors = {name: torch.randn_like(value) if name.startswith("leaf") else value for name, value in made.tensors.items()}
+        odds = made.function(x, **tensors, **made.buffers).softmax(-1)
+        assert bool(((odds > 1e-12).sum(-1) <= trees).all()) or not whole
+        leaves = []
+        for at in range(trees):
+            part = {name: value.unflatten(0, (trees, -1))[at] for name, value in tensors.items()}
+            zeros = {name: torch.zeros_like(part[name]) for name in ("leaf", "leaf_offset")}
+            reached = tree(task, margin=margin).function(x, part["weight"], **zeros, **made.buffers).exp()
+            leaves.append((x @ part["leaf"].T + part["leaf_offset"]).exp() * reached)
+        wanted = torch.stack(leaves).sum(0)
+        torch.testing.assert_close(odds, wanted / wanted.sum(-1, keepdim=True), rtol=1e-3, atol=1e-6)
+
+
+def test_what_lies_outside_of_the_choice_is_its_formula_and_shrinks() -> None:
+    loss, scores = Named.parse("router loss", "outside"), torch.tensor([[1.0, 2.0, 3.0]]).log()
+    assert float(loss(scores, torch.tensor([[2, 0]]))) == pytest.approx(1 / 3)
+    assert float(loss(torch.zeros(2, 3), torch.tensor([[0, -1], [-1, -1]]))) == pytest.approx(5 / 6)
+    torch.manual_seed(0)
+    model, x = GatedFfn(5, 12).eval(), torch.randn(200, 5)
+    module, hook = sc.attach(model, (x,), sc.recipes.comet(experts=5, margin=4.0, outside=1.0))
+    optimizer = torch.optim.Adam([one for name, one in module.named_parameters() if "router" in name], 0.05)
+    losses = []
+    for _ in range(60):
+        module(x)
+        optimizer.zero_grad(), hook.loss().backward(), optimizer.step(), hook.step(optimizer)
+        losses.append(float(hook.loss().detach()))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_routers_come_to_choose_what_matters_most() -> None:
+    """FactorLLM's loss: its formula, 0 for a router that is sure of the best, and what it does to one that knows nothing."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), GatedFfn(8, 32)).eval(), torch.randn(200, 8)
+    split = SplitExperts(4, "contiguous", "random", "top_k(k=1)", 0.0, "weight_norm", repair="none")
+    module, hook = sc.attach(model, (x,), Pipeline((split, PenaliseRouting("prior_approximate", 1.0))))
+    module(x)
+    own = {".".join(name.removesuffix("_folded").split(".")[-2:]): one for name, one in module.named_parameters()}
+    row = model[0](x)
+    importance = measured(row, own["experts.gate"], own["experts.down"], own["experts.up"], activation="silu", criterion="output")
+    wanted = torch.nn.functional.cross_entropy(row @ own["router.weight"].T, importance.argmax(-1))
+    assert float(hook.loss().detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)
+    optimizer, first = torch.optim.Adam([own["router.weight"]], 0.05), float(wanted.detach())
+    for _ in range(60):
+        module(x)
+        optimizer.zero_grad(), hook.loss().backward(), optimizer.step(), hook.step(optimizer)
+    right = (row @ own["router.weight"].T).argmax(-1) == importance.argmax(-1)
+    assert float(hook.loss().detach()) < 0.8 * first
+    assert float(right.float().mean()) > 0.5

@@ -78,13 +78,14 @@ class Mixture:
 
 def mixtures(program: Program, ctx: Context) -> list[Mixture]:
     """All of them, in the order of execution; a miss where the model has none."""
-    found = list(_found(program))
+    found = list(found_mixtures(program))
     if not found:
         ctx.miss("the model has no experts")
     return found
 
 
-def _found(program: Program) -> Iterator[Mixture]:
+def found_mixtures(program: Program) -> Iterator[Mixture]:
+    """All of them, or none."""
     for region, op in program.nodes():
         if op.target is experts_ffn.op:
             path = str(op.meta.get("site") or op.meta.get("path") or region.qualified(op.name))

@@ -31,6 +31,7 @@ class Routing:
 
     free      experts that cost nothing, in the choice beside the others
     residual  let scores depend on those of the mixture before, where there is one of as many experts
+    given     what else the router reads
     """
 
     router: Formula
@@ -38,6 +39,7 @@ class Routing:
     weight: Formula | None
     free: Free | None = None
     residual: bool = False
+    given: fx.Node | None = None
 
 
 def write(dense: Dense, split: Split, routing: Routing, by: str) -> fx.Node:
@@ -96,7 +98,7 @@ class _Writer:
 
     def scores(self, routing: Routing, own: Mapping[str, fx.Node]) -> fx.Node:
         before = self._before() if routing.residual else None
-        scores = self.formula("router", routing.router, {"x": self.dense.x}, own)
+        scores = self.formula("router", routing.router, {"x": self.dense.x} | ({} if routing.given is None else {"given": routing.given}), own)
         if routing.free is not None:
             scores = self.formula("router", routing.free.columns, {"scores": scores, "x": self.dense.x}, {})
         if before is not None and str(before.meta["val"].shape) == str(scores.meta["val"].shape):  # of dynamic sizes: of the same name

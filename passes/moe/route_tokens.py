@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.named import Named
+from sparsify_compiler.normal_form_edit import same_size, shape
 from sparsify_compiler.ops import put_part, take_part, top_tokens
 from sparsify_compiler.part_run import TOKENS
 from sparsify_compiler.passes.moe._depth import Depth, check_router, depths, moved, router_of, seen, unseen
 from sparsify_compiler.passes.moe._evidence import Formula
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Stage
+
+TOKEN_SCORES = "scores of tokens"  # in the metadata of a choice of tokens: the name of the node of the router's own scores, [texts, tokens]
+_Stored = tuple[Formula, dict[str, fx.Node]]  # a router, and the nodes of its tensors
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,13 @@ class RouteTokens(Pass):
     router      "ridge", fitted to how much the block changes a token, or "random", to be trained
     weight      a file of passes/moe/weights: "one", or "sigmoid" of the score, by which routers learn
     first       so many blocks at the beginning that every token runs through
+    common      one router for all routed blocks of a graph, fitted to all of them together, or trained by all
+    keep        an input of the model [texts, tokens] by its name: tokens that are not 0 there come before all others: "attention_mask" leaves
+                padding out first, a mark of the question's tokens keeps it whole
 
     Tokens among those that are chosen see each other in attention, not the others. How many there are depends on the text's length alone; which,
     on all of the text, so this is for encoders, prompts and training, and not for generate(): there split_experts(experts=1, ...) routes around FFNs.
-    Padding is scored like any token. Needs calibration, unless the router is random and all blocks are routed.
+    Without keep, padding is scored like any token. Needs calibration, unless the router is random and all blocks are routed.
     """
 
     density: float | None = None
@@ -47,6 +54,8 @@ class RouteTokens(Pass):
     router: str = "ridge"
     weight: str = "one"
     first: int = 0
+    common: bool = False
+    keep: str = ""
 
     preserves: ClassVar[Preserves] = Preserves.SIGNATURE
     gives_stage: ClassVar[Stage | None] = Stage.SPARSE
@@ -69,9 +78,10 @@ class RouteTokens(Pass):
             ctx.miss(f"{len(chosen)} of {len(found)} blocks cannot bring their tokens to a density of {density:.3g}: route more", chosen[0].path)
         elif chosen:
             rows = seen(program, chosen, ctx) if self._router().statistics else {}
-            done = [one for one in chosen if ctx.spend()]
+            done = [one for one in chosen if self._keeps(one, ctx) and ctx.spend()]
+            routers = self._routers(done, rows, share, ctx)
             for one in reversed(done):  # a block behind reads what stands for the one before
-                self._route(one, rows.get(one.path, unseen(one.width, 1)), share, ctx)
+                self._route(one, routers[one.path], share)
             for one in done:
                 one.decide(program, share, density, f"a text runs {share:.3f} of its tokens through it; router {self.router}, {self.importance}")
         return program
@@ -85,12 +95,37 @@ class RouteTokens(Pass):
         order = Named.parse("block importance", self.importance)(program, able, ctx).argsort(stable=True)
         return [able[i] for i in sorted(order[:count].tolist())]
 
-    def _route(self, one: Depth, rows: tuple[Tensor, Tensor], share: float, ctx: Context) -> None:
+    def _keeps(self, one: Depth, ctx: Context) -> bool:
+        """Is there what tells the tokens to keep, if there is to be? A miss where the block's graph has no such input of its texts and tokens."""
+        sizes, found = one.part.start.meta["val"].shape[:2], shape(_input(one, self.keep))
+        if not self.keep or (found is not None and len(found) == 2 and all(map(same_size, found, sizes))):
+            return True
+        ctx.miss(f"its graph has no input {self.keep} of [{', '.join(map(str, sizes))}]", one.path)
+        return False
+
+    def _routers(self, done: list[Depth], rows: Mapping[str, tuple[Tensor, Tensor]], share: float, ctx: Context) -> dict[str, _Stored]:
+        """Path of a block -> its router, stored before the first block that it belongs to."""
+        found: dict[str, _Stored] = {}
+        for one in done:
+            alike = [other for other in done if other.region is one.region] if self.common else [one]
+            if one.path not in found:
+                parts = [rows.get(other.path, unseen(other.width, 1)) for other in alike]
+                x, wanted = torch.cat([own[0] for own in parts]), torch.cat([own[1] for own in parts])
+                router = router_of(self._router(), one.width, x, wanted, share, ctx.seed)
+                placed = one.placed(one.part.inside[0], self.name())
+                nodes = {name: placed.stored("router", name, value) for name, value in router.tensors.items()}
+                found |= dict.fromkeys((other.path for other in alike), (Formula({}, router.function), nodes))
+        return found
+
+    def _route(self, one: Depth, router: _Stored, share: float) -> None:
         part, by = one.part, self.name()
         placed = one.placed(part.inside[0], by)
-        scores = placed.formula("router", router_of(self._router(), one.width, *rows, share, ctx.seed), {"x": part.start}, {})
+        scores = placed.formula("router", router[0], {"x": part.start, **router[1]}, {})
         flat = placed.formula("router", Formula({}, _flat), {"scores": scores}, {})
-        index = placed.formula("router", Formula({}, partial(top_tokens.op, share=share)), {"scores": flat}, {})
+        keep = _input(one, self.keep)
+        ordered = flat if keep is None else placed.formula("router", Formula({}, _first), {"scores": flat, "keep": keep}, {})
+        index = placed.formula("router", Formula({}, partial(top_tokens.op, share=share)), {"scores": ordered}, {})
+        index.meta[TOKEN_SCORES] = flat.name
         readers = list(part.end.users)
         stream, end = part.run_on(index, by), part.end
         behind = one.placed(end.next, by)
@@ -105,6 +140,16 @@ class RouteTokens(Pass):
 
     def _router(self) -> Named:
         return check_router(self.router, self.name())
+
+
+def _input(one: Depth, name: str) -> fx.Node | None:
+    return next((node for node in one.region.graph.nodes if node.op == "placeholder" and node.name == name), None)
+
+
+def _first(scores: Tensor, keep: Tensor) -> Tensor:
+    """Scores [B, T] of which those of the tokens to keep lie above all others; they stay in their order."""
+    low, high = scores.detach().amin(-1, keepdim=True), scores.detach().amax(-1, keepdim=True)
+    return scores + (keep != 0) * (1 + high - low)
 
 
 def _flat(scores: Tensor) -> Tensor:

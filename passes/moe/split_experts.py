@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.named import Named
+from sparsify_compiler.passes.moe._condition import by_condition, condition, unconditioned
 from sparsify_compiler.passes.moe._criteria import CRITERIA, wanted
 from sparsify_compiler.passes.moe._evidence import Evidence, Formula
 from sparsify_compiler.passes.moe._free import Free, ffns_of, with_columns
@@ -50,6 +51,8 @@ class SplitExperts(Pass):
                 angles; "positive", the sum of its positive neurons
     free        files of passes/moe/free_experts, which stand in the choice beside the others and cost nothing: "zero", "copy", "constant"
     residual    scores also depend on those of the mixture before, by a linear map that begins as zeros
+    given       path of a module of the same graph that gives [texts, width], a time or a condition: the router scores that, so that all tokens of a
+                text have the same experts. It is "random" then, to be trained, and repair is "none"
     density     computed / all neurons of a row, the shared ones among them; by default the user's budget
     targets     selectors of FFN sites; all by default
     ignore      selectors of FFN sites that stay dense
@@ -69,6 +72,7 @@ class SplitExperts(Pass):
     criterion: Literal["output", "norm", "positive"] = "output"
     free: tuple[str, ...] = ()
     residual: bool = False
+    given: str = ""
     density: float | None = None
     targets: tuple[str, ...] = KIND
     ignore: tuple[str, ...] = ()
@@ -83,6 +87,9 @@ class SplitExperts(Pass):
             raise ParseError(f"experts is 1 or more and shared lies between 0 and 1, got {self.experts} and {self.shared}", where="split_experts")
         if self.criterion not in CRITERIA:
             raise ParseError(f"criterion is one of {tuple(CRITERIA)}, not {self.criterion!r}", where="split_experts")
+        if self.given and (self.router, self.repair, self.free) != ("random", "none", ()):
+            raise ParseError("a router of what a module gives is random, without repair and free experts", where="split_experts",
+                             hint="router='random', repair='none'")
         object.__setattr__(self, "free", tuple(self.free))
         for name in self.free:
             Named.parse("free expert", name)
@@ -94,7 +101,7 @@ class SplitExperts(Pass):
         found: list[Dense] = []
         for site in self.ffns(program, ctx):
             dense = dense_of(program.regions[site.region], site, self.name())
-            why = _unfit(dense, self.experts, self.shared)
+            why = _unfit(dense, self.experts, self.shared) or unconditioned(dense, self.given)
             if why is not None:
                 ctx.miss(why, site.path)
             elif isinstance(dense, Dense) and ctx.spend():
@@ -112,8 +119,12 @@ class SplitExperts(Pass):
         importance = evidence.once((*key, self.criterion), partial(wanted, self.criterion, evidence, table))
         split = Split.of(dense.ffn, table, always)
         share = self._share(split, evidence.ffn.neurons, density)
-        router: Formula = route(Task(evidence, table, share, importance, self.criterion))
-        scores = _scores(router, Split.of(evidence.ffn, table, always), evidence)
+        given = condition(dense, self.given)
+        if given is None:
+            router: Formula = route(Task(evidence, table, share, importance, self.criterion))
+            scores = _scores(router, Split.of(evidence.ffn, table, always), evidence)
+        else:
+            router, scores = by_condition(given, self.experts, evidence), _drawn(self.experts, evidence)
         free = Free.of(self.free, evidence, scores, share) if self.free else None
         scores = _with_free(free, scores, evidence)
         number = select.module.calibrate(scores, share if share >= 1 else share * self.experts / scores.shape[1], **select.options)
@@ -121,7 +132,8 @@ class SplitExperts(Pass):
         found = split.activated(chosen, evidence.ffn.neurons)
         if evidence.rows:
             split = repair(evidence, split, chosen)
-        write(dense, split, Routing(router, _selection(select, number), self._named("weight")(scores.shape[1]), free, self.residual), self.name())
+        weight = self._named("weight")(scores.shape[1])
+        write(dense, split, Routing(router, _selection(select, number), weight, free, self.residual, given), self.name())
         row = program.decisions[dense.site.path] = Decision.of(dense.site.path, "ffn", dense.ffn.down)
         row.structure, row.density, row.budget = f"experts by {route.name}", found, found if density is None else density
         row.reason = f"{self.experts} experts of {table.shape[1]} neurons by {part.name}, {always.numel()} shared; router {route.name}, {select.name}"
@@ -175,11 +187,15 @@ def _selection(select: Named, number: float) -> Formula:
 def _scores(router: Formula, split: Split, evidence: Evidence) -> Tensor:
     """float32 [R, E] on the rows of calibration; random ones where there are none, which say of a selector how many experts it takes."""
     if not evidence.rows:
-        return torch.randn(SAMPLE, split.experts, generator=evidence.generator(), dtype=torch.float32)
+        return _drawn(split.experts, evidence)
     known = {**split.own, "down": split.down}
     wanted = inspect.signature(router.function).parameters
     given = {name: value for name, value in known.items() if name in wanted} | dict(router.tensors) | dict(router.buffers)
     return torch.cat([router.function(x, **given) for x in torch.split(evidence.x, SAMPLE)])
+
+
+def _drawn(experts: int, evidence: Evidence) -> Tensor:
+    return torch.randn(SAMPLE, experts, generator=evidence.generator(), dtype=torch.float32)
 
 
 def _with_free(free: Free | None, scores: Tensor, evidence: Evidence) -> Tensor:

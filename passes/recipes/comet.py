@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from sparsify_compiler.passes.moe.split_experts import SplitExperts
+from sparsify_compiler.passes.train.penalise_routing import PenaliseRouting
 from sparsify_compiler.pipeline import Pipeline
 
 
-def comet(experts: int = 8, top_k: int = 2, margin: float = 1.0) -> Pipeline:
-    """For training: copies of each FFN under one decision tree, of which a row takes the likeliest leaves, weighted with their probabilities.
+def comet(experts: int = 8, top_k: int = 2, margin: float = 1.0, outside: float = 0.01) -> Pipeline:
+    """For training: copies of each FFN under as many decision trees as a row takes experts, each of which brings it to about one leaf.
 
-    The paper takes as many trees as experts are chosen, and searches for the order of the leaves: here one tree has them as they stand
+    Rows take the likeliest experts, so that there never are more; a loss brings the trees to make that choice alone, by splits that are a whole yes
+    or no. The paper's loss is the entropy of each tree's leaves, and it also searches for the order of the leaves: here they are as they stand
 
     Paper      COMET: Learning Cardinality Constrained Mixture of Experts with Trees and Local Search, Ibrahim et al., arXiv:2306.02824
     """
-    router, selector = f"tree(margin={margin!r})", f"top_k(k={top_k})"
-    return Pipeline((SplitExperts(experts, "copies", router, selector, 0.0, "weight_norm", "normalised", "none"),))
+    split = SplitExperts(experts, "copies", f"tree(margin={margin!r}, trees={top_k})", f"top_k(k={top_k})", 0.0, "weight_norm", "normalised", "none")
+    return Pipeline((split, PenaliseRouting("outside", outside)))

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsify_compiler.anew import Anew
 from sparsify_compiler.errors import InputError
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.train._chosen import Chosen
 from sparsify_compiler.passes.train._places import mask_of, structure_of
 from sparsify_compiler.passes.train.choosers._base import Choice
-from sparsify_compiler.training import Anew, Marked, Part
+from sparsify_compiler.training import Marked, Part
 
 if TYPE_CHECKING:
     from sparsify_compiler.passes.train.learn_masks import LearnMasks

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsify_compiler.anew import Anew
 from sparsify_compiler.errors import InputError
 from sparsify_compiler.masked import Masked
 from sparsify_compiler.masked_backward import WayBack
@@ -17,7 +18,7 @@ from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._moving import cut, regrown, shared, thinned
 from sparsify_compiler.passes.train._places import Place, places_of
-from sparsify_compiler.training import Anew, Marked, Part
+from sparsify_compiler.training import Marked, Part
 
 if TYPE_CHECKING:
     from sparsify_compiler.passes.train.move_masks import MoveMasks

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsify_compiler.anew import Anew
 from sparsify_compiler.errors import InputError
 from sparsify_compiler.formats._base import Format
 from sparsify_compiler.masked import Masked
 from sparsify_compiler.packed import Packed
 from sparsify_compiler.passes.prune.structures._base import Structure
-from sparsify_compiler.training import Anew, Marked
+from sparsify_compiler.training import Marked
 
 if TYPE_CHECKING:
     from sparsify_compiler.passes.train.move_masks import MoveMasks

@@ -95,7 +95,7 @@ class Mean(Watch):
     def forward(self, scores: Tensor) -> Tensor:  # type: ignore[override]
         if not self.looks.many:
             return scores
-        looks = scores.unflatten(0, (self._samples, scores.shape[0] // self._samples))
+        looks = scores.reshape(self._samples, scores.shape[0] // self._samples, *scores.shape[1:])
         size = looks.logsumexp(-1, keepdim=True)
         return (looks - size).logsumexp(0) - math.log(self._samples) + size.mean(0)
 

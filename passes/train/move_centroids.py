@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify_compiler.anew import Anew
 from sparsify_compiler.branches import parse
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.ops import attend
@@ -15,7 +16,7 @@ from sparsify_compiler.passes.attention._clusters import LEARNED, directions, mo
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, Site
 from sparsify_compiler.selectors import select
-from sparsify_compiler.training import Anew, Marked, Part, TrainingPass, Watch
+from sparsify_compiler.training import Marked, Part, TrainingPass, Watch
 
 KIND = ("attention",)
 

@@ -12,11 +12,12 @@ from sparsify_compiler.masked import Masked
 from sparsify_compiler.named import Named
 from sparsify_compiler.ops import experts_ffn
 from sparsify_compiler.passes.moe import _routing
-from sparsify_compiler.passes.moe._routing import mixtures
+from sparsify_compiler.passes.moe._routing import found_mixtures, mixtures
+from sparsify_compiler.passes.moe.route_tokens import TOKEN_SCORES
 from sparsify_compiler.passes.train._experts import WatchedExperts, tap_experts
 from sparsify_compiler.passes.train._penalty import Penalty, check_weight
 from sparsify_compiler.passes_api import Context
-from sparsify_compiler.program import Program, Region
+from sparsify_compiler.program import Program, Region, Site
 from sparsify_compiler.training import Marked, Part, TrainingPass, Watch
 
 
@@ -24,12 +25,12 @@ from sparsify_compiler.training import Marked, Part, TrainingPass, Watch
 class PenaliseRouting(TrainingPass):
     """In training, add the mean over the routers of a loss of their scores and choices, times a weight that a schedule moves.
 
-    Matches    experts_ffn(x, choice of scores, ...), as split_experts makes it
+    Matches    experts_ffn(x, choice of scores, ...), as split_experts makes it; top_tokens(scores, share), as route_tokens does
     Rewrites   nothing: it marks what hook.loss() of sc.attach() is made of
     Preserves  values
     Paper      none: the frame that Switch Transformer (arXiv:2101.03961) and BlockFFN (arXiv:2507.08771) fill in
 
-    loss      a file of passes/train/router_losses, with options of its own in parentheses
+    loss      a file of passes/train/router_losses, with options of its own in parentheses; of those that say "depths" also for routed tokens
     weight    what the loss is multiplied with
     schedule  a file of passes/train/schedules, of the number of steps, which multiplies the weight
     """
@@ -43,7 +44,8 @@ class PenaliseRouting(TrainingPass):
         check_weight(self.weight, self.schedule, "penalise_routing")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        for one in mixtures(program, ctx):
+        depths = self._depths(program, ctx)
+        for one in found_mixtures(program) if depths else mixtures(program, ctx):
             if one.scores is None:
                 ctx.miss("the scores of its router are not known", one.site.path)
                 continue
@@ -52,6 +54,15 @@ class PenaliseRouting(TrainingPass):
             if "experts" in self._loss().statistics:
                 self.mark(one.op, one.site, ctx)
         return program
+
+    def _depths(self, program: Program, ctx: Context) -> bool:
+        """Mark what chooses tokens for blocks, where the loss knows such choices. Are there any?"""
+        found = [(region, node) for region, node in program.nodes() if TOKEN_SCORES in node.meta and "depths" in self._loss().statistics]
+        for region, node in found:
+            site = Site("block", str(node.meta.get("path") or region.qualified(node.name)), region.path, {})
+            self.mark(region.node(node.meta[TOKEN_SCORES]), site, ctx)
+            self.mark(node, site, ctx)
+        return bool(found)
 
     def tap(self, region: Region, name: str, node: fx.Node) -> Watch | Masked:
         return tap_experts(region, name, node) if node.target is experts_ffn.op else super().tap(region, name, node)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify_compiler.anew import Anew
 from sparsify_compiler.errors import InputError, ParseError
 from sparsify_compiler.masked import Masked
 from sparsify_compiler.named import Named
@@ -17,7 +18,7 @@ from sparsify_compiler.passes.train._envelope import shrink_factors
 from sparsify_compiler.passes.train._masked_weights import Aimed, aimed, mark_masked
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
-from sparsify_compiler.training import Anew, Marked, Part, TrainingPass
+from sparsify_compiler.training import Marked, Part, TrainingPass
 
 
 @dataclass(frozen=True)

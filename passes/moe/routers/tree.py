@@ -13,17 +13,24 @@ from sparsify_compiler.passes.moe._evidence import Formula
 from sparsify_compiler.passes.moe.routers._base import Task, normal
 
 
-def tree(task: Task, *, margin: float = 1.0) -> Formula:
-    """The logarithm of the probability that a row ends at the expert's leaf: weights of softmax are these probabilities. Splits begin at random.
+def tree(task: Task, *, margin: float = 1.0, trees: int = 1) -> Formula:
+    """The logarithm of the probability that a row ends at the expert's leaf, in the softmax over the leaves of all trees. Splits begin at random.
 
-    margin: of a split's linear, half of it to either side, between no and yes. Raises ParseError for one that is not above 0.
+    margin  of a split's linear, half of it to either side, between no and yes
+    trees   how many: where splits are whole, a row reaches one leaf of each, so that no more experts have a probability
+
+    A leaf counts by the exponential of its own linear function of the row, which begins as 1, times the probability to reach it. Raises ParseError
+    for a margin that is not above 0, and for no tree.
     """
-    if margin <= 0:
-        raise ParseError(f"margin lies above 0, got {margin}", where="router tree")
+    if margin <= 0 or trees < 1:
+        raise ParseError(f"margin lies above 0 and trees is 1 or more, got {margin} and {trees}", where="router tree")
+    width = task.evidence.ffn.gate.shape[1]
     splits = torch.zeros(task.experts, max(task.experts - 1, 1), dtype=torch.int64)
     _grow(splits, list(range(task.experts)), 0)
-    weight = normal((splits.shape[1], task.evidence.ffn.gate.shape[1]), task.evidence)
-    return Formula({"weight": weight}, partial(_leaves, margin=margin), {"splits": splits})
+    weight = normal((trees * splits.shape[1], width), task.evidence)
+    tensors = {"weight": weight, "leaf": torch.zeros(trees * task.experts, width, dtype=torch.float32),
+               "leaf_offset": torch.zeros(trees * task.experts, dtype=torch.float32)}
+    return Formula(tensors, partial(_leaves, margin=margin, trees=trees), {"splits": splits})
 
 
 def _grow(splits: Tensor, leaves: list[int], node: int) -> int:
@@ -35,10 +42,13 @@ def _grow(splits: Tensor, leaves: list[int], node: int) -> int:
     return _grow(splits, leaves[half:], _grow(splits, leaves[:half], node + 1))
 
 
-def _leaves(x: Tensor, weight: Tensor, splits: Tensor, *, margin: float) -> Tensor:
-    yes = smooth_step(linear(x, weight).float() / margin)[..., None, :]
+def _leaves(x: Tensor, weight: Tensor, leaf: Tensor, leaf_offset: Tensor, splits: Tensor, *, margin: float, trees: int) -> Tensor:
+    yes = smooth_step(linear(x, weight).float() / margin).unflatten(-1, (trees, 1, splits.shape[1]))  # type: ignore[no-untyped-call]
     sides = torch.where(splits > 0, yes, torch.where(splits < 0, 1 - yes, 1.0))
-    return sides.prod(-1).clamp_min(1e-30).log()
+    reached = sides.prod(-1).clamp_min(1e-30).log()
+    own = linear(x, leaf, leaf_offset).float().unflatten(-1, (trees, splits.shape[0]))  # type: ignore[no-untyped-call]
+    scores: Tensor = (own + reached).logsumexp(-2)
+    return scores
 
 
 def smooth_step(t: Tensor) -> Tensor:

@@ -1,0 +1,89 @@
+"""Routers that read what another module gives for a whole text: the time of a diffusion model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsify_compiler as sc
+from sparsify_compiler.capture import capture
+from sparsify_compiler.errors import ParseError
+from sparsify_compiler.passes.moe.split_experts import SplitExperts
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.pipeline import Pipeline
+
+
+class Diffusion(nn.Module):
+    """Two FFNs on a stream [images, patches, 8] that a time shifts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t_embedder = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 5))
+        self.shift = nn.Linear(5, 8)
+        self.ffns = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)) for _ in range(2))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        time = self.t_embedder(t)
+        x = x + self.shift(time)[:, None]
+        for ffn in self.ffns:
+            x = x + ffn(x)
+        return x
+
+
+DYNAMIC = {"x": {0: "images", 1: "patches"}, "t": {0: "images"}}
+
+
+def model() -> tuple[Diffusion, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    return Diffusion().eval(), (torch.randn(3, 5, 8), torch.randn(3, 4))
+
+
+def test_all_patches_of_an_image_have_the_experts_of_its_time() -> None:
+    net, inputs = model()
+    module, hook = sc.attach(net, inputs, sc.recipes.switch_dit(experts=4, top_k=1, shared=0.0), dynamic=DYNAMIC)
+    torch.testing.assert_close(module(*inputs), net(*inputs), rtol=1e-4, atol=1e-5)  # copies, of weights that add up to 1
+    down = next(one for name, one in module.named_parameters() if "ffns.1" in name and "experts.down" in name)
+    router = next(one for name, one in module.named_parameters() if "ffns.1" in name and "router.weight" in name)
+    assert router.shape == (4, 5)
+    with torch.no_grad():
+        down[2] = 0  # one expert of the second FFN gives nothing
+        x, t = torch.randn(64, 2, 8), 3 * torch.randn(64, 4)
+        last = net.ffns[1]
+        stream = x + net.shift(net.t_embedder(t))[:, None]
+        stream = stream + net.ffns[0](stream)
+        out = (net.t_embedder(t) @ router.T).argmax(-1) == 2
+        bias = last[3].bias  # type: ignore[index]
+        wanted = stream + torch.where(out[:, None, None], bias, last(stream))
+        assert 0 < int(out.sum()) < 64
+        torch.testing.assert_close(module(x, t), wanted, rtol=1e-4, atol=1e-5)
+    (module(*inputs).square().mean() + hook.loss()).backward()
+    assert router.grad is not None
+
+
+def test_such_routers_learn_and_are_compiled() -> None:
+    net, inputs = model()
+    module, hook = sc.attach(net, inputs, sc.recipes.switch_dit(), dynamic=DYNAMIC)
+    optimizer, losses = torch.optim.Adam(module.parameters(), 1e-2), []
+    for _ in range(40):
+        loss = (module(*inputs) - 1).square().mean()
+        optimizer.zero_grad(), (loss + hook.loss()).backward(), optimizer.step(), hook.step(optimizer)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    compiled = sc.compile(module.eval(), inputs, recipe="lower()", dynamic=DYNAMIC)
+    other = torch.randn(2, 9, 8), torch.randn(2, 4)
+    torch.testing.assert_close(compiled(*other), module(*other), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("path", "why"), [("nowhere", "no module nowhere before it"), ("ffns.1", "no module ffns.1 before it"),
+                                           ("ffns.0.0", "no row for each of its texts")])
+def test_what_is_no_condition_says_so(path: str, why: str) -> None:
+    net, inputs = model()
+    ctx, split = Context(), SplitExperts(4, "copies", "random", "top_k(k=2)", 0.0, "weight_norm", "normalised", "none", given=path)
+    Pipeline((split,)).run(capture(net, inputs, DYNAMIC), ctx)
+    assert any(why in str(miss) for miss in ctx.misses)
+
+
+def test_other_routers_are_refused() -> None:
+    with pytest.raises(ParseError, match="is random"):
+        SplitExperts(given="t_embedder")
