@@ -29,7 +29,7 @@ _REFUSED = {"softcap": "its scores are capped", "s_aux": "it has sinks that are 
 
 def find_library_attentions(model: nn.Module) -> dict[str, str | None]:
     """Module path -> None for every attention that asks the registry, or why it cannot be given an indexer."""
-    return {path: _unfit(module) for path, module in model.named_modules() if _asks_registry(module)}
+    return {path: _unfit(module, model, path) for path, module in model.named_modules() if _asks_registry(module)}
 
 
 def _asks_registry(module: nn.Module) -> bool:
@@ -37,14 +37,23 @@ def _asks_registry(module: nn.Module) -> bool:
     return code is not None and _REGISTRY in code.co_names and hasattr(getattr(module, "config", None), "_attn_implementation")
 
 
-def _unfit(module: nn.Module) -> str | None:
+def _unfit(module: nn.Module, model: nn.Module, path: str) -> str | None:
     config: Any = module.config
+    if not getattr(module, "is_causal", True) and not _has_sdpa(model, path):
+        return "its library has no SDPA for it, so only its mask says whether it is causal"
     window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
     if window:
         return f"it reads a window of {window} tokens already"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return _REFUSED["softcap"]
     return _REFUSED["s_aux"] if hasattr(module, "sinks") else None
+
+
+def _has_sdpa(model: nn.Module, path: str) -> bool:
+    """What the innermost model of the library around a module says; an attention of theirs is told by `is_causal` what its mask need not say."""
+    names = path.split(".") if path else []
+    outer = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
+    return bool(next((module._supports_sdpa for module in reversed(outer) if hasattr(module, "_supports_sdpa")), True))
 
 
 def library_shape(module: nn.Module) -> tuple[int, int, int]:

@@ -52,7 +52,7 @@ ENCODERS = [
     "big_bird", "longformer", "squeezebert", "xlnet",
 ]
 VISION = [
-    "vit", "deit", "beit", "dinov2", "mobilenet_v1", "mobilenet_v2", "siglip_vision_model", "clip_vision_model", "ijepa", "vit_mae",
+    "vit", "deit", "beit", "dinov2", "mobilenet_v1", "mobilenet_v2", "siglip_vision_model", "clip_vision_model", "ijepa",
     "data2vec-vision", "swin", "convnext", "convnextv2", "resnet", "regnet", "poolformer", "segformer", "pvt", "hiera", "levit",
     "mobilevit", "focalnet",
 ]

@@ -498,3 +498,17 @@ def test_a_step_of_decoding_reads_the_sums_that_its_cache_keeps(monkeypatch: pyt
             model(input_ids=ids[:, i:i + 1], past_key_values=cache)
     assert seen
     assert max(seen) <= 4
+
+
+def test_attention_that_only_its_mask_makes_causal_is_left_alone() -> None:
+    """The library computes this model's attention eagerly, and its decoder says is_causal=False: a kernel that went by that would read the future."""
+    config = transformers.NllbMoeConfig(vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                                        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_experts=2, pad_token_id=0)
+    eager = transformers.NllbMoeForConditionalGeneration(config).eval()
+    found = find_library_attentions(eager)
+    assert len(found) == 3
+    assert all("only its mask says" in str(why) for why in found.values())
+    assert find_library_attentions(eager.model.decoder.layers[0].self_attn) == {"": None}, "of a module alone nothing is known"
+    bart = transformers.BartModel(transformers.BartConfig(vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                                                          decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64))
+    assert set(find_library_attentions(bart).values()) == {None}
