@@ -274,6 +274,15 @@ def test_the_time_of_what_chooses_the_heads_counts(monkeypatch: pytest.MonkeyPat
     assert not any("attention" in one for one in seen)
 
 
+def test_heads_of_several_texts_of_a_fixed_size() -> None:
+    """What spreads a head's score over its values knows how many texts and tokens there are, and is timed with those."""
+    net, data = attention()
+    data = [(x[:3, :2].contiguous(),) for x, in data]
+    lowered = sc.compile(net, data[0], recipe=HEADS | Pipeline.parse("pack() | lower(margin=1.0, rounds=1)"), calibration=data)
+    assert "reads everything: the kernel has" in next(iter(lowered.program.decisions.values())).reason
+    torch.testing.assert_close(lowered(*data[0]), net(*data[0]), rtol=1e-4, atol=1e-5)
+
+
 def test_what_no_neurons_of_an_ffn_are_is_packed_by_itself() -> None:
     """A linear that reads values of which scores have selected some, of one row and of several."""
     class Scored(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -94,8 +95,10 @@ def predictor(region: Region, node: fx.Node, x: Tensor) -> Callable[[], object]:
 
 
 def _shaped(node: fx.Node, rows: Tensor) -> Tensor:
-    """Rows with as many dimensions as a node's value."""
-    return rows.reshape(*[1] * (node.meta["val"].dim() - 2), *rows.shape)
+    """Rows with as many dimensions as a node's value, and its own ones where those are so many rows: what follows may have been captured for them."""
+    *before, _ = node.meta["val"].shape
+    own = all(isinstance(size, int) for size in before) and math.prod(before) == rows.shape[0]
+    return rows.reshape(*(before if own else [*[1] * (len(before) - 1), rows.shape[0]]), rows.shape[1])
 
 
 def make_dense(layer: Linear) -> list[fx.Node]:

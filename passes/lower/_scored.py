@@ -1,7 +1,7 @@
 """Linears that read what given scores have selected, as attention's output does where heads are predicted: what was left out is 0, and its weights
 are not read.
 
-The values are those of the selection, to the last bit; it is still made, and what only the selection needs is counted as the kernel's own time.
+The values are those of the selection (denormals count as 0); it is still made, and what only the selection needs is counted as the kernel's own time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sparsify_compiler.program import Program, Region, set_tensor
 
 __all__ = ["choose", "is_packed", "is_scored", "layer", "make_dense", "pack", "size_of"]
 
-LEAST = torch.finfo(torch.float32).tiny     # whatever is no 0 reaches it
+LEAST = torch.finfo(torch.float32).tiny     # whatever is no 0 reaches it, but for denormals
 LIMIT = "least_selected"
 
 
