@@ -30,7 +30,8 @@ def silent_units(region: Region, found: Follow, atom: Atom) -> dict[fx.Node, Ten
         dims = found.values.get(node)
         lists = dims if isinstance(dims, list) else [dims or ()]
         if any(axis is not None and atom in found.axes.leaves(axis) for part in lists for axis in part):
-            silent[node] = _silent(region, found, atom, node, silent, node in fixed)
+            stored = node in fixed and not isinstance(dims, list)  # of several, as a split gives, each is looked at where it is picked
+            silent[node] = _silent(region, found, atom, node, silent, stored)
     return silent
 
 
@@ -45,6 +46,8 @@ def _silent(region: Region, found: Follow, atom: Atom, node: Any, silent: dict[f
         return torch.stack(own).all(0) if len(own) == len(made) else nothing
     if is_call(node, aten.mul.Tensor, aten.rms_norm.default):
         return torch.stack(sources).any(0)
+    if is_call(node, aten.cat.default):  # of parts without units of this group nothing is asked
+        return torch.stack([silent[source] for source in node.all_input_nodes if source in silent]).all(0)
     whole = is_call(node, *_OF_ONE) or (is_call(node, *_SUMS) and len(sources) == 2)  # rather than with a number
     return torch.stack(sources).all(0) if sources and whole else nothing
 

@@ -19,6 +19,7 @@ from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train.choosers._base import Choice
 from sparsify_compiler.passes.train.choosers.sigmoid import Sigmoid
 from sparsify_compiler.passes.train.weight_losses.orthonormal import orthonormal
+from sparsify_compiler.passes_api import Context
 from sparsify_compiler.training import Hook
 
 IDS = torch.randint(0, 40, (6, 5), generator=torch.Generator().manual_seed(1))
@@ -213,6 +214,62 @@ def test_the_chooser_keeps_as_many_as_are_asked_for_and_becomes_a_step() -> None
     assert away == sorted(away)
 
 
+@pytest.mark.parametrize("open_", [True, False])
+def test_where_all_gates_are_open_or_shut_training_sees_that_too(open_: bool) -> None:
+    scores = torch.randn(1, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float32).requires_grad_()
+    soft = Sigmoid().soft(scores, torch.full((1, 20), open_), Choice(Structure.parse("unstructured"), float(open_), 1.0))
+    assert bool(((soft > 0.99) == open_).all())
+    assert bool(((soft < 0.01) != open_).all())
+    (gradient,) = torch.autograd.grad(soft.sum(), scores)
+    assert bool(gradient.any())
+
+
+class Stem(nn.Module):
+    """What a convolution makes of an image is a stream that a linear layer adds to, as in a ViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.up, self.down, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        y: Tensor = self.head(x + self.down(self.up(x).relu()))
+        return y
+
+
+def test_units_that_convolutions_and_linears_make_have_no_gates() -> None:
+    ctx = Context(example_inputs=(torch.randn(2, 3, 8, 8),))
+    program = GateChannels(density=0.5, targets=("stream", "neurons")).run(sc.capture(Stem().eval(), ctx.example_inputs), ctx)
+    assert "made as channels of images and as features" in " ".join(map(str, ctx.misses))
+    (region,) = program.regions.values()
+    assert [gate for _, gate in gate_products(region)] == ["gates_neurons"]
+
+
+class Halves(nn.Module):
+    """Two matrices that are one parameter, of whose products the other reads the first half of the units alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Parameter(torch.randn(24, 8)), nn.Linear(12, 4)
+        with torch.no_grad():
+            self.both[:2] = 0
+            self.down.weight[:, -3:] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.both.chunk(2)
+        y: Tensor = self.down(functional.linear(x, one).relu() * functional.linear(x, other))
+        return y
+
+
+def test_units_of_a_parameter_that_is_split_are_found() -> None:
+    torch.manual_seed(0)
+    model, x = Halves().eval(), torch.randn(5, 8)
+    found = instantiate(sc.Pipeline.parse("drop_dead_channels()").run(sc.capture(model, (x,))))
+    assert found.get_parameter("down.weight").shape == (4, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), model(x))
+
+
 def test_bad_input_is_told() -> None:
     with pytest.raises(ParseError, match="repair"):
         GateChannels(repair="least_squares")
@@ -224,3 +281,59 @@ def test_bad_input_is_told() -> None:
         sc.Pipeline.parse("learn_masks(of='heads')")
 
 
+
+
+class Beside(nn.Module):
+    """Two layers' units beside each other, as one linear layer reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.down = nn.Linear(8, 6), nn.Linear(8, 10), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.cat([self.one(x).relu(), self.other(x).tanh()], -1))
+        return y
+
+
+def test_units_that_lie_beside_those_of_another_group_go() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 8)
+    gated = sc.Pipeline.parse("gate_channels(density=0.5)").run(sc.capture(Beside().eval(), (x,)))
+    found = instantiate(sc.Pipeline.parse("drop_dead_channels()").run(gated))
+    assert [found.get_parameter(f"{name}.weight").shape for name in ("one", "other", "down")] == [(3, 8), (5, 8), (4, 8)]
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), instantiate(gated)(x))
+
+
+class Named(nn.Module):
+    """One of its layers is called as all of them are selected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.down = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.linear(x).relu())
+        return y
+
+
+def test_adapters_are_behind_the_layers_that_have_gates_alone() -> None:
+    module, _ = sc.attach(Named().eval(), (torch.randn(5, 8),), "gate_channels(density=0.5, adapter='mixing(rank=2)')")
+    assert [name for name, _ in module.named_parameters() if "mixing" in name] == ["linear.mixing_reads", "linear.mixing_writes"]
+
+
+class Again(nn.Module):
+    """One layer, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(self.layer(x).relu())
+        return y
+
+
+def test_a_weight_that_is_read_twice_counts_once() -> None:
+    module, hook = sc.attach(Again().eval(), (torch.randn(5, 8),), "penalise_weights(loss='orthonormal', weight=2.0, masked=False)")
+    torch.testing.assert_close(hook.loss(), 2 * orthonormal([module.get_parameter("layer.weight")], 0))

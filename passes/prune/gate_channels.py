@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,7 +35,8 @@ class GateChannels(RemoveChannels):
     score, budget, density, targets, ignore, sides, multiple   as in remove_channels, which would cut what is shut here
 
     learn_masks(of="gates") lets the choice be learnt. What is shut in the end drop_dead_channels() takes out, and fold_scale() folds the other gates
-    into the weights. A group whose units do not lie side by side in what makes them (heads) has no gates.
+    into the weights. A group whose units do not lie side by side in what makes them (heads), or that both convolutions and linears make (the stream
+    of a ViT), has no gates.
     """
 
     score: str = "magnitude"
@@ -59,15 +61,23 @@ class GateChannels(RemoveChannels):
             if ctx.spend():
                 self._gate(groups.found, group, masks[group.path])
         made = {(member.region.path, op.name) for group in chosen for member in group.members for op in member.writes}
-        paths = tuple(site.path for site in find_sites(program, ("linear",)) if (site.region, site.roles["op"]) in made)
+        sites = [site for site in find_sites(program, ("linear",)) if (site.region, site.roles["op"]) in made]
+        paths = tuple(f"re:{re.escape(site.path)}" for site in sites)  # a layer may be called "linear", which selects all of them
         return AddAdapters(self.adapter, targets=paths).run(program, ctx) if self.adapter is not None and paths else program
 
     def _side_by_side(self, found: Follow, group: Group, ctx: Context) -> bool:
         made = [op for member in group.members for op in member.writes]
-        fits = bool(made) and all(_dim(found, group, op) is not None for op in made)
-        if not fits:
-            ctx.miss(f"its {group.size} {group.kind} do not lie side by side in what makes them", group.path)
-        return fits and len({member.region.path for member in group.members if member.writes}) == 1
+        dims = {op: _dim(found, group, op) for op in made}
+        why = None
+        if not made or None in dims.values():
+            why = "do not lie side by side in what makes them"
+        elif len({member.region.path for member in group.members if member.writes}) > 1:
+            why = "are made in several graphs"
+        elif len({op.meta["val"].dim() - dim for op, dim in dims.items() if dim is not None}) > 1:
+            why = "are made as channels of images and as features: one gate has not the shape of both"
+        if why is not None:
+            ctx.miss(f"its {group.size} {group.kind} {why}", group.path)
+        return why is None
 
     def _gate(self, found: Follow, group: Group, mask: Tensor) -> None:
         made = {op: _dim(found, group, op) for member in group.members for op in member.writes}
@@ -81,7 +91,6 @@ class GateChannels(RemoveChannels):
             if product is None:
                 shaped = mask.reshape(1, -1, *(1,) * trailing).to(value.device)
                 product = put_gate(region, op, group.path or group.kind, shaped, value.dtype, self.name())
-            assert product.meta["val"].dim() == trailing + 2, "convolutions and linears write the same units"
             gate(op, product, self.name())
 
 

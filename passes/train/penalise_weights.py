@@ -69,7 +69,8 @@ class PenaliseWeights(TrainingPass):
 
     def part(self, marked: Sequence[Marked]) -> Part:
         loss = Named.parse("weight loss", self.loss)
-        terms = partial(_terms, loss, aimed(marked)) if self.masked else partial(_whole, loss, [one.tensors["weight"] for one in marked])
+        whole = {id(one.tensors["weight"]): one.tensors["weight"] for one in marked if not self.masked}  # a layer that is called twice has one
+        terms = partial(_terms, loss, aimed(marked)) if self.masked else partial(_whole, loss, list(whole.values()))
         return Penalty(self.weight, self.schedule, terms)
 
 

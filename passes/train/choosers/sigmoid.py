@@ -41,15 +41,16 @@ class Sigmoid(Chooser):
     def soft(self, scores: Tensor, mask: Tensor, choice: Choice) -> Tensor:
         first, last = self.steepness
         steep = first * (last / first) ** choice.progress
-        opened: Tensor = ((scores - _limit(scores.detach(), mask)) * steep).sigmoid() + self.lift * max(1 - 2 * choice.progress, 0.0)
+        opened: Tensor = ((scores - self._limit(scores.detach(), mask)) * steep).sigmoid() + self.lift * max(1 - 2 * choice.progress, 0.0)
         return opened
 
     def mask(self, scores: Tensor, mask: Tensor, choice: Choice) -> Tensor:
         return cut(choice.structure, scores, choice.density)
 
-
-def _limit(scores: Tensor, mask: Tensor) -> Tensor:
-    """Half-way between the lowest score that is kept and the highest that is not."""
-    if not bool(mask.any()) or bool(mask.all()):
-        return scores.mean()
-    return (torch.where(mask, scores, torch.inf).min() + torch.where(mask, -torch.inf, scores).max()) / 2
+    def _limit(self, scores: Tensor, mask: Tensor) -> Tensor:
+        """Half-way between the lowest score that is kept and the highest that is not; where all are kept, or none, as far off as it is at first."""
+        if bool(mask.all()):
+            return scores.min() - self.gap / 2
+        if not bool(mask.any()):
+            return scores.max() + self.gap / 2
+        return (torch.where(mask, scores, torch.inf).min() + torch.where(mask, -torch.inf, scores).max()) / 2
