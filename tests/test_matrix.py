@@ -21,9 +21,6 @@ from sparsify_compiler.target import HERE, NAMES, Target, resolve
 
 PLAIN = ("aarch64", "apple-m1")     # qemu runs them as the Cortex-A53 and the Cortex-A76, which are here
 PROCESSORS = [name for name in NAMES if name not in (*HERE, *PLAIN) and resolve(name).arch == "aarch64"]
-# One of these ends the emulated machine with a segmentation fault where others ran in it before, on processors that qemu has no model of ("max"); it
-# does not where it runs alone, as in the tests of each (`--target neoverse-v2`). Why is not known.
-GATHERING = ("inputs", "neurons", "inputs of ffns", "predicted")
 DTYPES = (FLOAT, BFLOAT, HALF)
 
 
@@ -46,8 +43,6 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Target]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_numbers(name: str, dtype: torch.dtype, machine: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name in GATHERING and machine.has("sve"):
-        pytest.skip("these end the emulated machine where others ran before; tests/test_select_*.py --target neoverse-v2 runs them")
     loaded: set[str] = set()
     load = build.load
 
