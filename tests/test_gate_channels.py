@@ -337,3 +337,41 @@ class Again(nn.Module):
 def test_a_weight_that_is_read_twice_counts_once() -> None:
     module, hook = sc.attach(Again().eval(), (torch.randn(5, 8),), "penalise_weights(loss='orthonormal', weight=2.0, masked=False)")
     torch.testing.assert_close(hook.loss(), 2 * orthonormal([module.get_parameter("layer.weight")], 0))
+
+
+def left(model: nn.Module) -> int:
+    """Features of the stream that stay, after a look at the values."""
+    found = instantiate(sc.Pipeline.parse("drop_dead_channels()").run(sc.capture(model, (IDS,))))
+    with torch.no_grad():
+        torch.testing.assert_close(found(IDS), model(IDS), rtol=1e-4, atol=1e-5)
+    return found.get_parameter("table.weight").shape[1]
+
+
+def test_features_go_where_all_that_write_them_write_zeros() -> None:
+    model = language()
+    with torch.no_grad():
+        model.get_parameter("table.weight")[:, :4] = 0
+        assert left(model) == 16
+        for i in (0, 1):
+            model.get_parameter(f"layers.{i}.down.weight")[:4] = 0
+            model.get_parameter(f"layers.{i}.down.bias")[:4] = 0
+        assert left(model) == 12
+        model.get_parameter("layers.0.down.weight")[0, 5] = 1
+        assert left(model) == 13
+        model.get_parameter("layers.1.down.bias")[1] = 1
+        assert left(model) == 14
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
+def test_features_that_nobody_reads_stay_where_a_norm_is_over_them(norm: type[nn.Module]) -> None:
+    """An rms_norm sees what they are, a layer_norm how many."""
+    model = language(norm)
+    with torch.no_grad():
+        for name in ("layers.0.up", "layers.1.up", "head"):
+            model.get_parameter(f"{name}.weight")[:, :4] = 0
+        assert left(model) == 16
+        model.get_parameter("table.weight")[:, :4] = 0
+        for i in (0, 1):
+            model.get_parameter(f"layers.{i}.down.weight")[:4] = 0
+            model.get_parameter(f"layers.{i}.down.bias")[:4] = 0
+        assert left(model) == (12 if norm is nn.RMSNorm else 16)
