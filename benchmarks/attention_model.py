@@ -4,10 +4,11 @@
     python benchmarks/attention_model.py speed --brown FOLDER --saved FILE [--prompt 4096] [--text 8192] [--tokens 16]
     python benchmarks/attention_model.py quality --brown FOLDER [--texts 1] [--needles 1]
 
-SmolLM2-135M (subjects.py). speed, float32: the model as it is (SDPA), the same with attention of all keys by our kernel, and streaming(512, 64); a
-prompt once, and a token after a text of --text tokens (keys are random: what they hold does not matter to time). quality, bfloat16: perplexity of
-the last 256 of 1024 tokens after the ones before were read as a prompt into the cache; which of eight numbers are found, the prompt being 2048
-tokens without the questions; and bytes of the cache after the 1024 tokens, kind by kind.
+SmolLM2-135M (subjects.py). speed, float32: the model as it is (SDPA), the same with attention of all keys by our kernel, streaming(512, 64), and an
+eighth of the blocks, found by pooled keys and by bounds of pages; a prompt once, and a token after a text of --text tokens (keys are random: what
+they hold does not matter to time). quality, bfloat16: perplexity of the last 256 of 1024 tokens after the ones before were read as a prompt into the
+cache; which of eight numbers are found, the prompt being 2048 tokens without the questions; and bytes of the cache after the 1024 tokens, kind by
+kind.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.target import host
 
 EVERYTHING = "select_blocks(always=(Everything(),), dense_below=1000000000)"
-FORMS = {"all keys, our kernel": "lower()", "streaming(512, 64)": "streaming(window=512, sinks=64) | lower()"}
+FOUND = "select_blocks(always=(Windows(size=64), Sinks(tokens=64)), scorer='{}', selector='top_k(share=0.125)') | lower()"
+FORMS = {"all keys, our kernel": "lower()", "streaming(512, 64)": "streaming(window=512, sinks=64) | lower()",
+         "pooled, an eighth": FOUND.format("pooled"), "page bounds, an eighth": FOUND.format("page_bounds")}
 STRETCH, LAST, QUESTION = 1024, 256, 8  # tokens: of a text, of what is asked of it, of a question before its number
 CACHES: dict[str, Callable[[Any], Any]] = {
     "everything": lambda model: DynamicCache(),

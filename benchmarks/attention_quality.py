@@ -6,8 +6,9 @@ Model, texts and splits are those of subjects.py: what calibrates does so on two
 measured, 2048 tokens each. Retrieval: eight telephone numbers are spread over a Brown text, and asked for at its end one after the other; a number
 counts where every digit of it is the most likely token after the right ones before it. --needles texts of eight numbers each.
 
-Density is the share of the pairs of blocks below the diagonal that are read, in the mean of layers, heads and texts; blocks are 64 × 64. All layers
-are sparse, and all queries. The model computes in bfloat16 (--dtype), attention in float32. A method is one line of METHODS, with its levels.
+Density is the share of the pairs of blocks below the diagonal that are read, in the mean of layers, heads and texts; blocks are 64 × 64, and
+32 × 32 at an eighth of them. All layers are sparse, and all queries. The model computes in bfloat16 (--dtype), attention in float32. A method is one
+line of METHODS, with its levels.
 """
 
 from __future__ import annotations
@@ -36,18 +37,38 @@ from sparsify_compiler.pipeline import Pipeline
 
 LENGTH, BINS, ASKED, DIGITS = 2048, 4, 8, 5
 NAMES = ["Alice", "Boris", "Clara", "David", "Elena", "Frank", "Grace", "Henry", "Irene", "Jacob", "Karen", "Louis", "Maria", "Nigel", "Olive"]
-ALWAYS = "select_blocks(always=(Windows(size=64), Sinks(tokens=64)), scorer='{scorer}', selector='{selector}')"
-BLOCKS, MASSES = (9, 4, 2), (0.95, 0.9, 0.8)
-TOKENS = tuple(64 * blocks for blocks in BLOCKS)
+ALWAYS = ("select_blocks(always=(Windows(size={size}), Sinks(tokens={size})), scorer='{scorer}', selector='{selector}', "
+          "block_q={size}, block_k={size})")
+SIZES = (64, 64, 32)  # of blocks: of an eighth of 2048 tokens the beginning and the diagonal would be all in blocks of 64
+BLOCKS, SHARES = (9, 4, 4), (0.48, 0.23, 0.12)
+TOKENS = tuple(size * blocks for size, blocks in zip(SIZES, BLOCKS, strict=True))
+
+
+def levels(recipe: str, *options: str) -> tuple[str, ...]:
+    """A recipe with these options, one for each level, in that level's blocks."""
+    return tuple(f"{recipe}({option}, block={size})" for option, size in zip(options, SIZES, strict=True))
+
+
+def by_tokens(recipe: str) -> tuple[str, ...]:
+    return levels(recipe, *(f"tokens={tokens}" for tokens in TOKENS))
+
+
+def by_share(recipe: str) -> tuple[str, ...]:
+    return levels(recipe, *(f"share={share}" for share in SHARES))
+
+
+def by_mass(recipe: str, *masses: float) -> tuple[str, ...]:
+    return levels(recipe, *(f"mass={mass}" for mass in masses))
 
 
 def by_blocks(scorer: str) -> tuple[str, ...]:
     """Every query block reads as many blocks, so that the beginning of a text is dense."""
-    return tuple(ALWAYS.format(scorer=scorer, selector=f"top_k(share=0.0, blocks={blocks})") for blocks in BLOCKS)
+    return tuple(ALWAYS.format(scorer=scorer, selector=f"top_k(share=0.0, blocks={blocks})", size=size)
+                 for blocks, size in zip(BLOCKS, SIZES, strict=True))
 
 
 METHODS: dict[str, tuple[str, ...]] = {  # name -> pipelines at about 48, 23 and 12 % of the blocks
-    "streaming": tuple(f"streaming(window={tokens - 127}, sinks=64)" for tokens in TOKENS),
+    "streaming": levels("streaming", *(f"window={tokens - 2 * size + 1}, sinks={size}" for tokens, size in zip(TOKENS, SIZES, strict=True))),
     "pooled": by_blocks("pooled"),
     "gaussian": by_blocks("gaussian"),
     "page bounds (quest)": by_blocks("page_bounds"),
@@ -55,21 +76,21 @@ METHODS: dict[str, tuple[str, ...]] = {  # name -> pipelines at about 48, 23 and
     "vertical slash": by_blocks("vertical_slash"),
     "sampled rows": by_blocks("sampled_rows"),
     "exact scores": by_blocks("sampled_rows(rows=0)"),  # what no scorer can beat by much
-    "pooled, share of a row": tuple(ALWAYS.format(scorer="pooled", selector=f"top_k(share={share})") for share in (0.5, 0.25, 0.125)),
-    "minference": tuple(f"minference(tokens={tokens})" for tokens in TOKENS),
-    "mixed heads": tuple(f"mixed_heads(share={share})" for share in (0.48, 0.23, 0.12)),
-    "moa": tuple(f"moa(share={share})" for share in (0.48, 0.23, 0.12)),
-    "lserve": tuple(f"lserve(tokens={tokens}, window={tokens // 4})" for tokens in (896, 384, 192)),
-    "double sparsity": tuple(f"double_sparsity(tokens={tokens})" for tokens in TOKENS),
-    "twilight": tuple(f"twilight(mass={mass})" for mass in MASSES),
-    "xattention": tuple(f"xattention(mass={mass})" for mass in MASSES),
-    "sparge_attn": tuple(f"sparge_attn(mass={mass})" for mass in MASSES),
-    "sample_attention": tuple(f"sample_attention(mass={mass})" for mass in MASSES),
-    "proxy_attn": tuple(f"proxy_attn(mass={mass})" for mass in MASSES),
-    "seer_attention": tuple(f"seer_attention(share={share})" for share in (0.004, 0.02, 0.06)),
+    "pooled, share of a row": tuple(ALWAYS.format(scorer="pooled", selector=f"top_k(share={share})", size=64) for share in (0.5, 0.25, 0.125)),
+    "minference": by_tokens("minference"),
+    "mixed heads": by_share("mixed_heads"),
+    "moa": by_share("moa"),
+    "lserve": levels("lserve", "tokens=896, window=224", "tokens=384, window=96", "tokens=192, window=48"),
+    "double sparsity": by_tokens("double_sparsity"),
+    "twilight": by_mass("twilight", 0.95, 0.8, 0.7),
+    "xattention": by_mass("xattention", 0.95, 0.75, 0.65),
+    "sparge_attn": by_mass("sparge_attn", 0.95, 0.75, 0.65),
+    "sample_attention": by_mass("sample_attention", 0.95, 0.5, 0.2),
+    "proxy_attn": by_mass("proxy_attn", 0.95, 0.75, 0.65),
+    "seer_attention": levels("seer_attention", "share=0.004", "share=0.02", "share=0.06"),
     "gate (seer), by number": by_blocks("gate"),
-    "pbs_attn": tuple(f"pbs_attn(mass={mass}, segment={segment})" for mass, segment in ((0.8, 256), (0.5, 128), (0.3, 64))),
-    "scatterbrain": tuple(f"scatterbrain(share={share})" for share in (0.4, 0.15, 0.05)),
+    "pbs_attn": levels("pbs_attn", "mass=0.8, segment=256", "mass=0.5, segment=64", "mass=0.3, segment=64"),
+    "scatterbrain": levels("scatterbrain", "share=0.4", "share=0.2", "share=0.1"),
 }
 
 

@@ -40,8 +40,9 @@ class Places:
 
 def _kinds(places: Tensor, grid: Grid, rows: int) -> Tensor:
     """NONE, SOME or ALL of each pair of blocks of a table of places: of so many rows of blocks, and all columns."""
-    missing = (0, grid.columns * grid.block_k - places.shape[1], 0, rows * grid.block_q - places.shape[0])
-    counted, possible = (torch.nn.functional.pad(t.to(torch.float32), missing).view(rows, grid.block_q, grid.columns, grid.block_k).sum((1, 3))
+    height = len(places) if rows == 1 else grid.block_q  # one row of decoding is no block of rows
+    missing = (0, grid.columns * grid.block_k - places.shape[1], 0, rows * height - places.shape[0])
+    counted, possible = (torch.nn.functional.pad(t.to(torch.float32), missing).view(rows, height, grid.columns, grid.block_k).sum((1, 3))
                          for t in (places, torch.ones_like(places)))
     return torch.where(counted == 0, NONE, torch.where(counted == possible, ALL, SOME)).to(torch.int8)
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .block_layout import merge_branches
+from .block_tables import PARSED
 from .errors import ParseError
-from .indexer import PARSED, UNLEARNED, Indexer
+from .indexer import UNLEARNED, Indexer
 
 GATE = ("gate_weight", "gate_bias")
 MERGES = ("gates", "lse")

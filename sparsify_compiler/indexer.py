@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import page_choice
 from .block_grid import Grid
 from .block_layout import ALL, NONE, SOME, BlockLayout, BlockTable, merge_branches, stack
 from .block_order import Order, heads_alike
-from .block_pattern import Pattern, three, union
+from .block_pattern import three
+from .block_tables import LAYOUTS, PARSED, named, starts, static_layout, static_table
 from .errors import ModelError, ParseError
 from .key_sums import same_keys
 from .named import Named
 
 DECODED = 8  # query rows up to which a call is a step of decoding
-PARSED = 1024  # texts of indexers: each layer may have its own
 UNLEARNED: Mapping[str, Tensor] = MappingProxyType({})
-LAYOUTS = 64  # static layouts that are remembered: all layers of a model share them, and each step of decoding needs one
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Indexer:
     def _functions(self) -> list[Named]:
         """The functions of the catalogue that this indexer names itself. Raises UnknownNameError and ParseError."""
         known = {"token order": self.order, "block scorer": self.scorer, "block selector": self.selector, "block rest": self.rest}
-        return [_named(kind, text) for kind, text in known.items() if text]
+        return [named(kind, text) for kind, text in known.items() if text]
 
     @cached_property
     def learned(self) -> tuple[str, ...]:
@@ -143,9 +143,12 @@ class Indexer:
         """
         grid = Grid(query.shape[2], key.shape[2], self.block_q, self.block_k, causal)
         if not (self.scorer or self.choices or self.order or self.rest):
-            return _static_layout(self.always, grid, _starts(key_mask))
+            return static_layout(self.always, grid, starts(key_mask))
         with torch.no_grad():
             query, key = query.detach(), same_keys(key.detach(), key)
+            listed = page_choice.layout(self, query, key, key_mask, grid, scale)
+            if listed is not None:
+                return listed
             order = _call("token order", self.order, weights, query, key, key_mask, grid, scale) if self.order else None
             if order is not None:
                 query, key = order.take(query, key)
@@ -177,13 +180,9 @@ class Indexer:
     def _table(self, query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float, order: Order | None,
                weights: Mapping[str, Tensor]) -> BlockTable:
         """What all heads read, or each: [B or 1, H, G or 1, NQ, NK]. Queries and keys are in their order, key_mask is not."""
-        total, named = query.shape[1], {head for heads in self.heads for head in heads}
-        if max(named, default=-1) >= total:
-            raise ParseError(f"a choice for head {max(named)} of {total}", where="Indexer")
-        others = tuple(head for head in range(total) if head not in named)
-        parts = [(part, heads) for part, heads in ((self, others), *zip(self.choices, self.heads, strict=True)) if heads or not named]
+        total, parts = query.shape[1], self.parts(query.shape[1])
         seen = _seen(grid, key_mask, query.device) if order is None else _some((order.seen(grid, key_mask) != NONE).to(query.device), None, total)
-        shifts = _starts(key_mask) if order is None and any(part.always for part, _ in parts) else (0,)
+        shifts = starts(key_mask) if order is None and any(part.always for part, _ in parts) else (0,)
         key_mask = key_mask if order is None else order.take_mask(key_mask)
         texts = [text for text in dict.fromkeys(part.scorer for part, _ in parts) if text]
         scores = {text: _clean(_call("block scorer", text, weights, query, key, key_mask, grid, scale), seen) for text in texts}
@@ -196,17 +195,25 @@ class Indexer:
         where = torch.tensor([head for _, heads in parts for head in heads], device=query.device).argsort()
         return replace(stack(tables, 1).take_heads(where), grid=grid)
 
+    def parts(self, total: int) -> list[tuple[Indexer, tuple[int, ...]]]:
+        """This indexer and its choices, each with its own of so many heads. Raises ParseError."""
+        chosen = {head for heads in self.heads for head in heads}
+        if max(chosen, default=-1) >= total:
+            raise ParseError(f"a choice for head {max(chosen)} of {total}", where="Indexer")
+        others = tuple(head for head in range(total) if head not in chosen)
+        return [(part, heads) for part, heads in ((self, others), *zip(self.choices, self.heads, strict=True)) if heads or not chosen]
+
     def _part(self, scores: Tensor | None, seen: Tensor, grid: Grid, shifts: tuple[int, ...]) -> BlockTable:
         """What this indexer's own options read: of the scores of some heads, if it has a scorer."""
-        table = _static_table(self.always, grid, shifts)
+        table = static_table(self.always, grid, shifts)
         if scores is None:
             return table
-        chosen: Tensor = _named("block selector", self.selector)(scores, (table.kinds == ALL) & seen)
+        chosen: Tensor = named("block selector", self.selector)(scores, (table.kinds == ALL) & seen)
         return replace(table, kinds=torch.where(chosen & (scores > -torch.inf), ALL, table.kinds))
 
 
 def _call(kind: str, text: str, weights: Mapping[str, Tensor], *given: Any) -> Any:
-    function = _named(kind, text)
+    function = named(kind, text)
     return function(*given, *(weights[name] for name in function.learned))
 
 
@@ -246,27 +253,3 @@ def _seen(grid: Grid, key_mask: Tensor | None, device: torch.device) -> Tensor:
 @lru_cache(LAYOUTS)
 def _visible(grid: Grid) -> Tensor:
     return grid.visible()
-
-
-def _starts(key_mask: Tensor | None) -> tuple[int, ...]:
-    """The first key that counts of each entry of the batch; one number where they agree."""
-    if key_mask is None or not key_mask.numel():
-        return (0,)
-    first = key_mask.to(torch.int8).argmax(1).tolist()
-    return (first[0],) if len(set(first)) == 1 else tuple(first)
-
-
-@lru_cache(LAYOUTS)
-def _static_table(patterns: tuple[Pattern, ...], grid: Grid, shifts: tuple[int, ...]) -> BlockTable:
-    tables = {shift: union(patterns, replace(grid, shift=shift)) for shift in set(shifts)}
-    return stack([tables[shift] for shift in shifts])
-
-
-@lru_cache(LAYOUTS)
-def _static_layout(patterns: tuple[Pattern, ...], grid: Grid, shifts: tuple[int, ...]) -> BlockLayout:
-    return _static_table(patterns, grid, shifts).layout()
-
-
-@lru_cache(PARSED)
-def _named(kind: str, text: str) -> Named:
-    return Named.parse(kind, text)

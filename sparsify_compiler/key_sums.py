@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +12,23 @@ from torch.nn.functional import pad
 
 FILL = {"sum": 0.0, "squares": 0.0, "min": math.inf, "max": -math.inf}  # kind -> what a key that does not count is
 _HELD = "_sparsify_sums"
+SPARE, GROWTH = 16, 1.25  # room for more blocks when it grows
+
+
+@dataclass
+class _Kept:
+    """Of the first `done` blocks, in a tensor with room for more; and bool [B, tokens], which of their keys counted, or None for all."""
+
+    room: Tensor
+    done: int
+    mask: Tensor | None
 
 
 class KeySums:
     """Of the whole blocks of one growing tensor of keys [B, G, K, D]. Whoever changes keys that are there already calls keep()."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int], Tensor] = {}
+        self._known: dict[tuple[str, int], _Kept] = {}
 
     def give(self, key: Tensor) -> Tensor:
         """The same tensor, by which of_blocks finds these sums."""
@@ -26,30 +37,59 @@ class KeySums:
 
     def keep(self, tokens: int) -> None:
         """Forget what was said of blocks that hold a token at or behind this one."""
-        self._known = {(kind, block): known[:, :, :tokens // block] for (kind, block), known in self._known.items()} if tokens else {}
+        for (_, block), known in self._known.items():
+            known.done = min(known.done, tokens // block)
 
-    def whole(self, key: Tensor, kind: str, block: int) -> Tensor:
-        """float32 [B, G, K // block, D]."""
-        known = self._known.get((kind, block))
-        done, blocks = 0 if known is None else known.shape[2], key.shape[2] // block
-        if known is None or done < blocks:
-            fresh = _reduced(key[:, :, done * block:blocks * block], kind, block)
-            known = self._known[kind, block] = fresh if known is None else torch.cat((known, fresh), 2)
-        return known[:, :, :blocks]
+    def whole(self, key: Tensor, kind: str, block: int, key_mask: Tensor | None = None) -> Tensor:
+        """float32 [B, G, K // block, D], in memory that is written behind its end when keys are added."""
+        known, blocks = self._known.get((kind, block)), key.shape[2] // block
+        mask = None if key_mask is None else key_mask[:, :blocks * block]
+        if known is None or not _same_mask(known, mask, block) or known.room.shape[2] < blocks:
+            held = None if known is None or not _same_mask(known, mask, block) else known.room[:, :, :known.done]
+            room = torch.empty(*key.shape[:2], max(blocks + SPARE, int(blocks * GROWTH)), key.shape[3], dtype=torch.float32, device=key.device)
+            known = self._known[kind, block] = _Kept(room, 0 if held is None else held.shape[2], None)
+            if held is not None:
+                room[:, :, :held.shape[2]] = held
+        if known.done < blocks:
+            start = known.done * block
+            fresh = None if mask is None else mask[:, start:]
+            known.room[:, :, known.done:blocks] = _reduced(key[:, :, start:blocks * block], kind, block, fresh)
+            known.done, known.mask = blocks, None if mask is None else mask.clone()
+        return known.room[:, :, :blocks]
+
+
+def _same_mask(known: _Kept, mask: Tensor | None, block: int) -> bool:
+    """Did the same keys count when this was found, of the blocks that it is about?"""
+    if mask is None or known.mask is None:
+        return mask is known.mask
+    tokens = min(known.done * block, mask.shape[1])
+    return mask.shape[0] == known.mask.shape[0] and torch.equal(mask[:, :tokens], known.mask[:, :tokens])
+
+
+def kept_blocks(key: Tensor, kind: str, block: int, key_mask: Tensor | None = None) -> Tensor:
+    """float32 [B, G, P, D]: what a cache that holds these keys keeps of their first P blocks, all that are whole; 0 without one."""
+    held: Any = getattr(key, _HELD, None)
+    if held is None:
+        return key.new_empty((*key.shape[:2], 0, key.shape[3]), dtype=torch.float32)
+    found: Tensor = held.whole(key, kind, block, key_mask)
+    return found
 
 
 def of_blocks(key: Tensor, kind: str, block: int, key_mask: Tensor | None = None) -> Tensor:
     """float32 [B, G, ceil(K / block), D]: "sum", "squares", "min" or "max" of each channel of the keys [B, G, K, D] that count.
 
-    key_mask bool [B, K]: the keys that count. A block without any has 0, infinity or minus infinity. Keys of a cache that holds no padding are
-    looked at once.
+    key_mask bool [B, K]: the keys that count. A block without any has 0, infinity or minus infinity. Keys of a cache are looked at once, as long as
+    the same of them count.
     """
     held: Any = getattr(key, _HELD, None)
-    if held is None or key_mask is not None:
+    if held is None:
         return _reduced(key, kind, block, key_mask)
-    whole: Tensor = held.whole(key, kind, block)
+    whole: Tensor = held.whole(key, kind, block, key_mask)
     rest = key.shape[2] % block
-    return torch.cat((whole, _reduced(key[:, :, key.shape[2] - rest:], kind, block)), 2) if rest else whole
+    if not rest:
+        return whole
+    last = _reduced(key[:, :, key.shape[2] - rest:], kind, block, None if key_mask is None else key_mask[:, key.shape[2] - rest:])
+    return torch.cat((whole, last), 2)
 
 
 def same_keys(made: Tensor, key: Tensor) -> Tensor:

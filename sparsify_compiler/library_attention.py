@@ -128,6 +128,9 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     if watched is not None:
         attention_mask = watched.mask(attention_mask, query.shape[2])
     if position_bias is not None:
+        if watched is not None and watched.moved:
+            raise ModelError("the tokens that this cache holds do not stand in their places, and what is added to the scores is by place",
+                             where=type(module).__name__, hint="use a cache that keeps everything in its order")
         attention_mask = position_bias if attention_mask is None else _added(position_bias, attention_mask)
     indexer = getattr(module, _INDEXER, None)
     if indexer is None:

@@ -74,6 +74,11 @@ class EvictingLayer(AppendingLayer):
         setattr(keys, WATCHED, self)
         return keys, values
 
+    @property
+    def moved(self) -> bool:
+        """Is a token that is held no longer at its place?"""
+        return self.forgotten > 0
+
     def mask(self, given: Tensor | None, queries: int) -> Tensor | None:
         """bool [B, 1, 1, K] of the keys that are held, or None; what is given knows those of this call, its last columns."""
         if given is not None and given.shape[1:3] != (1, 1):

@@ -40,6 +40,10 @@ class MixedLayer(EvictingLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, Forgotten(0, 0)
 
+    @property
+    def moved(self) -> bool:
+        return self._order is not None
+
     def _codes(self) -> int:
         """Tokens that are codes."""
         return sum(int(keys[0].shape[2]) for keys, _ in self._coded) * self.group

@@ -28,7 +28,10 @@ Tensors = dict[str, Tensor]
 
 
 def forms_of(work: Work, target: Target) -> tuple[dict[str, Form], Tensor]:
-    """Every form of the layer, the dense ones first, and the x that all of them read. Raises InputError for an op that is not made up here."""
+    """Every form of the layer, the dense ones first, and the x that all of them read.
+
+    Raises InputError for an op that is not made up here, or lacks a size.
+    """
     makers: Mapping[str, work_sample_kernels.Maker] = {
         "elementwise": _elementwise, "attend": _attend, "select_linear": _select_linear, "select_ffn": _select_ffn,
         "select_inputs_ffn": _select_inputs_ffn}
@@ -37,7 +40,10 @@ def forms_of(work: Work, target: Target) -> tuple[dict[str, Form], Tensor]:
         raise InputError(f"{work.op} cannot be made up from its sizes", where="work",
                          hint="linear layers, convolutions, gated FFNs, experts, attention and elementwise ops can")
     generator = torch.Generator().manual_seed(0)
-    return maker(work, target, lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32))
+    try:
+        return maker(work, target, lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32))
+    except KeyError as error:
+        raise InputError(f"the size {error} of {work.op} is missing", where="work", hint="cost_models/symbols.py says what each size is") from error
 
 
 Noise = Callable[..., Tensor]

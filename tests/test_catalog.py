@@ -32,7 +32,7 @@ def test_ops_and_kernels_are_modules() -> None:
 def test_kernels_are_named_like_ops_and_what_they_share_is_no_kernel() -> None:
     formats = {name for name in catalog.names("op") if name.startswith("linear_")}  # a convolution takes the groups of its format's linear
     assert set(catalog.names("kernel")) == formats | {"linear", "conv2d", "select_linear", "select_ffn", "select_inputs_ffn", "predicted_ffn",
-                                                      "experts_ffn"}
+                                                      "experts_ffn", "top_pages"}
 
 
 def test_unknown_names_offer_the_nearest() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 import sparsify_compiler as sc  # noqa: E402
+from sparsify_compiler import library_attention  # noqa: E402
 from sparsify_compiler.capture import capture  # noqa: E402
 from sparsify_compiler.compiled import CompiledModel  # noqa: E402
 from sparsify_compiler.errors import InputError, ModelError  # noqa: E402
@@ -161,6 +162,20 @@ def test_generate(way: dict[str, Any]) -> None:
     made = [compiled().generate(**prompt(6), max_new_tokens=8, past_key_values=held, **way)
             for held in (None, sc.mixed_cache(mass=0.6, **FINE))]
     assert torch.equal(*made)
+
+
+@torch.no_grad()
+def test_what_is_added_to_the_scores_by_place_is_refused_where_tokens_have_moved() -> None:
+    held = sc.mixed_cache(**FINE)
+    module, bias = torch.nn.Module(), torch.zeros(1, 1, 1, 43, dtype=torch.float32)
+    compiled()(**prompt(), past_key_values=held, use_cache=True)
+    states = held.layers[0].keys[:, :, :1]
+    key, value = held.update(states, states, 0)
+    query = torch.zeros(2, states.shape[1], 1, states.shape[3], dtype=torch.float32)
+    assert key.shape[2] == 43
+    with pytest.raises(ModelError, match="do not stand in their places"):
+        library_attention._attention(module, query, key, value, None, position_bias=bias)
+    assert library_attention._attention(module, query, key, value, None)[0].shape == (2, 1, states.shape[1], states.shape[3])
 
 
 def test_what_cannot_be_is_refused() -> None:

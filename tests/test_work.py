@@ -125,6 +125,8 @@ def test_waiting_is_told_and_never_falls() -> None:
 def test_what_cannot_be_measured_says_so() -> None:
     with pytest.raises(InputError, match="held_ffn cannot be made up"):
         measure(Work.make("held_ffn", M=1, N=8, K=8, hidden=8))
+    with pytest.raises(InputError, match="the size 'read' of attend_blocks is missing"):
+        measure(Work.make("attend_blocks", M=8, K=64, E=64, block_q=1, block_k=64, pairs=8))
     with pytest.raises(TargetError, match="is not this machine"):
         measure(Work.make("linear", **LINEAR), Target("board", "aarch64", "generic", ("neon",), 4))
 

@@ -33,14 +33,14 @@ class Strided:
         return e.scalar(sum(steps, start=tirx.const(0, "int64")))
 
 
-def _parameter(shape: tuple[Any, ...], dtype: str) -> tuple[Any, tuple[Any, ...]]:
+def parameter(shape: tuple[Any, ...], dtype: str) -> tuple[Any, tuple[Any, ...]]:
     """The next parameter, and its strides."""
     strides = tuple(e.int32() for _ in shape[:-1])
     return e.builder.match_buffer(e.builder.arg("", e.builder.handle()), shape, dtype, strides=[*strides, tirx.const(1, "int32")],
                                   align=2 if "16" in dtype else 4), strides
 
 
-def _strided(buffer: Any, strides: tuple[Any, ...]) -> Strided:
+def strided(buffer: Any, strides: tuple[Any, ...]) -> Strided:
     size, dtype = e.cast("int64", buffer.shape[0]) * e.cast("int64", strides[0]), str(buffer.dtype)
     return Strided(e.builder.decl_buffer((size,), dtype, data=buffer.data, align=2 if "16" in dtype else 4), tuple(buffer.shape), strides)
 
@@ -55,11 +55,11 @@ def arguments(dtype: str, *more: str) -> Any:
     number: 4 of float32, 2 of bfloat16. scale is that of scores in base 2; `more` are int32.
     """
     a = SimpleNamespace(**{name: e.int32() for name in ("B", "H", "G", "Q", "K", "D", "E", "NQ", "C", "T", "IB", "IH")})
-    given = [_parameter(shape, dtype) for shape in ((a.B, a.H, a.Q, a.D), (a.B, a.G, a.K, a.D), (a.B, a.G, a.K, a.E))]
+    given = [parameter(shape, dtype) for shape in ((a.B, a.H, a.Q, a.D), (a.B, a.G, a.K, a.D), (a.B, a.G, a.K, a.E))]
     a.indices, a.counts = e.argument((a.IB, a.IH, a.NQ, a.C), "int32"), e.argument((a.IB, a.IH, a.NQ), "int32")
     a.tile_of = e.argument(tuple(e.int32() for _ in range(4)), "int32")
     a.tiles, a.key_mask = e.argument((a.T, e.int32(), e.int32()), "uint8"), e.argument((e.int32(), e.int32()), "uint8")
-    given.append(_parameter((a.B, a.H, a.Q, a.E), dtype))
+    given.append(parameter((a.B, a.H, a.Q, a.E), dtype))
     a.lse = e.argument((a.B, a.H, a.Q), "float32")
     for name in ("block_q", "block_k", "tiled", "padded", "causal", "workers", *more):
         setattr(a, name, e.builder.arg(name, e.int32()))
@@ -72,7 +72,7 @@ def arguments(dtype: str, *more: str) -> Any:
     a.biased = e.let(tirx.NE(a.bias, tirx.const(0, "int64")))
     a.bias_scale = e.let(e.constant(math.log2(math.e), "float32") / a.scale)    # of scores before they are scaled
     a.bias_limit = e.let(e.constant(MOST, "float32") / a.scale)
-    a.query, a.key, a.value, a.out = (_strided(*one) for one in given)
+    a.query, a.key, a.value, a.out = (strided(*one) for one in given)
     return a
 
 

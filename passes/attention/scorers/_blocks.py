@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.key_sums import of_blocks
+from sparsify_compiler.ops.top_pages import Pages
 
 GRIDS = 16  # lengths that are remembered: all layers of a model share them
 CHUNK = 1 << 20  # scores that are held at once: they stay in a cache
@@ -77,6 +78,11 @@ def log_keys(grid: Grid, key_mask: Tensor | None) -> Tensor:
 def log_visible(grid: Grid) -> Tensor:
     """float32 [NQ, NK]: log of the share of a pair's places that lie at or below the diagonal; 0 where all count."""
     return _visible_share(grid).log() if grid.causal else torch.zeros(grid.rows, grid.columns, dtype=torch.float32)
+
+
+def paged(way: str, page: int, grid: Grid) -> tuple[Pages, Tensor | None]:
+    """What one row of blocks of queries needs to be scored by pages alone (engine's page_choice)."""
+    return Pages(way, page), log_visible(grid)[0].contiguous() if grid.causal and grid.queries > 1 else None
 
 
 def _visible_share(grid: Grid) -> Tensor:

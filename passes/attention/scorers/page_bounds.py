@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.key_sums import of_blocks
-from sparsify_compiler.passes.attention.scorers._blocks import dots, in_blocks, log_visible, means, query_mask, sizes
+from sparsify_compiler.ops.top_pages import Pages
+from sparsify_compiler.passes.attention.scorers._blocks import dots, in_blocks, log_visible, means, paged, query_mask, sizes
 
 
 def page_bounds(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float, *, page: int = 16) -> Tensor:
@@ -23,3 +24,8 @@ def page_bounds(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid,
     of_query = means(query, grid.block_q, query_mask(grid, key_mask)) * scale
     bound = dots(of_query.clamp(min=0), high) + dots(of_query.clamp(max=0), low) + number.log().squeeze(-1)[:, :, None]
     return torch.logsumexp(in_blocks(bound[..., None], grid.block_k // page, -math.inf).squeeze(-1), -1) + log_visible(grid).to(query.device)
+
+
+def pages(grid: Grid, *, page: int = 16) -> tuple[Pages, Tensor | None]:
+    """A step of decoding by what is kept of the keys alone."""
+    return paged("bounds", math.gcd(max(page, 1), grid.block_k), grid)

@@ -10,7 +10,8 @@ from torch.nn.functional import normalize
 
 from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.key_sums import of_blocks
-from sparsify_compiler.passes.attention.scorers._blocks import counted, dots, in_blocks, log_keys, means, query_mask, sizes
+from sparsify_compiler.ops.top_pages import Pages
+from sparsify_compiler.passes.attention.scorers._blocks import counted, dots, in_blocks, log_keys, means, paged, query_mask, sizes
 
 
 def pooled(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float, *, similarity: float = -1.0) -> Tensor:
@@ -29,6 +30,11 @@ def pooled(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scal
         unsure = rows[..., None] | columns[:, :, None]
         scores = torch.where(unsure & (scores > -math.inf), math.inf, scores)
     return scores
+
+
+def pages(grid: Grid, *, similarity: float = -1.0) -> tuple[Pages, Tensor | None] | None:
+    """A step of decoding by what is kept of the keys alone; of similarities nothing is kept."""
+    return paged("mean", grid.block_k, grid) if similarity <= -1 else None
 
 
 def _similarity(rows: Tensor, block: int, mask: Tensor | None) -> Tensor:

@@ -19,3 +19,8 @@ def top_k(scores: Tensor, read: Tensor, *, share: float = 0.5, blocks: int = 0) 
     order = first.argsort(dim=-1, descending=True, stable=True) if share else first.topk(least).indices
     taken = torch.arange(order.shape[-1], device=scores.device) < number
     return visible & (torch.zeros_like(visible).scatter_(-1, order, taken) | (first == torch.inf))
+
+
+def numbers(*, share: float = 0.5, blocks: int = 0) -> tuple[float, int]:
+    """The same as numbers: the share of the pairs, and how many at least."""
+    return share, max(blocks, 1)
