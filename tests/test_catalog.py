@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,12 @@ def test_kernels_are_named_like_ops_and_what_they_share_is_no_kernel() -> None:
     formats = {name for name in catalog.names("op") if name.startswith("linear_")}  # a convolution takes the groups of its format's linear
     assert set(catalog.names("kernel")) == formats | {"linear", "conv2d", "select_linear", "select_ffn", "select_inputs_ffn", "predicted_ffn",
                                                       "experts_ffn", "top_pages"}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (Path(__file__).parents[1] / "codegen" / "kernels").glob("*.py")))
+def test_every_file_of_kernels_can_be_imported(name: str) -> None:
+    """Families are loaded by name: a file that nothing loads could say what is not so."""
+    importlib.import_module(f"sparsify_compiler.codegen.kernels.{name}")
 
 
 def test_unknown_names_offer_the_nearest() -> None:

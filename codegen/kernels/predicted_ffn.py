@@ -4,5 +4,4 @@ gather_predicted_ffn.py.
 
 from __future__ import annotations
 
-from sparsify_compiler.codegen.kernels.gather_predicted_ffn import bind as bind
 from sparsify_compiler.codegen.kernels.gather_predicted_ffn import offer as offer

@@ -2,5 +2,4 @@
 
 from __future__ import annotations
 
-from sparsify_compiler.codegen.kernels.gather_inputs_ffn import bind as bind
 from sparsify_compiler.codegen.kernels.gather_inputs_ffn import offer as offer

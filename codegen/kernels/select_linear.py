@@ -2,5 +2,4 @@
 
 from __future__ import annotations
 
-from sparsify_compiler.codegen.kernels.gather import bind as bind
 from sparsify_compiler.codegen.kernels.gather import offer as offer
