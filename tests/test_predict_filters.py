@@ -147,3 +147,11 @@ def test_what_it_leaves_alone_it_says() -> None:
     assert sum(name.endswith("predictor_bias") for name, _ in instantiate(twice).named_parameters()) == 2
     with pytest.raises(ParseError, match="mass"):
         PredictFilters(mass=0.0)
+
+
+def test_a_mask_and_an_image_that_is_no_batch_are_left_alone() -> None:
+    for recipe, x, why in (("mask_weights(targets=('conv',), density=0.5) | predict_filters()", X, "has a mask"),
+                           ("predict_filters()", X[0], "no batch")):
+        ctx = Context(example_inputs=(x,))
+        sc.Pipeline.parse(recipe).run(sc.capture(nn.Conv2d(2, 8, 3).eval(), (x,)), ctx)
+        assert why in " ".join(map(str, ctx.misses))
