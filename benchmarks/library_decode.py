@@ -47,7 +47,8 @@ def prepare(arguments: argparse.Namespace) -> None:
                     continue
                 example = {"input_ids": batches[0]["input_ids"][:, :8], **options}
                 compiled = sc.compile(model, example, recipe=sc.Pipeline.parse(recipe), budget=budget,
-                                      calibration=[{**batch, **options} for batch in batches], dynamic={"input_ids": {0: "batch", 1: "tokens"}})
+                                      calibration=[{**batch, **options} for batch in batches], dynamic={"input_ids": {0: "batch", 1: "tokens"}},
+                                      decoding="parts")
                 compiled.export(place, cache=True) if form == LIBRARY else compiled.save(place)
 
 

@@ -61,7 +61,8 @@ def compile(
     against         dense forms to measure the whole model against: "eager", "compile" (torch.compile with frozen weights)
     seed            fixes whatever is random
     decoding        how a language model's generate() computes one token: "library", by one whole graph where that can be made and is faster;
-                    "parts", as it was captured; "auto", a library where there are 64 MB of weights or more, so that compiling it pays
+                    "parts", as it was captured; "auto", a library where there are 64 MB of weights or more. To compile it, once, takes tens of
+                    seconds, which the report counts as "decoding"; where it cannot be made the model decodes without, and the report says why
     progress        True for a progress display on the terminal, or a function (what, done, total)
     instruments     watch the passes; by default those that the variable SPARSIFY_DEBUG names
 

@@ -300,3 +300,21 @@ def test_what_no_neurons_of_an_ffn_are_is_packed_by_itself() -> None:
     assert any(node.target is select_linear.op for _, node in program.nodes())
     x = torch.randn(3, 8)
     torch.testing.assert_close(instantiate(program)(x), net(x))
+
+
+@pytest.mark.parametrize("margin", [-1000.0, 1.0])
+def test_what_a_model_selects_by_scores_and_by_itself(margin: float) -> None:
+    """Where no kernel pays the linear still reads what both selections leave."""
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor, scores: Tensor) -> Tensor:
+            y: Tensor = self.linear(torch.ops.sparsify.select(torch.ops.sparsify.select(x, torch.tensor(0.5), scores=scores), torch.tensor(0.7)))
+            return y
+
+    torch.manual_seed(0)
+    net, example = Twice().eval(), (torch.randn(1, 64), torch.rand(1, 64))
+    found = sc.compile(net, example, recipe=Pipeline.parse(f"pack() | lower(margin={margin}, rounds=1)"))
+    torch.testing.assert_close(found(*example), net(*example), rtol=1e-4, atol=1e-5)

@@ -412,6 +412,21 @@ def test_a_large_model_has_its_library_without_asking(monkeypatch: pytest.Monkey
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("error", [OSError("no room\nat all"), MemoryError(), ZeroDivisionError("division by zero")])
+def test_a_library_that_fails_somehow_is_left_out(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large model compiles all the same, and its report says why and how long that took."""
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(step_choice, "WORTH", 1)
+    monkeypatch.setattr(step_choice, "build_step", fail)
+    ids = {"input_ids": torch.randint(1, 96, (2, 7))}
+    report = sc.compile(llama(num_hidden_layers=1), ids, recipe=Pipeline.parse("pack()"), dynamic=DYNAMIC).report()
+    told = f"{type(error).__name__} {str(error).partition(chr(10))[0]}".rstrip()
+    assert report.decoding == f"part by part: its step cannot be made: {told}"
+    assert "decoding" in [one.name for one in report.passes]
+
+
 def test_what_is_asked_for(pair: tuple[CompiledModel, CompiledModel]) -> None:
     program = pair[0].program
     assert [is_wanted(how, program, size) for how, size in (("auto", 1 << 20), ("auto", 1 << 30), ("library", 1), ("parts", 1 << 30))] == [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -70,8 +70,10 @@ def _behind(predict: Callable[[], object], limit: Tensor, scores: Tensor, kernel
 
 
 def make_dense(layer: Linear) -> list[fx.Node]:
-    """select_linear -> linear, of everything where the selection was made for speed, of what the model itself selects otherwise. Returns it."""
-    source: Any = layer.node.kwargs["x"]
-    made = _selected.make_dense(layer, source.kwargs["x"] if layer.node.meta.get("optional") else source)
+    """select_linear -> linear, of everything where the selections were made for speed, of what the model itself selects otherwise. Returns it."""
+    node, source = layer.node, cast(Any, layer.node.kwargs["x"])
+    read = source.kwargs["x"] if source.meta.get("optional") else source
+    ours = str(node.kwargs["limit"].target).endswith(LIMIT)  # type: ignore[union-attr]
+    made = _selected.make_dense(layer, read if ours else _selected.as_selected(node, read))
     erase_dead([source])
     return made
