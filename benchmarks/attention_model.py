@@ -4,11 +4,11 @@
     python benchmarks/attention_model.py speed --brown FOLDER --saved FILE [--prompt 4096] [--text 8192] [--tokens 16]
     python benchmarks/attention_model.py quality --brown FOLDER [--texts 1] [--needles 1]
 
-SmolLM2-135M (subjects.py). speed, float32: the model as it is (SDPA), the same with attention of all keys by our kernel, streaming(512, 64), and an
-eighth of the blocks, found by pooled keys and by bounds of pages; a prompt once, and a token after a text of --text tokens (keys are random: what
-they hold does not matter to time). quality, bfloat16: perplexity of the last 256 of 1024 tokens after the ones before were read as a prompt into the
-cache; which of eight numbers are found, the prompt being 2048 tokens without the questions; and bytes of the cache after the 1024 tokens, kind by
-kind.
+SmolLM2-135M (subjects.py). speed, float32: the model as it is (SDPA), the same with attention of all keys by our kernel (of a token by torch's, the
+heads of a group together, on our cache), streaming(512, 64), and an eighth of the blocks, found by pooled keys and by bounds of pages; a prompt once,
+and a token after a text of --text tokens (keys are random: what they hold does not matter to time). quality, bfloat16: perplexity of the last 256 of
+1024 tokens after the ones before were read as a prompt into the cache; which of eight numbers are found, the prompt being 2048 tokens without the
+questions; and bytes of the cache after the 1024 tokens, kind by kind.
 """
 
 from __future__ import annotations

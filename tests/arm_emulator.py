@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify_compiler.codegen import attend, build
+from sparsify_compiler.codegen import attend, build, top_pages
 from sparsify_compiler.target import Target, host, resolve
 
 SCRIPTS = Path(__file__).parent.parent / "scripts" / "arm"
@@ -174,6 +174,6 @@ def emulated(name: str, processor: str = "") -> Iterator[Target]:
 
 def _forget() -> None:
     """Kernels that are loaded, for whatever machine."""
-    for cached in (build._loaded, attend._few, attend._panel, attend._tiles, attend._missing):
+    for cached in (build._loaded, attend._few, attend._panel, attend._tiles, attend._missing, top_pages._kernel, top_pages._lanes):
         cached.cache_clear()
     attend.PLANS.clear()

@@ -12,6 +12,7 @@ import test_planes
 import test_predicted_ffn
 import test_select_inputs_ffn
 import test_select_neurons
+import test_top_pages
 import test_whole_graph_kernels as graph
 import test_whole_graph_selections
 import torch
@@ -19,7 +20,7 @@ from test_kernels import mask_of
 from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
-from sparsify_compiler import catalog
+from sparsify_compiler import catalog, key_sums
 from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.block_layout import from_blocks
 from sparsify_compiler.codegen import build, runtime
@@ -27,7 +28,7 @@ from sparsify_compiler.codegen.bound import as_arguments
 from sparsify_compiler.codegen.laid import elsewhere
 from sparsify_compiler.codegen.trained import TrainedLinear
 from sparsify_compiler.codegen.vectors import vectors_of
-from sparsify_compiler.ops import predicted_ffn, select, select_ffn, select_inputs_ffn
+from sparsify_compiler.ops import predicted_ffn, select, select_ffn, select_inputs_ffn, top_pages
 from sparsify_compiler.target import Target, host
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -194,6 +195,21 @@ def _attention(dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
+def _pages(dtype: torch.dtype) -> Iterator[None]:
+    """What a step of decoding finds its blocks by, from what is kept and from keys; numbers of which every sum is exact."""
+    for way, kinds in top_pages.KINDS.items():
+        for groups in (1, 4):
+            query, key = (test_top_pages.whole_numbers(2, number, rows, 32, dtype=dtype) for number, rows in ((4, 1), (groups, 70)))
+            if not top_pages.has_kernel(query, key):
+                return
+            mask = torch.arange(70) >= torch.tensor([[0], [21]])
+            kept = tuple(key_sums._reduced(key[:, :, :48], kind, 8, mask[:, :48]) for kind in kinds)
+            heads = top_pages.Heads(torch.full((4,), 0.5), torch.ones(4, dtype=torch.int32), torch.zeros(1, 1, 5, dtype=torch.int8), None)
+            test_top_pages.check((query, key, kept, mask, None, None, heads),
+                                 {"pages": top_pages.Pages(way, 8), "block": 16, "scale": test_top_pages.SCALE})
+        yield
+
+
 def _training(dtype: torch.dtype) -> Iterator[None]:
     """A packed layer, and its gradients by x and by its values."""
     for structure, sizes in (("csr", {}), ("bsr", {"r": 4, "c": 1})):
@@ -272,6 +288,7 @@ CASES = {
                           narrow={FLOAT: "Planes Depthwise", HALF: "Planes", BFLOAT: "Rows Panel StripPanel"}),
     "attention": _case(_attention, "AttendFew AttendPanel AttendTiles", (FLOAT, BFLOAT, HALF), only={"AttendTiles": TILES},
                        narrow={FLOAT: "AttendFew AttendPanel", HALF: "AttendFew AttendPanel"}),
+    "pages": _case(_pages, "TopPages"),
     "training": _case(_training, "PackColumns PackedProduct SampledProduct", (FLOAT,)),
     "graphs": _case(_graphs, "DensePanel NormRows MeanRows SoftmaxRows PointwiseFlat AttendDense AttendStep CacheWrite TopRows",
                     narrow={BFLOAT: "DensePanel NormRows PointwiseFlat AttendStep CacheWrite"}),

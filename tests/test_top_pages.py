@@ -69,11 +69,8 @@ def chosen(found: tuple[Tensor, Tensor, Tensor | None], blocks: int) -> Tensor:
     return torch.zeros(*indices.shape[:2], blocks + 1, dtype=torch.bool).scatter_(-1, listed, True)[..., :-1]
 
 
-@needs_kernel
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(calls())
-def test_the_kernel_finds_what_the_reference_finds(call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-    arguments, options = call
+def check(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """The kernel against the reference."""
     wanted, found = top_pages.reference(*arguments, **options), top_pages.computed(*arguments, **options)
     blocks = found[0].shape[-1]
     differ = chosen(wanted, blocks) != chosen(found, blocks)
@@ -87,6 +84,13 @@ def test_the_kernel_finds_what_the_reference_finds(call: tuple[tuple[Any, ...], 
         return
     for one, other in zip(wanted, found, strict=True):
         assert one is other is None or torch.equal(one, other)
+
+
+@needs_kernel
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(calls())
+def test_the_kernel_finds_what_the_reference_finds(call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    check(*call)
 
 
 @needs_kernel
