@@ -257,6 +257,14 @@ def test_one_router_may_serve_all_blocks(router: str) -> None:
     assert bool(whole.ne(0).any())
 
 
+def test_blocks_of_another_width_have_a_router_of_their_own() -> None:
+    x, model = torch.randn(2, 10, 16), nn.Sequential(blocks(2), nn.Linear(16, 32), Block(32, 4), Block(32, 4)).eval()
+    for router in ("ridge", "random"):
+        program, _, misses = routed(model, (x,), f"route_tokens(density=0.5, routed=1.0, router='{router}', common=True)")
+        weights = [value for key, value in instantiate(program).state_dict().items() if "router.weight" in key]
+        assert [weight.shape[-1] for weight in weights] == [16, 32], misses
+
+
 class Marked(nn.Module):
     """Blocks over tokens of which some are marked."""
 

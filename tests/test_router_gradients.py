@@ -235,3 +235,27 @@ def test_routers_come_to_choose_what_matters_most() -> None:
     right = (row @ own["router.weight"].T).argmax(-1) == importance.argmax(-1)
     assert float(hook.loss().detach()) < 0.8 * first
     assert float(right.float().mean()) > 0.5
+
+
+def test_a_row_is_to_choose_as_many_of_the_best_as_it_does() -> None:
+    """Selectors that take a number of their own in each row leave places at -1, which are no experts."""
+    class Known:
+        def importance(self, criterion: str, every: int) -> Tensor:
+            return torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0], [1.0, 2.0, 3.0]])
+
+    loss, scores = Named.parse("router loss", "prior_approximate"), torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0], [1.0, 1.0, 1.0]])
+    logs = scores.log_softmax(-1)
+    wanted = -(logs[0, 0] + (logs[1, 1] + logs[1, 2]) / 2) / 3
+    torch.testing.assert_close(loss(scores, torch.tensor([[2, -1, -1], [1, 0, -1], [-1, -1, -1]]), Known()), wanted)
+
+
+def test_importance_is_measured_of_rows_that_autocast_made_bfloat16() -> None:
+    """As sc.recover(dtype=torch.bfloat16) does: the model runs under autocast, hook.loss() does not."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), GatedFfn(8, 32)).eval(), torch.randn(64, 8)
+    module, hook = sc.attach(model, (x,), sc.recipes.factor_llm(), calibration=[(x,)])
+    module(x)
+    exact = float(hook.loss().detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        module(x)
+    assert float(hook.loss().detach()) == pytest.approx(exact, rel=0.05)

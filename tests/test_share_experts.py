@@ -114,3 +114,15 @@ def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception]
 def test_a_rank_of_nothing_is_refused() -> None:
     with pytest.raises(ParseError, match="rank is 1 or more"):
         sc.attach(GatedFfn(4, 8).eval(), (torch.randn(3, 4),), ShareExperts(kind="adapter(rank=0)"))
+
+
+@pytest.mark.parametrize("recipe", ["pesc", "mofme"])
+def test_recipes_train_under_autocast(recipe: str) -> None:
+    torch.manual_seed(0)
+    model, x = GatedFfn(8, 32).eval(), torch.randn(20, 8)
+    module, hook = sc.attach(model, (x,), getattr(sc.recipes, recipe)())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    torch.testing.assert_close(y.float(), model(x), rtol=5e-2, atol=5e-2)
+    (y.float().square().mean() + hook.loss()).backward()
+    assert all(bool(one.grad.isfinite().all()) for one in module.parameters() if one.grad is not None)

@@ -30,12 +30,16 @@ class Origin:
 
 
 def origin_of(region: Region, op: fx.Node, ctx: Context) -> Origin | None:
-    """None where the mixture is the model's own, or was trained since it was divided."""
+    """None where the mixture is the model's own, was trained since it was divided, or has a router that reads more than its x."""
     if op.meta.get("by") != MADE_BY or ctx.given is None or region.path not in ctx.given.regions:
         return None
     found = [site for site in find_sites(ctx.given, ("ffn",)) if site.path == op.meta["site"] and site.region == region.path]
     dense = dense_of(ctx.given.regions[region.path], found[0], "") if found else "none"
     if not isinstance(dense, Dense):
+        return None
+    try:
+        _route(region, op)
+    except KeyError:
         return None
     users = [user for user in op.users if is_call(user, aten.add.Tensor) and user.meta.get("by") == MADE_BY]
     return Origin(dense, users[0] if users else op)
@@ -43,13 +47,17 @@ def origin_of(region: Region, op: fx.Node, ctx: Context) -> Origin | None:
 
 def around(region: Region, op: fx.Node, end: fx.Node, mixture: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
     """x -> what the mixture gives with all that was put around it; mixture(x, chosen(, weights)) is the op in one of its forms."""
-    source: Any = op.kwargs["x"]
-    routes = [node for name in ("chosen", "weights") if isinstance(node := op.kwargs.get(name), fx.Node)]
-    route = part_function(region, [source], routes)
+    route = _route(region, op)
     if end is op:
         return lambda x: mixture(x, *route(x))
-    beside = part_function(region, [source], [end.kwargs["other"]])  # type: ignore[list-item]
+    beside = part_function(region, [op.kwargs["x"]], [end.kwargs["other"]])  # type: ignore[list-item]
     return lambda x: mixture(x, *route(x)) + beside(x)[0]
+
+
+def _route(region: Region, op: fx.Node) -> Callable[..., Any]:
+    """x -> chosen(, weights). Raises KeyError where these depend on more than x."""
+    routes = [node for name in ("chosen", "weights") if isinstance(node := op.kwargs.get(name), fx.Node)]
+    return part_function(region, [op.kwargs["x"]], routes)  # type: ignore[list-item]
 
 
 def linears_of(origin: Origin) -> dict[str, tuple[Tensor, Tensor | None]]:

@@ -39,7 +39,7 @@ class RouteTokens(Pass):
     router      "ridge", fitted to how much the block changes a token, or "random", to be trained
     weight      a file of passes/moe/weights: "one", or "sigmoid" of the score, by which routers learn
     first       so many blocks at the beginning that every token runs through
-    common      one router for all routed blocks of a graph, fitted to all of them together, or trained by all
+    common      one router for all routed blocks of a graph that are as wide, fitted to all of them together, or trained by all
     keep        an input of the model [texts, tokens] by its name: tokens that are not 0 there come before all others: "attention_mask" leaves
                 padding out first, a mark of the question's tokens keeps it whole
 
@@ -107,7 +107,7 @@ class RouteTokens(Pass):
         """Path of a block -> its router, stored before the first block that it belongs to."""
         found: dict[str, _Stored] = {}
         for one in done:
-            alike = [other for other in done if other.region is one.region] if self.common else [one]
+            alike = [other for other in done if (other.region, other.width) == (one.region, one.width)] if self.common else [one]
             if one.path not in found:
                 parts = [rows.get(other.path, unseen(other.width, 1)) for other in alike]
                 x, wanted = torch.cat([own[0] for own in parts]), torch.cat([own[1] for own in parts])

@@ -29,7 +29,7 @@ class WatchedExperts(Watch):
         """float32 [R, E]: how much each expert matters in every n-th row, as the oracle router measures it. Without gradients."""
         x, *weights = self.seen
         with torch.no_grad():
-            return measured(x.reshape(-1, x.shape[-1])[::every], *weights, activation=self._activation, criterion=criterion)
+            return measured(x.reshape(-1, x.shape[-1])[::every].to(weights[0].dtype), *weights, activation=self._activation, criterion=criterion)
 
 
 def tap_experts(region: Region, name: str, op: fx.Node) -> WatchedExperts:

@@ -14,6 +14,6 @@ def film(width: int, experts: int, generator: torch.Generator) -> Formula:
 
 
 def _modulated(y: Tensor, chosen: Tensor, weights: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    shares = torch.zeros(*chosen.shape[:-1], scale.shape[0] + 1, dtype=scale.dtype, device=y.device)
-    shares = shares.scatter_add(-1, chosen + 1, weights.to(scale.dtype))[..., 1:]
+    taken = chosen[..., None] == torch.arange(scale.shape[0], device=y.device)  # no scatter: under autocast weights are of another dtype
+    shares = (weights[..., None] * taken).sum(-2).to(scale.dtype)
     return y * (shares @ scale).to(y.dtype) + (shares @ shift).to(y.dtype)

@@ -20,4 +20,6 @@ def prior_approximate(scores: Tensor, chosen: Tensor, experts: WatchedExperts, *
     every = max(1, flat.shape[0] // rows)
     wanted = experts.importance(criterion, every)
     best = wanted.topk(min(chosen.shape[-1], wanted.shape[1]), -1).indices
-    return -flat[::every].log_softmax(-1).gather(-1, best).mean() if best.numel() else torch.zeros_like(flat.sum())
+    count = (chosen >= 0).flatten(0, -2)[::every].sum(-1, keepdim=True).clamp(max=best.shape[-1])
+    odds = flat[::every].log_softmax(-1).gather(-1, best) * (torch.arange(best.shape[-1], device=best.device) < count)
+    return -(odds / count.clamp_min(1)).sum(-1).mean() if best.numel() else torch.zeros_like(flat.sum())
