@@ -121,26 +121,24 @@ def _doubles(tensors: dict[str, Tensor], bias: Tensor | None) -> dict[str, Any]:
 def _neurons(dtype: torch.dtype) -> Iterator[None]:
     tensors, bias = test_select_neurons.made(64, 96, 37, dtype, True, True)
     for limit in (0.0, 100.0):      # all, and none: a neuron on a limit between may fall on either side of it
-        whole = tensors | {"limit": torch.tensor(limit)}
-        for candidate in ours("select_ffn", whole, {"activation": "silu"}, dtype, 1):
-            kernel = candidate.bind(bias)
-            for rows in (1, 9):
-                x = random(rows, 64, dtype=dtype)
-                for y in (kernel(x), *library("select_ffn", whole, bias, dtype, x, outputs=37, activation="silu")):
-                    near(y, select_ffn.reference(x.double(), **_doubles(whole, bias), activation="silu"), dtype)
-            yield
+        yield from _selecting_ffn("select_ffn", select_ffn.reference, tensors | {"limit": torch.tensor(limit)}, bias, dtype)
 
 
 def _inputs_ffn(dtype: torch.dtype) -> Iterator[None]:
     for limits in ((0.0, 0.0, 0.0), (0.5, 0.5, 0.0)):
         tensors, bias = test_select_inputs_ffn.made(64, 96, 37, dtype, limits, True, False, False, True, True)
-        for candidate in ours("select_inputs_ffn", tensors, {"activation": "silu"}, dtype, 1):
-            kernel = candidate.bind(bias)
-            for rows in (1, 9):
-                x = random(rows, 64, dtype=dtype)
-                for y in (kernel(x), *library("select_inputs_ffn", tensors, bias, dtype, x, outputs=37, activation="silu")):
-                    near(y, select_inputs_ffn.reference(x.double(), **_doubles(tensors, bias), activation="silu"), dtype)
-            yield
+        yield from _selecting_ffn("select_inputs_ffn", select_inputs_ffn.reference, tensors, bias, dtype)
+
+
+def _selecting_ffn(op: str, reference: Callable[..., Tensor], tensors: dict[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> Iterator[None]:
+    """An FFN that selects by what it computes itself."""
+    for candidate in ours(op, tensors, {"activation": "silu"}, dtype, 1):
+        kernel = candidate.bind(bias)
+        for rows in (1, 9):
+            x = random(rows, 64, dtype=dtype)
+            for y in (kernel(x), *library(op, tensors, bias, dtype, x, outputs=37, activation="silu")):
+                near(y, reference(x.double(), **_doubles(tensors, bias), activation="silu"), dtype)
+        yield
 
 
 def _predicted(dtype: torch.dtype) -> Iterator[None]:

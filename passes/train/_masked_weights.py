@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from sparsify_compiler.errors import InputError
-from sparsify_compiler.masked import masked_weight
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._places import mask_of, structure_of
-from sparsify_compiler.passes.train.move_masks import KINDS
+from sparsify_compiler.passes.train.move_masks import masked_sites
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program
-from sparsify_compiler.sites import chosen_sites
 from sparsify_compiler.training import Marked
 
 if TYPE_CHECKING:
@@ -36,13 +34,8 @@ class Aimed:
 
 def mark_masked(of: TrainingPass, program: Program, ctx: Context, targets: tuple[str, ...], ignore: tuple[str, ...]) -> Program:
     """Mark the product of each chosen site's weight and mask."""
-    for site in chosen_sites(program, KINDS, targets, ignore):
-        region = program.regions[site.region]
-        found = masked_weight(region, region.node(site.roles["op"]))
-        if found is None:
-            ctx.miss("its weight has no mask", site.path)
-        else:
-            of.mark(found.product, site, ctx)
+    for _, site, found in masked_sites(program, ctx, targets, ignore):
+        of.mark(found.product, site, ctx)
     return program
 
 

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.errors import ParseError
-from sparsify_compiler.masked import Masked, gate_products, masked_weight, tap_product
+from sparsify_compiler.masked import Masked, gate_products, tap_product
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._chosen import Chosen
 from sparsify_compiler.passes.train._frozen import freeze
 from sparsify_compiler.passes.train._learner import Learner
 from sparsify_compiler.passes.train.choosers._base import Chooser
-from sparsify_compiler.passes.train.move_masks import KINDS
+from sparsify_compiler.passes.train.move_masks import masked_sites
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, Site, get_tensor, set_tensor
 from sparsify_compiler.selectors import select
-from sparsify_compiler.sites import chosen_sites
 from sparsify_compiler.training import Marked, Part, TrainingPass
 
 
@@ -108,13 +107,8 @@ class LearnMasks(TrainingPass):
             if not found:
                 ctx.miss("the model has no gates")
             return
-        for site in chosen_sites(program, KINDS, self.targets, self.ignore):
-            region = program.regions[site.region]
-            masked = masked_weight(region, region.node(site.roles["op"]))
-            if masked is None:
-                ctx.miss("its weight has no mask", site.path)
-            else:
-                yield region, site, masked.product, masked.weight
+        for region, site, masked in masked_sites(program, ctx, self.targets, self.ignore):
+            yield region, site, masked.product, masked.weight
 
     def tap(self, region: Region, name: str, node: fx.Node) -> Masked:
         found = _choice_of(region, node)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.errors import ParseError
-from sparsify_compiler.masked import Masked, masked_weight, tap_product
+from sparsify_compiler.masked import Masked, MaskedWeight, masked_weight, tap_product
 from sparsify_compiler.masked_backward import tap_backward
 from sparsify_compiler.masked_pairs import tap_pairs
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._mover import CORRELATION, OF_TRAINING, Mover
 from sparsify_compiler.passes_api import Context
-from sparsify_compiler.program import Program, Region
+from sparsify_compiler.program import Program, Region, Site
 from sparsify_compiler.sites import chosen_sites
 from sparsify_compiler.training import KNOWN, Marked, Part, TrainingPass
 
@@ -121,14 +121,9 @@ class MoveMasks(TrainingPass):
         return frozenset(name for score in self.scores() for name in score.statistics) - OF_TRAINING
 
     def run(self, program: Program, ctx: Context) -> Program:
-        for site in chosen_sites(program, KINDS, self.targets, self.ignore):
-            region = program.regions[site.region]
-            found = masked_weight(region, region.node(site.roles["op"]))
-            if found is None:
-                ctx.miss("its weight has no mask", site.path)
-            else:
-                found.product.meta[KNOWN] = {name: ctx.statistics.get(site.path, name) for name in self._calibrated() if ctx.statistics is not None}
-                self.mark(found.product, site, ctx)
+        for _, site, found in masked_sites(program, ctx, self.targets, self.ignore):
+            found.product.meta[KNOWN] = {name: ctx.statistics.get(site.path, name) for name in self._calibrated() if ctx.statistics is not None}
+            self.mark(found.product, site, ctx)
         return program
 
     def tap(self, region: Region, name: str, node: fx.Node) -> Masked:
@@ -143,6 +138,17 @@ class MoveMasks(TrainingPass):
 
     def part(self, marked: Sequence[Marked]) -> Part:
         return Mover(self, marked)
+
+
+def masked_sites(program: Program, ctx: Context, targets: tuple[str, ...], ignore: tuple[str, ...]) -> Iterator[tuple[Region, Site, MaskedWeight]]:
+    """The chosen sites whose weight has a mask; the others are misses."""
+    for site in chosen_sites(program, KINDS, targets, ignore):
+        region = program.regions[site.region]
+        found = masked_weight(region, region.node(site.roles["op"]))
+        if found is None:
+            ctx.miss("its weight has no mask", site.path)
+        else:
+            yield region, site, found
 
 
 class _Example(nn.Module):
