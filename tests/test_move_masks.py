@@ -24,6 +24,7 @@ from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train import _mover
 from sparsify_compiler.passes.train._moving import regrown, shared, thinned
 from sparsify_compiler.passes.train.move_masks import MoveMasks
+from sparsify_compiler.passes_api import Context
 from sparsify_compiler.training import Hook
 
 X = torch.randn(48, 16, generator=torch.Generator().manual_seed(1))
@@ -85,6 +86,13 @@ def step_untold(module: nn.Module, hook: Hook, optimizer: torch.optim.Optimizer)
     hook.step()
     optimizer.zero_grad()
     return 0.0
+
+
+@pytest.mark.parametrize("moving", ["move_masks()", "learn_masks(chooser='top_k')", "shrink_groups()"])
+def test_layers_without_a_mask_are_told(moving: str) -> None:
+    ctx = Context(example_inputs=(X,))
+    sc.Pipeline.parse(f"mask_weights(score='random', density=0.5, targets=('0',)) | {moving}").run(sc.capture(net(), ctx.example_inputs), ctx)
+    assert [str(miss) for miss in ctx.misses] == ["at 2: its weight has no mask"]
 
 
 def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest() -> None:
