@@ -40,6 +40,14 @@ class KeySums:
         for (_, block), known in self._known.items():
             known.done = min(known.done, tokens // block)
 
+    def take(self, entries: Tensor) -> KeySums:
+        """Those of these entries of the batch, in this order: of beams that go on."""
+        made = KeySums()
+        for which, known in self._known.items():
+            mask = None if known.mask is None else known.mask.index_select(0, entries)
+            made._known[which] = _Kept(known.room.index_select(0, entries), known.done, mask)
+        return made
+
     def whole(self, key: Tensor, kind: str, block: int, key_mask: Tensor | None = None) -> Tensor:
         """float32 [B, G, K // block, D], in memory that is written behind its end when keys are added."""
         known, blocks = self._known.get((kind, block)), key.shape[2] // block

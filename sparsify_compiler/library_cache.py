@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -89,16 +90,32 @@ class AppendingLayer(DynamicLayer):  # type: ignore[misc]
         """Told to the first layer before each forward of the model."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._change(lambda t: t.index_select(0, beam_idx))
+        if not torch.equal(beam_idx.cpu(), torch.arange(self._entries())):
+            self._take(beam_idx)
+            self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
+        self._take(torch.arange(self._entries()).repeat_interleave(repeats))
         self._change(lambda t: t.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+        self._take(torch.arange(self._entries())[indices.cpu()])
         self._change(lambda t: t[indices])
+
+    def _entries(self) -> int:
+        """Of the batch."""
+        return len(self.keys) if self.held() and self.keys is not None else 0
+
+    def _take(self, entries: Tensor) -> None:
+        """Have these entries of the batch, each as often as it is named. Buffers keep their room, and what is known of blocks stays known."""
+        if not self.held() or self.keys is None or self.values is None:
+            return
+        entries, tokens = entries.to(self.keys.device), self.held()
+        if self._room is None or not self._fits(self.keys, tokens):
+            self.keys, self.values = (held.index_select(0, entries) for held in (self.keys, self.values))
+            return
+        self._room, self._sums = (self._room[0].index_select(0, entries), self._room[1].index_select(0, entries)), self._sums.take(entries)
+        self.keys, self.values = (room[:, :, :tokens] for room in self._room)
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         """For layers that hold more than keys and values: what beams do to the entries of the batch, done to it."""

@@ -13,7 +13,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 import sparsify_compiler as sc  # noqa: E402
-from sparsify_compiler import library_cache_streaming  # noqa: E402
+from sparsify_compiler import key_sums, library_cache_streaming  # noqa: E402
 from sparsify_compiler.capture import capture  # noqa: E402
 from sparsify_compiler.compiled import CompiledModel  # noqa: E402
 from sparsify_compiler.errors import InputError, ModelError  # noqa: E402
@@ -103,6 +103,41 @@ def test_sums_of_whole_blocks_are_taken_once() -> None:
     mask[0, :2] = False
     assert of_blocks(key, "sum", 4, mask)[0, 0, 0, 0] == 14.0
     assert of_blocks(key, "min", 4, ~torch.ones_like(mask)).isinf().all()
+
+
+@pytest.mark.parametrize(("change", "entries"), [
+    (lambda layer: layer.reorder_cache(torch.tensor([1, 1])), [1, 1]), (lambda layer: layer.reorder_cache(torch.tensor([0, 1])), [0, 1]),
+    (lambda layer: layer.batch_repeat_interleave(2), [0, 0, 1, 1]), (lambda layer: layer.batch_select_indices(torch.tensor([1])), [1]),
+    (lambda layer: layer.batch_select_indices(torch.tensor([False, True])), [1])], ids=["beams", "same beams", "repeat", "select", "mask"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_go_with_the_beams_that_go_on(change: Any, entries: list[int], masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, looked, reduced = AppendingLayer(), [], key_sums._reduced
+    monkeypatch.setattr(key_sums, "_reduced", lambda key, *rest: looked.append(key.shape[2]) or reduced(key, *rest))
+    key, _ = layer.update(*states(18))
+    mask = torch.arange(19) >= torch.tensor([[0], [3]]) if masked else None
+    of_blocks(key, "sum", 4, None if mask is None else mask[:, :18])
+    held = key.clone()
+    change(layer)
+    room = layer._room
+    key, _ = layer.update(*states(1, len(entries)))
+    assert layer._room is room
+    assert torch.equal(key[:, :, :18], held[entries])
+    looked.clear()
+    own = None if mask is None else mask[entries]
+    torch.testing.assert_close(of_blocks(key, "sum", 4, own), reduced(key, "sum", 4, own))
+    assert looked == [3]    # the block that is not whole
+
+
+def test_beams_that_stay_move_nothing_and_others_leave_what_was_handed_out() -> None:
+    layer = AppendingLayer()
+    key, _ = layer.update(*states(6))
+    layer.reorder_cache(torch.tensor([0, 1]))
+    assert layer.keys.data_ptr() == key.data_ptr()
+    before = key.clone()
+    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.update(*states(1))
+    assert torch.equal(key, before)
 
 
 def test_a_batch_may_change_its_size() -> None:
