@@ -40,12 +40,15 @@ class BlockLayout:
     left: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, bias: Tensor | None = None,
-               scale: float | None = None) -> tuple[Tensor, Tensor]:
-        """Attention over the listed blocks: (out [B, H, Q, E], lse [B, H, Q]). Shapes as in attend_blocks."""
+               scale: float | None = None, run: Callable[..., Any] | None = None) -> tuple[Tensor, Tensor]:
+        """Attention over the listed blocks: (out [B, H, Q, E], lse [B, H, Q]). Shapes as in attend_blocks.
+
+        `run` computes it, by default the op: attend_blocks.reference for what its kernel has to give.
+        """
         if self.order is not None:
             query, key, value = self.order.take(query, key, value)
             key_mask, bias = None, self.order.take_bias(bias, query.shape[1])
-        run = attend_blocks.computed if attend_blocks.unwatched(query, key, value, bias) else attend_blocks.op
+        run = run or (attend_blocks.computed if attend_blocks.unwatched(query, key, value, bias) else attend_blocks.op)
         found: tuple[Tensor, Tensor] = run(query, key, value, self.indices, self.counts, self.tile_of, self.tiles, key_mask, bias,
                                            block_q=self.grid.block_q, block_k=self.grid.block_k, causal=self._causal, scale=scale)
         return found if self.order is None else (self.order.give_back(found[0]), self.order.give_back(found[1]))

@@ -23,10 +23,11 @@ from sparsify_compiler.measure import Timing, interleave
 from sparsify_compiler.normal_form_edit import insert
 from sparsify_compiler.normal_form_edit import replace as replace_node
 from sparsify_compiler.ops import attend
-from sparsify_compiler.ops.attend_blocks import scale_of
+from sparsify_compiler.ops.attend_blocks import reference, scale_of
 from sparsify_compiler.passes.attention._sites import shape_of
 from sparsify_compiler.passes.lower import _dense_attention
 from sparsify_compiler.passes.lower._dense_attention import NEVER, Given, eager_kind, kernel_limit
+from sparsify_compiler.passes.lower._numbers import distance, near
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Site, get_tensor
 
@@ -151,6 +152,7 @@ class _Measured:
     tokens: int
     times: dict[str, Timing]
     density: float
+    off: float  # how far the kernel is from its reference, where that is more than rounding; else 0
 
     @property
     def never(self) -> bool:
@@ -167,6 +169,8 @@ class _Measured:
         if self.never:
             row.format, row.kernel, row.density = "dense", "dense attention", 1.0
         row.reason = f"by blocks: prompts {_from(prompt)}, decoding {_from(decoding)}"
+        if self.off:
+            row.reason = f"stays dense: its kernel's numbers are {self.off:.1e} from the reference's, by their norm"
 
 
 def _from(limit: int) -> str:
@@ -176,12 +180,21 @@ def _from(limit: int) -> str:
 def _measured(kind: _Kind, seen: Given | None, learned: tuple[Tensor, ...], rounds: int, margin: float) -> _Measured:
     prompts = {tokens: _times(kind, _tensors(kind, seen, tokens, tokens), learned, rounds) for tokens in PROMPTS}
     caches = {tokens: _times(kind, _tensors(kind, seen, 1, tokens), learned, rounds) for tokens in CACHES}
-    indexer = replace(kind.indexer, dense_below=_limit(prompts, margin), dense_below_decoding=_limit(caches, margin),
-                      dense_kernel_from=kernel_limit(prompts, margin))
+    off = max(_off(kind, _tensors(kind, seen, queries, PROMPTS[0]), learned) for queries in (1, PROMPTS[0]))
+    limits = (NEVER, NEVER) if off else (_limit(prompts, margin), _limit(caches, margin))
+    indexer = replace(kind.indexer, dense_below=limits[0], dense_below_decoding=limits[1], dense_kernel_from=kernel_limit(prompts, margin))
     query, key, _ = _tensors(kind, seen, PROMPTS[-1], PROMPTS[-1])
     weights = dict(zip(indexer.learned, learned, strict=True))
     density = kind.indexer.layout(query, key, kind.causal, scale_of(query, None), None, weights).density()
-    return _Measured(indexer, PROMPTS[-1], prompts[PROMPTS[-1]], density)
+    return _Measured(indexer, PROMPTS[-1], prompts[PROMPTS[-1]], density, off)
+
+
+def _off(kind: _Kind, given: Given, learned: tuple[Tensor, ...]) -> float:
+    """How far attention over the blocks that are found is from its reference; 0 where it is no further than rounding takes it."""
+    query, key, value = given
+    layout = kind.indexer.layout(query, key, kind.causal, scale_of(query, None), None, dict(zip(kind.indexer.learned, learned, strict=True)))
+    off = distance(layout.attend(query, key, value)[0], layout.attend(query, key, value, run=reference)[0])
+    return 0.0 if off <= near(kind.dtype) else off
 
 
 def _limit(times: dict[int, dict[str, Timing]], margin: float) -> int:

@@ -17,6 +17,7 @@ from sparsify_compiler.normal_form_edit import argument
 from sparsify_compiler.ops import attend
 from sparsify_compiler.passes.attention._sites import KIND, attention_sites, give_indexer, shape_of
 from sparsify_compiler.passes.attention.patterns.everything import Everything
+from sparsify_compiler.passes.lower._numbers import distance, near
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Site
 
@@ -68,11 +69,13 @@ def kernel_limit(times: dict[int, dict[str, Timing]], margin: float) -> int | No
 
 
 def forms(given: Given, causal: bool) -> dict[str, Any]:
-    """Dense attention by torch, and by the kernel where there is one for so many rows."""
+    """Dense attention by torch, and by the kernel where there is one for so many rows, whose numbers are torch's."""
     query, key, value = given
     made = {"dense": lambda: attend.dense(query, key, value, is_causal=causal)}
     if query.shape[2] > DECODED and attend.has_kernel(query, key, value):
         made["every"] = lambda: attend.dense(query, key, value, is_causal=causal, kernel_from=0)
+        if not distance(made["every"](), made["dense"]()) <= near(query.dtype):
+            del made["every"]
     return made
 
 

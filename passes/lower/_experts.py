@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,6 +36,13 @@ class Mixture(Linear):
     many: int = 0
     origin: Origin | None = None
     whole: tuple[str, ...] = ()
+
+    def compared(self, name: str) -> list[tuple[Callable[[], object], Callable[[], object]]]:
+        return [(self.runs[one], self.runs[first]) for one, first in ((name, EAGER), (_many(name), _many(EAGER))) if one in self.runs]
+
+    def drop(self, name: str) -> None:
+        super().drop(name)
+        self.runs.pop(_many(name), None)
 
 
 def is_packed(node: fx.Node) -> bool:

@@ -87,11 +87,12 @@ def whole(region: Region, node: fx.Node, program: Program, ctx: Context) -> Whol
     densities = {name: row_of(region, linear, "linear", tensors[name].t(), program).density for name, linear in ffn.linears.items()}
     neurons = hidden({name: partial(eager, *pair) for name, pair in dense.items()}, ffn.activation, x)
     measured, attributes = _as_dense_as(densities, x, tensors, neurons), {"activation": ffn.activation}
+    expected = partial(select_inputs_ffn.op, x, **measured, bias=bias, **attributes)
     for candidate, rival in zip(*(ctx.kernels.candidates("select_inputs_ffn", given, attributes, x.dtype, (layer.rows,), ctx.target)
                                   for given in (tensors, measured)), strict=True):
         timed = rival.bind(bias)
         layer.add(ONE_BY_ONE, timed.one_by_one, x, None, Form(False))
-        layer.add(candidate.name, timed, x, None, Form(False, candidate.bind(bias)))
+        layer.add(candidate.name, timed, x, None, Form(False, candidate.bind(bias)), expected)
     return layer
 
 

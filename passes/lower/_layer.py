@@ -51,14 +51,29 @@ class Layer:
     record: Any = None  # what tuning has found out about layers of its kind: its forms are those that were the best then
     forms: dict[str, Form] = field(default_factory=dict)
     runs: dict[str, Callable[[], object]] = field(default_factory=dict)  # what to time, the yardstick first
+    expected: dict[str, Callable[[], object]] = field(default_factory=dict)  # what a form has to compute, if not what the yardstick does
 
     @property
     def key(self) -> str:
         return f"{self.region.path}:{self.node.name}"
 
-    def add(self, name: str, function: Callable[..., Tensor], x: Tensor, other: Tensor | None, form: Form) -> None:
-        """Take a form, which `function` runs on x, and on `other` where it adds; the rest of the chain is computed by torch's operators."""
+    def add(self, name: str, function: Callable[..., Tensor], x: Tensor, other: Tensor | None, form: Form,
+            expected: Callable[[], Tensor] | None = None) -> None:
+        """Take a form, which `function` runs on x, and on `other` where it adds; the rest of the chain is computed by torch's operators.
+
+        `expected` gives its numbers by torch, where they are not those of the yardstick.
+        """
         self.forms[name], self.runs[name] = form, timed(function, x, other, form.epilogue, self.chain)
+        if expected is not None:
+            self.expected[name] = expected
+
+    def compared(self, name: str) -> list[tuple[Callable[[], object], Callable[[], object]]]:
+        """The runs of a form, each beside what it has to compute."""
+        return [(self.runs[name], self.expected.get(name) or next(iter(self.runs.values())))]
+
+    def drop(self, name: str) -> None:
+        """Let go of a form."""
+        del self.forms[name], self.runs[name]
 
     def make_dense(self) -> None:
         """Replace the packed node by a dense one with the masked weight."""

@@ -116,7 +116,8 @@ def choose(layer: Linear, timings: Mapping[str, Timing], margin: float, prefer: 
         say(row, f"{gain:.2f} times the speed of {yardstick}" + ("" if gain >= 1 else ", kept for its bytes"))
         return
     if layer.packed:
-        why = f"the best kernel ({best}) has {gain:.2f} times the dense speed" if best != REFERENCE else "no kernel for this op, dtype and target"
+        none = best is None or best == REFERENCE
+        why = "no kernel for this op, dtype and target" if none else f"the best kernel ({best}) has {gain:.2f} times the dense speed"
         say(row, f"stays dense: {why}")
         layer.make_dense()
     layer.bind(yardstick)

@@ -63,9 +63,11 @@ def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Line
     predict = predictor(region, node, x)
     scores = torch.rand(x.shape[0], layer.weight.shape[1], generator=torch.Generator().manual_seed(ctx.seed), dtype=torch.float32)
     limit = torch.full((x.shape[0], 1), 1 - layer.decision.density, dtype=torch.float32)
+    expected = partial(predicted_ffn.op, x, scores, limit, **{name: tensor for name, tensor in tensors.items() if name not in ("scores", "limit")},
+                       bias=bias, **attributes)
     for candidate in usable(ctx.kernels.candidates("predicted_ffn", tensors, attributes, x.dtype, (layer.rows,), ctx.target), ctx):
         kernel = bound(candidate, bias, ctx)
-        layer.add(candidate.name, partial(_after, predict, kernel, scores, limit), x, None, Form(False, kernel))
+        layer.add(candidate.name, partial(_after, predict, kernel, scores, limit), x, None, Form(False, kernel), expected)
     return layer
 
 

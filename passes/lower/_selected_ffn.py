@@ -112,9 +112,10 @@ def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Line
     scores = select.score(select_ffn.hidden(str(attributes["activation"]), gates), tensors.get("scale")).flatten()
     skipped = round((1 - layer.decision.density) * scores.numel())
     limit = scores.kthvalue(min(skipped + 1, scores.numel())).values.float()
+    expected = partial(select_ffn.op, x, **(tensors | {"limit": limit}), bias=bias, **attributes)
     for candidate, rival in zip(*(usable(ctx.kernels.candidates("select_ffn", tensors | other, attributes, x.dtype, (layer.rows,), ctx.target), ctx)
                                   for other in ({}, {"limit": limit})), strict=True):
-        layer.add(candidate.name, bound(rival, bias, ctx), x, None, Form(False, bound(candidate, bias, ctx)))
+        layer.add(candidate.name, bound(rival, bias, ctx), x, None, Form(False, bound(candidate, bias, ctx)), expected)
     return layer
 
 

@@ -24,6 +24,7 @@ from sparsify_compiler.passes.lower import (
     _inputs_ffn,
     _layout,
     _linear,
+    _numbers,
     _predicted,
     _scored,
     _selected,
@@ -56,7 +57,7 @@ class Lower(Pass):
                becomes sparsify.select_inputs_ffn(x, gate, up, down, ...) where one kernel for all of it is the fastest. Convolutions run
                channels last, or on planes, where the whole is faster so. Attention that chooses its blocks does from the length on where that
                is faster
-    Preserves  values, up to float reassociation
+    Preserves  values, up to float reassociation: a kernel whose numbers differ by more, on this machine, is not used, and the decision says so
     Paper      none: measurement; the reason for it is "sparse, but not faster", the complaint that every earlier tool met
 
     margin  part of the fastest dense time that a kernel must save to be taken: below it, noise would decide
@@ -126,11 +127,13 @@ class Lower(Pass):
         return program
 
     def _measured(self, layers: Sequence[Layer]) -> dict[str, dict[str, Timing]]:
-        """Times of all forms; where tuning has found out already which are the best, it only has to be seen that they pay."""
+        """Times of all forms whose numbers are right; where tuning has found out already which are the best, it only has to be seen that they pay."""
+        for layer in layers:
+            _numbers.check(layer)
         tuned = [layer for layer in layers if layer.record is not None]
         groups = [(tuned, min(self.rounds, SEEN)), ([layer for layer in layers if layer.record is None], self.rounds)]
         return {key: times for chosen, rounds in groups if chosen
-                for key, times in round_robin({layer.key: layer.runs for layer in chosen}, rounds=rounds).items()}
+                for key, times in round_robin({layer.key: layer.runs for layer in chosen}, rounds=rounds, warmup=1).items()}
 
     def _lower(self, chunk: Iterable[Found], program: Program, ctx: Context, taken: set[fx.Node], times: Times) -> None:
         """Measure some layers together. The forms that lose are freed on return, before the next layers are laid out."""

@@ -1,0 +1,170 @@
+"""Kernels that compute something else than torch: none is used, and the decision says so."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import sparsify_compiler as sc
+from sparsify_compiler.codegen import runtime
+from sparsify_compiler.compiled import CompiledModel
+from sparsify_compiler.ops import attend, attend_blocks
+from sparsify_compiler.passes.activation.select_neurons import GatedFfn
+from sparsify_compiler.passes.attention import select_blocks
+from sparsify_compiler.passes.lower._dense_attention import _times as times_of_attention
+from sparsify_compiler.passes.lower._numbers import NEAR, distance
+from sparsify_compiler.pipeline import Pipeline
+
+SAID = "is not used: its numbers are"
+Spoil = Callable[[Tensor], Tensor]
+
+
+class Wrong:
+    """A kernel whose numbers are spoilt, and which is otherwise what it was."""
+
+    def __init__(self, kernel: Any, spoil: Spoil) -> None:
+        self._kernel, self._spoil = kernel, spoil
+
+    def __call__(self, *given: Any, **named: Any) -> Tensor:
+        return self._spoil(self._kernel(*given, **named))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+
+@pytest.fixture
+def spoilt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Spoil], None]:
+    """Every kernel gives what spoil() makes of its numbers."""
+    bind = runtime.Candidate.bind
+
+    def patch(spoil: Spoil) -> None:
+        monkeypatch.setattr(runtime.Candidate, "bind", lambda self, bias=None: Wrong(bind(self, bias), spoil))
+
+    return patch
+
+
+def first_is(value: float) -> Spoil:
+    def spoil(y: Tensor) -> Tensor:
+        y = y.clone()
+        y[(0,) * y.dim()] = value
+        return y
+
+    return spoil
+
+
+SPOILS: dict[str, Spoil] = {
+    "larger": lambda y: y * 1.5, "no number": first_is(math.nan), "infinite": first_is(math.inf), "others": lambda y: y.flip(-1),
+}  # fmt: skip
+MODELS: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": ("mask_weights(structure='16x1', density=0.3)", lambda: nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)), (8, 64)),
+    "conv": ("mask_weights(structure='16x1', density=0.2, targets=('conv',))",
+             lambda: nn.Sequential(nn.Conv2d(64, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1)), (2, 64, 14, 14)),
+    "inputs": ("select_inputs(density=0.5)", lambda: nn.Sequential(nn.Linear(64, 96), nn.Tanh()), (1, 64)),
+    "ffn by input": ("select_inputs(density=0.5)", lambda: GatedFfn(64, 128), (1, 64)),
+    "neurons": ("select_neurons(density=0.5)", lambda: GatedFfn(64, 128), (1, 64)),
+    "predicted": ("predict_neurons(density=0.5)", lambda: GatedFfn(64, 128), (1, 64)),
+    "experts": ("split_experts(experts=4, density=0.5)", lambda: GatedFfn(64, 128), (1, 64)),
+}
+
+
+def compiled_of(kind: str) -> tuple[CompiledModel, nn.Module, Tensor]:
+    text, make, shape = MODELS[kind]
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(shape)
+    data = [(torch.randn(40, *shape[1:]),) for _ in range(2)]
+    # whatever kernel there is, it is taken
+    return sc.compile(model, (x,), recipe=Pipeline.parse(f"{text} | pack() | lower(margin=-1000.0, rounds=3, prefer='bytes')"), calibration=data,
+                      dynamic={next(iter(inspect.signature(model.forward).parameters)): {0: "rows"}}), model, x
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_kernels_as_they_are_are_right(kind: str) -> None:
+    compiled, _, _ = compiled_of(kind)
+    rows = compiled.report().sites
+    assert not [row.reason for row in rows if SAID in row.reason]
+    assert any(row.format != "dense" for row in rows), "no kernel of such a layer was tried"
+
+
+@pytest.mark.parametrize("spoil", ["larger", "no number", "infinite", "others"])
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_wrong_kernels_are_not_used(kind: str, spoil: str, spoilt: Callable[[Spoil], None]) -> None:
+    right, model, x = compiled_of(kind)
+    with torch.no_grad():
+        expected = right(x) if kind in ("linear", "conv", "experts") else model(x)  # what selects for speed alone reads everything again
+    spoilt(SPOILS[spoil])
+    compiled, _, _ = compiled_of(kind)
+    assert any(SAID in row.reason for row in compiled.report().sites)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_wrong_kernel_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    bind = runtime.Candidate.bind
+
+    def wrong_if_dense(self: runtime.Candidate, bias: Tensor | None = None) -> Any:
+        return Wrong(bind(self, bias), torch.neg) if self.op == "linear" else bind(self, bias)
+
+    monkeypatch.setattr(runtime.Candidate, "bind", wrong_if_dense)
+    compiled, _, _ = compiled_of("linear")
+    rows = [row for row in compiled.report().sites if row.kind == "linear"]
+    assert all(row.format != "dense" and SAID in row.reason for row in rows), [row.reason for row in rows]
+
+
+@pytest.mark.parametrize("queries", [1, 256])
+def test_wrong_attention_by_blocks_stays_dense(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = attend_blocks.computed
+
+    def wrong(query: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        out, sums = computed(query, *given, **named)
+        return (out * 1.5 if query.shape[2] == queries else out), sums
+
+    monkeypatch.setattr(attend_blocks, "computed", wrong)
+    model, (x,) = select_blocks.example()
+    recipe = Pipeline.parse("select_blocks(always=(SlidingWindow(window=64),)) | lower(margin=-1000.0, rounds=3)")
+    compiled = sc.compile(model, (x,), recipe=recipe)
+    reasons = [row.reason for row in compiled.report().sites]
+    assert any("stays dense: its kernel's numbers are" in reason for reason in reasons), reasons
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_dense_attention_by_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsify_compiler.passes.lower import _dense_attention
+
+    kind = _dense_attention.Kind(2, 2, 32, torch.float32, True, 256)
+    if not attend.has_kernel(*_dense_attention.random(kind, 256, 256)):
+        pytest.skip("no kernel of attention here")
+    times_of_attention.cache_clear()
+    assert "every" in times_of_attention(kind, 3, torch.get_num_threads())[256]
+    computed = attend_blocks.computed
+    monkeypatch.setattr(attend_blocks, "computed", lambda *given, **named: tuple(-found for found in computed(*given, **named)))
+    times_of_attention.cache_clear()
+    assert "every" not in times_of_attention(kind, 3, torch.get_num_threads())[256]
+    times_of_attention.cache_clear()
+
+
+@given(st.integers(1, 50), st.floats(1e-30, 1e30), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_distance_is_relative(size: int, scale: float, dtype: torch.dtype) -> None:
+    x = (torch.arange(1, size + 1, dtype=torch.float64) * scale).to(dtype)
+    assert distance(x, x) == 0
+    assert distance(x * 0, x) == pytest.approx(1)
+    assert NEAR < distance(x * 2, x) <= 1.01
+
+
+def test_the_distance_of_what_is_no_number() -> None:
+    x = torch.tensor([1.0, math.nan, math.inf])
+    assert distance(x, x) == 0
+    assert distance(x, torch.ones(3)) == math.inf
+    assert distance(torch.ones(3), x) == math.inf
+    assert distance(torch.ones(2), torch.ones(3)) == math.inf
+    assert distance(torch.zeros(3), torch.zeros(3)) == 0
+    assert distance(torch.ones(3), torch.zeros(3)) == math.inf
+    assert distance(torch.empty(0), torch.empty(0)) == 0
