@@ -20,7 +20,8 @@ from .ops import attend
 from .ops.attend_blocks import scale_of
 from .program import set_tensor
 
-NAME = "sparsify"
+NAME, DENSE_TOKENS = "sparsify", "sparsify_dense_tokens"    # the latter: of models in which one token attends to all keys, in every layer
+FAR = 1 << 29   # keys, more than any text has
 WATCHED = "_sparsify_watched"  # attribute of keys: the layer of a cache that wants to see their queries
 _NAMES = "_sparsify_learned"
 _REGISTRY, _INDEXER, LEARNED = "ALL_ATTENTION_FUNCTIONS", "_sparsify_indexer", "sparsify_"  # LEARNED: what a tensor's name begins with
@@ -76,20 +77,22 @@ def give_indexers(model: nn.Module, indexers: Mapping[str, str], learned: Mappin
     from .library_cache import before_forward
     from .library_cache_evicting import pass_on
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
+    for name, mask in ((NAME, _mask), (DENSE_TOKENS, _mask_of_dense_tokens)):
+        ALL_ATTENTION_FUNCTIONS.register(name, _attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+    name = DENSE_TOKENS if all(parse(text).is_dense(1, FAR) for text in indexers.values()) else NAME
     model.register_forward_pre_hook(before_forward, with_kwargs=True)
     for path, text in indexers.items():
         indexer = parse(text)
         setattr(model.get_submodule(path), _INDEXER, indexer)
         setattr(model.get_submodule(path), _NAMES, indexer.learned)  # torch.compile cannot look into a property that takes a lock
-        for name, tensor in learned.get(path, {}).items():
-            set_tensor(model.get_submodule(path), LEARNED + name, tensor)
+        for learned_name, tensor in learned.get(path, {}).items():
+            set_tensor(model.get_submodule(path), LEARNED + learned_name, tensor)
         model.get_submodule(path.rpartition(".")[0]).register_forward_pre_hook(pass_on, with_kwargs=True)
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
-            config._attn_implementation = NAME
+            config._attn_implementation = name
 
 
 def take_indexers(model: nn.Module) -> tuple[dict[str, str], dict[str, dict[str, Tensor]]]:
@@ -179,3 +182,14 @@ def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor
             return None
         return attention_mask
     return None if filled == kv_length else torch.ones(batch_size, filled, dtype=torch.bool, device=options.get("device"))
+
+
+def _mask_of_dense_tokens(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
+                          mask_function: Callable[..., Any] | None = None, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+    """The same; under torch.compile one token's mask is of all places of a static cache, so that how many are filled need not be known."""
+    from transformers.masking_utils import causal_mask_function
+
+    if not (torch.compiler.is_compiling() and isinstance(q_offset, Tensor) and q_length == 1 and mask_function is causal_mask_function):
+        return _mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options)
+    filled = (torch.arange(kv_length, device=q_offset.device) <= q_offset - kv_offset).expand(batch_size, kv_length)
+    return filled if attention_mask is None else filled & torch.nn.functional.pad(attention_mask.bool(), (0, kv_length - attention_mask.shape[1]))

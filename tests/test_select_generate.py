@@ -85,3 +85,33 @@ def test_the_kernels_generate_as_the_plain_graphs_do(step: str) -> None:
     chosen = [row for row in sparse.report().sites if row.structure != "dense"]
     assert chosen
     assert all(0 < row.density < 1 for row in chosen)
+
+
+def test_under_torch_compile_tokens_of_a_static_cache_are_one_graph() -> None:
+    model = llama(hidden_size=64, intermediate_size=128)
+    sparse: Any = compiled(model, PASSES[0], 1.0)
+    if not sparse.program.attentions:
+        pytest.skip("no kernel of attention here")
+    ids, mask = torch.randint(1, 96, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    ids[1, :4], mask[1, :4] = 0, 0
+    made: list[Any] = []
+    torch._dynamo.reset()
+
+    def step(one: Any, token: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        places = (mask.cumsum(1) - 1)[:, -1:]
+        logits: Tensor = one(input_ids=token, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True).logits
+        return logits
+
+    def watch(graph: Any, given: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    traced = torch.compile(step, backend=watch)
+    caches = [transformers.StaticCache(config=model.config, max_cache_len=24) for _ in range(2)]
+    with torch.no_grad():
+        for one, cache in zip((model, sparse), caches, strict=True):
+            one(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        for number in range(3):
+            token, mask = torch.full((2, 1), number + 5), torch.cat((mask, torch.ones(2, 1, dtype=torch.int64)), 1)
+            torch.testing.assert_close(traced(sparse, token, mask, caches[1]), step(model, token, mask, caches[0]), rtol=1e-4, atol=1e-4)
+    assert len(made) <= 2, "one graph of the first length of the mask, and one of any"
