@@ -26,7 +26,7 @@ absolute, broadcast, cast_to, constant, halves = bits.absolute, bits.broadcast, 
 join, lane, let, pair, part = bits.join, bits.lane, bits.let, bits.pair, bits.part
 reinterpret, shuffle, transpose, upcast_high, upcast_low = bits.reinterpret, bits.shuffle, bits.transpose, bits.upcast_high, bits.upcast_low
 upcast_pairs, upper_half, vector_type, zero = bits.upcast_pairs, bits.upper_half, bits.vector_type, bits.zero
-interleave, pair_upper = bits.interleave, bits.pair_upper
+interleave, pair_upper, rounded, rounded_pairs = bits.interleave, bits.pair_upper, bits.rounded, bits.rounded_pairs
 int32 = builder.int32
 floordiv, floormod = tirx.floordiv, tirx.floormod
 
@@ -222,14 +222,7 @@ def write_float(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> No
     """buffer[index] = float32 value, rounded to nearest even for a bfloat16 buffer; any NaN becomes the quiet NaN."""
     if str(buffer.dtype) == "float32":
         return store(buffer, value, *index, lanes=lanes)
-
-    def every(n: int) -> Expr:
-        return broadcast(tirx.const(n, "uint32"), lanes)
-
-    value = let(value)
-    bits = let(tirx.reinterpret(vector_type("uint32", lanes), value))
-    rounded = (bits + every(0x7FFF) + ((bits >> every(16)) & every(1))) >> every(16)
-    word = cast_to("uint16", tirx.Select(tirx.NE(value, value), every(0x7FC0), rounded), lanes)
+    word = cast_to("uint16", rounded(value, lanes), lanes)
     return store(buffer, tirx.reinterpret(vector_type("bfloat16", lanes), word), *index, lanes=lanes)
 
 

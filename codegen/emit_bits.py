@@ -91,6 +91,22 @@ def upper_half(value: Expr, lanes: int) -> Expr:
     return cast_to("uint16", bits >> broadcast(tirx.const(16, "uint32"), lanes), lanes)
 
 
+def rounded(value: Expr, lanes: int) -> Expr:
+    """uint32: the bits of the bfloat16 nearest to each float32, the even one of two; any NaN is the quiet one."""
+    def every(n: int) -> Expr:
+        return broadcast(tirx.const(n, "uint32"), lanes)
+
+    value = let(value)
+    bits = let(reinterpret("uint32", value, lanes))
+    nearest = (bits + every(0x7FFF) + ((bits >> every(16)) & every(1))) >> every(16)
+    return tirx.Select(tirx.NE(value, value), every(0x7FC0), nearest)
+
+
+def rounded_pairs(low: Expr, high: Expr, lanes: int) -> Expr:
+    """int32 words of two float32 each, rounded likewise."""
+    return reinterpret("int32", rounded(low, lanes) | (rounded(high, lanes) << broadcast(tirx.const(16, "uint32"), lanes)), lanes)
+
+
 def absolute(value: Expr, lanes: int) -> Expr:
     """|value| of float32; a NaN stays one."""
     return reinterpret("float32", reinterpret("uint32", value, lanes) & broadcast(tirx.const(0x7FFFFFFF, "uint32"), lanes), lanes)

@@ -11,6 +11,7 @@ from sparsify_compiler.target import Target
 
 KERNELS = Path(__file__).with_name("kernels")
 WRITTEN = 16    # lanes of the texts
+PAIRS = {"x86_64": "avx512bf16", "aarch64": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Vectors:
     masked: bool = True
     by_element: bool = False
 
+    @property
+    def dot(self) -> str:
+        """The functions that multiply pairs of bfloat16, of machines that have an instruction for it: multiplies_pairs()."""
+        return (KERNELS / f"dot_bf16{'_arm' if self.by_element else ''}.ll").read_text()
+
     def text(self, *names: str) -> str:
         """The functions of these files, kernels/<name>.ll, at this width; of what is done otherwise without masks those of <name>_plain.ll."""
         return "".join(_text(name, self.lanes, self.masked) for name in names)
@@ -39,6 +45,11 @@ AVX512 = Vectors()
 def vectors_of(target: Target) -> Vectors:
     """Those of a target. SVE counts as NEON, which every machine with it has."""
     return Vectors(target.vector_bytes // 4, target.vector_registers, target.has("avx512f"), target.arch == "aarch64")
+
+
+def multiplies_pairs(target: Target) -> bool:
+    """Has it an instruction for products of two bfloat16 each (AVX512_BF16, FEAT_BF16)?"""
+    return target.has(PAIRS[target.arch])
 
 
 @cache

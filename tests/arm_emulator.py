@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.codegen import attend, build, top_pages
-from sparsify_compiler.target import Target, host, resolve
+from sparsify_compiler.target import Target, resolve
+from sparsify_compiler.target import host as here
 
 SCRIPTS = Path(__file__).parent.parent / "scripts" / "arm"
 sys.path.insert(0, str(SCRIPTS))
@@ -146,27 +147,29 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((extent,), (1,), tensor.storage_offset())
 
 
-_ADDRESSED = attend._addressed
+_ADDRESSED, _FUNCTION = attend._addressed, build._function
+_HOSTS: list[Any] = [here]  # what modules have as host(): this, or what an outer emulated() gave them
 
 
 @contextmanager
 def emulated(name: str, processor: str = "") -> Iterator[Target]:
     """`with emulated("cortex-a76") as target:` kernels for this target run, under qemu; it is this machine, for whom asks for the host.
 
-    What runs here, such as "x86-avx2", does so.
+    What runs here, such as "x86-avx2", does so. Within another one this machine counts, until it ends.
     """
     target, patch = resolve(name), pytest.MonkeyPatch()
-    machine = None if target.runs_on(host()) else Emulator(target, processor)
+    machine = None if target.runs_on(here()) else Emulator(target, processor)
+    _HOSTS.append(lambda: target)
     try:
         _forget()
-        if machine is not None:
-            patch.setattr(build, "_function", machine.load)
-            patch.setattr(attend, "_addressed", lambda bias: (machine.lend(bias), *_ADDRESSED(bias)[1:]))
-        for module in [module for module in sys.modules.values() if getattr(module, "host", None) is host]:
-            patch.setattr(module, "host", lambda: target)
+        patch.setattr(build, "_function", _FUNCTION if machine is None else machine.load)
+        patch.setattr(attend, "_addressed", _ADDRESSED if machine is None else lambda bias: (machine.lend(bias), *_ADDRESSED(bias)[1:]))
+        for module in [module for module in sys.modules.values() if any(getattr(module, "host", None) is one for one in _HOSTS)]:
+            patch.setattr(module, "host", _HOSTS[-1])
         yield target
     finally:
         patch.undo()
+        _HOSTS.pop()
         _forget()
         if machine is not None:
             machine.close()

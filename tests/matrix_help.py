@@ -245,7 +245,6 @@ def _graphs(dtype: torch.dtype) -> Iterator[None]:
 class Case:
     """What runs kernels, these schedules (codegen/kernels), in these dtypes, each by default on every machine.
 
-    lacks   dtype -> the features of which a machine must have one for there to be a kernel; without, there is none, and the op's reference runs
     only    schedule -> the features that a machine must have for it to be chosen
     narrow  dtype -> the schedules of that dtype, where it is not all of them
     """
@@ -253,21 +252,20 @@ class Case:
     run: Callable[[torch.dtype], Iterator[None]]
     schedules: frozenset[str]
     dtypes: tuple[torch.dtype, ...]
-    lacks: dict[torch.dtype, tuple[str, ...]]
     only: dict[str, tuple[str, ...]]
     narrow: dict[torch.dtype, frozenset[str]]
 
     def expected(self, dtype: torch.dtype, target: Target) -> set[str]:
         """The schedules that run on a target."""
-        if dtype not in self.dtypes or (self.lacks.get(dtype) and not any(target.has(one) for one in self.lacks[dtype])):
+        if dtype not in self.dtypes:
             return set()
         return {name for name in self.narrow.get(dtype, self.schedules) if all(target.has(one) for one in self.only.get(name, ()))}
 
 
 def _case(run: Callable[[torch.dtype], Iterator[None]], schedules: str, dtypes: tuple[torch.dtype, ...] = (FLOAT, BFLOAT),
-          lacks: dict[torch.dtype, tuple[str, ...]] | None = None, only: dict[str, tuple[str, ...]] | None = None,
+          only: dict[str, tuple[str, ...]] | None = None,
           narrow: dict[torch.dtype, str] | None = None) -> Case:
-    return Case(run, frozenset(schedules.split()), dtypes, lacks or {}, only or {},
+    return Case(run, frozenset(schedules.split()), dtypes, only or {},
                 {dtype: frozenset(names.split()) for dtype, names in (narrow or {}).items()})
 
 
@@ -281,7 +279,7 @@ CASES = {
     "neurons": _case(_neurons, "FfnRows FfnPanels SelectRows"),
     "inputs of ffns": _case(_inputs_ffn, "InputsFfnRows InputsFfnPanels GatherRows SelectRows"),
     "predicted": _case(_predicted, "PredictedFfnRows FfnPanels"),
-    "experts": _case(_experts, "ExpertRows ExpertPanels", lacks={BFLOAT: ("avx512bf16", "amx-bf16")}),
+    "experts": _case(_experts, "ExpertRows ExpertPanels"),
     "convolutions": _case(_convolutions, "Planes Depthwise Rows Panel StripPanel Gemv SlicePanel Tiles", (FLOAT, BFLOAT, HALF),
                           narrow={FLOAT: "Planes Depthwise", HALF: "Planes", BFLOAT: "Rows Panel StripPanel"}),
     "attention": _case(_attention, "AttendFew AttendPanel AttendTiles", (FLOAT, BFLOAT, HALF), only={"AttendTiles": TILES},

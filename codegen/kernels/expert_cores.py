@@ -11,20 +11,20 @@ from sparsify_compiler.codegen import emit_tiles as t
 from sparsify_compiler.codegen.kernels.expert_order import Order
 from sparsify_compiler.codegen.kernels.experts_layout import ExpertsArguments, ExpertsLayout
 from sparsify_compiler.codegen.kernels.finish import Finish
-from sparsify_compiler.codegen.kernels.products import LANES, products
+from sparsify_compiler.codegen.kernels.products import LANES, copy_inputs, keep_inputs, products, step_of
 from sparsify_compiler.ops import select_ffn
 
 TILES = {16: (8, 3), 8: (4, 3), 4: (8, 2)}  # by lanes: outputs, and units, whose sums are in registers at a time
+CONVERTED = {**TILES, 4: (4, 3)}            # the same of weights that are converted first: the more units, the more products for each
 
 
 class Core(ABC):
     """group and strip: neurons and outputs at a time; across: units at a time; depth: inputs packed at a time; dtype: of what is packed.
 
     few  rows up to which an expert's are multiplied one after the other, as they lie; 0 for a core that does not
-    text functions in LLVM's language that it calls
     """
 
-    few, text = 0, ""
+    few = 0
     dtype: str
     group: int
     strip: int
@@ -79,7 +79,8 @@ class Core(ABC):
 
     def activated(self, place: Any, apart: int, lanes: int) -> Any:
         """activation(gate) * up of one line of `finished`; up lies `apart` elements behind the gate."""
-        value = e.let(Finish(activation=self.how.activation, rough=self.how.dtype == "bfloat16")(e.load(self.finished, place, lanes=lanes)))
+        rough = self.how.dtype == "bfloat16" and e.vectors().masked
+        value = e.let(Finish(activation=self.how.activation, rough=rough)(e.load(self.finished, place, lanes=lanes)))
         if not self.how.gated:
             return value
         raised = Finish(activation=select_ffn.UP.get(self.how.activation, ""))
@@ -100,9 +101,9 @@ class Core(ABC):
 
 
 class Fma(Core):
-    """float32: the weights of some outputs are broadcast one input after the other, and multiplied with some units. [input][row].
+    """The weights of some outputs are broadcast one input after the other, and multiplied with some units, in float32: [input][row].
 
-    Of an expert with few rows the lanes would be mostly empty: there they run along the inputs (products.py).
+    bfloat16 is converted as it is loaded. Of an expert with few rows the lanes would be mostly empty: there they run along the inputs (products.py).
     """
 
     dtype, group, strip, few = "float32", LANES, LANES, 4
@@ -110,13 +111,14 @@ class Fma(Core):
     def __init__(self, a: ExpertsArguments, how: ExpertsLayout) -> None:
         super().__init__(a, how)
         self.depth = e.lanes()
-        self.outputs_at_once, self.across = TILES[e.lanes()]
+        self.of_word = step_of(how.dtype) // LANES     # lines of a unit that a word of weights is multiplied with
+        self.outputs_at_once, self.across = (TILES if self.of_word == 1 else CONVERTED)[e.lanes()]
 
     def size(self, width: Any) -> Any:
         return width * e.lanes()
 
     def pack(self, packed: Any, start: Any, rows: list[Any], first: Any) -> None:
-        for k, column in enumerate(e.transpose([e.let(e.load(self.a.x, row, first, lanes=e.lanes())) for row in rows])):
+        for k, column in enumerate(e.transpose([e.let(e.read_float(self.a.x, row, first, lanes=e.lanes())) for row in rows])):
             e.store(packed, column, start + (first + k) * e.lanes(), lanes=e.lanes())
 
     def neurons(self, packed: Any, hidden: Any, expert: Any, first: Any, unit: Any, many: int) -> None:
@@ -138,9 +140,9 @@ class Fma(Core):
         self._halves("down", expert, first, self.a.N, hidden, self.a.H, unit, many, 0)
 
     def copy_rows(self, order: Order, packed: Any, unit: Any) -> None:
-        with e.loop(order.filled(unit)) as i, e.loop(e.floordiv(self.a.K, LANES)) as j:
-            value = e.load(self.a.x, e.floordiv(order.place(unit, i), self.a.k), j * LANES, lanes=LANES)
-            e.store(packed, value, unit * self.size(self.a.K) + i * self.a.K + j * LANES, lanes=LANES)
+        with e.loop(order.filled(unit)) as i:
+            at, row = e.opaque(unit * self.size(self.a.K) + i * self.length(self.a.K)), e.let(e.floordiv(order.place(unit, i), self.a.k))
+            self.copy_row(packed, at, row)
 
     def row_neurons(self, order: Order, packed: Any, hidden: Any, expert: Any, first: Any, unit: Any) -> None:
         a = self.a
@@ -161,17 +163,21 @@ class Fma(Core):
             total = e.Register(LANES, self.row_products(a.projections["down"][0], rows, hidden, at, a.H))
             put(i, total.get())
 
+    def copy_row(self, packed: Any, at: Any, row: Any) -> None:
+        """A row of x from `at` on, as row_products() takes it."""
+        copy_inputs(packed, self.a.x, row, at, self.a.K, self.how.dtype)
+
     def length(self, width: Any) -> Any:
         """Elements of so many inputs of one row of a unit of few."""
         return width
 
     def row_products(self, weight: Any, rows: list[Any], inputs: Any, at: Any, size: Any) -> Any:
         """16 rows of a weight with such a row, which lies from `at` on."""
-        return products(weight, rows, inputs, at, size, self.dtype)
+        return products(weight, rows, inputs, at, size, self.how.dtype)
 
     def keep_row(self, hidden: Any, value: Any, at: Any) -> None:
         """16 neurons of such a row."""
-        e.store(hidden, value, at, lanes=LANES)
+        keep_inputs(hidden, value, e.let(at), self.how.dtype)
 
     def _halves(self, name: str, expert: Any, first: Any, end: Any, inputs: Any, width: Any, unit: Any, many: int, at: int) -> None:
         """16 rows of a weight, of the `end` of an expert, some at a time."""
@@ -187,23 +193,41 @@ class Fma(Core):
                 some(e.let(number * self.outputs_at_once))
 
     def _multiply(self, weight: Any, rows: list[Any], inputs: Any, width: Any, unit: Any, many: int, at: int) -> None:
-        """finished[v][n] = sums over the inputs of these rows of W, for `many` units of 16 lines each."""
-        lanes = e.lanes()
+        """finished[v][n] = sums over the inputs of these rows of W, for `many` units."""
+        lanes, words = e.lanes(), e.let(self.words(width))
         sums = [[e.Register(lanes, e.broadcast(e.zero(), lanes)) for _ in range(many)] for _ in rows]
         starts = [e.wide((unit + v) * self.size(width)) for v in range(many)]
         rows, steps = [e.wide(row) for row in rows], lanes if e.vectors().by_element else 1
-        with e.loop(width if steps == 1 else e.floordiv(width, steps)) as k:
+        with e.loop(words if steps == 1 else e.floordiv(words, steps)) as k:
             column = e.wide(k if steps == 1 else k * steps)
-            held = [e.let(e.load(weight, row, column, lanes=lanes)) for row in rows] if steps > 1 else []
+            held = [e.let(e.load(weight, row, column, lanes=steps)) for row in rows]
+            factors = [[self.factors(word, part) for word in held] for part in range(self.of_word)]
             for step in range(steps):
-                values = [e.let(e.load(inputs, start + (column * lanes if steps == 1 else (column + step) * lanes), lanes=lanes)) for start in starts]
-                for number, (row, totals) in enumerate(zip(rows, sums, strict=True)):
-                    factor = e.let(e.broadcast(e.lane(held[number], step) if held else e.load(weight, row, column), lanes))
-                    for value, total in zip(values, totals, strict=True):
-                        total.multiply_add(factor, value)
+                for part in range(self.of_word):
+                    line = ((column + step) * self.of_word + part) * lanes
+                    values = [e.let(e.load(inputs, start + line, lanes=lanes)) for start in starts]
+                    for factor, totals in zip(factors[part], sums, strict=True):
+                        add = factor(step)
+                        for value, total in zip(values, totals, strict=True):
+                            add(total, value)
         for n, totals in enumerate(sums):
             for v, total in enumerate(totals):
                 e.store(self.finished, total.get(), at + (v * LANES + n) * lanes, lanes=lanes)
+
+    def words(self, width: Any) -> Any:
+        """Words of so many weights of a row."""
+        return width if self.of_word == 1 else e.floordiv(width, self.of_word)
+
+    def factors(self, word: Any, part: int) -> Callable[[int], Callable[[e.Register, Any], None]]:
+        """(step) -> (sums, line of a unit): add what the step-th of loaded words gives, or its part, in float32."""
+        steps = e.lanes() if e.vectors().by_element else 1
+        numbers = word if self.of_word == 1 else e.let(e.upcast_pairs(word, steps)[part])
+
+        def step(number: int) -> Callable[[e.Register, Any], None]:
+            factor = e.let(e.broadcast(e.lane(numbers, number) if steps > 1 else numbers, e.lanes()))
+            return lambda total, value: total.multiply_add(factor, value)
+
+        return step
 
 
 class Pairs(Core):
@@ -212,19 +236,22 @@ class Pairs(Core):
     dtype = "int32"
 
     def size(self, width: Any) -> Any:
-        return e.floordiv(width, 2) * LANES
+        return e.floordiv(width, 2) * e.lanes()
 
     def pack(self, packed: Any, start: Any, rows: list[Any], first: Any) -> None:
-        lines = [e.let(e.reinterpret("int32", e.load(self.a.x, row, first, lanes=self.depth), LANES)) for row in rows]
+        width = e.lanes()
+        lines = [e.let(e.reinterpret("int32", e.load(self.a.x, row, first, lanes=self.depth), width)) for row in rows]
         for pair, words in enumerate(e.transpose(lines)):
-            e.store(packed, words, start + (e.floordiv(first, 2) + pair) * LANES, lanes=LANES)
+            e.store(packed, words, start + (e.floordiv(first, 2) + pair) * width, lanes=width)
 
     def write_neurons(self, hidden: Any, first: Any, unit: Any, many: int) -> None:
-        apart = many * self.group * LANES
+        width = e.lanes()
+        apart = many * self.group * width
         with e.loop(many) as v, e.loop(self.group // 2) as pair:
-            low, high = (self.activated(e.let((v * self.group + 2 * pair + i) * LANES), apart, LANES) for i in range(2))
-            to = (unit + v) * self.size(self.a.H) + (e.floordiv(first, 2) + pair) * LANES
-            e.store(hidden, t.bfloat16_pairs(low, high), to, lanes=LANES)
+            low, high = (self.activated(e.let((v * self.group + 2 * pair + i) * width), apart, width) for i in range(2))
+            to = (unit + v) * self.size(self.a.H) + (e.floordiv(first, 2) + pair) * width
+            words = t.bfloat16_pairs(low, high) if e.vectors().masked else e.rounded_pairs(low, high, width)
+            e.store(hidden, words, to, lanes=width)
 
 
 class Tile(Pairs):

@@ -24,6 +24,8 @@ from sparsify_compiler.codegen.kernels.experts_layout import ExpertsArguments, E
 from sparsify_compiler.codegen.kernels.products import LANES
 from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
+CORES: dict[str, type[Core]] = {"fma": Fma, "dots": Dot, "tiles": Tile}    # any; bfloat16 by products of pairs; bfloat16 by AMX tiles
+
 
 @dataclass(frozen=True)
 class ExpertPanels:
@@ -32,7 +34,7 @@ class ExpertPanels:
     layout: ExpertsLayout
     workers: int
     cut_for: Vectors = AVX512
-    tiles: bool = True  # of bfloat16 by AMX tiles, else by AVX512_BF16
+    core: str = "fma"   # of CORES
     name = "expert_panels"
 
     def compute(self) -> Any:
@@ -42,14 +44,14 @@ class ExpertPanels:
 
 def _body(how: ExpertPanels) -> None:
     a = ExpertsArguments(how.layout)
-    order, core = Order(a), (Fma if how.layout.dtype == "float32" else Tile if how.tiles else Dot)(a, how.layout)
+    order, core = Order(a), CORES[how.core](a, how.layout)
     room = e.maximum(order.units, 1)
     packed, hidden = e.scratch(room * core.size(a.K), core.dtype), e.scratch(room * core.size(a.H), core.dtype)
     width = e.opaque(e.floordiv(a.N + (core.strip - 1), core.strip) * core.strip)
     sums = e.scratch(a.M * width, "float32")
     with e.loop(order.units, parallel=how.workers > 1) as unit:
         _by_rows(core, order, unit, e.constant(1, "int32"), lambda: core.copy_rows(order, packed, unit), lambda: _pack(a, core, order, packed, unit))
-    with e.llvm(core.text) if core.text else nullcontext():
+    with e.llvm(how.cut_for.dot) if how.core == "dots" else nullcontext():
         with e.loop(how.workers, parallel=how.workers > 1) as me:
             core.open()
             with order.share(e.floordiv(a.H, core.group), how.workers, me) as (expert, group, first, units):

@@ -2,7 +2,7 @@
 
 Two parallel steps: the neurons of every chosen expert, sixteen at a time, gate and up together (products.py), times the expert's factor; then the
 outputs, sixteen at a time, each the sum over the chosen experts. Results do not depend on the number of threads. In bfloat16 neurons stay float32
-where weights are upcast, and are rounded where one instruction multiplies words (AVX512_BF16, expert_dots.py).
+where weights are upcast, and are rounded where one instruction multiplies words (expert_dots.py).
 
 Bound by: the bandwidth at which the chosen experts' weights arrive.
 """
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sparsify_compiler.codegen import emit as e
-from sparsify_compiler.codegen.kernels.expert_dots import DOT, copy_words, dots, keep_words
+from sparsify_compiler.codegen.kernels.expert_dots import copy_words, dots, keep_words
 from sparsify_compiler.codegen.kernels.experts_layout import ExpertsArguments, ExpertsLayout
 from sparsify_compiler.codegen.kernels.finish import Finish
-from sparsify_compiler.codegen.kernels.products import LANES, TOGETHER, copy_inputs, products
+from sparsify_compiler.codegen.kernels.products import LANES, TOGETHER, copy_inputs, keep_inputs, products
 from sparsify_compiler.codegen.vectors import AVX512, Vectors
 from sparsify_compiler.ops import select_ffn
 
@@ -27,7 +27,7 @@ GROUPS = 4       # runs of neurons or outputs in a task
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """How: on torch's threads or on the caller's alone; dots: bfloat16 by AVX512_BF16."""
+    """How: on torch's threads or on the caller's alone; dots: bfloat16 by products of pairs (expert_dots.py)."""
 
     layout: ExpertsLayout
     parallel: bool
@@ -42,7 +42,7 @@ class ExpertRows:
 
 def _body(how: ExpertRows) -> None:
     a = ExpertsArguments(how.layout)
-    with e.llvm(DOT.read_text()) if how.dots else nullcontext():
+    with e.llvm(how.cut_for.dot) if how.dots else nullcontext():
         _steps(how, a, Words(a) if how.dots else Floats(a, how.layout.dtype))
 
 
@@ -92,7 +92,7 @@ class Floats:
         return products(weight, rows, self._hidden, place * self._a.H, self._a.H, self._dtype)
 
     def keep(self, value: Any, place: Any, first: Any) -> None:
-        _keep(self._hidden, value, place * self._a.H, first, self._dtype)
+        keep_inputs(self._hidden, value, e.let(place * self._a.H + first), self._dtype)
 
 
 class Words:
@@ -135,13 +135,3 @@ def _neurons(a: ExpertsArguments, how: ExpertsLayout, lines: Lines, expert: Any,
     gates = e.let(Finish(activation=how.activation)(raw("gate")))
     return gates * Finish(activation=select_ffn.UP.get(how.activation, ""))(raw("up")) if how.gated else gates
 
-
-def _keep(hidden: Any, value: Any, start: Any, first: Any, dtype: str) -> None:
-    """16 neurons where products() looks for them: for bfloat16 the even ones of every 32 before the odd ones."""
-    if dtype == "float32":
-        return e.store(hidden, value, start + first, lanes=LANES)
-    block = e.let(e.floordiv(first, 2 * LANES))
-    place = e.let(start + block * (2 * LANES) + e.floordiv(first - block * (2 * LANES), 2))
-    for half in range(2):
-        e.store(hidden, e.shuffle(value, value, [2 * i + half for i in range(LANES // 2)]), place + half * LANES, lanes=LANES // 2)
-    return None

@@ -20,7 +20,7 @@ from sparsify_compiler.codegen.kernels.finish import ACTIVATIONS
 from sparsify_compiler.codegen.kernels.layout import DTYPES
 from sparsify_compiler.codegen.kernels.products import step_of
 from sparsify_compiler.codegen.laid import Laid, Variants, workers
-from sparsify_compiler.codegen.vectors import vectors_of
+from sparsify_compiler.codegen.vectors import multiplies_pairs, vectors_of
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.ops import select_ffn
 from sparsify_compiler.target import Target
@@ -28,19 +28,18 @@ from sparsify_compiler.target import Target
 NAME, OP, LABEL = "experts_ffn", "experts_ffn", "chosen experts"
 GIVEN = ("chosen", "weights")  # what the graph computes beside x
 ROW, ROWS = "expert_rows", "expert_panels"
-DOTS = "avx512bf16"
 
 
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
           target: Target) -> list[tuple[str, dict[str, Any]]]:
-    """Name and options of the kernel, for widths of whole vectors, and in bfloat16 for machines with AMX tiles or AVX512_BF16."""
+    """Name and options of the kernel, for widths of whole vectors."""
     if op != OP or dtype not in DTYPES or any(name in tensors for name in GIVEN):
         return []
     weights = [tensors[name] for name in WEIGHTS if name in tensors]
     step, wide = step_of(str(dtype).removeprefix("torch.")), dtype is torch.bfloat16
     fits = all(weight.dtype is dtype and weight.dim() == 3 and min(weight.shape) > 0 and weight.shape[2] % step == 0 for weight in weights)
     if wide:
-        fits = fits and tensors["down"].shape[1] % step == 0 and (amx.runs(target) or target.has(DOTS))
+        fits = fits and tensors["down"].shape[1] % step == 0
     known = attributes["activation"] in ACTIVATIONS and attributes["activation"] in select_ffn.ACTIVATIONS
     return [(LABEL, {"dtype": str(dtype).removeprefix("torch.")})] if fits and known else []
 
@@ -55,8 +54,9 @@ def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
     given = tensors if bias is None else {**tensors, "bias": bias}
     prepared = prepare_experts({name: given[name].detach() for name in (*WEIGHTS, *BIASES) if name in given}, str(attributes["activation"]))
     layout, cut_for = prepared.layout, vectors_of(target)
-    words = layout.dtype == "bfloat16" and not amx.runs(target)   # with tiles nobody has measured them for one row
-    kernels = {ROW: ExpertRows(layout, target.cores > 1, cut_for, words), ROWS: ExpertPanels(layout, workers(target), cut_for, amx.runs(target))}
+    core = "fma" if layout.dtype == "float32" else "tiles" if amx.runs(target) else "dots" if multiplies_pairs(target) else "fma"
+    kernels = {ROW: ExpertRows(layout, target.cores > 1, cut_for, core == "dots"),    # with tiles nobody has measured those for one row
+               ROWS: ExpertPanels(layout, workers(target), cut_for, core)}
     return Laid(LABEL, options, prepared, Variants(kernels, lambda rows: ROW if rows == 1 else ROWS), target, GIVEN)
 
 

@@ -14,13 +14,12 @@ from sparsify_compiler.codegen.kernels.layout import LANES, OUTPUTS, Layout, Pre
 from sparsify_compiler.codegen.kernels.panel import Panel
 from sparsify_compiler.codegen.kernels.rows import Rows
 from sparsify_compiler.codegen.laid import Laid, Variants, shared_layout
-from sparsify_compiler.codegen.vectors import AVX512, Vectors, vectors_of
+from sparsify_compiler.codegen.vectors import AVX512, Vectors, multiplies_pairs, vectors_of
 from sparsify_compiler.target import Target
 
 NAME = "lanes"
 FEW_ROWS = {1: 1, 2: 2, 4: 4, 8: 6, 16: 8}  # up to so many rows of x the row-wise kernel wins, by r (measured, Zen 4)
 DOT_FROM = 4        # bfloat16 dot products pay from this r on: below, pairing the columns of x costs more than it saves
-DOTS = {"x86_64": "avx512bf16", "aarch64": "bf16"}     # the feature that has them
 # Without AVX-512, by lanes of a register and r: registers of rows of x, and rows of a group, whose sums are in registers at a time.
 TILES = {8: {16: (1, 8), 8: (1, 8), 4: (2, 4), 2: (4, 2), 1: (2, 1)}, 4: {16: (1, 16), 8: (2, 8), 4: (4, 4), 2: (8, 2), 1: (4, 1)}}
 ALONE = 12_000      # vector FMAs below which waking other threads costs more than they bring (about 3 µs)
@@ -62,7 +61,7 @@ def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attr
 
 def _variants(prepared: Prepared, vectors: int, target: Target) -> Variants:
     layout, columns, cut_for = prepared.layout, prepared.columns.numel(), vectors_of(target)
-    dot = layout.dtype == "bfloat16" and layout.r >= DOT_FROM and target.has(DOTS[target.arch])
+    dot = layout.dtype == "bfloat16" and layout.r >= DOT_FROM and multiplies_pairs(target)
     least, most = (1, OUTPUTS) if cut_for == AVX512 else tile_of(layout, cut_for)
     vectors = vectors if cut_for == AVX512 else least
     found: dict[str, Rows | Panel] = {}

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sparsify_compiler.codegen import emit as e
@@ -21,7 +20,6 @@ from sparsify_compiler.codegen.kernels.layout import OUTPUTS, Layout, arguments,
 from sparsify_compiler.codegen.vectors import AVX512, Vectors
 
 WIDEST = 16     # lanes
-DOT, DOT_ARM = (Path(__file__).with_name(f"dot_bf16{machine}.ll") for machine in ("", "_arm"))
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def _body(how: Panel) -> None:
     outputs = e.let(e.floordiv(a.bias.shape[0], e.maximum(strips, 1))) if how.cut_for != AVX512 else None
     with e.loop(panels * strips, parallel=how.parallel) as task:
         panel, strip = e.let(e.floordiv(task, strips)), e.let(e.floormod(task, strips))
-        with e.llvm((DOT_ARM if how.cut_for.by_element else DOT).read_text()) if how.dot else nullcontext():
+        with e.llvm(how.cut_for.dot) if how.dot else nullcontext():
             _strip(a, how, packed, panel, strip, outputs)
 
 

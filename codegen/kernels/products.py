@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparsify_compiler.codegen import emit as e
@@ -28,6 +28,21 @@ def copy_inputs(inputs: Any, x: Any, m: Any, at: Any, size: Any, dtype: str) -> 
             e.store(inputs, e.shuffle(value, value, [2 * i + half for i in range(width)]), at + (2 * j + half) * width, lanes=width)
 
 
+def keep_inputs(inputs: Any, value: Any, at: Any, dtype: str) -> None:
+    """16 numbers where products() of that dtype looks for those of inputs[at : at + 16]."""
+    both = e.lanes() * step_of(dtype) // LANES   # even and odd ones of a load
+    if both > LANES:
+        block = e.let(e.floordiv(at, both))
+        place = e.let(block * both + e.floordiv(at - block * both, 2))
+        for half in range(2):
+            e.store(inputs, e.shuffle(value, value, [2 * i + half for i in range(LANES // 2)]), place + half * LANES, lanes=LANES // 2)
+        return
+    if dtype == "bfloat16":
+        order = [first + 2 * i + half for first in range(0, LANES, both) for half in range(2) for i in range(both // 2)]
+        value = e.shuffle(value, value, order)
+    e.store(inputs, value, at, lanes=LANES)
+
+
 def _loaded(dtype: str) -> int:
     """Weights of one load of a register."""
     return e.lanes() * step_of(dtype) // LANES
@@ -35,14 +50,20 @@ def _loaded(dtype: str) -> int:
 
 def products(weights: Any, rows: Sequence[Any], inputs: Any, at: Any, size: Any, dtype: str) -> Any:
     """The products of these 16 rows of weights with the inputs from inputs[at] on, one a lane of a vector of 16."""
-    rows = [e.wide(row) for row in rows]
-    most = min(len(rows), e.vectors().count // 2)   # the other registers are for what is loaded
-    found = [part for first in range(0, len(rows), most) for part in _sums(weights, rows[first : first + most], inputs, at, size, dtype)]
-    return found[0] if len(found) == 1 else e.let(e.join(found, e.lanes()))
+    return some_at_a_time(rows, lambda some: _sums(weights, some, inputs, at, size, dtype))
 
 
-def _sums(weights: Any, rows: Sequence[Any], inputs: Any, at: Any, size: Any, dtype: str) -> list[Any]:
-    """The same of some rows, in vectors of as many lanes as a register has."""
+def some_at_a_time(rows: Sequence[Any], sums: Callable[[list[Any]], list[e.Register]]) -> Any:
+    """sums(rows), each a register to be added up, of as many rows as leave registers for what is loaded -> a vector of one number of each row."""
+    rows, width = [e.wide(row) for row in rows], e.lanes()
+    most, found = min(len(rows), e.vectors().count // 2), []
+    for first in range(0, len(rows), most):
+        totals = sums(rows[first : first + most])
+        found += [added(e.transpose([e.let(total.get()) for total in totals[at : at + width]])) for at in range(0, len(totals), width)]
+    return found[0] if len(found) == 1 else e.let(e.join(found, width))
+
+
+def _sums(weights: Any, rows: Sequence[Any], inputs: Any, at: Any, size: Any, dtype: str) -> list[e.Register]:
     width, step = e.lanes(), _loaded(dtype)
     halves = step // width
     sums = [e.Register(width, e.broadcast(e.zero(), width)) for _ in rows]
@@ -54,7 +75,7 @@ def _sums(weights: Any, rows: Sequence[Any], inputs: Any, at: Any, size: Any, dt
             parts = [word] if halves == 1 else e.upcast_pairs(word, width)
             for part, value in zip(parts, values, strict=True):
                 total.multiply_add(part, value)
-    return [added(e.transpose([e.let(total.get()) for total in sums[first : first + width]])) for first in range(0, len(sums), width)]
+    return sums
 
 
 def added(lanes: list[Any]) -> Any:
