@@ -366,6 +366,23 @@ def test_a_library_that_says_something_else_is_refused(pair: tuple[CompiledModel
     assert "its step by one library is 1.0e-02 from the model's own" in told.told
 
 
+@pytest.mark.parametrize(("wrong", "kept"), [((0,), True), ((1,), True), ((0, 1), False), ((0, 2), False), ((1, 2), False), ((1, 3), False)])
+def test_one_text_of_three_may_be_moved(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch, wrong: tuple[int, ...],
+                                        kept: bool) -> None:
+    """By an input that is so near a limit that rounding selects it: whatever follows is moved. Texts by number, as they are compared."""
+    usual, asked = Step.decode, list[int]()
+
+    def decode(*given: Any) -> Tensor | None:
+        logits: Tensor | None = usual(*given)
+        if logits is None:      # asked of the one by parts, whose library takes no call
+            return None
+        asked.append(len(asked))
+        return logits * (1.05 if asked[-1] in wrong else 1.0)
+
+    monkeypatch.setattr(Step, "decode", decode)
+    assert (choice(pair, monkeypatch, {1: (4.0, 1.0), 2: (1.0, 2.0)}).step is not None) is kept
+
+
 def test_a_model_that_rounding_moves_as_far_has_its_library(pair: tuple[CompiledModel, CompiledModel], monkeypatch: pytest.MonkeyPatch) -> None:
     """As one does that selects inputs in bfloat16: what it says of a cache that was rounded otherwise is as far from what it says of its own."""
     usual, rounded, by = Step.decode, step_choice._rounded, [1.1]
@@ -382,8 +399,11 @@ def test_a_model_that_rounding_moves_as_far_has_its_library(pair: tuple[Compiled
     assert choice(pair, monkeypatch, {1: (4.0, 1.0), 2: (1.0, 2.0)}).step is not None
     say_times(monkeypatch, usual, 1.6)
     assert choice(pair, monkeypatch, {}).step is None
+    say_times(monkeypatch, usual, 1.95)
     by[0] = -30.0
-    assert choice(pair, monkeypatch, {}).step is None, "half of the logits at the most, however far the model itself moves"
+    assert choice(pair, monkeypatch, {}).step is None, "nearly all of the logits at the most, however far the model itself moves"
+    say_times(monkeypatch, usual, 0.0)
+    assert choice(pair, monkeypatch, {}).step is None, "never one that says nothing"
 
 
 def test_models_without_a_step() -> None:
