@@ -29,6 +29,9 @@ LAYOUT = frozenset({
 })
 
 
+SAYING = ("scores", "limit")  # what an op of ours is told of what it selects
+
+
 @dataclass
 class View:
     """One region's graph with the order of its nodes."""
@@ -45,13 +48,29 @@ class View:
 
     @cached_property
     def linears(self) -> list[fx.Node]:
-        """Every linear whose weight comes from parameters alone."""
-        return [node for node in self.calls(aten.linear.default) if from_parameters(node.kwargs["weight"])]
+        """Every linear whose weight comes from parameters alone, but for those that only say what others select: predictors of a pass."""
+        return [node for node in self.calls(aten.linear.default) if from_parameters(node.kwargs["weight"]) and node in self._values]
+
+    @cached_property
+    def _values(self) -> set[fx.Node]:
+        """What reaches an output other than as scores and limits of a selection."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.position):
+            if node.op == "output" or any(user in found and _is_value(node, user) for user in node.users):
+                found.add(node)
+        return found
 
     @cached_property
     def convolutions(self) -> list[fx.Node]:
         """Every convolution whose weight comes from parameters alone."""
         return [node for node in self.calls(*CONVOLUTIONS) if from_parameters(node.kwargs["weight"])]
+
+
+def _is_value(node: fx.Node, user: fx.Node) -> bool:
+    if not str(user.target).startswith("sparsify."):
+        return True
+    read = [given if isinstance(given, list | tuple) else (given,) for name, given in user.kwargs.items() if name not in SAYING]
+    return any(node in several for several in read)
 
 
 def path_of(node: fx.Node) -> str:

@@ -210,3 +210,15 @@ def test_a_thin_copy_knows_more_than_chance_and_what_it_misses() -> None:
         EstimateNeurons(rank=0)
     with pytest.raises(CalibrationError, match="there are none"):
         Pipeline((EstimateNeurons(0.5),)).run(capture(net, data[0]), Context(), ())
+
+
+@pytest.mark.parametrize(("after", "structure"), [("select_inputs(density=0.5)", "inputs"), ("mask_weights(density=0.5)", "unstructured")])
+def test_predictors_are_no_layers_of_the_model(after: str, structure: str) -> None:
+    """A pass behind finds the FFN's own linears, and the report says what became of the prediction."""
+    torch.manual_seed(0)
+    model, data = GatedFfn(64, 128).eval(), [(torch.randn(40, 64),) for _ in range(2)]
+    recipe = Pipeline.parse(f"predict_neurons(density=0.5) | {after} | pack() | lower(margin=-1000.0, rounds=1)")
+    rows = sc.compile(model, (torch.randn(1, 64),), recipe=recipe, calibration=data, dynamic={"x": {0: "rows"}}).report().sites
+    assert {row.site for row in rows} == {"gate", "up", "down"}
+    assert all(row.structure.startswith(structure) for row in rows)
+    assert any("what was predicted is read all the same" in row.reason for row in rows), [row.reason for row in rows]

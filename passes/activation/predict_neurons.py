@@ -142,7 +142,8 @@ class PredictNeurons(Pass):
         scores = insert_formula(region, reader, spread, {"inner": known, **parts}, by)
         chosen = selection.insert(region, reader, unit.value, by, scores)
         reader.replace_input_with(unit.value, chosen)
-        row, unit.op.meta["site"] = program.decisions.setdefault(unit.path, row_of(unit)), unit.path
+        chosen.meta["site"] = unit.op.meta["site"] = unit.path
+        row = program.decisions.setdefault(unit.path, row_of(unit))
         row.structure, row.density, row.budget = f"{unit.what} {BY}", selection.found, density
         row.reason = f"the predictor finds {predictor.recall:.0%} of the {unit.what} that matter most"
 

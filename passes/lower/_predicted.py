@@ -117,11 +117,12 @@ def drop_unpacked(program: Program) -> None:
     found = [node for _, node in program.nodes()
              if node.target is select.op and node.kwargs.get("scores") is not None and node.meta.get("optional")
              and not any(user.target is select_linear.op for user in node.users)]
-    paths = {str(user.meta.get("site")) for node in found for user in node.users}
+    paths = {str(one.meta.get("site")) for node in found for one in (node, *node.users)}
     for node in found:
         node.replace_all_uses_with(node.kwargs["x"])  # type: ignore[arg-type]
         erase_dead([node])
     for row in program.decisions.values():
-        if row.structure.endswith(BY) and row.site in paths:
-            row.density = 1.0
-            say(row, "reads everything: no kernel reads by these predicted scores")
+        if row.site in paths:
+            row.density = 1.0 if row.structure.endswith(BY) else row.density    # a later pass has made it something else
+            say(row, "reads everything: no kernel reads by these predicted scores" if row.structure.endswith(BY) else
+                "what was predicted is read all the same: no kernel selects by scores and in this way too")
