@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import library_experts_scaled
 from .library_activations import activation_name
 from .library_experts_listed import find_listed_experts, take_place
+from .library_experts_scaled import find_scaled_experts
 from .ops import experts_ffn
 
 NAME = "sparsify"
@@ -27,7 +29,8 @@ def find_library_experts(model: nn.Module) -> dict[str, str | None]:
 
 def unfit_experts(model: nn.Module) -> dict[str, str]:
     """Module path -> why, for every mixture that is no sparsify.experts_ffn."""
-    return {path: why for path, why in (find_library_experts(model) | find_listed_experts(model)).items() if why is not None}
+    found = find_library_experts(model) | find_listed_experts(model) | find_scaled_experts(model)
+    return {path: why for path, why in found.items() if why is not None}
 
 
 def give_experts(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -38,7 +41,8 @@ def give_experts(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn
     asking = find_library_experts(model)
     asking = {} if any(asking.values()) else asking
     listed = [path for path, why in find_listed_experts(model).items() if why is None]
-    if not (asking or listed):
+    scaled = [path for path, why in find_scaled_experts(model).items() if why is None]
+    if not (asking or listed or scaled):
         return model
     private = copy(model)
     if asking:
@@ -51,6 +55,8 @@ def give_experts(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn
         setattr(module.config, _SETTING, NAME)
     for path in listed:
         take_place(private.get_submodule(path.rpartition(".")[0]), private.get_submodule(path))
+    for path in scaled:
+        library_experts_scaled.take_place(private.get_submodule(path))
     return private
 
 
