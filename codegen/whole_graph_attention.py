@@ -14,6 +14,7 @@ from sparsify_compiler.codegen.kernels.attend_step import AttendStep
 from sparsify_compiler.codegen.kernels.blocks_dense import Blocks
 from sparsify_compiler.codegen.kernels.cache_write import CacheWrite
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
+from sparsify_compiler.codegen.whole_graph_blocks import Read, blocks_of
 from sparsify_compiler.codegen.whole_graph_functions import arguments_of, declared
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
@@ -55,16 +56,18 @@ def attend_cached(graph: GraphImporter, node: fx.Node) -> Any:
     Its arguments are query, key, value, past, key cache, value cache, scale, and those of blocks.
     """
     tensors: Any = node.args[:3]
-    past, *caches, scale = node.args[3:7]
+    more: Any = node.args[3:7]
+    past, *caches, scale = more
     given, shapes = [_as_it_lies(one) for one in tensors], [one.meta["val"].shape for one in tensors]
     written = [_written(graph, cache, one, past, shape[1], shape[3]) for cache, one, shape in zip(caches, given[1:], shapes[1:], strict=True)]
-    blocks, more = _blocks(graph, node, "")
+    query, heads = in_float32(graph, given[0][0]), shapes[0][1]
+    read = Read(query, written[0], (given[0][1], "bhsd"), (shapes[0], shapes[1]), scale, True, past=(graph.value(past),))
+    blocks, more = blocks_of(graph, node, "", read)
     step = _step(graph, node, shapes, scale, blocks)
     if step is not None:
-        query, heads = in_float32(graph, given[0][0]), shapes[0][1]
         rows = graph.block_builder.emit(relax.op.reshape(query, [-1, shapes[0][3]]))
         return _finished(graph, node, step, [rows, *written, graph.value(past), *more], [graph.size(shapes[0][0]) * heads, shapes[2][3]])
-    inputs = [in_float32(graph, given[0][0]), *written, graph.value(past), *more]
+    inputs = [query, *written, graph.value(past), *more]
     return _one_kernel(graph, node, inputs, shapes, [given[0][1], "bhsd", "bhsd"], True, Mask(), scale, True, blocks)
 
 
@@ -104,19 +107,10 @@ def attend_blocked(graph: GraphImporter, node: fx.Node) -> Any:
     mask, causal, starts, scale = rest
     given, shapes = [_as_it_lies(one) for one in tensors], [one.meta["val"].shape for one in tensors]
     added = [] if mask is None else [_mask(graph, _without_truths(mask), shapes[1][2])]
-    blocks, more = _blocks(graph, node, str(starts))
-    inputs, facts = [*(in_float32(graph, one) for one, _ in given), *added, *more], _mask_of(added[0]) if added else Mask()
-    return _one_kernel(graph, node, inputs, shapes, [lie for _, lie in given], bool(causal), facts, scale, False, blocks)
-
-
-def _blocks(graph: GraphImporter, node: fx.Node, starts: str) -> tuple[Blocks | None, list[Any]]:
-    """What attend_dense is told of blocks, and the tensors that it is given: table, tiles, sizes of blocks, lengths below which it is dense."""
-    if len(node.args) == 7:
-        return None, []
-    of_blocks: Any = node.args[7:]
-    table, tiles, *sizes = of_blocks
-    batch, heads = (size != 1 for size in table.meta["val"].shape[:2])
-    return Blocks(sizes[0], sizes[1], batch, heads, starts, sizes[2], sizes[3]), [graph.value(table), graph.value(tiles)]
+    floats, lie, facts = [in_float32(graph, one) for one, _ in given], [lie for _, lie in given], _mask_of(added[0]) if added else Mask()
+    read = Read(floats[0], floats[1], (lie[0], lie[1]), (shapes[0], shapes[1]), scale, bool(causal), tuple(added), facts)
+    blocks, more = blocks_of(graph, node, str(starts), read)
+    return _one_kernel(graph, node, [*floats, *added, *more], shapes, lie, bool(causal), facts, scale, False, blocks)
 
 
 def _one_kernel(graph: GraphImporter, node: fx.Node, inputs: list[Any], shapes: list[Any], lie: list[str], causal: bool, mask: Mask, scale: Any,

@@ -17,6 +17,7 @@ from .block_layout import NONE, SOME, BlockTable
 from .errors import ModelError
 from .executor import part_function
 from .export_library_limits import symbol_names
+from .export_library_scores import Scores, patterns_of, places_before, scores_of
 from .indexer import DECODED, Indexer
 from .ops import attend
 from .program import Region, set_tensor
@@ -27,15 +28,20 @@ NOTHING, WHOLE = -2, -1     # in a table; else the number of a tile
 SAMPLES = ((2, 5), (3, 8))  # sizes of batch, and of all else that varies, at which masks are looked at
 HINT = "compile without select_blocks() for this form; save() keeps it for PyTorch"
 Extent = tuple[int, int, int, int]      # rows and keys of a block, keys below which attention is dense, the same for few queries
+EXTENT = 4
 
 
 def attend_blocked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, causal: bool, starts: str, scale: float | None, table: Tensor,
-                   tiles: Tensor, *extent: int) -> Tensor:
+                   tiles: Tensor, *more: Any) -> Tensor:
     """attend() by a table, for as many queries [B, H, n, D] as keys [B, G, n, D].
 
     starts   where places are counted from: "" the first key, "first" or "last" the first key that this row of the mask [B, 1, 1 or n, n] lets through
-    table    int32 [1, 1 or H, NQ, NK]: -2 nothing, -1 all, else which of tiles bool [T, block_q, block_k]; extent: see Extent
+    table    int32 [1, 1 or H, NQ, NK]: -2 nothing, -1 all, else which of tiles bool [T, block_q, block_k]
+    more     the numbers of an Extent; where scores choose blocks too, shares, least, logs, way, page (Scores), places_before() and text behind them
     """
+    if len(more) > EXTENT:
+        return attend.by_indexer(within(str(more[-1]), more), query, key, value, attn_mask, is_causal=causal, scale=scale).contiguous()
+    extent = more
     size = query.shape[2]
     first = torch.zeros(1, dtype=torch.int64) if attn_mask is None or not starts else attn_mask[:, 0, 0 if starts == "first" else -1].int().argmax(-1)
     seen = torch.cat([_places(table, tiles, extent, torch.arange(size) - start, torch.arange(size) - start) for start in first.tolist()])
@@ -44,6 +50,11 @@ def attend_blocked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor 
     if attn_mask is not None:
         mask = mask & attn_mask if attn_mask.dtype is torch.bool else attn_mask.masked_fill(~mask, -torch.inf)
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def within(text: str, more: tuple[Any, ...]) -> Indexer:
+    """An indexer that is dense below these lengths."""
+    return replace(Indexer.parse(text), dense_below=more[2], dense_below_decoding=more[3])
 
 
 def places_read(new: int, keys: int, table: Tensor, tiles: Tensor, extent: Extent) -> Tensor:
@@ -68,7 +79,7 @@ class Tables:
 
     def __post_init__(self) -> None:
         self.most: dict[str, int] = {}
-        self._made: dict[tuple[str, int, int, bool], tuple[str, tuple[Tensor, Tensor]]] = {}
+        self._made: dict[tuple[str, int, int, bool, int], tuple[str, tuple[Tensor, Tensor]]] = {}
 
     def add(self, node: fx.Node, indexer: Indexer) -> fx.Node | None:
         """A node of attend_blocked before an attend() that it can stand for; None where that is dense for every length. Raises ModelError."""
@@ -84,15 +95,20 @@ class Tables:
         few = min(length, DECODED) if isinstance(sizes[1], int) else length     # with a cache few queries read as many keys as there are
         if length < below[0] and few < below[1]:
             return None
-        if not indexer.is_static:
-            raise ModelError("this attention chooses the blocks that it reads by their scores, which whole graphs do not", where=node.name,
-                             hint="whole graphs read blocks by patterns: select_blocks(always=(...)) without a scorer; save() keeps it for PyTorch")
-        starts, causal = _starts(self.region, node), bool(given["is_causal"])
-        name, made = self._table(indexer, int(heads), length, causal or starts == "last", isinstance(sizes[1], int), node)
+        starts, causal, fixed = _starts(self.region, node), bool(given["is_causal"]), isinstance(sizes[1], int)
+        scores = None if indexer.is_static else scores_of(indexer, int(heads), node)
+        before = places_before(indexer, int(heads)) if scores is not None and starts else 0
+        name, made = self._table(indexer, int(heads), length, causal or starts == "last", fixed, node, before)
         with node.graph.inserting_before(node):
             stored = [self._stored(f"{name}.{part}", one) for part, one in zip(("table", "tiles"), made, strict=True)]
+            of_scores: Any = () if scores is None else self._given(scores, before)
             inputs = (query, key, given["value"], given["attn_mask"], causal, starts, given["scale"])
-            return node.graph.call_function(attend_blocked, (*inputs, *stored, indexer.block_q, indexer.block_k, *below))
+            return node.graph.call_function(attend_blocked, (*inputs, *stored, indexer.block_q, indexer.block_k, *below, *of_scores))
+
+    def _given(self, scores: Scores, before: int) -> tuple[Any, ...]:
+        name = f"scores_{sum(one.op == 'get_attr' for one in self.region.graph.nodes)}"
+        tensors = [self._stored(f"{name}.{part}", getattr(scores, part)) for part in ("shares", "least", "logs")]
+        return (*tensors, scores.pages.way, scores.pages.page, before, scores.text)
 
     def _longest(self, size: Any) -> int:
         if isinstance(size, int):
@@ -105,14 +121,15 @@ class Tables:
                 self.most[names[symbol]] = self.longest
         return int(size.node.expr.subs(limits))
 
-    def _table(self, indexer: Indexer, heads: int, length: int, causal: bool, fixed: bool, node: fx.Node) -> tuple[str, tuple[Tensor, Tensor]]:
-        key = str(replace(indexer, dense_below=None, dense_below_decoding=None, dense_kernel_from=None)), heads, length, causal
+    def _table(self, indexer: Indexer, heads: int, length: int, causal: bool, fixed: bool, node: fx.Node,
+               before: int) -> tuple[str, tuple[Tensor, Tensor]]:
+        key = str(replace(indexer, dense_below=None, dense_below_decoding=None, dense_kernel_from=None)), heads, length, causal, before
         if key not in self._made:
             made = table_of(indexer, heads, length, causal)
-            if not fixed and not _is_of_places(indexer, heads, length, causal, made):
+            if (before or not fixed) and not _is_of_places(indexer, heads, length, causal, made):
                 raise ModelError("the pattern of this attention depends on how long a text is", where=node.name,
                                  hint="compile it for texts of one length, or with a pattern that does not, such as SlidingWindow(window=512)")
-            self._made[key] = f"blocks_{len(self._made)}", made
+            self._made[key] = f"blocks_{len(self._made)}", table_of(indexer, heads, length, causal, before) if before else made
         return self._made[key]
 
     def _stored(self, name: str, tensor: Tensor) -> fx.Node:
@@ -122,13 +139,21 @@ class Tables:
         return node
 
 
-def table_of(indexer: Indexer, heads: int, length: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """table int32 [1, 1 or H, NQ, NK] and tiles bool [T, block_q, block_k] (at least one) of a static indexer."""
-    found: BlockTable = indexer.static_table(heads, Grid(length, length, indexer.block_q, indexer.block_k, causal))
+def table_of(indexer: Indexer, heads: int, length: int, causal: bool, before: int = 0) -> tuple[Tensor, Tensor]:
+    """table int32 [1, 1 or H, NQ, NK] and tiles bool [T, block_q, block_k] (at least one) of what an indexer reads whatever the scores are.
+
+    before  places of the table ahead of the text's first
+    """
+    whole = length + before
+    return encoded(patterns_of(indexer, heads, Grid(whole, whole, indexer.block_q, indexer.block_k, causal), before))
+
+
+def encoded(found: BlockTable) -> tuple[Tensor, Tensor]:
+    """The same of what patterns read."""
     kinds = found.kinds
     numbers = torch.full_like(kinds, WHOLE, dtype=torch.int32) if found.tile_of is None else found.tile_of.to(torch.int32)
     table = torch.where(kinds == SOME, numbers, torch.where(kinds == NONE, NOTHING, WHOLE).to(torch.int32)).contiguous()
-    tiles = torch.zeros(1, indexer.block_q, indexer.block_k, dtype=torch.bool) if found.tiles is None else found.tiles.contiguous()
+    tiles = torch.zeros(1, found.grid.block_q, found.grid.block_k, dtype=torch.bool) if found.tiles is None else found.tiles.contiguous()
     return table, tiles
 
 

@@ -8,7 +8,7 @@ tokens so far. Nothing is taken on trust: the mask is compared with causality, a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,32 +17,38 @@ from torch import Tensor, fx
 from .errors import ModelError
 from .executor import flat_function, part_function
 from .export_library_attentions import Attention, attention_of, plain_attentions
-from .export_library_blocks import LONGEST, places_read
+from .export_library_blocks import ALWAYS, EXTENT, LONGEST, places_read, within
+from .indexer import Indexer
 from .normal_form_edit import argument
+from .ops import attend
 from .program import Region, TensorSpec
 
 aten = torch.ops.aten
 PAST, CAPACITY = "past", "capacity"
 SIZES = ((1, 1), (2, 5))    # (batch, tokens) at which masks are looked at
 TOLERANCES = {torch.float32: 1e-4}
+BLOCKS = 9      # arguments of attend_cached before the numbers of blocks
 COARSE = 5e-2       # in fewer bits, which sums of other lengths round in another way
 HINT = "export it without its cache, or compile it with input_ids alone, use_cache=False and dynamic tokens"
 
 
 def attend_cached(query: Tensor, key: Tensor, value: Tensor, past: Tensor, key_cache: Tensor, value_cache: Tensor, scale: float | None,
-                  table: Tensor | None = None, tiles: Tensor | None = None, *extent: int) -> Tensor:
+                  table: Tensor | None = None, tiles: Tensor | None = None, *more: Any) -> Tensor:
     """Causal attention of new tokens over all so far; the caches get the new keys and values, in place.
 
     query [B, H, n, D], key [B, G, n, D], value [B, G, n, E], past [1] int64, key_cache [B, G, capacity, D], value_cache [B, G, capacity, E], float32
-    table, tiles, extent   of the blocks that are read, as in attend_blocked; all, without
+    table, tiles, more   of the blocks that are read, as in attend_blocked; all, without. Chosen by scores, those of the queries at hand count
     -> [B, H, n, E]
     """
     before, new = int(past[0]), query.shape[2]
     key_cache[:, :, before:before + new], value_cache[:, :, before:before + new] = key, value
-    keys, values = (cache[:, :, : before + new].repeat_interleave(query.shape[1] // cache.shape[1], 1) for cache in (key_cache, value_cache))
+    keys, values = (cache[:, :, : before + new] for cache in (key_cache, value_cache))
+    if len(more) > EXTENT:
+        return attend.by_indexer(within(str(more[-1]), more), query.float(), keys, values, is_causal=True, scale=scale).to(query.dtype)
+    keys, values = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (keys, values))
     mask = torch.arange(before + new) <= torch.arange(before, before + new)[:, None]
     if table is not None and tiles is not None:
-        mask = mask & places_read(new, before + new, table, tiles, extent)  # type: ignore[arg-type]
+        mask = mask & places_read(new, before + new, table, tiles, more)
     return torch.nn.functional.scaled_dot_product_attention(query.float(), keys, values, attn_mask=mask, scale=scale).to(query.dtype)
 
 
@@ -169,7 +175,7 @@ def _check_numbers(original: Region, made: Cached) -> None:
     """Does the model, fed in pieces, say what it says of the whole? Raises ModelError."""
     tables = [node.kwargs["weight"].meta["val"].shape[0] for node in original.graph.nodes if node.target is aten.embedding.default]
     ids = torch.randint(0, min(tables, default=2), (1, 7), generator=torch.Generator().manual_seed(0))
-    whole, cached = flat_function(_without_kernels(original)), flat_function(_without_kernels(made.region))
+    whole, cached = (flat_function(_without_scores(_without_kernels(one))) for one in (original, made.region))
     caches, past = empty_caches(made.caches, 1, 8), 0
     for size in (4, 1, 2):
         with torch.no_grad():
@@ -179,6 +185,16 @@ def _check_numbers(original: Region, made: Cached) -> None:
         tolerance, expected = TOLERANCES.get(expected.dtype, COARSE), expected.float()
         if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
             raise ModelError("its positions or its mask depend on more than the number of tokens", where=f"token {past}", hint=HINT)
+
+
+def _without_scores(region: Region) -> Region:
+    """The same with all keys where scores choose among them: what one token chooses is not what it chose among others. In place."""
+    for node in region.graph.nodes:
+        if node.target is attend_cached and len(node.args) > BLOCKS + EXTENT:
+            node.args = (*node.args[: BLOCKS + 2], ALWAYS, ALWAYS, *node.args[BLOCKS + EXTENT :])
+        elif node.target is attend.op and not (indexer := Indexer.parse(str(argument(node, "indexer")))).is_static:
+            node.kwargs = {**node.kwargs, "indexer": str(replace(indexer, dense_below=ALWAYS, dense_below_decoding=ALWAYS))}
+    return region
 
 
 def _without_kernels(region: Region) -> Region:

@@ -26,7 +26,7 @@ ROWS = 8  # query rows up to which a call is a step of decoding
 
 def layout(indexer: Indexer, query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> BlockLayout | None:
     """What the indexer reads, of queries [B, H, Q, D] and keys [B, G, K, D] without a gradient; None where its files have to say it themselves."""
-    if grid.rows != 1 or grid.queries > ROWS or not _numbers(indexer, query.shape[1]):
+    if grid.rows != 1 or grid.queries > ROWS or not numbers_of(indexer, query.shape[1]):
         return None
     found = _pages(indexer, query.shape[1], grid)
     if found is None or not attend_blocks.unwatched(query, key) or not top_pages.has_kernel(query, key):
@@ -41,7 +41,7 @@ def layout(indexer: Indexer, query: Tensor, key: Tensor, key_mask: Tensor | None
 
 
 @lru_cache(PARSED)
-def _numbers(indexer: Indexer, total: int) -> tuple[tuple[float, int], ...]:
+def numbers_of(indexer: Indexer, total: int) -> tuple[tuple[float, int], ...]:
     """Of each head, the share of its blocks and as many at least, (0, -1) where it reads a pattern alone; () where they cannot be had so."""
     if indexer.order or indexer.rest or len({part.scorer for part, _ in indexer.parts(total)} - {""}) != 1:
         return ()
@@ -74,6 +74,6 @@ def _heads(indexer: Indexer, total: int, grid: Grid, shifts: tuple[int, ...]) ->
         tables = [static_table(part.always, grid, shifts).expand(len(shifts), len(heads)) for part, heads in parts]
         table = stack(tables, 1).take_heads(torch.tensor([head for _, heads in parts for head in heads]).argsort())
     shares, least = (torch.tensor(column, dtype=dtype) for column, dtype in
-                     zip(zip(*_numbers(indexer, total), strict=True), (torch.float32, torch.int32), strict=True))
+                     zip(zip(*numbers_of(indexer, total), strict=True), (torch.float32, torch.int32), strict=True))
     numbers = None if table.tile_of is None else table.tile_of.expand_as(table.kinds)[:, :, 0].to(torch.int32).contiguous()
     return top_pages.Heads(shares, least, table.kinds[:, :, 0].to(torch.int8).contiguous(), numbers), table.tiles

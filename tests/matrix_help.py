@@ -14,6 +14,7 @@ import test_select_inputs_ffn
 import test_select_neurons
 import test_top_pages
 import test_whole_graph_kernels as graph
+import test_whole_graph_scores
 import test_whole_graph_selections
 import torch
 from test_kernels import mask_of
@@ -236,6 +237,7 @@ def _graphs(dtype: torch.dtype) -> Iterator[None]:
         graph.test_softmax(77)
         graph.test_activations(17)
         graph.test_attention(graph.ATTENTIONS[0])
+        test_whole_graph_scores.agrees(test_whole_graph_scores.BOUNDS, "first", (33, 64))
         graph.test_attention_of_one_token((6, 2, 32, 16, cut_for.lanes, 8))
         test_whole_graph_selections.test_the_largest_of_a_row(True)
     yield
@@ -286,6 +288,6 @@ CASES = {
                        narrow={FLOAT: "AttendFew AttendPanel", HALF: "AttendFew AttendPanel"}),
     "pages": _case(_pages, "TopPages"),
     "training": _case(_training, "PackColumns PackedProduct SampledProduct", (FLOAT,)),
-    "graphs": _case(_graphs, "DensePanel NormRows MeanRows SoftmaxRows PointwiseFlat AttendDense AttendStep CacheWrite TopRows",
+    "graphs": _case(_graphs, "DensePanel NormRows MeanRows SoftmaxRows PointwiseFlat AttendDense AttendStep ScoreBlocks CacheWrite TopRows",
                     narrow={BFLOAT: "DensePanel NormRows PointwiseFlat AttendStep CacheWrite"}),
 }

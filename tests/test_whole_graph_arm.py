@@ -13,6 +13,7 @@ import torch
 from arm_emulator import PROCESSORS, PYTHON, missing, qemu, sysroot
 from test_whole_graph_blocks import STREAM, reader
 from test_whole_graph_models import Decoder
+from test_whole_graph_scores import SCORED
 from test_whole_graph_selections import Choosing
 from whole_graph_help import build_example, compiled_encoder, example, inputs, libraries
 
@@ -91,9 +92,10 @@ def test_layers_that_choose_what_they_read(program: Path, site: Path, tmp_path: 
         assert float((torch.from_numpy(found) - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
 
 
-def test_attention_by_blocks(program: Path, site: Path, tmp_path: Path) -> None:
-    """A window and sinks, texts that are padded on the left; shorter ones are dense."""
-    compiled = reader(STREAM)
+@pytest.mark.parametrize("passes", [STREAM, SCORED])
+def test_attention_by_blocks(passes: str, program: Path, site: Path, tmp_path: Path) -> None:
+    """A window and sinks, and blocks of highest score; texts that are padded on the left; shorter ones are dense."""
+    compiled = reader(passes)
     compiled.export(tmp_path / "library", TARGET, longest=64)
     for length in (9, 40):
         x, mask = torch.randn(2, length, 32, dtype=torch.float32), torch.ones(2, length, dtype=torch.bool)

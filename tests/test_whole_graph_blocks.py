@@ -214,13 +214,9 @@ def test_a_language_model(tmp_path: Path) -> None:
         assert said.splitlines()[1] == " ".join(map(str, expected[0, 9:].tolist()))
 
 
-@pytest.mark.parametrize(("passes", "told"), [
-    ("select_blocks(always=(SlidingWindow(window=6),), scorer=pooled, selector='top_k(share=0.5)')", "by their scores"),
-    ("select_blocks(always=(RandomBlocks(blocks=1, block=4),), block_q=4, block_k=4)", "how long a text is"),
-])  # fmt: skip
-def test_what_is_refused(passes: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=told):
-        reader(passes).export(tmp_path / "out")
+def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="how long a text is"):
+        reader("select_blocks(always=(RandomBlocks(blocks=1, block=4),), block_q=4, block_k=4)").export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

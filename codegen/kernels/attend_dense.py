@@ -56,7 +56,7 @@ class AttendDense:
     name = "attend_dense"
 
     def compute(self) -> Any:
-        """The PrimFunc f(query, key, value, (mask [B or 1, H or 1, Q or 1, K],) (past [1],) (table, tiles: blocks_dense.py) out)."""
+        """The PrimFunc f(query, key, value, (mask [B or 1, H or 1, Q or 1, K],) (past [1],) (table, tiles, (patterns): blocks_dense.py) out)."""
         return e.function("main", lambda: _body(self))
 
     @property
@@ -65,7 +65,8 @@ class AttendDense:
         return self.lanes * self.vectors
 
 
-def _operand(lie: str, sizes: tuple[Any, Any, Any, Any]) -> Any:
+def operand(lie: str, sizes: tuple[Any, Any, Any, Any]) -> Any:
+    """The next parameter, float32 of [batch, heads, places, width] as it lies: `buffer`, and at(batch, head, place)."""
     batch, heads, places, width = sizes
     turned = lie == "bshd"
     buffer = e.argument((batch, places, heads, width) if turned else (batch, heads, places, width), "float32")
@@ -74,14 +75,16 @@ def _operand(lie: str, sizes: tuple[Any, Any, Any, Any]) -> Any:
 
 def _body(how: AttendDense) -> None:
     a = SimpleNamespace(**{name: e.int32() for name in ("B", "Q", "K", "H", "G", "D", "V")})
-    a.query = _operand(how.lie[0], (a.B, a.H, a.Q, a.D))
-    a.key = _operand(how.lie[1], (a.B, a.G, a.K, a.D))
-    a.value = _operand(how.lie[2], (a.B, a.G, a.K, a.V))
+    a.query = operand(how.lie[0], (a.B, a.H, a.Q, a.D))
+    a.key = operand(how.lie[1], (a.B, a.G, a.K, a.D))
+    a.value = operand(how.lie[2], (a.B, a.G, a.K, a.V))
     a.mask = e.argument(tuple(e.int32() for _ in range(4)), how.mask.dtype) if how.mask.dtype else None
     past = e.argument((e.int32(),), "int64") if how.past else None
     if how.blocks is not None:
         a.table, a.tiles = (e.argument(tuple(e.int32() for _ in range(size)), dtype) for size, dtype in ((4, "int32"), (3, "bool")))
-    a.out = _operand(how.lie[3], (a.B, a.H, a.Q, a.V))
+        if how.blocks.own and how.blocks.starts:
+            a.patterns = e.argument(tuple(e.int32() for _ in range(4)), "int32")
+    a.out = operand(how.lie[3], (a.B, a.H, a.Q, a.V))
     a.past = e.opaque(e.cast("int32", e.load(past, 0))) if how.past else e.constant(0, "int32")
     a.keys = e.opaque(e.minimum(a.past + a.Q, a.K)) if how.past else a.K
     if how.blocks is None:

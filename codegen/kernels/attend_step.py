@@ -120,12 +120,13 @@ def _blocks(how: AttendStep, a: Any, t: Any) -> None:
     assert blocks is not None
     columns = e.opaque(e.minimum(tirx.truncdiv(a.keys + (blocks.keys - 1), blocks.keys), a.table.shape[3]))
     step = e.opaque(tirx.truncdiv(columns + a.parts - 1, a.parts))
-    line = e.opaque(e.minimum(tirx.truncdiv(a.past, blocks.queries), a.table.shape[2] - 1))
+    line = e.opaque(tirx.truncdiv(a.past, blocks.queries))
+    line = line if blocks.own else e.opaque(e.minimum(line, a.table.shape[2] - 1))
     place = e.opaque(a.past - line * blocks.queries)
     first_head = e.opaque(t.group * how.shared)
 
     def kind(head: Any, column: Any) -> Any:
-        return e.load(a.table, t.batch if blocks.batch else 0, first_head + head if blocks.heads else 0, line, column)
+        return e.load(a.table, t.batch if blocks.batch else 0, first_head + head if blocks.heads else 0, 0 if blocks.own else line, column)
 
     with e.loop(e.maximum(e.minimum(step, columns - t.part * step), 0)) as i:
         column = e.opaque(t.part * step + i)

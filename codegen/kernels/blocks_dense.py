@@ -6,6 +6,7 @@ decoding: -2 where a query block reads nothing of a key block, -1 where it reads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels.mask_dense import add_rows, truths
 
-NONE = -2
+NONE, WHOLE, PLACES = -2, -1, -3     # PLACES: what the patterns of a table of its own say of each place
 FEW = 8         # queries of a step of decoding, at most (Indexer.is_dense)
 
 
@@ -26,6 +27,9 @@ class Blocks:
 
     starts       where places are counted from: "" the first key, "first" or "last" the first key that this row of the mask lets through
     dense_below  keys below which all are read; and for at most FEW queries
+    own          the table is of the queries of this call, by blocks from the first key on: its first line is of the block that the first of them is
+                 in. `starts` then says where places are counted from in patterns, which come behind the tiles: [1, 1 or H, NQ, NK] from `before`
+                 places ahead of a text on, by head or not
     """
 
     queries: int
@@ -35,6 +39,9 @@ class Blocks:
     starts: str
     dense_below: int
     dense_below_decoding: int
+    own: bool = False
+    before: int = 0
+    by_head: bool = False
 
     @property
     def sometimes_dense(self) -> bool:
@@ -65,27 +72,29 @@ def _parts(how: Any, a: Any) -> Any:
 def part_of_blocks(how: Any, a: Any, t: Any, number: Any, heads: int) -> Iterator[None]:
     """The rows of a task, all of one query block; nothing is done where it has none."""
     parts, size = e.opaque(_parts(how, a)), how.blocks.queries
-    t.shift = _first_key(how, a, t)
+    t.text = first_key(how.blocks.starts, how.mask, a, t.batch)
+    t.shift = e.constant(0, "int32") if how.blocks.own else t.text
     which = e.opaque(tirx.truncdiv(number, parts))
     row = e.opaque(e.floordiv(a.past - t.shift, size) + which)
     t.block_start = e.opaque(t.shift + row * size)
     first, end = e.opaque(e.maximum(t.block_start, a.past)), e.opaque(e.minimum(t.block_start + size, a.past + a.Q))
     t.start, t.each = e.opaque(first - a.past), e.opaque(e.maximum(end - first, 1))
     t.lines, t.first = e.opaque((end - first) * heads), e.opaque((number - which * parts) * how.rows)
-    t.row = e.opaque(e.minimum(e.maximum(row, 0), a.table.shape[2] - 1))     # rows before the text are of padding: nobody reads them
+    line = which if how.blocks.own else e.maximum(row, 0)
+    t.row = e.opaque(e.minimum(line, a.table.shape[2] - 1))     # rows before the text are of padding: nobody reads them
     with e.when(t.first < t.lines):
         yield
 
 
-def _first_key(how: Any, a: Any, t: Any) -> Any:
-    """Where the text of this batch begins."""
-    if not how.blocks.starts:
+def first_key(starts: str, mask: Any, a: Any, batch: Any) -> Any:
+    """Where the text of this batch begins, by a row of the mask."""
+    if not starts:
         return e.constant(0, "int32")
-    row = e.constant(0, "int32") if how.blocks.starts == "first" else e.opaque(a.Q - 1)
+    row = e.constant(0, "int32") if starts == "first" else e.opaque(a.Q - 1)
     found = e.stack(1, "int32")
     e.store(found, a.K, 0)
     with e.loop(a.K) as key:
-        counts = e.load(a.mask, t.batch if how.mask.varies[0] else 0, 0, row, key)
+        counts = e.load(a.mask, batch if mask.varies[0] else 0, 0, row, key)
         e.store(found, e.minimum(e.load(found, 0), tirx.Select(counts, key, a.K)), 0)
     return e.opaque(e.either(tirx.EQ(e.load(found, 0), a.K), e.constant(0, "int32"), e.load(found, 0)))
 
@@ -103,6 +112,9 @@ def each_block(how: Any, a: Any, t: Any, last: Callable[[], Any], read: Callable
             def more() -> None:
                 with e.when(kind >= 0):
                     _cut(how, a, t, kind, first)
+                if how.blocks.own and how.blocks.starts:
+                    with e.when(tirx.EQ(kind, PLACES)):
+                        _cut_places(how, a, t)
 
             read(first, stop, more)
 
@@ -114,3 +126,22 @@ def _cut(how: Any, a: Any, t: Any, tile: Any, first: Any) -> None:
 
     local = e.opaque(t.key - first)
     add_rows(how, t, line, lambda row, at, lanes: truths(e.let(e.load(a.tiles, tile, row, local + at, lanes=lanes)), lanes))
+
+
+def _cut_places(how: Any, a: Any, t: Any) -> None:
+    """Hide the places of these keys that the patterns leave out."""
+    with e.loop(how.rows) as i:
+        head, query = t.line(i)
+        row = e.opaque(e.maximum(a.past + query - t.text + how.blocks.before, 0))
+        with e.loop(t.count) as k:
+            column = e.opaque(e.maximum(t.key + k - t.text + how.blocks.before, 0))
+            with e.when(tirx.Not(allowed(how.blocks, a, head if how.blocks.by_head else 0, row, column))):
+                e.store(t.scores, e.constant(-math.inf, "float32"), k * how.rows + i)
+
+
+def allowed(blocks: Blocks, a: Any, head: Any, row: Any, column: Any) -> Any:
+    """Do the patterns let a place count, of a query and a key from `before` places ahead of the text on?"""
+    line, block = (e.opaque(tirx.truncdiv(place, size)) for place, size in ((row, blocks.queries), (column, blocks.keys)))
+    kind = e.opaque(e.load(a.patterns, 0, head, e.minimum(line, a.patterns.shape[2] - 1), e.minimum(block, a.patterns.shape[3] - 1)))
+    inside = e.load(a.tiles, e.maximum(kind, 0), row - line * blocks.queries, column - block * blocks.keys)
+    return tirx.Or(tirx.EQ(kind, WHOLE), e.both(kind >= 0, inside))
