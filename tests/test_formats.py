@@ -181,3 +181,26 @@ def test_damaged_tensors_are_refused(name: str, tamper: Any) -> None:
     tamper(tensors, numbers)
     with pytest.raises(ArtefactError):
         kind.from_tensors(tensors, numbers)
+
+
+@quick
+@given(MASKS, st.floats(0, 0.5), st.integers(0, 99))
+def test_a_widened_mask_is_the_least_that_fits_and_keeps_all_that_was_kept(made: tuple[Tensor, dict[str, int]], lost: float, seed: int) -> None:
+    mask, attributes = made
+    kind, weight = kind_of(attributes, mask), torch.empty(mask.shape)
+    holed = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) >= lost)
+    wide = kind.widened(holed, **attributes)
+    if kind is Csr:
+        assert wide is None
+        return
+    assert wide is not None
+    assert kind.fits(weight, wide, **attributes) is None
+    assert bool(wide[holed].all())
+    assert int(wide.sum()) <= int(mask.sum())
+    assert torch.equal(kind.widened(wide, **attributes), wide)
+
+
+@pytest.mark.parametrize(("kind", "attributes", "mask"), [(Nm, {"n": 1, "m": 2}, [[True, True]]), (Nm, {"n": 1, "m": 2}, [[True, False, True]]),
+                                                          (Bsr, {"r": 1, "c": 2}, [[True, False, True]])])
+def test_what_no_more_weights_can_mend_is_not_widened(kind: type[Format], attributes: dict[str, int], mask: Any) -> None:
+    assert kind.widened(torch.tensor(mask), **attributes) is None

@@ -16,6 +16,7 @@ from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import BudgetError, CalibrationError, ModelError, ParseError, SelectorError, StructureError, UnknownNameError
 from sparsify_compiler.passes.lower.pack import Pack, smallest
 from sparsify_compiler.passes.prune.mask_weights import MaskWeights
+from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.prune.structures.block import Block
 from sparsify_compiler.passes.prune.structures.nm import NM
 from sparsify_compiler.passes.prune.structures.unstructured import Unstructured
@@ -111,6 +112,23 @@ def test_the_smallest_format_that_fits() -> None:
         assert smallest(weight, mask, str(structure)).name() == name
         assert smallest(weight, mask, "unknown").name() == name
     assert smallest(weight, Unstructured().mask(weight.abs(), 0.3), "2:4").name() == "bitmap"
+
+
+@pytest.mark.parametrize("structure", ["2:4", "16x1", "fan_in"])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_kept_weight_that_is_zero_by_chance_costs_no_structure(structure: str, told: bool) -> None:
+    shape, density = Structure.parse(structure), 0.04 if structure == "fan_in" else 0.5   # bits are smaller than columns above
+    weight = torch.randn(64, 512)
+    full = shape.mask(torch.rand(64, 512), density)
+    kept = full.nonzero()[torch.randperm(int(full.sum()))[:3]]
+    mask = full.index_put(tuple(kept.T), torch.tensor(False))     # as weight != 0 would say
+    form = smallest(weight, mask, structure if told else "unknown")
+    assert form.name() == {"2:4": "nm", "16x1": "bsr", "fan_in": "condensed"}[structure]
+    assert int(form.mask().sum()) == int(full.sum())
+    assert bool(form.mask()[mask].all())
+    assert torch.equal(form.decode(), weight * mask)              # what lay there under the mask does not come back
+    many = full & (torch.rand(64, 512) < 0.9)
+    assert torch.equal(smallest(weight, many, structure if told else "unknown").mask(), many)   # more than a few are no holes
 
 
 class TwoUses(nn.Module):

@@ -38,6 +38,11 @@ class Format:
         raise NotImplementedError
 
     @classmethod
+    def widened(cls, mask: Tensor, **attributes: int) -> Tensor | None:
+        """The smallest mask that fits and keeps all that this one does; None where there is none, or the format knows of none."""
+        return None
+
+    @classmethod
     def _encode(cls, weight: Tensor, mask: Tensor, **attributes: int) -> Self:
         raise NotImplementedError
 

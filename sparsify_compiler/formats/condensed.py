@@ -32,6 +32,15 @@ class Condensed(Format):
         return None if low == high else f"rows keep from {low} to {high} inputs; needs the same number in each"
 
     @classmethod
+    def widened(cls, mask: Tensor, **attributes: int) -> Tensor | None:
+        """Rows that keep fewer inputs than the fullest keep their first others too."""
+        counts = mask.sum(1)
+        if not mask.numel():
+            return None
+        missing = (counts.max() - counts)[:, None]
+        return mask | (~mask & ((~mask).cumsum(1) <= missing))
+
+    @classmethod
     def _encode(cls, weight: Tensor, mask: Tensor, **attributes: int) -> Self:
         rows, columns = weight.shape
         values, places = kept_entries(weight, mask)

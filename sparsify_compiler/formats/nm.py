@@ -38,6 +38,20 @@ class Nm(Format):
         return None if exact else f"not every group of {m} inputs keeps exactly {n}"
 
     @classmethod
+    def widened(cls, mask: Tensor, **attributes: int) -> Tensor | None:
+        """Groups that keep fewer than n keep their first others too."""
+        n, m = _sizes(attributes)
+        if mask.shape[1] % m:
+            return None
+        groups = mask.reshape(-1, m)
+        counts = groups.sum(1)
+        if bool((counts > n).any()):
+            return None
+        short = (counts < n).nonzero().squeeze(1)
+        added = groups[short].byte().argsort(dim=1, descending=True, stable=True)[:, :n]
+        return groups.index_copy(0, short, groups[short].scatter(1, added, True)).view(mask.shape)
+
+    @classmethod
     def _encode(cls, weight: Tensor, mask: Tensor, **attributes: int) -> Self:
         n, m = _sizes(attributes)
         rows, columns = weight.shape
