@@ -60,7 +60,7 @@ def main() -> None:
         for scorer in arguments.scorers:
             selector = f"top_k(share=0.0, blocks={max(tokens // 64 // 8, 1)})"
             name, _, order = scorer.partition(" in ")
-            indexer = Indexer.parse(f"Indexer(scorer={name}, selector='{selector}', order='{order}')")
+            indexer = Indexer.parse(f"Indexer(scorer='{name}', selector='{selector}', order='{order}')")
             find = partial(indexer.layout, query, key, True, scale, None, learned(arguments.heads, arguments.groups, arguments.width))
             layout = find()
             times = interleave({"dense": partial(attend.dense, query, key, value, is_causal=True),

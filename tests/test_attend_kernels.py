@@ -140,7 +140,7 @@ def test_all_blocks_are_dense_attention(width: int) -> None:
     assert distance(out, expected) <= 2e-6
 
 
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [32, 64, 80, 128, 256])
 @pytest.mark.parametrize(("queries", "causal"), [(700, False), (700, True), (1, False)])
 def test_bfloat16_is_as_good_as_that_of_torch(width: int, queries: int, causal: bool) -> None:
     query, key, value = (tensor.bfloat16() for tensor in tensors(1, 32 if queries == 1 else 4, 4, queries, 700, width))

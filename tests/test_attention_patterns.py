@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from sparsify_compiler.block_layout import ALL, NONE
 from sparsify_compiler.block_pattern import union
 from sparsify_compiler.errors import SparsifyError, StructureError
 from sparsify_compiler.indexer import Indexer
+from sparsify_compiler.ops import attend
+from sparsify_compiler.passes.attention.patterns.random_blocks import RandomBlocks
 from sparsify_compiler.pipeline_text import parse_value, print_value
 
 PATTERNS = ("SlidingWindow(window=1)", "SlidingWindow(window=9)", "SlidingWindow(window=2, growth=0.3)", "Sinks(tokens=3)",
@@ -60,25 +63,70 @@ def test_decoding_continues_what_the_prompt_began(text: str) -> None:
         assert torch.equal(part, whole[keys - queries:keys, :keys])
 
 
-@pytest.mark.parametrize("texts", [
-    ("SlidingWindow(window=20)", "Sinks(tokens=4)"), ("GlobalTokens(tokens=2)", "Dilated(step=3, window=6)"), ("Butterfly(block=16)",),
-    ("RandomBlocks(blocks=2, block=16)", "SlidingWindow(window=33)", "GlobalTokens(tokens=16)")])
+def near(q: Any, k: Any, window: Any) -> Any:
+    return (q - k < window) & (k - q < window)
+
+
+MASKS: dict[tuple[str, ...], Callable[[Any, Any], Any]] = {  # patterns -> the mask as one would write it for FlexAttention
+    ("SlidingWindow(window=20)", "Sinks(tokens=4)"): lambda q, k: near(q, k, 20) | (k < 4),
+    ("SlidingWindow(window=2, growth=0.25)",): lambda q, k: near(q, k, 2 + q // 4),
+    ("GlobalTokens(tokens=2)", "Dilated(step=3, window=6)"): lambda q, k: (k < 2) | (q < 2) | near(q, k, 18) & ((q - k) % 3 == 0),
+    ("Dilated(step=5)",): lambda q, k: (q - k) % 5 == 0,
+    ("FixedColumns(stride=6, columns=2)",): lambda q, k: (q // 6 == k // 6) | (k % 6 >= 4),
+    ("Butterfly(block=16)",): lambda q, k: sum((q // 16 ^ k // 16) == bits for bits in (0, 1, 2, 4)) > 0,
+    ("Butterfly(levels=1, block=16)",): lambda q, k: (q // 16 ^ k // 16) < 2,
+    ("Windows(size=16)",): lambda q, k: q // 16 == k // 16,
+    ("Windows(size=8, before=1)",): lambda q, k: (q // 8 == k // 8) | (q // 8 - 1 == k // 8),
+    ("Windows(size=(2, 3), width=6, prefix=3)",): lambda q, k: (q < 3) | (k < 3) | (
+        ((q - 3) // 12 == (k - 3) // 12) & ((q - 3) % 6 // 3 == (k - 3) % 6 // 3)),
+    ("RandomBlocks(blocks=2, block=4)", "SlidingWindow(window=33)", "GlobalTokens(tokens=16)"): lambda q, k: (
+        near(q, k, 33) | (k < 16) | (q < 16)),  # and what is drawn
+    ("Everything()",): lambda q, k: q == q,
+}
+
+
+@pytest.mark.parametrize("texts", list(MASKS))
 @pytest.mark.parametrize("causal", [True, False])
 def test_equals_flex_attention(texts: tuple[str, ...], causal: bool) -> None:
     torch.manual_seed(0)
-    patterns, length = tuple(map(parse_value, texts)), 100
-    query, key, value = (torch.randn(2, heads, length, 16, dtype=torch.float32) for heads in (4, 2, 2))
+    patterns, length = tuple(map(parse_value, texts)), 75
     grid = Grid(length, length, 16, 16, causal)
-    table = places(patterns, grid)
-    flex = flex_attention(query, key, value, block_mask=create_block_mask(lambda b, h, q, k: table[q, k], None, None, length, length, device="cpu"),
-                          enable_gqa=True)
+    random = places(tuple(pattern for pattern in patterns if isinstance(pattern, RandomBlocks)), grid)
+    query, key, value = (torch.randn(2, heads, length, 16, dtype=torch.float32) for heads in (4, 2, 2))
+
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (MASKS[texts](q, k) | random[q, k]) & ((k <= q) | (not causal))
+
+    flex = flex_attention(query, key, value, block_mask=create_block_mask(mask, None, None, length, length, device="cpu"), enable_gqa=True)
     ours = union(patterns, grid).layout().attend(query, key, value)[0]
     torch.testing.assert_close(ours, flex, rtol=2e-6, atol=2e-6)
 
 
+def test_heads_of_their_own_patterns_and_padding_equal_flex_attention() -> None:
+    """A window for two heads and a stride for the others, of which one text begins late: its positions do, too."""
+    torch.manual_seed(0)
+    length, begins = 50, torch.tensor([0, 11])
+    query, key, value = (torch.randn(2, heads, length, 16, dtype=torch.float32) for heads in (4, 2, 2))
+    text = ("Indexer(always=(SlidingWindow(window=9), Sinks(tokens=3)), {0}, choices=(Indexer(always=(FixedColumns(stride=8),), {0}),), "
+            "heads=((2, 3),))")
+    counts = torch.arange(length) >= begins[:, None]
+    ours = attend.by_indexer(Indexer.parse(text.format("block_q=8, block_k=8")), query, key, value, counts[:, None, None], is_causal=True)
+
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        own_q, own_k = q - begins[b], k - begins[b]
+        window = (own_q - own_k < 9) | (own_k < 3)
+        columns = (own_q // 8 == own_k // 8) | (own_k % 8 == 7)
+        return (own_k >= 0) & (own_k <= own_q) & torch.where(h < 2, window, columns)
+
+    flex = flex_attention(query, key, value, block_mask=create_block_mask(mask, 2, 4, length, length, device="cpu"), enable_gqa=True)
+    for entry in range(2):
+        torch.testing.assert_close(ours[entry, :, begins[entry]:], flex[entry, :, begins[entry]:], rtol=2e-6, atol=2e-6)
+    assert not ours[1, :, :11].any()
+
+
 def test_every_pattern_is_tested_and_prints_back() -> None:
     known = {catalog.get("attention pattern", name).__name__ for name in catalog.names("attention pattern")}
-    assert known == {text.partition("(")[0] for text in PATTERNS}
+    assert known == {text.partition("(")[0] for text in PATTERNS} == {text.partition("(")[0] for texts in MASKS for text in texts}
     for text in PATTERNS:
         assert print_value(parse_value(text)) == text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler import catalog
 from sparsify_compiler.block_grid import Grid
@@ -312,6 +315,32 @@ def test_choices_that_cannot_be(options: str, message: str) -> None:
     query, key, _ = drawn(1, 1, 8, 8, False)
     with pytest.raises(SparsifyError, match=message):
         Indexer.parse(f"Indexer(always=(Sinks(tokens=2),), {options})").layout(query, key, True, SCALE)
+
+
+def largest_tensor(scorer: str, length: int) -> int:
+    """How many numbers the largest tensor has that is made to find the blocks of a prompt."""
+    most = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = function(*args, **(kwargs or {}))
+            most[0] = max([most[0], *(t.numel() for t in tree_leaves(made) if isinstance(t, Tensor))])
+            return made
+
+    query, key = (torch.randn(1, heads, length, 8, dtype=torch.float32) for heads in (4, 2))
+    indexer = Indexer.parse(f"Indexer(scorer='{scorer}', selector='top_k(share=0.1)', block_q=64, block_k=64)")
+    with Watch():
+        indexer.layout(query, key, True, SCALE)
+    return most[0]
+
+
+@pytest.mark.parametrize("scorer", ["pooled", "gaussian", "page_bounds(page=16)", "sampled_rows(rows=0)", "proxy_heads(proxies=2)", "antidiagonal",
+                                    "vertical_slash(last=64)", "vertical_slash(last=0, step=8)", "channels"])
+def test_memory_to_find_blocks_does_not_grow_with_the_square_of_the_length(scorer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number for each pair of blocks aside, which are 4096 pairs of tokens."""
+    for name in ("antidiagonal", "channels", "sampled_rows", "vertical_slash"):
+        monkeypatch.setattr(importlib.import_module(f"sparsify_compiler.passes.attention.scorers.{name}"), "CHUNK", 1)
+    assert largest_tensor(scorer, 2048) <= 2.1 * largest_tensor(scorer, 1024)
 
 
 def test_options_that_do_not_fit_the_heads() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsify_compiler.block_grid import Grid
 from sparsify_compiler.errors import StructureError
-from sparsify_compiler.passes.attention.scorers._blocks import counted, in_blocks, log_visible, means, query_mask
+from sparsify_compiler.passes.attention.scorers._blocks import CHUNK, counted, in_blocks, log_visible, means, query_mask
 
 
 def channels(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float, *, number: int = 16,
@@ -27,11 +27,17 @@ def channels(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, sc
     if kept:
         which = torch.tensor(kept, device=query.device)[None, :, None]
         of_query, keys = (t.gather(-1, which.expand(*t.shape[:-1], which.shape[-1])) for t in (of_query, keys))
-    scores = of_query @ keys.transpose(-1, -2) * scale
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None], -math.inf)
-    total = torch.logsumexp(in_blocks(scores[..., None], grid.block_k, -math.inf).squeeze(-1), -1)
-    return total + log_visible(grid).to(query.device)
+    found = query.new_full((*query.shape[:2], grid.rows, grid.columns), -math.inf, dtype=torch.float32)
+    each = max(1, CHUNK // max(query.shape[0] * query.shape[1] * grid.keys, 1))
+    for first in range(0, grid.rows, each):
+        last = min(first + each, grid.rows)
+        seen = max(min(last * grid.block_q, grid.queries) + grid.keys - grid.queries, 0) if grid.causal else grid.keys
+        scores = of_query[:, :, first:last] @ keys[:, :, :seen].mT * scale
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None, :seen], -math.inf)
+        of_blocks = torch.logsumexp(in_blocks(scores[..., None], grid.block_k, -math.inf).squeeze(-1), -1)
+        found[:, :, first:last, :of_blocks.shape[-1]] = of_blocks
+    return found + log_visible(grid).to(query.device)
 
 
 def observe(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float) -> Tensor:

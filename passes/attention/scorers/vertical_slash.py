@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsify_compiler.block_grid import Grid
-from sparsify_compiler.passes.attention.scorers._blocks import counted, in_blocks, row_positions, row_shares
+from sparsify_compiler.passes.attention.scorers._blocks import CHUNK, counted, in_blocks, row_positions, row_shares
 
 
 def vertical_slash(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, scale: float, *, last: int = 64, step: int = 1,
@@ -22,18 +22,25 @@ def vertical_slash(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Gr
     """
     first = max(grid.queries - last, 0) if last else 0
     rows = torch.arange(grid.queries - 1, first - 1, -max(step, 1))
-    shares = row_shares(query[:, :, rows], rows, counted(key, key_mask), key_mask, grid, scale)
-    columns = in_blocks(shares.mean(2)[..., None], grid.block_k).sum((-2, -1))[:, :, None]
-    if not slashes:
-        return columns.expand(-1, -1, grid.rows, -1).log()
-    return (columns + _crossing(_by_distance(shares, row_positions(grid, rows), grid), grid)).log()
+    keys, (batch, heads) = counted(key, key_mask), query.shape[:2]
+    lengths = grid.keys, max(grid.keys + grid.queries - 1, 0)
+    columns, distances = (query.new_zeros((batch, heads, length), dtype=torch.float32) for length in lengths)
+    each = max(1, CHUNK // max(batch * heads * grid.keys, 1))
+    for some in (rows[start:start + each] for start in range(0, len(rows), each)):   # from the last on
+        positions = row_positions(grid, some)
+        seen = min(max(int(positions[0]) + 1, 0), grid.keys) if grid.causal else grid.keys
+        shares = row_shares(query[:, :, some], some, keys[:, :, :seen], key_mask, grid, scale)
+        columns[..., :seen] += shares.sum(2)
+        if slashes:
+            distances.index_add_(-1, _by_distance(positions, seen, grid).to(query.device), shares.flatten(2))
+    number = max(len(rows), 1)
+    found = in_blocks((columns / number)[..., None], grid.block_k).sum((-2, -1))[:, :, None]
+    return (found + _crossing(distances / number, grid)).log() if slashes else found.expand(-1, -1, grid.rows, -1).log()
 
 
-def _by_distance(shares: Tensor, positions: Tensor, grid: Grid) -> Tensor:
-    """[B, H, K + Q - 1]: mean share of the keys at each distance from their query, from K - 1 behind it to Q - 1 after it."""
-    total = shares.new_zeros(*shares.shape[:2], max(grid.keys + grid.queries - 1, 0))
-    place = torch.arange(grid.keys, device=shares.device) - positions.to(shares.device)[:, None] + grid.keys - 1
-    return total.index_add_(-1, place.flatten(), shares.flatten(2)) / max(len(positions), 1)
+def _by_distance(positions: Tensor, keys: int, grid: Grid) -> Tensor:
+    """int [rows * keys]: how far each of the first keys is from the query at each position, from K - 1 behind it, 0, to Q - 1 after it."""
+    return (torch.arange(keys) - positions[:, None] + grid.keys - 1).flatten()
 
 
 def _crossing(slashes: Tensor, grid: Grid) -> Tensor:
