@@ -39,6 +39,7 @@ from sparsify_compiler.library_attention import give_indexers
 from sparsify_compiler.measure import interleave
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.quality_text import Haystack
 from sparsify_compiler.target import host
 
 EVERYTHING = "select_blocks(always=(Everything(),), dense_below=1000000000)"
@@ -153,15 +154,16 @@ def quality(given: argparse.Namespace) -> None:
             losses.append(sum(found) / len(found))
         dense = dense or losses
         more = math.exp(sum(losses) / len(losses) - sum(dense) / len(dense)) - 1
-        right = [ok for tokens, asked in subject.needles for ok in numbers(model, tokens, asked, make(subject.model))]
+        right = [ok for text in subject.needles for ok in numbers(model, text, make(subject.model))]
         table.add_row(name, f"{bytes_of(held) / 1e6:.2f}", *(f"{math.exp(loss):.2f}" for loss in losses), f"{100 * more:+.2f} %",
                       f"{sum(right)} of {len(right)}")
         Console(stderr=True).print(name, losses, sum(right))
     Console(width=140).print(table)
 
 
-def numbers(model: Any, tokens: Tensor, asked: list[tuple[int, int, int]], cache: Any) -> list[bool]:
+def numbers(model: Any, text: Haystack, cache: Any) -> list[bool]:
     """Which numbers are found where every question before was answered rightly."""
+    tokens, asked = text.tokens, text.asked
     first = min(start for _, start, _ in asked) - QUESTION
     likely = continued(model, tokens[None], cache, len(tokens) - first).argmax(-1)
     return [torch.equal(likely[start - 1 - first:stop - 1 - first], tokens[start:stop]) for _, start, stop in asked]

@@ -34,9 +34,9 @@ from sparsify_compiler.ops import attend
 from sparsify_compiler.passes.attention._sites import KIND, attention_sites
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.quality_text import Haystack, haystack, numbers_found
 
 LENGTH, BINS, ASKED, DIGITS = 2048, 4, 8, 5
-NAMES = ["Alice", "Boris", "Clara", "David", "Elena", "Frank", "Grace", "Henry", "Irene", "Jacob", "Karen", "Louis", "Maria", "Nigel", "Olive"]
 ALWAYS = ("select_blocks(always=(Windows(size={size}), Sinks(tokens={size})), scorer='{scorer}', selector='{selector}', "
           "block_q={size}, block_k={size})")
 SIZES = (64, 64, 32)  # of blocks: of an eighth of 2048 tokens the beginning and the diagonal would be all in blocks of 64
@@ -132,21 +132,8 @@ class Subject:
         assert len(found) == LENGTH
         return found
 
-    def needle(self, text: str, rng: random.Random) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """Tokens [LENGTH], and for every number that is asked for, its place in the text, counted in eighths, and where its digits begin and end."""
-        names = rng.sample(NAMES, ASKED)
-        facts = [f" The phone number of {name} is {rng.randrange(10 ** (DIGITS - 1), 10**DIGITS)}." for name in names]
-        pieces = [self.tokenizer(fact).input_ids for fact in facts]
-        words = self.tokenizer(text).input_ids
-        stretch, rest = divmod(LENGTH - 2 * sum(map(len, pieces)), ASKED)
-        tokens = words[:rest]
-        for start, piece in zip(range(rest, LENGTH, stretch), pieces, strict=False):
-            tokens += [*words[start : start + stretch], *piece]
-        asked = []
-        for place in rng.sample(range(ASKED), ASKED):
-            tokens += pieces[place]
-            asked.append((place, len(tokens) - 1 - DIGITS, len(tokens) - 1))
-        return torch.tensor(tokens), asked
+    def needle(self, text: str, rng: random.Random) -> Haystack:
+        return haystack(self.tokenizer(text).input_ids, lambda piece: self.tokenizer(piece).input_ids, LENGTH, rng, ASKED, DIGITS)
 
     def measure(self, text: str) -> dict[str, Any]:
         """Of a pipeline: density, perplexities, losses by quarters of the text, and the share of numbers that were found, by place."""
@@ -162,11 +149,7 @@ class Subject:
             found[f"perplexity {name}"] = math.exp(float(losses.mean()))
             quarters.append(losses)
         found["by position"] = [math.exp(float(part.mean())) for part in torch.cat(quarters).tensor_split(BINS, 1)]
-        places: list[list[bool]] = [[] for _ in range(ASKED)]
-        for tokens, asked in self.needles:
-            likely = self.logits(tokens).argmax(-1)
-            for place, start, stop in asked:
-                places[place].append(torch.equal(likely[start - 1 : stop - 1], tokens[start:stop]))
+        places = numbers_found(lambda input_ids: self.model(input_ids=input_ids, use_cache=False), self.needles)
         found["retrieval"] = sum(map(sum, places)) / max(sum(map(len, places)), 1)
         found["retrieval by place"] = [sum(place) / max(len(place), 1) for place in places]
         return {"density": sum(self.read) / len(self.read) if self.read else 1.0, **found}
@@ -234,7 +217,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 5.5))
     dense, names = rows[0], list(dict.fromkeys(row["method"] for row in rows[1:]))
     for number, name in enumerate(names):
         points = sorted((row["density"], loss(row, dense), 100 * row["retrieval"]) for row in rows if row["method"] == name)
@@ -250,7 +233,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     for axis in (left, right):
         axis.set_xlabel("blocks read / blocks below the diagonal")
         axis.grid(alpha=0.3)
-    left.legend(fontsize=7, loc="lower right")
+    right.legend(*left.get_legend_handles_labels(), fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.tight_layout()
     figure.savefig(file)
 
