@@ -20,17 +20,16 @@ test: $(READY)  ## the default test suite, on all cores
 test-slow: $(READY)  ## the tests that need minutes
 	$(BIN)/python -m pytest -m slow
 
-# Needs qemu-aarch64 (Debian: qemu-user). Tests of kernels that run here for this machine run there for others: all of them for the least that any
-# 64-bit Arm has and for one with everything; a case of every kernel in every dtype for each (tests/test_matrix.py).
+# Needs qemu-aarch64 (Debian: qemu-user). A case of every kernel in every dtype for every set of instructions (tests/test_matrix.py; `-m slow` has the
+# processors that share one with another); tests of kernels that run here for this machine, for the least that any 64-bit Arm has and for the most.
 KERNELS := tests/test_kernels.py tests/test_streams.py tests/test_attend_kernels.py tests/test_planes.py tests/test_experts_kernels.py \
 	tests/test_slices.py tests/test_select_inputs.py tests/test_select_neurons.py tests/test_select_inputs_ffn.py tests/test_predicted_ffn.py
 KERNEL_TESTS := numbers or any_shape or strips or any_mask or any_tensor or attend_kernels or geometry or depthwise or kernel_is or streams
 test-arm: $(READY)  ## the tests of kernels for 64-bit Arm, under qemu
 	$(BIN)/python scripts/arm/sysroot.py
-	$(BIN)/python -m pytest -n auto -m "not slow" tests/test_arm.py tests/test_targets.py tests/test_board.py tests/test_every_target.py
-	$(BIN)/python -m pytest -n auto --dist loadfile -m arm tests/test_whole_graph_arm.py tests/test_whole_graph_real.py
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow" tests/test_arm.py tests/test_targets.py tests/test_board.py \
+		tests/test_whole_graph_arm.py tests/test_whole_graph_real.py tests/test_matrix.py
 	for target in cortex-a53 neoverse-v2; do $(BIN)/python -m pytest -n auto --dist loadfile --target $$target $(KERNELS) -k "$(KERNEL_TESTS)" || exit 1; done
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "arm or not arm" tests/test_matrix.py
 
 # What needs nvcc on PATH, and no GPU: every kernel compiled for sm_80 and sm_90, and emulated by the host's C++ compiler.
 test-cuda: $(READY)  ## the tests of kernels for NVIDIA GPUs, without one

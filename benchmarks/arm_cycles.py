@@ -24,8 +24,11 @@ from rich.table import Table
 
 from sparsify_compiler.codegen import planes
 from sparsify_compiler.codegen.kernels import lanes
+from sparsify_compiler.codegen.kernels.attend_dense import AttendDense
 from sparsify_compiler.codegen.kernels.attend_few import AttendFew
 from sparsify_compiler.codegen.kernels.attend_panel import AttendPanel
+from sparsify_compiler.codegen.kernels.attend_step import AttendStep
+from sparsify_compiler.codegen.kernels.dense_panel import DensePanel
 from sparsify_compiler.codegen.kernels.depthwise import Depthwise
 from sparsify_compiler.codegen.kernels.expert_panels import ExpertPanels
 from sparsify_compiler.codegen.kernels.expert_rows import ExpertRows
@@ -35,6 +38,7 @@ from sparsify_compiler.codegen.kernels.finish import NOTHING
 from sparsify_compiler.codegen.kernels.gather_rows import GatherRows
 from sparsify_compiler.codegen.kernels.gemv import Gemv
 from sparsify_compiler.codegen.kernels.layout import Layout
+from sparsify_compiler.codegen.kernels.mask_dense import Mask
 from sparsify_compiler.codegen.kernels.panel import Panel
 from sparsify_compiler.codegen.kernels.planes import Planes
 from sparsify_compiler.codegen.kernels.rows import Rows
@@ -42,6 +46,7 @@ from sparsify_compiler.codegen.kernels.slice_layout import SliceLayout
 from sparsify_compiler.codegen.kernels.stream_rows import StreamRows
 from sparsify_compiler.codegen.kernels.strip_layout import StripLayout
 from sparsify_compiler.codegen.kernels.strip_panel import StripPanel
+from sparsify_compiler.codegen.kernels.top_pages import TopPages
 from sparsify_compiler.codegen.targets import tvm_target
 from sparsify_compiler.codegen.vectors import Vectors, vectors_of
 from sparsify_compiler.target import resolve
@@ -78,7 +83,10 @@ def cases(cut_for: Vectors, pairs: bool) -> Iterator[tuple[str, str, Any]]:
         yield f"lanes, panel r={r} bfloat16", "compute", Panel(Layout(r, "bfloat16", "int16"), vectors, True, pairs, cut_for, most)
     for r in (4, 2, 1):
         yield f"strips r={r}", "compute" if r >= 4 else "loads", StripPanel(StripLayout(r, "float32", "float32"), 2, NOTHING, cut_for)
+    for dtype in ("float32", "bfloat16"):   # of libraries, and of FFNs and inputs that many rows select
+        yield f"dense, panel{' bfloat16' * (dtype != 'float32')}", "compute", DensePanel("outputs", 2, NOTHING, dtype, dtype, dtype, cut_for)
     yield "attend, panel", "compute", AttendPanel(4, cut_for)
+    yield "attend, library", "compute", AttendDense(64, 64, 8, 2, 0.125, True, Mask(), ("bhsd",) * 4, False, cut_for.lanes, 4, cut_for.count // 8, 2)
     yield "experts, panels", "compute", ExpertPanels(ExpertsLayout("float32", "silu", True), 2, cut_for)
     yield "experts, panels bfloat16", "compute", ExpertPanels(ExpertsLayout("bfloat16", "silu", True), 2, cut_for, "dots" if pairs else "fma")
     for r in (8, 4, 2, 1):
@@ -97,6 +105,8 @@ def cases(cut_for: Vectors, pairs: bool) -> Iterator[tuple[str, str, Any]]:
     yield "experts, rows", "memory", ExpertRows(ExpertsLayout("float32", "silu", True), True, cut_for)
     yield "experts, rows bfloat16", "memory", ExpertRows(ExpertsLayout("bfloat16", "silu", True), True, cut_for, pairs)
     yield "attend, few", "memory", AttendFew("float32", 4, cut_for)
+    yield "attend, library, a token", "memory", AttendStep(64, 64, 8, 2, 0.125, cut_for.lanes, cut_for.count // 2, 2)
+    yield "top_pages", "memory", TopPages("float32", "mean", 1, cut_for)
 
 
 def assembly(schedule: Any, target: str) -> list[str]:

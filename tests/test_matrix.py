@@ -21,6 +21,7 @@ from sparsify_compiler.target import HERE, NAMES, Target, resolve
 
 PLAIN = ("aarch64", "apple-m1")     # qemu runs them as the Cortex-A53 and the Cortex-A76, which are here
 PROCESSORS = [name for name in NAMES if name not in (*HERE, *PLAIN) and resolve(name).arch == "aarch64"]
+FIRST = {resolve(name).features: name for name in reversed(PROCESSORS)}     # by instructions; code for others of the same is ordered otherwise
 DTYPES = (FLOAT, BFLOAT, HALF)
 
 
@@ -33,7 +34,8 @@ def test_every_kernel_has_a_case() -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "machine" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("--target")
-        names = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ([wanted] if wanted else PROCESSORS)]
+        names = [pytest.param(name, marks=[pytest.mark.xdist_group(name), *([] if name in (wanted, *FIRST.values()) else [pytest.mark.slow])])
+                 for name in ([wanted] if wanted else PROCESSORS)]
         metafunc.parametrize("machine", names, indirect=True, scope="module")
 
 
