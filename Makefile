@@ -27,8 +27,8 @@ KERNELS := tests/test_kernels.py tests/test_streams.py tests/test_attend_kernels
 KERNEL_TESTS := numbers or any_shape or strips or any_mask or any_tensor or attend_kernels or geometry or depthwise or kernel_is or streams
 test-arm: $(READY)  ## the tests of kernels for 64-bit Arm, under qemu
 	$(BIN)/python scripts/arm/sysroot.py
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow" tests/test_arm.py tests/test_targets.py tests/test_board.py \
-		tests/test_whole_graph_arm.py tests/test_whole_graph_real.py tests/test_matrix.py
+	$(BIN)/python -m pytest -n auto -m "not slow" tests/test_arm.py tests/test_targets.py tests/test_board.py tests/test_matrix.py
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" tests/test_whole_graph_arm.py tests/test_whole_graph_real.py
 	for target in cortex-a53 neoverse-v2; do $(BIN)/python -m pytest -n auto --dist loadfile --target $$target $(KERNELS) -k "$(KERNEL_TESTS)" || exit 1; done
 
 # What needs nvcc on PATH, and no GPU: every kernel compiled for sm_80 and sm_90, and emulated by the host's C++ compiler.

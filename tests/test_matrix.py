@@ -34,7 +34,7 @@ def test_every_kernel_has_a_case() -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "machine" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("--target")
-        names = [pytest.param(name, marks=[pytest.mark.xdist_group(name), *([] if name in (wanted, *FIRST.values()) else [pytest.mark.slow])])
+        names = [pytest.param(name, marks=[] if name in (wanted, *FIRST.values()) else [pytest.mark.slow])
                  for name in ([wanted] if wanted else PROCESSORS)]
         metafunc.parametrize("machine", names, indirect=True, scope="module")
 

@@ -25,7 +25,7 @@ from sparsify_compiler.export_library_cached import empty_caches, with_cache
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.target import resolve
 
-pytestmark = [pytest.mark.arm, pytest.mark.xdist_group("whole graphs")]    # they share a program
+pytestmark = pytest.mark.arm
 TARGET = "cortex-a76"
 MOST = 10_000_000   # bytes of the program and the libraries that it needs beside the model
 

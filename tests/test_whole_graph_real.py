@@ -22,7 +22,7 @@ from sparsify_compiler.capture import capture
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.passes_api import Context
 
-pytestmark = [pytest.mark.arm, pytest.mark.xdist_group("whole graphs")]
+pytestmark = pytest.mark.arm
 
 
 def minilm() -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
