@@ -50,6 +50,19 @@ def test_what_went_wrong_there_is_told_here(board: Target) -> None:
     assert kernel(torch.ones(1, 8, dtype=torch.float32)).tolist() == [[8.0] * 4]
 
 
+@pytest.mark.skipif(not resolve("x86-avx2").runs_on(host()), reason="this machine is no x86 with AVX2")
+def test_a_machine_within_another_is_the_one_that_counts() -> None:
+    """`--target` is the outer one; kernels for it ended up in the emulator of the inner one."""
+    with emulated("cortex-a53") as outer:
+        there = build._function
+        with emulated("x86-avx2") as inner:
+            assert build.host() is inner
+            assert build._function is not there
+        assert build.host() is outer
+        assert build._function == there
+    assert build.host() not in (inner, outer)
+
+
 def test_a_process_that_ends_says_how() -> None:
     machine = Emulator(resolve("cortex-a53"))
     machine._process.kill()
