@@ -20,6 +20,7 @@ def dsnot(cut: Cut, *, cycles: int = 50, threshold: float = 5e-5, power: float =
 
     Brought back: largest contribution to the mean output, with the sign of the error, over variance^power of its input. Cut in its place: with the
     opposite sign, smallest |w| * norm of its input; of n:m, the smallest of the group. A row stops when its error is below the threshold.
+    The variance is that of all tokens; the authors' code takes the mean over the batches of the variance within each.
 
     cycles     exchanges a row, at most
     threshold  mean error of an output below which a row is left alone. The authors' 0.1 is of the sum over a sequence: of 2048 tokens, 5e-5
