@@ -13,18 +13,22 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from whole_graph_help import runner
 
+import sparsify_compiler as sc
+from sparsify_compiler.capture import capture
 from sparsify_compiler.codegen import build
 from sparsify_compiler.codegen.kernels.attend_dense import AttendDense
 from sparsify_compiler.codegen.kernels.blocks_dense import Blocks
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
 from sparsify_compiler.codegen.kernels.score_blocks import ScoreBlocks
 from sparsify_compiler.codegen.vectors import vectors_of
+from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.errors import ModelError
 from sparsify_compiler.executor import flat_function
 from sparsify_compiler.export_library_blocks import table_of
 from sparsify_compiler.export_library_cached import empty_caches, with_cache
 from sparsify_compiler.export_library_scores import places_before, scores_of
 from sparsify_compiler.indexer import Indexer
+from sparsify_compiler.passes_api import Context
 from sparsify_compiler.target import host
 
 SIZES = "block_q=8, block_k=8"
@@ -135,3 +139,21 @@ def test_what_is_refused(choice: str, tmp_path: Path) -> None:
         reader(f"select_blocks({choice})").export(tmp_path / "out")
     assert "scorer=pooled (without similarity), gaussian or page_bounds and selector=top_k" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_language_model_of_transformers(tmp_path: Path) -> None:
+    """The tokens that generate() finds where torch chooses the blocks, of patterns and pages, step by step."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                                                   num_attention_heads=4, num_key_value_heads=2)).eval()
+    ids, dynamic = torch.randint(1, 96, (1, 80)), {"input_ids": {0: "batch", 1: "tokens"}}
+    recipe = sc.Pipeline.parse("select_blocks(always=(Windows(size=8), Sinks(tokens=8)), scorer='page_bounds(page=4)', "
+                               "selector='top_k(share=0.25)', block_q=8, block_k=8, dense_below=0)")
+    compiled = CompiledModel(recipe.run(capture(model, {"input_ids": ids, "use_cache": False}, dynamic), Context()))
+    compiled.export(tmp_path / "out", cache=True, longest=256)
+    found = runner(tmp_path / "out").Model(tmp_path / "out").generate(ids.numpy(), 24)
+    by_torch = sc.compile(model, {"input_ids": ids}, recipe=recipe, dynamic=dynamic, decoding="parts")
+    expected, dense = (one.generate(ids, max_new_tokens=24, do_sample=False)[:, 80:] for one in (by_torch, model))
+    assert found.tolist() == expected.tolist() != dense.tolist()
