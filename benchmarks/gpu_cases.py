@@ -63,7 +63,7 @@ class Make:
         return Make(self.case, {**self.given, **less})
 
 
-LESS = {"gather_case": {"outputs": 256}, "ffn_case": {"hidden": 256}, "sparse_case": {"outputs": 128}, "attend_case": {"queries": 256, "keys": 512},
+LESS = {"gather_case": {"inputs": 256}, "ffn_case": {"hidden": 256}, "sparse_case": {"outputs": 128}, "attend_case": {"queries": 256, "keys": 512},
         "experts_case": {"inputs": 64, "hidden": 64}}  # fmt: skip
 
 

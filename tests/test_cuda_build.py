@@ -21,6 +21,7 @@ from sparsify_compiler.codegen.cuda.grouped import CudaCombine, CudaGrouped
 from sparsify_compiler.codegen.cuda.neurons import CudaDownRows, CudaNeurons
 from sparsify_compiler.codegen.cuda.sparse24 import CudaSparse24
 from sparsify_compiler.codegen.cuda.sparse24_group import CudaSparse24Group
+from sparsify_compiler.codegen.cuda.sparse24_rows import CudaSparse24Rows
 from sparsify_compiler.codegen.cuda.sparse_rows import CudaSparseRows
 from sparsify_compiler.codegen.cuda.strip_rows import CudaStripRows
 from sparsify_compiler.codegen.cuda.strips import CudaStrips
@@ -34,14 +35,15 @@ from sparsify_compiler.target import Target, resolve
 GPUS = [resolve("sm_80"), resolve("sm_90")]
 SMALL = CudaCombine("bfloat16")
 EVERY = [
-    *[CudaGatherRows(dtype, rows, True, True) for dtype in ("bfloat16", "float16", "float32") for rows in (1, 2, 4)],
+    *[CudaGatherRows(dtype, rows, True, True, warps=warps)
+      for dtype in ("bfloat16", "float16", "float32") for rows in (1, 2, 4) for warps in (8, 16)],
     CudaGatherRows("bfloat16", 1, source="float32"),
     *[CudaStrips(dtype, r, rows) for dtype in ("bfloat16", "float16") for r in (16, 32, 64, 128) for rows in (32, 128)],
     *[CudaStripsWide(r) for r in (16, 32, 64, 128)],
     *[CudaStripRows(dtype, r, rows) for dtype in ("bfloat16", "float16", "float32") for r in (16, 128) for rows in (1, 4)],
     *[CudaSparse24(dtype, rows) for dtype in ("bfloat16", "float16") for rows in (32, 64, 128)],
     *[CudaSparseRows(dtype, index, rows, 4096) for dtype in ("bfloat16", "float16", "float32") for index in ("int16", "int32") for rows in (1, 4)],
-    *[CudaSparseRows(dtype, "places", rows, 4096) for dtype in ("bfloat16", "float16") for rows in (1, 4)],
+    *[CudaSparse24Rows(dtype, rows) for dtype in ("bfloat16", "float16") for rows in (1, 2, 4)],
     *[CudaAttendMany(dtype, width, width, warps, 64 if warps > 1 else 32)
       for dtype in ("bfloat16", "float16") for width in (64, 96, 128) for warps in (1, 2, 4)],
     *[CudaAttendFew(dtype, width, width) for dtype in ("bfloat16", "float16") for width in (64, 96, 128)],
@@ -53,6 +55,8 @@ EVERY = [
     CudaTurn(),
 ]  # fmt: skip
 HOPPER = [
+    *[CudaGatherRows(dtype, rows, True, True, across=across, cluster=cluster, warps=warps) for dtype in ("bfloat16", "float32") for rows in (1, 2, 4)
+      for across, cluster, warps in ((8, 2, 16), (32, 8, 4), (32, 8, 8), (32, 8, 16))],
     *[CudaStripsGroup(dtype, r, rows, straight) for dtype in ("bfloat16", "float16") for r in (64, 128) for rows in (128, 256)
       for straight in (False, True)],
     *[CudaSparse24Group(dtype, rows) for dtype in ("bfloat16", "float16") for rows in (128, 256)],

@@ -137,6 +137,51 @@ def test_every_number_of_sixteen_bits_is_read_and_written_as_torch_does(dtype: t
     assert y[~numbers].isnan().all()
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """f(x [128], y [128]): two blocks of a cluster give each other their 64 numbers, doubled. `begins` and `ends`: are they waited for?"""
+
+    begins: bool = True
+    ends: bool = True
+    to: int = 1
+    cluster: int = 2
+    name: str = "exchange"
+
+    def compute(self) -> Any:
+        return e.function("main", self._body)
+
+    def _body(self) -> None:
+        x, y = (c.parameter(name, (2 * THREADS,), "float32") for name in ("x", "y"))
+        with c.launch((1, 2), THREADS) as (_, block, thread):
+            shared, own, at = c.Shared(4096), c.registers(4), e.let(block * THREADS + thread)
+            if self.begins:
+                c.do("cluster_arrive")
+                c.do("cluster_wait")
+            with e.when(thread < THREADS // 4):
+                for i in range(4):
+                    e.store(own, e.load(x, block * THREADS + thread * 4 + i) * e.constant(2.0, "float32"), i)
+                c.do("push16", shared.at(thread * 16), self.to - block, own.data)
+            if self.ends:
+                c.do("cluster_arrive")
+                c.do("cluster_wait")
+            e.store(y, e.load(shared.floats, thread), at)
+
+
+def test_blocks_of_a_cluster_write_to_each_other() -> None:
+    x = torch.arange(2 * THREADS, dtype=torch.float32)
+    y = torch.zeros_like(x)
+    run(Exchange(), x, y)
+    assert torch.equal(y, x.view(2, THREADS).flip(0).reshape(-1) * 2)
+
+
+@pytest.mark.parametrize(("how", "says"), [
+    (Exchange(begins=False), "may not have begun"), (Exchange(ends=False), "may have left"), (Exchange(to=2), "no such block")])
+def test_what_is_wrong_in_a_cluster_is_found(how: Any, says: str) -> None:
+    x = torch.ones(2 * THREADS, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=says):
+        run(how, x, torch.zeros_like(x))
+
+
 def test_numbers_are_rounded_to_even() -> None:
     torch.manual_seed(0)
     bits = torch.randint(-(1 << 31), 1 << 31, (20_000,), dtype=torch.int64).to(torch.int32)

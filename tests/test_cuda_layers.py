@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_help import ANY, close, emulated, needs_compiler, numbers
+from cuda_help import ANY, close, emulated, hopper, needs_compiler, numbers
 from emulator.emulate import conflicts
 from torch import Tensor
 
 from sparsify_compiler.codegen import runtime
+from sparsify_compiler.codegen.cuda import device as gpu
 from sparsify_compiler.codegen.cuda import experts, ffn, gather, layout, linear
+from sparsify_compiler.codegen.cuda.build import source_of
+from sparsify_compiler.codegen.cuda.gather_rows import SPLIT
 from sparsify_compiler.errors import InputError, KernelError
 from sparsify_compiler.formats.bitmap import Bitmap
 from sparsify_compiler.formats.bsr import Bsr
@@ -19,9 +22,10 @@ from sparsify_compiler.formats.condensed import Condensed
 from sparsify_compiler.formats.csr import Csr
 from sparsify_compiler.formats.nm import Nm
 from sparsify_compiler.ops import experts_ffn, linear_bsr, linear_csr, predicted_ffn, select_ffn, select_linear
+from sparsify_compiler.target import resolve
 
 pytestmark = needs_compiler
-__all__ = ["emulated"]
+__all__ = ["emulated", "hopper"]
 N, K = 72, 192
 MORE = pytest.mark.cuda     # what `make test-cuda` adds
 
@@ -73,7 +77,7 @@ def test_two_of_four(emulated: list[Any], rows: int, dtype: torch.dtype) -> None
     layer = bound("linear_nm", Nm.encode(weight * mask, mask, n=2, m=4))
     close(layer(x), by_mask(weight, mask, x))
     without_conflicts(emulated)
-    assert {one.name for one in emulated} == {"cuda_sparse_rows" if rows < 5 else "cuda_sparse24"}
+    assert {one.name for one in emulated} == {"cuda_sparse24_rows" if rows < 5 else "cuda_sparse24"}
 
 
 @pytest.mark.parametrize(("kind", "dtype", "rows"), [(Csr, torch.bfloat16, 1), (Bitmap, torch.float32, 6), (Condensed, torch.float16, 2)])
@@ -132,6 +136,31 @@ def test_gather(emulated: list[Any], dtype: torch.dtype, rows: int, scaled: bool
     wide = [None if t is None else t.float() for t in (tensors.get("scale"), tensors.get("center"), bias)]
     close(found, select_linear.reference(x.float(), limit, weight.float(), *wide))
     assert len(emulated) == (rows < 5)
+
+
+@pytest.mark.parametrize(("dtype", "rows", "outputs"), [(torch.bfloat16, 1, 264), (torch.float32, 3, 264), (torch.float16, 2, 2056)])
+def test_gather_by_clusters(hopper: list[Any], dtype: torch.dtype, rows: int, outputs: int) -> None:
+    """Blocks share the inputs of a tile of columns; the last tile is not whole, nor are the inputs of a step."""
+    inputs = 4100
+    x, weight, bias = numbers(rows, inputs, dtype=dtype), numbers(inputs, outputs, dtype=dtype, scale=0.03), numbers(outputs, dtype=dtype)
+    tensors = {"weight": weight, "limit": torch.tensor(1.2, dtype=torch.float32)}
+    layer = gather.bind("select_linear", {"dtype": str(dtype)[6:]}, tensors, {}, bias, {}, ANY, [])
+    close(layer(x), select_linear.reference(x.float(), tensors["limit"], weight.float(), None, None, bias.float()))
+    assert {one.cluster for one in hopper} == {8}
+
+
+def test_kernels_of_few_rows_fit_every_gpu(hopper: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each column has threads that finish it, each block whole lanes to push; shared memory suffices."""
+    for processors, name, memory in ((132, "sm_90", 227 << 10), (108, "sm_80", 99 << 10)):
+        monkeypatch.setattr(gpu, "processors", lambda _, count=processors: count)
+        monkeypatch.setattr(gpu, "target_of", lambda _, name=name: resolve(name))
+        for dtype in (torch.bfloat16, torch.float32):
+            found = {gather.schedule_of(dtype, rows, outputs, torch.device("cpu"))
+                     for outputs in (8, 1024, 4096, 11008, 28672, 151936) for rows in (1, 2, 4)}
+            for how in found:
+                finished = how.columns // how.cluster
+                assert finished % 4 == 0 < finished * SPLIT <= how.warps * 32
+            assert max(source_of(how).block["shared"] for how in found if how.rows == 4) <= memory
 
 
 def test_gather_selects_a_nan_and_nothing_at_all(emulated: list[Any]) -> None:
@@ -217,9 +246,10 @@ def test_offers_and_refusals() -> None:
     csr = Csr.encode(weight * mask, mask)
     assert not offer("linear_csr", csr.tensors(), csr.attributes(), torch.bfloat16, (128,), ANY)            # many rows of no structure
     assert not gather.offer("select_linear", {"weight": weight[:, :9]}, {}, torch.bfloat16, (1,), ANY)      # rows that do not begin at 16 bytes
-    wide = {"n": 2, "m": 4, "out_features": 8, "in_features": 1 << 16}                                      # a row that shared memory cannot hold
-    assert not offer("linear_nm", {"values": weight}, wide, torch.bfloat16, (128,), ANY)
-    assert offer("linear_nm", {"values": weight}, {**wide, "in_features": 3 << 14}, torch.bfloat16, (128,), ANY)
+    wide = {"n": 1, "m": 4, "out_features": 8, "in_features": 1 << 16}                                      # a row that shared memory cannot hold
+    assert not offer("linear_nm", {"values": weight}, wide, torch.bfloat16, (1,), ANY)
+    assert offer("linear_nm", {"values": weight}, {**wide, "in_features": 3 << 14}, torch.bfloat16, (1,), ANY)
+    assert offer("linear_nm", {"values": weight}, {**wide, "n": 2}, torch.bfloat16, (128,), ANY)            # which need not lie there for 2:4
     with pytest.raises(KernelError, match="does not fit"):
         linear.bind("linear_csr", {"dtype": "bfloat16", "kind": "strips"}, csr.tensors(), csr.attributes(), None, {}, ANY, [])
     with pytest.raises(KernelError, match="no family of kernels called 'cuda_nothing'"):

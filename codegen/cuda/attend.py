@@ -48,7 +48,7 @@ def run(call: Any) -> tuple[Tensor, Tensor]:
     (batch, heads, queries, width), last = query.shape, value.shape[-1]
     out = query.new_empty((batch, queries, heads, last)).transpose(1, 2)
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
-    nothing = query.new_zeros((1, 1, 1), dtype=torch.uint8)
+    nothing = query.new_empty((1, 1, 1), dtype=torch.uint8)     # never read
     tiled = call.tile_of is not None and call.tiles is not None
     tiles = call.tiles.contiguous().view(torch.uint8) if tiled else nothing
     mask = nothing[0] if call.key_mask is None else call.key_mask.contiguous().view(torch.uint8)

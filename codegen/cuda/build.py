@@ -26,7 +26,8 @@ from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target
 
 HOME = Path(__file__).parent
-HEADERS = {"ptx.cuh": "", "group.cuh": "wgmma", "device.cuh": ""}    # device functions, and the feature that targets need for them
+# Device functions, and the feature that targets need for them.
+HEADERS = {"ptx.cuh": "", "group.cuh": "wgmma", "cluster.cuh": "cluster", "device.cuh": ""}
 EARLY = "dependent-launch"  # the feature of targets whose kernels may begin before the last one's end
 FUNCTION = "main_kernel"    # what TVM calls the device's part of "main"
 USED = re.compile(r"Used (\d+) registers")
@@ -95,7 +96,7 @@ def compile_archive(schedule: cpu.Schedule, target: Target) -> bytes:
         raise KernelError(f"{schedule.name} is a kernel for GPUs", where=target.name, hint="compile it for sm_80 or sm_90")
     compiler = require_nvcc(schedule.name)
     source = source_of(schedule)
-    text = whole_text(source.cuda, target)
+    text = whole_text(_clustered(source.cuda, cluster_of(schedule)), target)
     code, used = _compiled(compiler, text, target.mcpu, schedule.name)
     if used["spills"]:  # ptxas does that to have more blocks at once
         text = BOUNDS.sub(r"__launch_bounds__(\1, 1)", text)
@@ -104,6 +105,15 @@ def compile_archive(schedule: cpu.Schedule, target: Target) -> bytes:
     files = {"host.so": host_library(source), "device": _device(source, code, target), "kernel.cu": text.encode(),
              "resources.json": json.dumps(resources).encode()}
     return packed(files)
+
+
+def cluster_of(schedule: cpu.Schedule) -> int:
+    """Blocks of a cluster: neighbours along y, which run at once."""
+    return int(getattr(schedule, "cluster", 1))
+
+
+def _clustered(cuda: str, cluster: int) -> str:
+    return cuda.replace("__launch_bounds__", f"__cluster_dims__(1, {cluster}, 1) __launch_bounds__", 1) if cluster > 1 else cuda
 
 
 def source_of(schedule: cpu.Schedule) -> Source:

@@ -22,6 +22,8 @@ DEVICE void write_word(void* to, unsigned word) { *(unsigned*)to = word; }
 DEVICE int read_word(const void* from) { return *(const int*)from; }
 DEVICE int pair_of(int low, int high) { return (low & 0xFFFF) | high << 16; }
 struct alignas(16) Sixteen { int words[4]; };
+struct alignas(16) Four { float numbers[4]; };
+DEVICE void store16(void* to, const float* numbers) { *(Four*)to = Four{{numbers[0], numbers[1], numbers[2], numbers[3]}}; }
 DEVICE void write16(void* to, const int* words) { *(Sixteen*)to = Sixteen{{words[0], words[1], words[2], words[3]}}; }
 
 // sums[i] += factor * numbers[i], for 16 bytes of numbers.
@@ -71,9 +73,19 @@ DEVICE float gelu(float x) { return 0.5f * x * (1.f + erf_of(x * 0.70710678f)); 
 DEVICE float gelu_tanh(float x) { return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x)); }
 
 // The numbers of a dtype, for templates: what one is stored as, and as a float.
-struct Fp32 { typedef float Bits; DEVICE float value(float x) { return x; } };
-struct Bf16 { typedef unsigned short Bits; DEVICE float value(unsigned short x) { return float_of_bits((unsigned)x << 16); } };
-struct Fp16 { typedef unsigned short Bits; DEVICE float value(unsigned short x) { return float_of_fp16(x); } };
+struct Fp32 {
+  typedef float Bits; DEVICE float value(float x) { return x; }
+  DEVICE void add(float* sums, const unsigned* words, float factor) { add_fp32(sums, words, factor); }
+};
+#define SHORT_NUMBERS(NAME, TYPE) \
+struct NAME { \
+  typedef unsigned short Bits; DEVICE float value(unsigned short x) { return low_##TYPE(x); } \
+  DEVICE float low(unsigned word) { return low_##TYPE(word); } \
+  DEVICE float high(unsigned word) { return high_##TYPE(word); } \
+  DEVICE void add(float* sums, const unsigned* words, float factor) { add_##TYPE(sums, words, factor); } \
+};
+SHORT_NUMBERS(Bf16, bf16)
+SHORT_NUMBERS(Fp16, fp16)
 
 // Eight neighbours of `Bits`, one or two loads of 16 bytes.
 template <typename Bits> DEVICE void load_eight(Bits* to, const void* from) {
@@ -88,14 +100,33 @@ DEVICE void add_listed(float* sums, const void* values, const void* columns, con
     UNROLL for (int m = 0; m < ROWS; ++m)
       sums[m] = fused(Type::value(value[i]), Type::value(((const typename Type::Bits*)x)[m * stride + column[i]]), sums[m]);
 }
-// The same for the eight kept of sixteen inputs from x on, two of each four, told by two bits each.
-template <typename Type, int ROWS>
-DEVICE void add_placed(float* sums, const void* values, unsigned places, const void* x, int stride) {
-  alignas(16) typename Type::Bits value[8];
-  load_eight(value, values);
-  UNROLL for (int i = 0; i < 8; ++i)
-    UNROLL for (int m = 0; m < ROWS; ++m)
-      sums[m] = fused(Type::value(value[i]), Type::value(((const typename Type::Bits*)x)[m * stride + i / 2 * 4 + (places >> 2 * i & 3)]), sums[m]);
+// *sum += the eight kept of sixteen inputs, two of each four: their weights, their places, two bits each, and the inputs, all two to a word.
+template <typename Type> DEVICE void add_kept(float* sum, const unsigned* values, unsigned places, const unsigned* inputs) {
+  UNROLL for (int i = 0; i < 4; ++i) {
+    unsigned two = places >> 4 * i, bytes = ((two & 3) | (two << 6 & 0x300)) * 0x22 + 0x1010;   // of both, low and high
+    unsigned kept = bytes_of(inputs[2 * i], inputs[2 * i + 1], bytes);
+    *sum = fused(Type::low(values[i]), Type::low(kept), *sum);
+    *sum = fused(Type::high(values[i]), Type::high(kept), *sum);
+  }
+}
+// sums[m][i] += factor[m] * row[i] for 16 bytes of rows of a weight, `count` of them listed: where each begins, in 16 bytes, then a factor for each m.
+// Lanes take turns: this one's first is at `list`, number `mine`, and every BESIDE-th is its own. AHEAD of them are on their way at once.
+template <typename Type, int ROWS, int AHEAD, int BESIDE>
+DEVICE void add_rows(float* sums, const void* list, int count, int mine, const void* weight) {
+  const int LANES = 16 / sizeof(typename Type::Bits), ENTRY = 1 + ROWS, STEP = AHEAD * BESIDE;
+  const int* next = (const int*)list;
+  unsigned words[AHEAD][4];
+  for (; count >= STEP; count -= STEP, next += STEP * ENTRY) {
+    UNROLL for (int j = 0; j < AHEAD; ++j) load16(words[j], (const char*)weight + (uint64_t)(unsigned)next[j * BESIDE * ENTRY] * 16);
+    UNROLL for (int j = 0; j < AHEAD; ++j)
+      UNROLL for (int m = 0; m < ROWS; ++m) Type::add(sums + m * LANES, words[j], float_of_bits(next[j * BESIDE * ENTRY + 1 + m]));
+  }
+  UNROLL for (int j = 0; j < AHEAD; ++j) {
+    bool really = mine + j * BESIDE < count;
+    load16_if(words[j], (const char*)weight + (really ? (uint64_t)(unsigned)next[j * BESIDE * ENTRY] * 16 : 0), really);
+  }
+  UNROLL for (int j = 0; j < AHEAD; ++j) if (mine + j * BESIDE < count)
+    UNROLL for (int m = 0; m < ROWS; ++m) Type::add(sums + m * LANES, words[j], float_of_bits(next[j * BESIDE * ENTRY + 1 + m]));
 }
 // sum + the inner product of eight weights and eight numbers that several threads read.
 template <typename Type, typename Other> DEVICE float dot_eight(const void* weights, const void* numbers, float sum) {

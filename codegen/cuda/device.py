@@ -33,6 +33,11 @@ def multiplies_by_groups(device: torch.device) -> bool:
     return build.HEADERS["group.cuh"] in target_of(device).features
 
 
+def has_clusters(device: torch.device) -> bool:
+    """Can its blocks write to each other's shared memory (cluster.cuh)?"""
+    return build.HEADERS["cluster.cuh"] in target_of(device).features
+
+
 @cache
 def processors(device: torch.device) -> int:
     """How many there are."""

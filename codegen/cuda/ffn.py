@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sparsify_compiler.codegen.cuda.gather import parts_of
-from sparsify_compiler.codegen.cuda.gather_rows import CudaGatherRows
+from sparsify_compiler.codegen.cuda.gather import schedule_of
 from sparsify_compiler.codegen.cuda.layer import DTYPES, CudaLayer, aligned, bias_of, device_of, lanes_of, name_of
 from sparsify_compiler.codegen.cuda.neurons import CudaNeurons
 from sparsify_compiler.codegen.kernels.finish import ACTIVATIONS
@@ -78,9 +77,8 @@ class CudaFfn(CudaLayer):
         self.kernels(schedule, matrix, self._first, held["gate"][None], held["up"][None] if gated else self._filler, held["gate_bias"],
                      held["up_bias"], limit, held["scale"], told, hidden)
         y = x.new_empty((1, self.out_features))
-        tiles, parts = parts_of(hidden.shape[1], self.out_features, lanes_of(self._dtype), self.device)
-        self.kernels(CudaGatherRows(name_of(self._dtype), 1, source="float32"), hidden, held["not_zero"], held["none"], held["none"], held["down"],
-                     held["sums"], self.floats(parts, 1, self.out_features), self.counters(tiles), y, parts)
+        down = schedule_of(self._dtype, 1, self.out_features, self.device, source="float32")
+        self.kernels(down, hidden, held["not_zero"], held["none"], held["none"], held["down"], held["sums"], y)
         return y.view((*x.shape[:-1], self.out_features))
 
     def empty(self, x: Tensor, *given: Tensor) -> Tensor:  # type: ignore[override]

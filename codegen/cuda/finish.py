@@ -32,7 +32,11 @@ class Result:
 
     def write(self, total: Any, row: Any, output: Any) -> None:
         """Finish a sum without its bias."""
-        c.write(self._y, self.of(total + self.bias(output), row, output), row, output)
+        self.write_biased(total + self.bias(output), row, output)
+
+    def write_biased(self, total: Any, row: Any, output: Any) -> None:
+        """Finish a sum, bias included."""
+        c.write(self._y, self.of(total, row, output), row, output)
 
     def write_pair(self, totals: list[Any], row: Any, output: Any) -> None:
         """Finish two sums that lie side by side, bias included, in 16 bits: one word."""

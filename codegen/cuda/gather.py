@@ -17,8 +17,9 @@ from sparsify_compiler.target import Target
 
 NAME, OP, LABEL = "cuda_gather", "select_linear", "gather by input"
 FEW = (1, 2, 4)     # rows of x that read the union of what they select
-BLOCKS = (3, 4)     # of threads, for each processor: all run at once
-PART = 128          # inputs of a part, at least
+CLUSTERS, ALONE = ((2, 8), (8, 32)), (1, 8)     # blocks that share the inputs, and lanes of a row: for few outputs and many; without clusters
+WARPS = (16, 8, 4)  # of a block; the least only where blocks share the outputs, too
+THREADS = 1024      # of a processor, whose registers suffice for so many
 
 
 def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, rows: Sequence[int],
@@ -43,12 +44,18 @@ def bind(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], att
     return CudaGatherLinear(options, tensors, bias, files)
 
 
-def parts_of(inputs: int, outputs: int, lanes: int, device: torch.device) -> tuple[int, int]:
-    """Tiles of outputs, and parts of the inputs that there are blocks for: as many as fill all processors with as few places left empty as may be."""
-    tiles, all_of = -(-outputs // (32 * lanes)), gpu.processors(device)
-    most = max(1, inputs // PART)
-    counts = {max(1, min(blocks * all_of // tiles, most)) for blocks in BLOCKS}
-    return tiles, max(counts, key=lambda parts: (tiles * parts / (-(-tiles * parts // all_of) * all_of), parts))
+def schedule_of(dtype: torch.dtype, rows: int, outputs: int, device: torch.device, **options: Any) -> CudaGatherRows:
+    """The kernel for so many rows and outputs: all its threads at work at once, on all processors."""
+    most, all_of = next(size for size in FEW if size >= rows), gpu.processors(device)
+
+    def blocks(cluster: int, across: int) -> int:
+        return -(-outputs // (across * lanes_of(dtype))) * cluster
+
+    cluster, across = next((one for one in CLUSTERS if blocks(*one) <= all_of), CLUSTERS[-1]) if gpu.has_clusters(device) else ALONE
+    allowed = WARPS if cluster == CLUSTERS[-1][0] else WARPS[:-1]
+    threads = THREADS // (1 if most == 1 else 2) * all_of // blocks(cluster, across)
+    warps = next((size for size in allowed if size * 32 <= threads), allowed[-1])
+    return CudaGatherRows(name_of(dtype), most, across=across, cluster=cluster, warps=warps, **options)
 
 
 class CudaGatherLinear(CudaLayer):
@@ -81,9 +88,7 @@ class CudaGatherLinear(CudaLayer):
         y = x.new_empty((rows, self.out_features))
         if rows:
             limits = self._limit if limit is None else limit.detach().float().reshape(-1).contiguous()
-            tiles, parts = parts_of(self.in_features, self.out_features, lanes_of(self._dtype), self.device)
-            most = next(size for size in FEW if size >= rows)
-            schedule = CudaGatherRows(name_of(self._dtype), most, "scale" in self._given, "center" in self._given)
-            self.kernels(schedule, matrix, limits, held["scale"], held["center"], held["weight"], held["sums"],
-                         self.floats(parts, rows, self.out_features), self.counters(tiles), y, parts)
+            schedule = schedule_of(self._dtype, rows, self.out_features, self.device, scaled="scale" in self._given,
+                                   centered="center" in self._given)
+            self.kernels(schedule, matrix, limits, held["scale"], held["center"], held["weight"], held["sums"], y)
         return y.view(shape)

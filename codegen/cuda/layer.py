@@ -43,7 +43,6 @@ class CudaLayer(BoundLayer):
         self.in_features, self.out_features = sizes
         self.kernels = gpu.Kernels(device, files)
         self._held: dict[str, Tensor] = {}
-        self._counters = gpu.Counters()
 
     def files(self) -> dict[str, bytes]:
         """The kernels that were needed so far, for an artefact."""
@@ -62,10 +61,6 @@ class CudaLayer(BoundLayer):
         self._check(x)
         rows = x.numel() // self.in_features if self.in_features else 0
         return aligned(as_matrix(x, rows))
-
-    def counters(self, count: int) -> Tensor:
-        """int32 zeros, which the kernels leave so."""
-        return self._counters(self.device, count)
 
     def floats(self, *shape: int) -> Tensor:
         """Room for float32 numbers."""

@@ -15,6 +15,7 @@ from sparsify_compiler.codegen.cuda import tiles as t
 from sparsify_compiler.codegen.cuda.layer import DTYPES, SHORT, CudaLayer, bias_of, device_of, name_of
 from sparsify_compiler.codegen.cuda.sparse24 import CudaSparse24
 from sparsify_compiler.codegen.cuda.sparse24_group import DEPTH, CudaSparse24Group
+from sparsify_compiler.codegen.cuda.sparse24_rows import CudaSparse24Rows
 from sparsify_compiler.codegen.cuda.sparse_rows import WARPS, CudaSparseRows
 from sparsify_compiler.codegen.cuda.strip_rows import CudaStripRows
 from sparsify_compiler.codegen.cuda.strips import CudaStrips
@@ -42,7 +43,7 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     if min(outputs, inputs) < 1 or outputs % 8 or inputs % 8:
         return []
     kind = _kind(op, attributes, dtype, inputs)
-    if (kind == "eights" and max(rows, default=1) > FEW[-1]) or (kind != "strips" and _capacity(inputs) * dtype.itemsize > SHARED):
+    if kind == "eights" and (max(rows, default=1) > FEW[-1] or _capacity(inputs) * dtype.itemsize > SHARED):
         return []
     return [(LABELS[kind], {"dtype": name_of(dtype), "kind": kind})]
 
@@ -82,7 +83,6 @@ class CudaLinear(CudaLayer):
         make: Any = {"strips": layout.strips, "halves": layout.halves, "eights": layout.eights}[self._kind]
         self._held = make(weight)
         self._held["bias"] = bias_of(bias, self.out_features, device)
-        self._none = torch.zeros(1, dtype=torch.int32, device=device)
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """x [..., K] and other [..., N] of the kernel's dtype, any strides -> a new y [..., N]. Raises InputError."""
@@ -144,6 +144,8 @@ class CudaLinear(CudaLayer):
         if self._kind == "strips":
             schedule = CudaStripRows(self._short, self._r, most, self._finish)
             return self.kernels(schedule, x, held["values"], held["inputs"], held["pointers"], held["bias"], *added, y)
+        if self._kind == "halves":
+            return self.kernels(CudaSparse24Rows(self._short, most, finish=self._finish), x, held["values"], held["places"], held["bias"], *added, y)
         while most * _capacity(self.in_features) * x.element_size() > SHARED:
             most //= 2
         for start in range(0, x.shape[0], most):
@@ -152,9 +154,6 @@ class CudaLinear(CudaLayer):
         return None
 
     def _listed(self, x: Tensor, added: tuple[Tensor, ...], y: Tensor, most: int) -> None:
-        held, placed = self._held, self._kind == "halves"
-        index = "places" if placed else name_of(held["columns"].dtype)
-        lists = (held["places"], self._none, self._none) if placed else (held["columns"], held["pointers"], held["counts"])
-        blocks = min(-(-self.out_features // WARPS), 4 * gpu.processors(self.device))
-        schedule = CudaSparseRows(self._short, index, most, _capacity(self.in_features), self._finish)
-        self.kernels(schedule, x, held["values"], *lists, held["bias"], *added, y, blocks)
+        held, blocks = self._held, min(-(-self.out_features // WARPS), 4 * gpu.processors(self.device))
+        schedule = CudaSparseRows(self._short, name_of(held["columns"].dtype), most, _capacity(self.in_features), self._finish)
+        self.kernels(schedule, x, held["values"], held["columns"], held["pointers"], held["counts"], held["bias"], *added, y, blocks)

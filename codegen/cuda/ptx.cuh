@@ -28,8 +28,12 @@ DEVICE float float_of_fp16(unsigned short bits) { float y; asm("cvt.f32.f16 %0, 
 DEVICE unsigned short fp16_of_float(float x) { unsigned short y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 DEVICE unsigned short bf16_of_float(float x) { unsigned short y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 
+// Four of the eight bytes of two words, as four hexadecimal digits tell.
+DEVICE unsigned bytes_of(unsigned low, unsigned high, unsigned places) { return __byte_perm(low, high, places); }
 DEVICE float shuffle_xor(float value, int bits) { return __shfl_xor_sync(0xFFFFFFFFu, value, bits); }
 DEVICE int shuffle_up(int value, int steps) { return __shfl_up_sync(0xFFFFFFFFu, value, steps); }
+DEVICE unsigned votes(bool yes) { return __ballot_sync(0xFFFFFFFFu, yes); }
+DEVICE int bits_in(unsigned word) { return __popc(word); }
 DEVICE int shuffle_from(int value, int other) { return __shfl_sync(0xFFFFFFFFu, value, other); }
 
 // 16 bytes from global memory that nobody writes meanwhile and that are read once.
@@ -43,6 +47,8 @@ DEVICE void load16_if(unsigned* to, const void* from, bool really) {
       "@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];}"
       : "=&r"(to[0]), "=&r"(to[1]), "=&r"(to[2]), "=&r"(to[3]) : "l"(from), "r"((int)really));
 }
+// A number that is needed later: the compiler does not wait with it.
+DEVICE float load_now(const void* from) { float x; asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(from)); return x; }
 // 16 bytes that neighbours read again.
 DEVICE void load16_shared_by_many(unsigned* to, const void* from) {
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));

@@ -1,6 +1,6 @@
 """Few rows of x times a sparse weight of any structure: a warp for each output, its kept values 16 bytes a lane.
 
-What takes time is reading the weight: values, and columns of 16 bits, or two bits for 2:4. x lies in shared memory, where gathering is cheap.
+What takes time is reading the weight: values, and columns of 16 bits. x lies in shared memory, where gathering is cheap.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ class CudaSparseRows:
 
     x, values, other, y of `dtype`; columns of `index`; pointers, in eights, and counts int32; bias float32. Each output's list is padded to a
     multiple of eight. M is at most `rows`; K a multiple of 16 bytes, at most `capacity`, a multiple of 8. `blocks` share the outputs.
-    index "places": of a 2:4 weight, values [Np, K / 2] and columns [Np / 16, K / 32, 16] as sparse24.py has them, K a multiple of 64; pointers
-    and counts are not read then.
     """
 
     dtype: str
@@ -48,19 +46,15 @@ class _Block:
     """What a block does."""
 
     def __init__(self, how: CudaSparseRows) -> None:
-        self.how, self.placed = how, how.index == "places"
+        self.how = how
         self.type = c.SHORT[how.dtype].capitalize()
 
     def run(self) -> None:
         how = self.how
         self.M, self.K, self.N = (e.int32() for _ in range(3))
         self.x = c.parameter("x", (self.M, self.K), how.dtype)
-        if self.placed:
-            self.values = c.parameter("values", (e.int32(), e.int32()), how.dtype)
-            self.columns = c.parameter("columns", (e.int32(), e.int32(), e.int32()), "int32")
-        else:
-            L = e.int32()
-            self.values, self.columns = c.parameter("values", (L,), how.dtype), c.parameter("columns", (L,), how.index)
+        L = e.int32()
+        self.values, self.columns = c.parameter("values", (L,), how.dtype), c.parameter("columns", (L,), how.index)
         self.pointers, self.counts = c.parameter("pointers", (e.int32(),), "int32"), c.parameter("counts", (e.int32(),), "int32")
         self.result, blocks = Result(how.dtype, how.finish, self.M, self.N), c.number("blocks")
         with c.launch((blocks,), THREADS) as (block, thread):
@@ -83,26 +77,13 @@ class _Block:
     def _output(self, n: Any) -> None:
         how = self.how
         sums = t.zeros(how.rows)
-        if self.placed:
-            count = e.let(tirx.truncdiv(self.K, 2 * EIGHT))
-        else:
-            start, kept = e.let(e.load(self.pointers, n)), e.let(e.load(self.counts, n))
-            count = c.ceil(kept, EIGHT)
-        with e.loop(c.ceil(e.maximum(count - self.lane, 0), c.WARP)) as i:
+        start, kept = e.let(e.load(self.pointers, n)), e.let(e.load(self.counts, n))
+        with e.loop(c.ceil(e.maximum(c.ceil(kept, EIGHT) - self.lane, 0), c.WARP)) as i:
             eight = e.let(self.lane + i * c.WARP)
-            if self.placed:
-                self._placed(sums, n, eight)
-            else:
-                at = e.let((start + eight) * EIGHT)
-                c.do(f"add_listed<{self.type}, {INDEX[how.index]}, {how.rows}>", sums.data, c.address(self.values, at), c.address(self.columns, at),
-                     self.shared.at(c.const(0)), c.const(how.capacity), kept - eight * EIGHT)
+            at = e.let((start + eight) * EIGHT)
+            c.do(f"add_listed<{self.type}, {INDEX[how.index]}, {how.rows}>", sums.data, c.address(self.values, at), c.address(self.columns, at),
+                 self.shared.at(c.const(0)), c.const(how.capacity), kept - eight * EIGHT)
         self._write(n, sums)
-
-    def _placed(self, sums: Any, n: Any, eight: Any) -> None:
-        word = e.load(self.columns, tirx.truncdiv(n, 16), tirx.truncdiv(eight, 2), n % 8 * 2 + eight % 2)
-        told = e.let(e.cast("uint32", word) >> e.cast("uint32", tirx.truncdiv(n, 8) % 2 * 16))
-        c.do(f"add_placed<{self.type}, {self.how.rows}>", sums.data, c.address(self.values, n, eight * EIGHT), told,
-             self.shared.at(eight * (2 * EIGHT * c.SIZE[self.how.dtype])), c.const(self.how.capacity))
 
     def _write(self, n: Any, sums: Any) -> None:
         for m in range(self.how.rows):

@@ -17,7 +17,7 @@ from sparsify_compiler.codegen.cuda import tiles as t
 from sparsify_compiler.codegen.cuda.finish import NOTHING, Finish, Result
 from sparsify_compiler.codegen.cuda.strips import DEPTH
 
-WARPS = 8
+WARPS, AHEAD = 8, 8     # of a block: warps, and how many inputs each of its lanes reads at once
 THREADS = WARPS * c.WARP
 
 
@@ -55,14 +55,18 @@ class CudaStripRows:
             begin = e.let(e.load(pointers, block) * DEPTH)
             count = e.let(e.load(pointers, block + 1) * DEPTH - begin)
             mine, part = e.let(tirx.truncdiv(thread, beside)), e.let(thread % beside * each16)
-            with e.loop(c.ceil(e.maximum(count - mine, 0), each)) as i:
-                at = e.let(begin + mine + i * each)
-                place = e.let(e.load(inputs, at))
-                with e.when(place >= 0):
-                    words = c.registers(4, "uint32")
-                    c.do("load16", words.data, c.address(values, at, part))
-                    for m in range(self.rows):
-                        c.do(f"add_{c.SHORT[self.dtype]}", sums[m].data, words.data, c.read(x, e.minimum(M - 1, m), place))
+            with e.loop(c.ceil(e.maximum(count - mine, 0), each * AHEAD)) as i:
+                numbers = [e.let(mine + (i * AHEAD + j) * each) for j in range(AHEAD)]
+                words = [c.registers(4, "uint32") for _ in range(AHEAD)]
+                places = []
+                for number, own in zip(numbers, words, strict=True):
+                    at = e.let(begin + e.minimum(number, count - 1))
+                    c.do("load16_if", own.data, c.address(values, at, part), number < count)
+                    places.append(e.let(e.either(number < count, e.load(inputs, at), c.const(-1))))
+                for place, own in zip(places, words, strict=True):
+                    with e.when(place >= 0):
+                        for m in range(self.rows):
+                            c.do(f"add_{c.SHORT[self.dtype]}", sums[m].data, own.data, c.read(x, e.minimum(M - 1, m), place))
             self._add(shared, sums, lane, warp, beside, each16)
             with e.loop(c.const(-(-self.r * self.rows // THREADS))) as i:
                 number = e.let(thread + i * THREADS)

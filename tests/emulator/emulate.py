@@ -72,7 +72,7 @@ def function_of(schedule: Any) -> tuple[Any, ctypes.CDLL]:
 
     _no_device_to_set()
     source = build.source_of(schedule)
-    text = _program(source)
+    text = _program(source, build.cluster_of(schedule))
     binary = store.read_or_build(f"emulated-{cpu.digest(text)}", lambda: _compiled(text))
     with cpu.as_file(binary, ".so") as path:
         library = ctypes.CDLL(path)
@@ -87,9 +87,9 @@ def _no_device_to_set() -> None:
     tvm_ffi.register_global_func("__tvm_set_device", lambda *_: None, override=True)
 
 
-def _program(source: build.Source) -> str:
+def _program(source: build.Source, cluster: int) -> str:
     """The kernel, and the function that TVM's host part calls."""
-    cuda = DYNAMIC.sub(r"\2* \3 = (\2*)machine::dynamic;", source.cuda)
+    cuda = DYNAMIC.sub(r"\2* \3 = (\2*)machine::current->of->dynamic;", source.cuda)
     found, align = SIGNATURE.search(cuda), DYNAMIC.search(source.cuda)
     assert found is not None, cuda
     types = [parameter.strip().rpartition(" ")[0].replace("__restrict__", "") for parameter in found[1].split(",")]
@@ -104,10 +104,12 @@ extern "C" int __tvm_ffi_{build.FUNCTION}(void*, const Argument* given, int, Arg
   Place blocks{{1, 1, 1}}; int threads = 1, shared = 0;
   {' '.join(sizes)}
   machine::alignment = {align[1] if align else 128};
+  machine::cluster = {cluster};
   return machine::launch(blocks, threads, shared, [] {{ {build.FUNCTION}({', '.join(given)}); }});
 }}
 """
-    texts = [*((HOME / name).read_text() for name in ("machine.h", "instructions.h", "group.h")), (build.HOME / "device.cuh").read_text()]
+    ours = [(HOME / name).read_text() for name in ("machine.h", "instructions.h", "group.h", "cluster.h")]
+    texts = [*ours, (build.HOME / "device.cuh").read_text()]
     return "\n".join([*texts, cuda, launch])
 
 

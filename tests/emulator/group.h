@@ -7,7 +7,7 @@ struct Operand { const char* part; int leading, stride; };
 static Operand operands[1 << 12];
 static unsigned operands_made;
 struct Products { std::vector<std::pair<int, std::function<void()>>> pending; int groups = 0; };
-static Products products[machine::THREADS];
+static Products products[machine::FIBERS];
 
 DEVICE uint64_t operand(const void* part, int leading, int stride) {
   machine::aligned(part, 16);
@@ -17,15 +17,15 @@ DEVICE uint64_t operand(const void* part, int leading, int stride) {
 }
 DEVICE void copies_for_group() {}
 DEVICE void group_begin() {}
-DEVICE void group_end() { ++products[machine::current->number].groups; }
+DEVICE void group_end() { ++products[machine::current - machine::fibers].groups; }
 template <int OPEN> DEVICE void group_wait() {
-  Products& own = products[machine::current->number];
+  Products& own = products[machine::current - machine::fibers];
   std::vector<std::pair<int, std::function<void()>>> left;
   for (auto& one : own.pending) if (one.first < own.groups - OPEN) one.second(); else left.push_back(one);
   own.pending.swap(left);
 }
 static void asked(std::function<void()> work) {
-  Products& own = products[machine::current->number];
+  Products& own = products[machine::current - machine::fibers];
   if (machine::backwards) own.pending.emplace_back(own.groups, work); else work();
 }
 // The number of an operand at its place along outputs (or rows of x) and along inputs.

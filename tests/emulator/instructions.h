@@ -32,6 +32,11 @@ DEVICE unsigned short bf16_of_float(float x) {
   return x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 
+DEVICE unsigned bytes_of(unsigned low, unsigned high, unsigned places) {
+  uint64_t both = (uint64_t)high << 32 | low; unsigned found = 0;
+  for (int i = 0; i < 4; ++i) found |= (unsigned)(both >> (places >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return found;
+}
 struct Shuffle { float value, found; int whole, got, other; };
 DEVICE float shuffle_xor(float value, int bits) {
   Shuffle own{value, 0, 0, 0, lane() ^ bits};
@@ -43,10 +48,18 @@ DEVICE int shuffle_from(int value, int other) {
   WARP(2, &own, for (int i = 0; i < 32; ++i) { Shuffle* s = (Shuffle*)lanes[i]; s->got = ((Shuffle*)lanes[s->other])->whole; })
   return own.got;
 }
+DEVICE unsigned votes(bool yes) {
+  Shuffle own{0, 0, yes, 0, 0};
+  WARP(6, &own, int found = 0; for (int i = 0; i < 32; ++i) found |= ((Shuffle*)lanes[i])->whole << i;
+    for (int i = 0; i < 32; ++i) ((Shuffle*)lanes[i])->got = found;)
+  return own.got;
+}
+DEVICE int bits_in(unsigned word) { return __builtin_popcount(word); }
 DEVICE int shuffle_up(int value, int steps) { return shuffle_from(value, lane() >= steps ? lane() - steps : lane()); }
 
 DEVICE void load16(unsigned* to, const void* from) { machine::aligned(from, 16); memcpy(to, from, 16); }
 DEVICE void load16_if(unsigned* to, const void* from, bool really) { if (really) load16(to, from); else memset(to, 0, 16); }
+DEVICE float load_now(const void* from) { return *(const float*)from; }
 DEVICE void load16_shared_by_many(unsigned* to, const void* from) { load16(to, from); }
 
 DEVICE void copy16(void* to, const void* from, bool really) {
