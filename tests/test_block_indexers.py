@@ -343,6 +343,21 @@ def test_memory_to_find_blocks_does_not_grow_with_the_square_of_the_length(score
     assert largest_tensor(scorer, 2048) <= 2.1 * largest_tensor(scorer, 1024)
 
 
+@pytest.mark.parametrize("name", ["antidiagonal", "channels", "sampled_rows", "vertical_slash"])
+@pytest.mark.parametrize("sizes", [(64, 64, 16, 32), (50, 61, 16, 16), (61, 40, 16, 16)], ids=str)
+@pytest.mark.parametrize(("causal", "masked"), [(True, False), (True, True), (False, True)])
+def test_scores_do_not_depend_on_how_many_are_held_at_once(name: str, sizes: tuple[int, int, int, int], causal: bool, masked: bool,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the diagonal crosses a block of keys, too."""
+    module, grid = importlib.import_module(f"sparsify_compiler.passes.attention.scorers.{name}"), Grid(*sizes, causal)
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, sizes[0], 8), torch.randn(2, 2, sizes[1], 8)
+    mask = torch.rand(2, sizes[1]) > 0.2 if masked else None
+    whole = getattr(module, name)(query, key, mask, grid, SCALE)
+    monkeypatch.setattr(module, "CHUNK", 1)
+    torch.testing.assert_close(getattr(module, name)(query, key, mask, grid, SCALE), whole, rtol=1e-4, atol=1e-5)
+
+
 def test_options_that_do_not_fit_the_heads() -> None:
     query, key, _ = drawn(1, 1, 8, 8, False)
     for text in ("channels(kept=((0,),))", "proxy_heads(proxies=3)"):

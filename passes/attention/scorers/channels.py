@@ -32,6 +32,7 @@ def channels(query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, sc
     for first in range(0, grid.rows, each):
         last = min(first + each, grid.rows)
         seen = max(min(last * grid.block_q, grid.queries) + grid.keys - grid.queries, 0) if grid.causal else grid.keys
+        seen = min(-(-seen // grid.block_k) * grid.block_k, grid.keys)  # whole blocks, of which log_visible() says what share is seen
         scores = of_query[:, :, first:last] @ keys[:, :, :seen].mT * scale
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None, :seen], -math.inf)
