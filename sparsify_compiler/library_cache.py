@@ -99,7 +99,8 @@ class AppendingLayer(DynamicLayer):  # type: ignore[misc]
         self._change(lambda t: t.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._take(torch.arange(self._entries())[indices.cpu()])
+        if self.held():
+            self._take(torch.arange(self._entries())[indices.cpu()])
         self._change(lambda t: t[indices])
 
     def _entries(self) -> int:

@@ -140,6 +140,14 @@ def test_beams_that_stay_move_nothing_and_others_leave_what_was_handed_out() -> 
     assert torch.equal(key, before)
 
 
+def test_a_layer_that_holds_nothing_yet_has_no_entries() -> None:
+    layer = AppendingLayer()
+    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([1]))
+    assert layer.update(*states(3))[0].shape[2] == 3
+
+
 def test_a_batch_may_change_its_size() -> None:
     ours, theirs = both()
     for batch in (2, 4):
