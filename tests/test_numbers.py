@@ -19,8 +19,10 @@ from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.ops import attend, attend_blocks
 from sparsify_compiler.passes.activation.select_neurons import GatedFfn
 from sparsify_compiler.passes.attention import select_blocks
+from sparsify_compiler.passes.lower import _numbers
 from sparsify_compiler.passes.lower._dense_attention import _times as times_of_attention
 from sparsify_compiler.passes.lower._numbers import NEAR, distance
+from sparsify_compiler.passes.lower._selected import limit_of
 from sparsify_compiler.pipeline import Pipeline
 
 SAID = "is not used: its numbers are"
@@ -106,6 +108,36 @@ def test_wrong_kernels_are_not_used(kind: str, spoil: str, spoilt: Callable[[Spo
         torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["linear", "predicted", "experts"])
+def test_a_kernel_that_is_a_tenth_off_is_not_used(kind: str, spoilt: Callable[[Spoil], None]) -> None:
+    """Only one that selects by what it computes itself may be as far off: given scores choose the same neurons everywhere."""
+    what = {"linear": "bsr_r16v1", "predicted": "gather by prediction", "experts": "torch grouped_mm"}[kind]
+    spoilt(lambda y: y * 1.1)
+    compiled, _, _ = compiled_of(kind)
+    assert any(f"{what} {SAID}" in row.reason for row in compiled.report().sites)
+
+
+@pytest.mark.parametrize(("dtype", "density"), [(torch.float32, 0.03), (torch.bfloat16, 0.05)])
+def test_a_right_kernel_of_a_few_neurons_is_used(dtype: torch.dtype, density: float) -> None:
+    """No neuron is at the limit itself, where rounding would select or skip it: one of four is half of the numbers."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model, data = GatedFfn(64, 128).eval().to(dtype), [(torch.randn(40, 64, dtype=dtype),) for _ in range(2)]
+        recipe = Pipeline.parse(f"select_neurons(density={density}) | pack() | lower(margin=-1000.0, rounds=1)")
+        rows = sc.compile(model, data[0], recipe=recipe, calibration=data, dynamic={"x": {0: "rows"}}).report().sites
+        assert not [row.reason for row in rows if SAID in row.reason], seed
+
+
+@given(st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=30, unique=True), st.floats(0, 1))
+def test_so_many_reach_a_limit_that_none_is_at(scores: list[float], density: float) -> None:
+    given_scores = torch.tensor(scores, dtype=torch.float32)
+    limit = limit_of(given_scores, density)
+    assert int((given_scores >= limit).sum()) == max(len(scores) - round((1 - density) * len(scores)), 1)
+    assert limit.dtype is torch.float32
+    far = torch.tensor([0.0, 2.0, 4.0, 8.0])
+    assert [float(limit_of(far[1:], share)) for share in (1.0, 0.6, 0.3)] == [1.0, 3.0, 6.0]
+
+
 def test_one_wrong_kernel_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     bind = runtime.Candidate.bind
 
@@ -168,3 +200,19 @@ def test_the_distance_of_what_is_no_number() -> None:
     assert distance(torch.zeros(3), torch.zeros(3)) == 0
     assert distance(torch.ones(3), torch.zeros(3)) == math.inf
     assert distance(torch.empty(0), torch.empty(0)) == 0
+    assert distance(x, torch.tensor([1.0, math.inf, math.inf])) == math.inf
+    assert distance(x, torch.tensor([1.0, math.nan, -math.inf])) == math.inf
+
+
+@pytest.mark.parametrize("stretch", [1, 7, 24, 100])
+def test_the_distance_is_of_all_stretches(stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, expected = torch.randn(2, 3, 4, 4).unbind(0)
+    found = found.transpose(0, 2)   # not in its order in memory
+    expected = expected.transpose(0, 2).contiguous()
+    expected[-1, -1, -1] = math.nan
+    found[-1, -1, -1] = math.nan
+    whole = float(torch.linalg.vector_norm((found - expected).nan_to_num())) / float(torch.linalg.vector_norm(expected.nan_to_num()))
+    monkeypatch.setattr(_numbers, "STRETCH", stretch)
+    assert distance(found, expected) == pytest.approx(whole, rel=1e-5)
+    found[-1, -1, -1] = 1.0
+    assert distance(found, expected) == math.inf

@@ -81,7 +81,7 @@ def whole(region: Region, node: fx.Node, program: Program, ctx: Context) -> Whol
     tensors, biases = _operands(region, ffn)
     weight, x, bias = tensors["down"].t(), rows_of(region, ffn.gate, ctx), biases["down"]
     row = row_of(region, ffn.down, "linear", weight, program)
-    layer = Whole(region, ffn.down, row, weight, bias, packed=True, rows=x.shape[0], ffn=ffn)
+    layer = Whole(region, ffn.down, row, weight, bias, packed=True, rows=x.shape[0], selects=True, ffn=ffn)
     dense = {name: (tensors[name].t(), biases[name]) for name in ffn.linears}
     add_dense(layer, dense, ffn.activation, x, ctx)
     densities = {name: row_of(region, linear, "linear", tensors[name].t(), program).density for name, linear in ffn.linears.items()}
@@ -150,6 +150,6 @@ def _as_dense_as(densities: Mapping[str, float], x: Tensor, tensors: Mapping[str
     """The same tensors with limits that so many inputs of these rows reach."""
     made = dict(tensors)
     for name, density in densities.items():
-        scores = select.score(hidden if name == "down" else x, tensors.get(f"{name}_scale"), tensors.get(f"{name}_center")).flatten()
-        made[f"{name}_limit"] = scores.kthvalue(min(round((1 - density) * scores.numel()) + 1, scores.numel())).values
+        scores = select.score(hidden if name == "down" else x, tensors.get(f"{name}_scale"), tensors.get(f"{name}_center"))
+        made[f"{name}_limit"] = _selected.limit_of(scores, density)
     return made

@@ -52,6 +52,7 @@ class Layer:
     forms: dict[str, Form] = field(default_factory=dict)
     runs: dict[str, Callable[[], object]] = field(default_factory=dict)  # what to time, the yardstick first
     expected: dict[str, Callable[[], object]] = field(default_factory=dict)  # what a form has to compute, if not what the yardstick does
+    selects: bool = False  # kernels select by what they compute themselves: what rounding does to that may select another neuron
 
     @property
     def key(self) -> str:

@@ -14,14 +14,15 @@ from sparsify_compiler.passes.lower._layer import Layer, say
 
 # Distance from the right numbers, by their norm, that rounding alone does not reach.
 NEAR, NEAR_HALF = 1e-3, 3e-2
-NEAR_SELECTED = 0.3     # of rows that select: one neuron that is near the limit may fall on its other side
+NEAR_SELECTED = 0.3     # of rows that select by what a kernel has computed: a neuron that is near the limit may fall on its other side
+STRETCH = 1 << 20       # numbers that are compared at a time
 
 
 def check(layer: Layer) -> None:
     """Run every kernel once beside what it has to compute, let go of those whose numbers are others, and say so in the decision."""
     for name in [name for name, form in layer.forms.items() if form.kernel is not None]:
         off = max(distance(run(), expected()) for run, expected in layer.compared(name))
-        if not off <= (NEAR_SELECTED if name in layer.expected else near(layer.weight.dtype)):
+        if not off <= (NEAR_SELECTED if layer.selects else near(layer.weight.dtype)):
             layer.drop(name)
             say(layer.decision, f"{name} is not used: its numbers are {off:.1e} from torch's, by their norm")
 
@@ -32,14 +33,20 @@ def near(dtype: torch.dtype) -> float:
 
 
 def distance(found: object, expected: object) -> float:
-    """The norm of the difference over that of `expected`, 0 where both are 0; infinite where shapes differ, or one is no number and the other is."""
+    """The norm of the difference over that of `expected`, 0 where both are 0; infinite where shapes differ, or one is no number, or another infinity.
+
+    A stretch at a time: what wide numbers need is little beside the outputs.
+    """
     assert isinstance(found, Tensor)
     assert isinstance(expected, Tensor)
     if found.shape != expected.shape:
         return math.inf
-    numbers = expected.isfinite()
-    if not torch.equal(found.isfinite(), numbers):
-        return math.inf
-    right = torch.where(numbers, expected, 0).double()
-    away, size = (float(torch.linalg.vector_norm(x)) for x in (torch.where(numbers, found, 0).double() - right, right))
+    away = size = 0.0
+    for ours, right in zip(*(torch.split(numbers.reshape(-1), STRETCH) for numbers in (found, expected)), strict=True):
+        numbers = right.isfinite()
+        if not (torch.equal(ours.isfinite(), numbers) and torch.equal(ours[~numbers].sign(), right[~numbers].sign())):
+            return math.inf
+        wide = torch.where(numbers, right, 0).double()
+        away = math.hypot(away, float(torch.linalg.vector_norm(torch.where(numbers, ours, 0).double() - wide)))
+        size = math.hypot(size, float(torch.linalg.vector_norm(wide)))
     return away / size if size else 0.0 if not away else math.inf

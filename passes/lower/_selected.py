@@ -157,6 +157,14 @@ def as_selected(node: fx.Node, x: Any) -> Any:
     return insert(node, select.op, x=x, **given)
 
 
+def limit_of(scores: Tensor, density: float) -> Tensor:
+    """float32 []: what so many of the scores, all at least 0, reach: halfway to the next one, as rounding decides of one that is at the limit."""
+    scores = scores.flatten().float()
+    skipped = min(round((1 - density) * scores.numel()), scores.numel() - 1)
+    last = scores.kthvalue(skipped + 1).values
+    return (last + scores.kthvalue(skipped).values) / 2 if skipped else last / 2
+
+
 def _call(kernel: Any, limits: tuple[Tensor, ...], x: Tensor) -> Tensor:
     y: Tensor = kernel(x, *limits)
     return y

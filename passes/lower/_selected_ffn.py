@@ -14,7 +14,7 @@ from sparsify_compiler.ops import select, select_ffn
 from sparsify_compiler.passes.lower._dense_ffn import ffn_layer, insert_ffn, size_of
 from sparsify_compiler.passes.lower._layer import Form, bound, row_of, rows_of, usable
 from sparsify_compiler.passes.lower._linear import Linear, eager
-from sparsify_compiler.passes.lower._selected import as_selected, by_input, choose, dense_weight
+from sparsify_compiler.passes.lower._selected import as_selected, by_input, choose, dense_weight, limit_of
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, Site, get_tensor
 from sparsify_compiler.site_ffn import neurons_of
@@ -108,10 +108,9 @@ def layer(region: Region, node: fx.Node, program: Program, ctx: Context) -> Line
     tensors, attributes, bias = operands(region, node)
     x = rows_of(region, node, ctx)
     layer = ffn_layer(region, node, x, tensors["down"].t(), program, ctx)
-    gates = eager(tensors["gate"], tensors.get("gate_bias"), x)
-    scores = select.score(select_ffn.hidden(str(attributes["activation"]), gates), tensors.get("scale")).flatten()
-    skipped = round((1 - layer.decision.density) * scores.numel())
-    limit = scores.kthvalue(min(skipped + 1, scores.numel())).values.float()
+    layer.selects, bias_of_gate = True, tensors.get("gate_bias")
+    gates = eager(tensors["gate"].float(), None if bias_of_gate is None else bias_of_gate.float(), x.float())  # as kernels and the op compute them
+    limit = limit_of(select.score(select_ffn.hidden(str(attributes["activation"]), gates), tensors.get("scale")), layer.decision.density)
     expected = partial(select_ffn.op, x, **(tensors | {"limit": limit}), bias=bias, **attributes)
     for candidate, rival in zip(*(usable(ctx.kernels.candidates("select_ffn", tensors | other, attributes, x.dtype, (layer.rows,), ctx.target), ctx)
                                   for other in ({}, {"limit": limit})), strict=True):
