@@ -189,7 +189,7 @@ def test_a_widened_mask_is_the_least_that_fits_and_keeps_all_that_was_kept(made:
     mask, attributes = made
     kind, weight = kind_of(attributes, mask), torch.empty(mask.shape)
     holed = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) >= lost)
-    wide = kind.widened(holed, **attributes)
+    wide = kind.widened(holed, mask.numel(), **attributes)
     if kind is Csr:
         assert wide is None
         return
@@ -197,10 +197,12 @@ def test_a_widened_mask_is_the_least_that_fits_and_keeps_all_that_was_kept(made:
     assert kind.fits(weight, wide, **attributes) is None
     assert bool(wide[holed].all())
     assert int(wide.sum()) <= int(mask.sum())
-    assert torch.equal(kind.widened(wide, **attributes), wide)
+    assert torch.equal(kind.widened(wide, int(wide.sum()), **attributes), wide)
+    assert torch.equal(kind.widened(holed, int(wide.sum()), **attributes), wide)
+    assert kind.widened(holed, int(wide.sum()) - 1, **attributes) is None
 
 
 @pytest.mark.parametrize(("kind", "attributes", "mask"), [(Nm, {"n": 1, "m": 2}, [[True, True]]), (Nm, {"n": 1, "m": 2}, [[True, False, True]]),
                                                           (Bsr, {"r": 1, "c": 2}, [[True, False, True]])])
 def test_what_no_more_weights_can_mend_is_not_widened(kind: type[Format], attributes: dict[str, int], mask: Any) -> None:
-    assert kind.widened(torch.tensor(mask), **attributes) is None
+    assert kind.widened(torch.tensor(mask), 99, **attributes) is None

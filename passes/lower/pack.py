@@ -111,22 +111,17 @@ class _Masked:
 
 def smallest(weight: Tensor, mask: Tensor, structure: str) -> Any:
     """The weight [N, K] in the format with the fewest bytes, among those that suit its structure (text) and fit its mask or one with fewer holes."""
+    most = int(int(mask.sum()) * (1 + HOLES))
     for suited in _suited(structure):
         made = []
         for name, attributes in suited:
             kind = catalog.get("format", name)
-            whole = mask if kind.fits(weight, mask, **attributes) is None else _filled(kind, mask, attributes)
+            whole = mask if kind.fits(weight, mask, **attributes) is None else kind.widened(mask, most, **attributes)
             if whole is not None:
                 made.append(kind.encode(weight if whole is mask else weight.detach().masked_fill(~mask, 0), whole, **attributes))
         if made:
             break
     return min(made, key=lambda form: form.bytes())
-
-
-def _filled(kind: Any, mask: Tensor, attributes: Mapping[str, int]) -> Tensor | None:
-    """The mask that fits, where a few holes in it are all that this one lacks; weights there are 0."""
-    whole: Tensor | None = kind.widened(mask, **attributes)
-    return whole if whole is not None and int(whole.sum()) <= int(mask.sum()) * (1 + HOLES) else None
 
 
 def _suited(structure: str) -> tuple[tuple[tuple[str, Mapping[str, int]], ...], ...]:

@@ -38,8 +38,8 @@ class Format:
         raise NotImplementedError
 
     @classmethod
-    def widened(cls, mask: Tensor, **attributes: int) -> Tensor | None:
-        """The smallest mask that fits and keeps all that this one does; None where there is none, or the format knows of none."""
+    def widened(cls, mask: Tensor, most: int, **attributes: int) -> Tensor | None:
+        """The smallest mask that fits and keeps all that this one does; None where there is none of at most so many, or the format knows of none."""
         return None
 
     @classmethod

@@ -41,13 +41,13 @@ class Bsr(Format):
         return None if torch.equal(some, every) else f"some {r}x{c} blocks are kept in part"
 
     @classmethod
-    def widened(cls, mask: Tensor, **attributes: int) -> Tensor | None:
+    def widened(cls, mask: Tensor, most: int, **attributes: int) -> Tensor | None:
         """Blocks that are kept in part are kept whole."""
         r, c = _sizes(attributes)
         if mask.shape[1] % c:
             return None
-        some = _blocks(mask, r, c, fill=False).any((1, 3))
-        return some.repeat_interleave(r, 0)[: mask.shape[0]].repeat_interleave(c, 1)
+        some = _blocks(mask, r, c, fill=False).any((1, 3)).repeat_interleave(r, 0)[: mask.shape[0]]
+        return some.repeat_interleave(c, 1) if int(some.sum()) * c <= most else None
 
     @classmethod
     def _encode(cls, weight: Tensor, mask: Tensor, **attributes: int) -> Self:

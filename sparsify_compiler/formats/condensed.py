@@ -32,10 +32,10 @@ class Condensed(Format):
         return None if low == high else f"rows keep from {low} to {high} inputs; needs the same number in each"
 
     @classmethod
-    def widened(cls, mask: Tensor, **attributes: int) -> Tensor | None:
+    def widened(cls, mask: Tensor, most: int, **attributes: int) -> Tensor | None:
         """Rows that keep fewer inputs than the fullest keep their first others too."""
         counts = mask.sum(1)
-        if not mask.numel():
+        if not mask.numel() or int(counts.max()) * len(counts) > most:
             return None
         missing = (counts.max() - counts)[:, None]
         return mask | (~mask & ((~mask).cumsum(1) <= missing))

@@ -38,10 +38,10 @@ class Nm(Format):
         return None if exact else f"not every group of {m} inputs keeps exactly {n}"
 
     @classmethod
-    def widened(cls, mask: Tensor, **attributes: int) -> Tensor | None:
+    def widened(cls, mask: Tensor, most: int, **attributes: int) -> Tensor | None:
         """Groups that keep fewer than n keep their first others too."""
         n, m = _sizes(attributes)
-        if mask.shape[1] % m:
+        if mask.shape[1] % m or mask.numel() // m * n > most:
             return None
         groups = mask.reshape(-1, m)
         counts = groups.sum(1)
