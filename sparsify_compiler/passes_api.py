@@ -69,6 +69,7 @@ class Context:
     density: float | None = None  # the user's budget, for passes whose own density is not set
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None  # what lowering measures on
     seed: int = 0
+    trains: bool = False  # the Program is trained afterwards: what a mask leaves out must have no number that could become one
     statistics: Statistics | None = None
     calibrate: Callable[[Program, Mapping[str, frozenset[str]]], Statistics] | None = None  # asked for what a pass needs(), just before it runs
     batches: Sequence[Any] | None = None  # the calibration batches, for passes that walk through them themselves

@@ -51,7 +51,7 @@ def attach(model: nn.Module, example_inputs: Inputs, recipe: str | Path | Pipeli
     Raises InputError, CaptureError and their like, as compile() does.
     """
     pipeline, batches = as_pipeline(recipe), read_batches(calibration)
-    ctx = Context(example_inputs=example_inputs, density=density, seed=seed)
+    ctx = Context(example_inputs=example_inputs, density=density, seed=seed, trains=True)
     if batches is not None:
         ctx.batches = batches
         ctx.calibrate = lambda program, needs: calibrate(program, batches, needs)

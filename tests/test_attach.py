@@ -252,3 +252,38 @@ def test_activations_that_are_selected_by_row_are_there_too(recipe: str) -> None
             assert density == pytest.approx(0.25, abs=0.05)
         else:
             assert density > 0.3, "of a gated FFN, lazy_neuron selects the products"
+
+
+@pytest.mark.parametrize("structure", ["2:4", "32x1", "fan_in"])
+def test_a_hole_in_a_mask_never_becomes_a_weight(structure: str) -> None:
+    """For speed pack() keeps a few zeros more, so that a mask with holes is of its structure again; in training they would have learned."""
+    net = nn.Sequential(nn.Linear(64, 64, bias=False)).eval()
+    (name, mask), *_ = ((name, one) for name, one in masked(net, structure).named_buffers() if one.dtype is torch.bool)
+    assert name
+    kept = mask.clone()
+    kept[tuple(kept.nonzero()[7])] = False
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(net[0].weight.detach().clone())
+            self.register_buffer("mask", kept)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self.weight * self.mask)
+
+    module, hook = sc.attach(Masked().eval(), (torch.randn(8, 64),), "pack()")
+    optimizer = torch.optim.SGD(module.parameters(), 0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (module(torch.randn(8, 64)) - 1).square().sum().backward()
+        optimizer.step()
+        hook.step()
+    with torch.no_grad():
+        weight = module(torch.eye(64)).t()
+    assert not bool(weight[~kept].any())
+    assert bool(weight[kept].all())
+
+
+def masked(net: nn.Module, structure: str) -> nn.Module:
+    return sc.attach(net, (torch.randn(8, 64),), f"mask_weights(structure='{structure}', density=0.5)")[0]

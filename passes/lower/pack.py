@@ -72,7 +72,7 @@ class Pack(Pass):
         rows = {user: _row(user, product, program) for user in product.node.users}
         layers = [user for user in rows if _is_weight_of(user, product.node)]
         if layers:
-            form = smallest(product.weight.flatten(1), product.mask.flatten(1), rows[layers[0]].structure)
+            form = smallest(product.weight.flatten(1), product.mask.flatten(1), rows[layers[0]].structure, 0.0 if ctx.trains else HOLES)
             stored = _store(product, form)
             for user in layers:
                 _replace(product, user, stored, form, product.weight.shape[2:])
@@ -109,9 +109,12 @@ class _Masked:
     mask: Tensor
 
 
-def smallest(weight: Tensor, mask: Tensor, structure: str) -> Any:
-    """The weight [N, K] in the format with the fewest bytes, among those that suit its structure (text) and fit its mask or one with fewer holes."""
-    most = int(int(mask.sum()) * (1 + HOLES))
+def smallest(weight: Tensor, mask: Tensor, structure: str, holes: float = HOLES) -> Any:
+    """The weight [N, K] in the format with the fewest bytes, among those that suit its structure (text) and fit its mask or one with fewer holes.
+
+    holes   so many zeros may be kept besides, as a share of the kept weights
+    """
+    most = int(int(mask.sum()) * (1 + holes))
     for suited in _suited(structure):
         made = []
         for name, attributes in suited:
