@@ -129,6 +129,13 @@ def _processor() -> str:
         return platform.processor()
 
 
+@cache
+def second_cache(target: Target) -> int:
+    """Bytes of a core's second cache: of this machine as the system tells them, else (and where it does not) 2 MiB, which layouts are cut for."""
+    told = os.sysconf("SC_LEVEL2_CACHE_SIZE") if target == host() and "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
+    return told if told > 0 else 2 << 20
+
+
 def _cores() -> int:
     """Processors that this process may use; macOS and Windows only tell how many there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,7 +17,7 @@ from sparsify_compiler.codegen.targets import options, tvm_target
 from sparsify_compiler.codegen.targets.llvm import UNUSED
 from sparsify_compiler.cost_models import machine as sheets
 from sparsify_compiler.errors import KernelError, TargetError
-from sparsify_compiler.target import FEATURES, HERE, NAMES, PROCESSORS, Target, host, resolve, title
+from sparsify_compiler.target import FEATURES, HERE, NAMES, PROCESSORS, Target, host, resolve, second_cache, title
 
 NAMED = [name for name in NAMES if name not in HERE]
 ALIASES = {"apple-m1", "apple-m2", "apple-m3"}  # LLVM takes these names and does not list them
@@ -63,6 +63,16 @@ def test_the_host_is_tuned_for_as_the_target_of_its_features(name: str, monkeypa
     monkeypatch.setattr(tvm, "get_global_func", lambda _: lambda: dict.fromkeys(target.features, 1))
     assert (host.__wrapped__().mcpu, host.__wrapped__().features) == (target.mcpu, target.features)
     assert target.cores == os.cpu_count()
+
+
+@pytest.mark.parametrize(("told", "found"), [(1 << 20, 1 << 20), (0, 2 << 20), (-1, 2 << 20)])
+def test_a_second_cache_that_nobody_tells_of_is_taken_to_be_2_mib(told: int, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf_names", {"SC_LEVEL2_CACHE_SIZE": 0})
+    monkeypatch.setattr(os, "sysconf", lambda name: told)
+    assert second_cache.__wrapped__(host()) == found
+    assert second_cache.__wrapped__(resolve("x86-avx512")) == 2 << 20     # another machine's is not this one's
+    monkeypatch.setattr(os, "sysconf_names", {})                          # Windows
+    assert second_cache.__wrapped__(host()) == 2 << 20
 
 
 @pytest.mark.parametrize("arch", ["x86_64", "aarch64"])

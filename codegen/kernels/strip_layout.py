@@ -37,6 +37,7 @@ PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))    # of four inputs
 QUAD = 4             # inputs that have those pairs
 PAIRED = 96          # columns of a block that are pairs: of 64 inputs
 BLOCK = {1: 128, 2: 256, 4: 1024}  # columns of a block, by r: a tile of them fits L1 where each load of x is used r times only, else L2 (measured)
+SMALL, WIDE = 3 << 19, 512          # bytes of L2 below which blocks of r = 4 have so many: beside the sums (measured, Zen 4 with 1 MiB)
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,13 @@ class StripLayout:
     r         outputs that share columns: 1, 2 or 4
     weight    dtype of the values: "float32" or "bfloat16"; "int32" of pairs
     dtype     of x and y
+    wide      columns of a block where they are not BLOCK's
     """
 
     r: int
     weight: str
     dtype: str
+    wide: int = 0
 
     @property
     def lanes(self) -> int:
@@ -65,7 +68,7 @@ class StripLayout:
     @property
     def block(self) -> int:
         """Columns of a block."""
-        return PAIRED if self.paired else BLOCK[self.r]
+        return PAIRED if self.paired else self.wide or BLOCK[self.r]
 
     @property
     def span(self) -> int:
@@ -110,10 +113,15 @@ def pairs_of(groups: Groups) -> Groups:
     return Groups(words, low // QUAD * len(PAIRS) + number[low % QUAD, high % QUAD], groups.pointers // 2)
 
 
-def prepare_strips(groups: Groups, dtype: torch.dtype, bias: Tensor | None, outputs: int, inputs: int, cores: int) -> PreparedStrips:
+def group_of(outputs: int) -> int:
+    """Outputs of a group, where so many share their columns."""
+    return max(size for size in BLOCK if outputs % size == 0)
+
+
+def prepare_strips(groups: Groups, dtype: torch.dtype, bias: Tensor | None, outputs: int, inputs: int, cores: int, wide: int = 0) -> PreparedStrips:
     """Lay a weight out, or pairs_of() one, for kernels of x in `dtype`, on that many cores. The last group may hang over `outputs`."""
-    r = max(size for size in BLOCK if groups.values.shape[1] % size == 0)
-    layout = StripLayout(r, str(groups.values.dtype).removeprefix("torch."), str(dtype).removeprefix("torch."))
+    r = group_of(groups.values.shape[1])
+    layout = StripLayout(r, str(groups.values.dtype).removeprefix("torch."), str(dtype).removeprefix("torch."), wide if r == SLICE else 0)
     values, columns, counts = split(groups, r)
     needed, blocks, lanes = -(-outputs // OUTPUTS) * OUTPUTS // r, blocks_of(inputs, layout), layout.lanes
     kept = int(counts[:needed].sum())

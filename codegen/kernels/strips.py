@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sparsify_compiler.codegen.kernels.finish import Finish, finish_of, needed_finish
 from sparsify_compiler.codegen.kernels.layout import LANES, groups_of, takes
-from sparsify_compiler.codegen.kernels.strip_layout import QUAD, SLICE, TILE, PreparedStrips, pairs_of, prepare_strips
+from sparsify_compiler.codegen.kernels.strip_layout import QUAD, SLICE, SMALL, TILE, WIDE, PreparedStrips, group_of, pairs_of, prepare_strips
 from sparsify_compiler.codegen.kernels.strip_panel import StripPanel
 from sparsify_compiler.codegen.laid import Laid, Variants, shared_layout, workers
 from sparsify_compiler.codegen.vectors import Vectors, vectors_of
-from sparsify_compiler.target import Target
+from sparsify_compiler.target import Target, second_cache
 
 NAME = "strips"
 PAIRS_FROM = 4      # outputs that share columns from which bfloat16 is faster where two are multiplied at once (lanes.py, amx.py)
@@ -32,7 +32,8 @@ def offer(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any],
     name = str(dtype).removeprefix("torch.")
     if _by_pairs(op, attributes) and dtype is torch.bfloat16 and target.has("avx512bf16") and not target.has("amx-bf16"):
         return [(_name(op, "pairs"), {"dtype": name, "pairs": True})]
-    return [(_name(op), {"dtype": name})]
+    narrow = group_of(int(attributes.get("r", 1))) == SLICE and second_cache(target) < SMALL
+    return [(_name(op), {"dtype": name, **({"block": WIDE} if narrow else {})})]
 
 
 def _by_pairs(op: str, attributes: Mapping[str, Any]) -> bool:
@@ -43,14 +44,14 @@ def _by_pairs(op: str, attributes: Mapping[str, Any]) -> bool:
 def lay(op: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None,
         target: Target, shared: list[Any]) -> Laid:
     """The weight laid out, or its layout with this very bias from `shared`. Raises KernelError."""
-    finish = needed_finish(op, attributes)
+    finish, wide = needed_finish(op, attributes), int(options.get("block", 0))
 
     def lay_out() -> PreparedStrips:
         groups, outputs, inputs = groups_of(op, tensors, attributes)
         groups = pairs_of(groups) if options.get("pairs") else groups
-        return prepare_strips(groups, getattr(torch, str(options["dtype"])), bias, outputs, inputs, target.cores)
+        return prepare_strips(groups, getattr(torch, str(options["dtype"])), bias, outputs, inputs, target.cores, wide)
 
-    prepared, name = shared_layout(shared, bias, lay_out), _name(op, "pairs" if options.get("pairs") else "strips")
+    prepared, name = shared_layout(shared, bias, lay_out, wide), _name(op, "pairs" if options.get("pairs") else "strips")
     return Laid(name, options, prepared, _variants(prepared, finish, workers(target), vectors_of(target)), target)
 
 
