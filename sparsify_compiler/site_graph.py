@@ -49,14 +49,14 @@ class View:
     @cached_property
     def linears(self) -> list[fx.Node]:
         """Every linear whose weight comes from parameters alone, but for those that only say what others select: predictors of a pass."""
-        return [node for node in self.calls(aten.linear.default) if from_parameters(node.kwargs["weight"]) and node in self._values]
+        return [node for node in self.calls(aten.linear.default) if from_parameters(node.kwargs["weight"]) and node not in self._saying]
 
     @cached_property
-    def _values(self) -> set[fx.Node]:
-        """What reaches an output other than as scores and limits of a selection."""
+    def _saying(self) -> set[fx.Node]:
+        """What is read for nothing but scores and limits of selections."""
         found: set[fx.Node] = set()
         for node in reversed(self.position):
-            if node.op == "output" or any(user in found and _is_value(node, user) for user in node.users):
+            if node.users and all(user in found or not _is_value(node, user) for user in node.users):
                 found.add(node)
         return found
 

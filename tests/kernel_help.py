@@ -15,7 +15,7 @@ needs_tiles = pytest.mark.skipif(not all(host().has(name) for name in amx.FEATUR
 needs_avx512 = pytest.mark.skipif(not host().has("avx512f"), reason="this machine's vectors have no 512 bits")
 
 
-def longest_first(groups: dict[str, dict[str, Callable[[], object]]], rounds: int) -> dict[str, dict[str, Timing]]:
+def longest_first(groups: dict[str, dict[str, Callable[[], object]]], **_: int) -> dict[str, dict[str, Timing]]:
     """Timings by which a sparse form that computes more of what follows is always faster. Every form runs once."""
     def time(name: str) -> float:
         return (10.0 if name.startswith("dense") else 1.0) - 0.1 * name.count(" + ")

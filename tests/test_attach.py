@@ -156,7 +156,7 @@ def test_what_was_trained_compiles_and_skips_its_zeros(pays: bool, monkeypatch: 
     def time(name: str) -> float:
         return 2.0 if name.startswith("dense") == pays else 1.0
 
-    monkeypatch.setattr(lower, "round_robin", lambda groups, rounds: {
+    monkeypatch.setattr(lower, "round_robin", lambda groups, **_: {
         key: {name: Timing(time(name), time(name), time(name)) for name in forms} for key, forms in groups.items()})
     module, hook, _ = attached()
     run(module, hook, torch.optim.AdamW(module.parameters(), 1e-2), 12)

@@ -169,11 +169,11 @@ class Odd(nn.Module):
 class Blocks(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, None]
-        return OPS.attend(x, x, x, indexer="Indexer(scorer='pooled', selector='top_k(share=0.5)')")
+        return OPS.attend(x, x, x, indexer="Indexer(scorer='pooled', selector='top_p(mass=0.5)')")
 
 
 @pytest.mark.parametrize(("model", "told", "advice"), [
-    (Blocks(), "this attention chooses the blocks that it reads by their scores, which whole graphs do not", "without a scorer"),
+    (Blocks(), "this attention chooses the blocks that it reads by scores, in a way that whole graphs do not", "top_k"),
     (Held(), "held_ffn reads what a text's prompt used, which whole graphs do not remember", "compile without the pass"),
     (Sorted(), "sort numbers of float32, along the last dimension", "save() keeps the model"),
     (Odd(), "no whole graph has the operator aten.special_zeta", "save() keeps the model")])
