@@ -156,7 +156,7 @@ def _mixed_integer(units: Sequence[_Unit], most: Sequence[float]) -> tuple[list[
     for tightened in (0.0, 1e-6, 1e-5):  # HiGHS takes 1e-6 of a row for nothing; we do not
         limits = [LinearConstraint(one_each, 1, 1)]
         for number, limit in enumerate(most):
-            unit_of_cost = max(abs(limit), 1e-300)
+            unit_of_cost = abs(limit) or float(np.abs(table[:, 1 + number]).max()) or 1.0
             limits.append(LinearConstraint(table[:, 1 + number][None] / unit_of_cost, -np.inf, (limit / unit_of_cost) - tightened))
         given = {"c": objective, "constraints": limits, "bounds": Bounds(0, 1)}
         if not tightened:

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsify_compiler.cost_models.solve import front, solve
@@ -70,6 +70,7 @@ def test_groups_and_forced_options_hold(problem: tuple[Rows, Rows, float], data:
 
 @settings(deadline=None, max_examples=60)
 @given(problems())
+@example(([[0.0], [1.0, 0.0]], [[0.0], [0.0, 1.0]], 0.0))  # a limit of nothing: no unit of a cost
 def test_the_front_is_the_lower_hull_of_all_choices(problem: tuple[Rows, Rows, float]) -> None:
     losses, costs, limit = problem
     points = front(losses, costs)
