@@ -19,3 +19,8 @@ def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
     except Exception:  # noqa: BLE001  of a module of somebody else's that takes or gives something else: a norm, a table
         return None
     return next(iter(fits), None)
+
+
+def no_kernel_for(activation: object) -> str:
+    """Why experts with another activation are left alone."""
+    return f"there is no kernel for its activation, {type(activation).__name__}"

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import library_experts_scaled
-from .library_activations import activation_name
+from .library_activations import activation_name, no_kernel_for
 from .library_experts_listed import find_listed_experts, take_place
-from .library_experts_scaled import find_scaled_experts
+from .library_experts_scaled import find_scaled_experts, take_scaled_place
 from .ops import experts_ffn
 
 NAME = "sparsify"
@@ -56,7 +55,7 @@ def give_experts(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn
     for path in listed:
         take_place(private.get_submodule(path.rpartition(".")[0]), private.get_submodule(path))
     for path in scaled:
-        library_experts_scaled.take_place(private.get_submodule(path))
+        take_scaled_place(private.get_submodule(path))
     return private
 
 
@@ -73,7 +72,7 @@ def _unfit(module: Any) -> str | None:
         return "it normalises what an expert gives"
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are spread over several processes"
-    return None if activation_name(module.act_fn) else f"there is no kernel for its activation, {type(module.act_fn).__name__}"
+    return None if activation_name(module.act_fn) else no_kernel_for(module.act_fn)
 
 
 def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import one_hot
 
-from .library_activations import activation_name
+from .library_activations import activation_name, no_kernel_for
 from .ops import experts_ffn
+
+OTHERWISE = "it computes what experts give in a way of its own"
 
 
 def find_listed_experts(model: nn.Module) -> dict[str, str | None]:
@@ -61,8 +63,8 @@ def _unfit(module: nn.Module) -> str | None:
     parts = [found for expert in _experts(module) if (found := _parts(expert))]
     name = activation_name(parts[0][1])
     if name is None or any(activation_name(act) != name for _, act in parts):
-        return f"there is no kernel for its activation, {type(parts[0][1]).__name__}"
-    return None if _same(module) else "it computes what experts give in a way of its own"
+        return no_kernel_for(parts[0][1])
+    return None if _same(module) else OTHERWISE
 
 
 def _same(module: nn.Module) -> bool:
@@ -89,9 +91,13 @@ def _agrees(module: nn.Module, k: int) -> bool:
     if not all(torch.equal(buffers[name], buffer) for name, buffer in module.named_buffers()):
         return False
     ours = _computed(module, x, asked, weights, str(activation_name(first[1])))
-    limit = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
-    same = isinstance(theirs, Tensor) and theirs.shape == ours.shape
-    return same and torch.allclose(theirs, ours, rtol=limit, atol=limit * float(ours.abs().max()))
+    return isinstance(theirs, Tensor) and same_numbers(theirs, ours)
+
+
+def same_numbers(theirs: Tensor, ours: Tensor) -> bool:
+    """Does a mixture of the library give what we do, up to rounding?"""
+    limit = 1e-4 if ours.dtype in (torch.float32, torch.float64) else 3e-2
+    return theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=limit, atol=limit * float(ours.abs().max()))
 
 
 def _computed(module: nn.Module, x: Tensor, asked: Tensor, weights: Tensor, activation: str) -> Tensor:

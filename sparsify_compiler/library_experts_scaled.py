@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .library_activations import activation_name
+from .library_activations import activation_name, no_kernel_for
+from .library_experts_listed import OTHERWISE, same_numbers
 from .ops import experts_ffn
 
 
@@ -20,7 +21,7 @@ def find_scaled_experts(model: nn.Module) -> dict[str, str | None]:
     return {path: _unfit(module) for path, module in model.named_modules() if _is_mixture(module)}
 
 
-def take_place(module: nn.Module) -> None:
+def take_scaled_place(module: nn.Module) -> None:
     """Let a mixture of a private copy be computed by sparsify.experts_ffn; it keeps what else its class has."""
     scaled: Any = module
     scaled._sparsify_activation = activation_name(scaled.experts.act_fn)
@@ -39,8 +40,8 @@ def _is_mixture(module: Any) -> bool:
 
 def _unfit(module: Any) -> str | None:
     if activation_name(module.experts.act_fn) is None:
-        return f"there is no kernel for its activation, {type(module.experts.act_fn).__name__}"
-    return None if _agrees(module) else "it computes what experts give in a way of its own"
+        return no_kernel_for(module.experts.act_fn)
+    return None if _agrees(module) else OTHERWISE
 
 
 @torch.no_grad()
@@ -52,8 +53,7 @@ def _agrees(module: Any) -> bool:
         theirs, ours = module(rows.to(weight))[0], _computed(module, rows.to(weight), str(activation_name(module.experts.act_fn)))[0]
     except Exception:  # noqa: BLE001  what somebody else's forward() raises that takes or gives something else
         return False
-    limit = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
-    return theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=limit, atol=limit * float(ours.abs().max()))
+    return same_numbers(theirs, ours)
 
 
 def _computed(module: Any, x: Tensor, activation: str) -> tuple[Tensor, Any]:

@@ -258,9 +258,7 @@ def test_activations_that_are_selected_by_row_are_there_too(recipe: str) -> None
 def test_a_hole_in_a_mask_never_becomes_a_weight(structure: str) -> None:
     """For speed pack() keeps a few zeros more, so that a mask with holes is of its structure again; in training they would have learned."""
     net = nn.Sequential(nn.Linear(64, 64, bias=False)).eval()
-    (name, mask), *_ = ((name, one) for name, one in masked(net, structure).named_buffers() if one.dtype is torch.bool)
-    assert name
-    kept = mask.clone()
+    kept = next(one for one in masked(net, structure).buffers() if one.dtype is torch.bool).clone()
     kept[tuple(kept.nonzero()[7])] = False
 
     class Masked(nn.Module):

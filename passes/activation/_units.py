@@ -14,7 +14,9 @@ from sparsify_compiler.decision import Decision
 from sparsify_compiler.fold import evaluate, is_constant
 from sparsify_compiler.normal_form_edit import only_user
 from sparsify_compiler.ops import select
-from sparsify_compiler.program import Region, Site
+from sparsify_compiler.passes.activation._selection import Selection
+from sparsify_compiler.passes.lower._predicted import BY
+from sparsify_compiler.program import Program, Region, Site
 from sparsify_compiler.site_ffn import neurons_of
 
 MAX_BYTES = 1 << 29  # of rows that are held at one time
@@ -80,9 +82,15 @@ def _what(site: Site) -> str:
     return "neurons" if site.kind == "ffn" else "heads"
 
 
-def row_of(unit: Unit) -> Decision:
-    """A row of the report about the linear that reads them."""
-    return Decision.of(unit.path, "linear", evaluate(unit.region, unit.op.kwargs["weight"]))  # type: ignore[arg-type]
+def let_select(unit: Unit, selection: Selection, by: str, scores: fx.Node, density: float, recall: float, program: Program) -> None:
+    """Read what a predictor's scores choose of the units, and write it down: in the report, and on the nodes where lowering looks for it."""
+    chosen = selection.insert(unit.region, unit.reader, unit.value, by, scores)
+    unit.reader.replace_input_with(unit.value, chosen)
+    chosen.meta["site"] = unit.op.meta["site"] = unit.path
+    weight = evaluate(unit.region, unit.op.kwargs["weight"])  # type: ignore[arg-type]
+    row = program.decisions.setdefault(unit.path, Decision.of(unit.path, "linear", weight))
+    row.structure, row.density, row.budget = f"{unit.what} {BY}", selection.found, density
+    row.reason = f"the predictor finds {recall:.0%} of the {unit.what} that matter most"
 
 
 class Rows(Protocol):

@@ -17,8 +17,7 @@ from sparsify_compiler.named import Named
 from sparsify_compiler.ops.select_ffn import ACTIVATIONS
 from sparsify_compiler.passes.activation._copy import Activate, Copy, copied, expected
 from sparsify_compiler.passes.activation._selection import Selection
-from sparsify_compiler.passes.activation._units import Unit, in_groups, row_of, unit_of
-from sparsify_compiler.passes.lower._predicted import BY
+from sparsify_compiler.passes.activation._units import Unit, in_groups, let_select, unit_of
 from sparsify_compiler.passes.lower._selected_ffn import activation_of
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site, Stage
@@ -114,12 +113,7 @@ class EstimateNeurons(Pass):
         parts = {"x": unit.source, **{name: stored(getattr(copy, name), f"copy_{name}", dtype) for name in ("first", "second", "second_bias")},
                  **{name: stored(getattr(copy, name), f"copy_{name}", torch.float32) for name in ("rest", "length")}}
         scores = insert_formula(region, reader, partial(expected, activations=activations), parts, by)
-        chosen = selection.insert(region, reader, unit.value, by, scores)
-        reader.replace_input_with(unit.value, chosen)
-        chosen.meta["site"] = unit.op.meta["site"] = unit.path
-        row = program.decisions.setdefault(unit.path, row_of(unit))
-        row.structure, row.density, row.budget = f"{unit.what} {BY}", selection.found, density
-        row.reason = f"the predictor finds {copy.recall:.0%} of the {unit.what} that matter most"
+        let_select(unit, selection, by, scores, density, copy.recall, program)
 
 
 def _activations(region: Region, site: Site) -> list[Activate]:

@@ -15,8 +15,7 @@ from sparsify_compiler.fold import put
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.activation._predictor import Predictor, fit, hidden, margins, scored
 from sparsify_compiler.passes.activation._selection import Selection
-from sparsify_compiler.passes.activation._units import Unit, in_groups, row_of, unit_of
-from sparsify_compiler.passes.lower._predicted import BY
+from sparsify_compiler.passes.activation._units import Unit, in_groups, let_select, unit_of
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Stage
 from sparsify_compiler.sites import chosen_sites, op_paths
@@ -140,12 +139,7 @@ class PredictNeurons(Pass):
             return scores if unit.size == 1 else scores.unsqueeze(-1).expand(*scores.shape, unit.size).flatten(-2)
 
         scores = insert_formula(region, reader, spread, {"inner": known, **parts}, by)
-        chosen = selection.insert(region, reader, unit.value, by, scores)
-        reader.replace_input_with(unit.value, chosen)
-        chosen.meta["site"] = unit.op.meta["site"] = unit.path
-        row = program.decisions.setdefault(unit.path, row_of(unit))
-        row.structure, row.density, row.budget = f"{unit.what} {BY}", selection.found, density
-        row.reason = f"the predictor finds {predictor.recall:.0%} of the {unit.what} that matter most"
+        let_select(unit, selection, by, scores, density, predictor.recall, program)
 
 
 def _of_one(x: Tensor, wanted: Sequence[Tensor], rank: int, epochs: int, seed: int) -> Iterator[Predictor]:

@@ -6,6 +6,7 @@ A kernel is tested wherever it is built, but compilers, processors and their emu
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ STRETCH = 1 << 20       # numbers that are compared at a time
 
 def check(layer: Layer) -> None:
     """Run every kernel once beside what it has to compute, let go of those whose numbers are others, and say so in the decision."""
+    known = cache(lambda expected: expected())  # what several kernels have to compute is computed once
     for name in [name for name, form in layer.forms.items() if form.kernel is not None]:
-        off = max(distance(run(), expected()) for run, expected in layer.compared(name))
+        off = max(distance(run(), known(expected)) for run, expected in layer.compared(name))
         if not off <= (NEAR_SELECTED if layer.selects else near(layer.weight.dtype)):
             layer.drop(name)
             say(layer.decision, f"{name} is not used: its numbers are {off:.1e} from torch's, by their norm")

@@ -122,7 +122,10 @@ def drop_unpacked(program: Program) -> None:
         node.replace_all_uses_with(node.kwargs["x"])  # type: ignore[arg-type]
         erase_dead([node])
     for row in program.decisions.values():
-        if row.site in paths:
-            row.density = 1.0 if row.structure.endswith(BY) else row.density    # a later pass has made it something else
-            say(row, "reads everything: no kernel reads by these predicted scores" if row.structure.endswith(BY) else
-                "what was predicted is read all the same: no kernel selects by scores and in this way too")
+        if row.site not in paths:
+            continue
+        if row.structure.endswith(BY):
+            row.density = 1.0
+            say(row, "reads everything: no kernel reads by these predicted scores")
+        else:   # a later pass has made it something else
+            say(row, "what was predicted is read all the same: no kernel selects by scores and in this way too")
