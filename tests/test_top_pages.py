@@ -69,11 +69,21 @@ def chosen(found: tuple[Tensor, Tensor, Tensor | None], blocks: int) -> Tensor:
     return torch.zeros(*indices.shape[:2], blocks + 1, dtype=torch.bool).scatter_(-1, listed, True)[..., :-1]
 
 
+def read(found: tuple[Tensor, Tensor, Tensor | None], blocks: int) -> Tensor:
+    """int [B, H, NK]: what is read of each block: -2 nothing, -1 all, else the number of a tile."""
+    indices, counts, tiles = found
+    place = torch.arange(indices.shape[-1]) < counts[..., None]
+    listed = torch.where(place, indices, blocks)[:, :, 0].long()
+    what = torch.full_like(listed, -1) if tiles is None else tiles[:, :, 0].long()
+    return torch.full((*indices.shape[:2], blocks + 1), -2).scatter_(-1, listed, what)[..., :-1]
+
+
 def check(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """The kernel against the reference."""
     wanted, found = top_pages.reference(*arguments, **options), top_pages.computed(*arguments, **options)
     blocks = found[0].shape[-1]
-    differ = chosen(wanted, blocks) != chosen(found, blocks)
+    ours, theirs = read(found, blocks), read(wanted, blocks)
+    differ = ours != theirs
     if differ.any():  # logarithms and means round: what has nearly the least score that is taken may change places with what has it
         scores, of_heads = top_pages._scores(*arguments[:2], *arguments[3:6], options["pages"], options["block"], SCALE), arguments[6]
         visible = scores > -math.inf
@@ -81,6 +91,7 @@ def check(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         wanted_number = (visible.sum(-1) * of_heads.shares - 1e-6).ceil().maximum(of_heads.least).clamp(1, blocks).long()
         least = first.gather(-1, wanted_number[..., None] - 1)
         assert ((scores - least).abs() <= 1e-5 * least.abs().clamp(min=1))[differ].all()
+        assert ((ours == -1) | (theirs == -1))[differ].all()     # chosen by one of the two; by the other left to its pattern
         return
     for one, other in zip(wanted, found, strict=True):
         assert one is other is None or torch.equal(one, other)
