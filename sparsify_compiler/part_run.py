@@ -56,7 +56,7 @@ class Part:
             return "its residual stream is not [texts, tokens, width]"
         if start.target is take_part.op:
             return "it runs on a part already"
-        inside, size = _between(region, start, end), stream[dim]
+        inside, size = between(region, start, end), stream[dim]
         members = set(inside)
         sizes = [node for node in _read(inside) if node not in members and _is_size(node)]
         allowed = members | {node for node in sizes if all(user in members for user in node.users)}
@@ -120,7 +120,7 @@ class Part:
                 node.meta["val"] = node.target(*given[0], **given[1])  # type: ignore[operator]
 
 
-def _between(region: Region, start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
+def between(region: Region, start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
     """What is computed from start and needed for end, without sizes, in order."""
     needed, waiting = {end}, [end]
     while waiting:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.fold import evaluate, is_constant, masks
 from sparsify_compiler.normal_form_edit import aten, is_call, shape, value
 from sparsify_compiler.ops import experts_ffn
-from sparsify_compiler.passes.moe._write import CHOICE, SCORES
+from sparsify_compiler.passes.moe._write import CHOICE, LOOPS, SCORES
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, Site
 
@@ -87,7 +87,7 @@ def mixtures(program: Program, ctx: Context) -> list[Mixture]:
 def found_mixtures(program: Program) -> Iterator[Mixture]:
     """All of them, or none."""
     for region, op in program.nodes():
-        if op.target is experts_ffn.op:
+        if op.target is experts_ffn.op and not op.meta.get(LOOPS):
             path = str(op.meta.get("site") or op.meta.get("path") or region.qualified(op.name))
             yield Mixture(region, Site("moe", path, region.path, {"op": op.name}), op, *_behind(op.kwargs["chosen"], _experts_of(op)))
 

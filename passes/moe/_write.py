@@ -22,6 +22,7 @@ from sparsify_compiler.passes.moe._split import Split
 
 SCORES = "scores of experts"  # in the metadata of a router's last node
 SHARED = "experts share it"  # in the metadata of the node that an FFN ends at
+LOOPS = "loops"  # true in the metadata of an op whose one expert is a whole FFN, which a row runs through again or not: no router is about it
 CHOICE = "choice of experts"  # in the metadata of the choice that an op reads: the name of the one with experts that no kernel sees
 
 

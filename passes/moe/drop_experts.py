@@ -15,8 +15,8 @@ from sparsify_compiler.fold import erase_dead, leaves, put
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.moe import _merge, _routing
 from sparsify_compiler.passes.moe._observed import Observed, gather
+from sparsify_compiler.passes.moe._refused import added
 from sparsify_compiler.passes.moe._routing import Mixture, mixtures
-from sparsify_compiler.passes.moe._write import SCORES
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, get_tensor
 from sparsify_compiler.selectors import select
@@ -133,15 +133,7 @@ def _refuse(mixture: Mixture, gone: Tensor, by: str) -> None:
     names = _names(mixture, int(scores.meta["val"].shape[-1]))
     refused = torch.cat([gone, torch.tensor([False])])[names]
     penalty = torch.zeros(refused.shape, dtype=scores.meta["val"].dtype).masked_fill(refused, -torch.inf)
-    before = scores.next
-    made = put(mixture.region, before, penalty, "refused", (), scores.meta, by)
-    new = insert_formula(mixture.region, before, _with_penalty, {"scores": scores, "penalty": made}, by)
-    new.meta |= {**{name: value for name, value in scores.meta.items() if name not in new.meta}, SCORES: True}
-    scores.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-
-
-def _with_penalty(scores: Tensor, penalty: Tensor) -> Tensor:
-    return scores + penalty
+    added(mixture.region, scores, penalty, "refused", by)
 
 
 def _names(mixture: Mixture, experts: int) -> Tensor:

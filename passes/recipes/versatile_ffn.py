@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from sparsify_compiler.passes.moe.split_experts import SplitExperts
+from sparsify_compiler.passes.moe.reuse_ffns import ReuseFfns
+from sparsify_compiler.passes.train.draw_loops import DrawLoops
 from sparsify_compiler.passes.train.penalise_routing import PenaliseRouting
 from sparsify_compiler.pipeline import Pipeline
 
 
-def versatile_ffn(experts: int = 8, top_k: int = 2, balance: float = 0.01) -> Pipeline:
-    """For training: experts are overlapping slices of the FFN, of which a row takes those of highest probability: the paper's width path.
+def versatile_ffn(slices: int = 8, top_k: int = 2, loops: int = 4, steps: int = 10000, balance: float = 0.01) -> Pipeline:
+    """For training: rows run through slices of their FFN (the paper's width path) and through all of it once or several times (its depth path).
 
-    Each slice is a copy, where the paper's share their weights; its depth path, which runs the FFN several times over for hard rows, and the gate
-    between both are not in this recipe
+    How often, a router learns by draws that cool for so many steps; the more often, the less the slices count. No weight is added but those of the
+    two routers
 
     Paper      VersatileFFN: Achieving Parameter Efficiency in LLMs via Adaptive Wide-and-Deep Reuse, arXiv:2512.14531
     """
-    split = SplitExperts(experts, "slices", "random", f"top_k(k={top_k})", 0.0, "weight_norm", "normalised", "none")
-    return Pipeline((split, PenaliseRouting("load_balance", balance)))
+    return Pipeline((ReuseFfns(slices, top_k, loops), DrawLoops(steps=steps), PenaliseRouting("load_balance", balance)))
