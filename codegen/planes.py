@@ -30,7 +30,8 @@ TILES: Mapping[int, tuple[int, ...]] = {1: (8, 4), 2: (6,), 4: (4,), 8: (3,)}
 TILES_OF = {8: {1: 8, 2: 4, 4: 2, 8: 1}, 4: {1: 8, 2: 8, 4: 4, 8: 2}}     # the same without AVX-512, by lanes of a register
 DENSE_ROWS = 8       # outputs computed together where all are kept
 DENSE_INPUTS = 256   # above so many inputs of a group oneDNN is out of reach
-CHUNK = 512          # columns of 64 bytes: what a tile reads of x between two visits of a group stays in L1
+# Columns of 64 bytes: what a tile reads of x between two visits of a group stays in L1, or half of it (14x14, 512 channels, Zen 4: 131, 122 us).
+CHUNKS = (512, 1024)
 CHUNKED_FROM = 384   # inputs of a group from which chunks can pay, where outputs share no columns
 # Of y for each processor, where they share an image by its rows, not by its planes. MobileNetV1 with 28, 14 and 7, a run each: 2.84, 2.72, 2.86 ms.
 FEWEST_ROWS = 14
@@ -75,7 +76,7 @@ def _options(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, An
     inputs = weight[0].numel() if op == "conv2d" else int(attributes["in_features"])
     tiles = [(vectors, inputs) for vectors in TILES[r]]
     if r == 1 and inputs >= CHUNKED_FROM:
-        tiles += [(vectors, CHUNK // vectors) for vectors in TILES[r]]
+        tiles += [(vectors, chunk // vectors) for chunk in CHUNKS for vectors in TILES[r]]
     return [{"layout": LAYOUT, "r": r, "vectors": vectors, "chunk": max(1, chunk), "parallel": parallel} for vectors, chunk in tiles]
 
 

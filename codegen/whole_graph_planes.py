@@ -73,5 +73,5 @@ def _chosen(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any
     together = planes.DENSE_ROWS if dense else int(attributes.get("r", 1))
     r = planes._shared_rows(together, outputs, geometry.groups)
     vectors = planes.TILES[r][0]
-    chunk = planes.CHUNK // vectors if r == 1 and inputs >= planes.CHUNKED_FROM else inputs
+    chunk = planes.CHUNKS[0] // vectors if r == 1 and inputs >= planes.CHUNKED_FROM else inputs
     return {"layout": planes.LAYOUT, "r": r, "vectors": vectors, "chunk": max(1, chunk)}

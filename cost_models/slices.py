@@ -18,4 +18,5 @@ FLOPS: Expr = 2 * M * LANES * steps
 
 _BESIDE: Expr = pointer_bytes * (SLICES + 1 + SHARES + 1) + (pointer_bytes + 4) * LANES * SLICES  # pointers and shares; order and float32 bias
 GAPS_BYTES: Expr = LANES * steps * (value_bytes + 1) + _BESIDE
+COLUMNS_BYTES: Expr = GAPS_BYTES + LANES * steps
 PLACES_BYTES: Expr = LANES * steps * (value_bytes + Piecewise((Integer(2), m <= 4), (Integer(4), True)) / 8) + _BESIDE

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -150,6 +151,11 @@ def _mcpu(arch: str, features: tuple[str, ...]) -> str:
     if "avx512bf16" in features:
         return "znver4"
     return "skylake-avx512" if "avx512f" in features else "haswell" if "avx2" in features else "x86-64"
+
+
+def gathers_slowly(features: Sequence[str]) -> bool:
+    """Is a gather of 16 numbers slower than loading them one by one? It is microcode on Zen 4 (21 cycles of 11), which these features tell."""
+    return "avx512bf16" in features and "amx-tile" not in features
 
 
 def _known(name: str) -> str:

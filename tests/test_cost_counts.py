@@ -112,13 +112,14 @@ def test_strips_of_pairs(rows: int, outputs: int, inputs: int) -> None:
 def test_slices_of_any_mask(rows: int, outputs: int, inputs: int, step: int, dtype: torch.dtype) -> None:
     op, form = encoded(outputs, inputs, step, 1, dtype)
     groups, _, _ = groups_of(op, form.tensors(), form.attributes())
-    prepared = slice_layout.prepare_gaps(groups, dtype, None, outputs, inputs)
-    numbers = values(rows, outputs, inputs, step, dtype, spread=0)
-    is_count(slices.GAPS_STEPS, numbers, prepared.steps)
-    is_count(slices.GAPS["row"].weight, numbers, prepared.resident_bytes)
-    is_count(rows * slices.GAPS_STEPS * 16, numbers, walked(Gemv(prepared.layout, False), (rows, inputs), prepared, outputs).lanes)
-    counts = walked(SlicePanel(prepared.layout, 2), (rows, inputs), prepared, outputs)
-    is_count(-(-rows // 32) * slices.GAPS_STEPS * 16 * 2 * 16, numbers, counts.lanes)
+    for direct, formulas in ((False, slices.GAPS), (True, slices.COLUMNS)):
+        prepared = slice_layout.prepare_gaps(groups, dtype, None, outputs, inputs, direct)
+        numbers = values(rows, outputs, inputs, step, dtype, spread=0)
+        is_count(slices.GAPS_STEPS, numbers, prepared.steps)
+        is_count(formulas["row"].weight, numbers, prepared.resident_bytes)
+        is_count(rows * slices.GAPS_STEPS * 16, numbers, walked(Gemv(prepared.layout, False), (rows, inputs), prepared, outputs).lanes)
+        counts = walked(SlicePanel(prepared.layout, 2), (rows, inputs), prepared, outputs)
+        is_count(-(-rows // 32) * slices.GAPS_STEPS * 16 * 2 * 16, numbers, counts.lanes)
 
 
 @pytest.mark.parametrize(("n", "m", "dtype"), [(2, 4, torch.float32), (1, 4, torch.bfloat16), (4, 8, torch.float32)])

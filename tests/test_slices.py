@@ -15,20 +15,22 @@ from sparsify_compiler import catalog
 from sparsify_compiler.codegen import runtime
 from sparsify_compiler.codegen.bound import BoundKernel
 from sparsify_compiler.codegen.kernels import slices
-from sparsify_compiler.codegen.kernels.slice_layout import SKIP, WINDOW, places_fit, prepare_gaps
+from sparsify_compiler.codegen.kernels.slice_layout import FURTHEST, SKIP, WINDOW, places_fit, prepare_gaps
 from sparsify_compiler.cost_models import slices as cost
 from sparsify_compiler.cost_models.symbols import evaluate
+from sparsify_compiler.errors import KernelError
 from sparsify_compiler.target import Target, host, resolve
 
+CODINGS = ("gaps", "columns")       # of any mask
 DTYPES = (torch.float32, torch.bfloat16)
 PATTERNS = ((2, 4), (1, 4), (3, 4), (1, 3), (4, 8), (5, 7), (8, 16), (2, 11), (1, 1))
 
 
 def bound(structure: str, weight: Tensor, mask: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None, target: Target | None = None,
-          **sizes: int) -> BoundKernel:
-    """The kernel for one row of x, offered here or not; of a weight in bfloat16 and x in another dtype where given."""
+          any_mask: str = "gaps", **sizes: int) -> BoundKernel:
+    """The kernel for one row of x, offered here or not; of a weight in bfloat16 and x in another dtype where given. any_mask: how those are coded."""
     stored = catalog.get("format", structure).encode(weight, mask, **sizes)
-    coding = "places" if structure == "nm" and places_fit(sizes["n"], sizes["m"]) else "gaps"
+    coding = "places" if structure == "nm" and places_fit(sizes["n"], sizes["m"]) else any_mask
     options = {"family": slices.NAME, "dtype": str(dtype or weight.dtype).removeprefix("torch."), "coding": coding}
     return runtime.rebind(f"linear_{structure}", options, stored.tensors(), stored.attributes(), bias, {}, target or host())  # type: ignore[no-any-return]
 
@@ -46,11 +48,11 @@ def _seeded() -> None:
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(n=st.integers(1, 70), k=st.integers(1, 300), rows=st.sampled_from([0, 1, 2, 3, 5, 16, 33]),
        density=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]), structure=st.sampled_from(["csr", "bitmap", "condensed"]),
-       dtype=st.sampled_from(DTYPES), bias=st.booleans())
-def test_any_mask(n: int, k: int, rows: int, density: float, structure: str, dtype: torch.dtype, bias: bool) -> None:
+       dtype=st.sampled_from(DTYPES), bias=st.booleans(), coding=st.sampled_from(CODINGS))
+def test_any_mask(n: int, k: int, rows: int, density: float, structure: str, dtype: torch.dtype, bias: bool, coding: str) -> None:
     mask, weight = mask_of(structure, n, k, density), torch.randn(n, k).to(dtype)
     offset = torch.randn(n).to(dtype) if bias else None
-    check(bound(structure, weight, mask, offset), weight, mask, offset, rows, dtype)
+    check(bound(structure, weight, mask, offset, any_mask=coding), weight, mask, offset, rows, dtype)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -76,9 +78,10 @@ def test_wide_groups_are_coded_as_gaps() -> None:
 def test_machines_without_masks_get_the_same_numbers() -> None:
     """Not offered there, but built again for an artefact that was made elsewhere."""
     narrow = resolve("x86-avx2") if host().has("avx512f") else host()
-    for structure, dtype, sizes in (("csr", torch.bfloat16, {}), ("nm", torch.float32, {"n": 2, "m": 4})):
+    cases = (("csr", torch.bfloat16, {}, "gaps"), ("csr", torch.bfloat16, {}, "columns"), ("nm", torch.float32, {"n": 2, "m": 4}, ""))
+    for structure, dtype, sizes, coding in cases:
         mask, weight, bias = mask_of(structure, 37, 72, 0.3, **sizes), torch.randn(37, 72).to(dtype), torch.randn(37).to(dtype)
-        kernel = bound(structure, weight, mask, bias, target=narrow, **sizes)
+        kernel = bound(structure, weight, mask, bias, target=narrow, any_mask=coding, **sizes)
         for rows in (1, 15, 33):
             check(kernel, weight, mask, bias, rows, dtype)
 
@@ -94,13 +97,30 @@ def test_gaps_of_any_length(dtype: torch.dtype) -> None:
         check(bound("csr", weight, mask), weight, mask, None, 1, dtype)
 
 
+def test_columns_as_far_as_their_bits_reach() -> None:
+    """The last input, and none behind it; one more input is refused, and coded as gaps where a kernel is offered."""
+    for wide in (FURTHEST, FURTHEST + 1):
+        mask = torch.zeros(3, wide, dtype=torch.bool)
+        mask[0, [0, 1, wide - 1]] = mask[2, wide - 1] = True
+        weight = torch.randn(3, wide)
+        if wide > FURTHEST:
+            with pytest.raises(KernelError, match="16 bits"):
+                bound("csr", weight, mask, any_mask="columns")
+            continue
+        for rows in (1, 5):
+            check(bound("csr", weight, mask, any_mask="columns"), weight, mask, None, rows, torch.float32)
+    slow, fast = resolve("x86-vnni-bf16"), resolve("x86-amx")
+    found = [slices.coding_of(target, inputs) for target in (slow, fast) for inputs in (FURTHEST, FURTHEST + 1)]
+    assert found == ["columns", "gaps", "gaps", "gaps"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("structure", ["csr", "nm"])
-def test_only_kept_places_contribute(structure: str, dtype: torch.dtype, bad: float) -> None:
+@pytest.mark.parametrize(("structure", "coding"), [("csr", "gaps"), ("csr", "columns"), ("nm", "")])
+def test_only_kept_places_contribute(structure: str, coding: str, dtype: torch.dtype, bad: float) -> None:
     sizes = {"n": 2, "m": 4} if structure == "nm" else {}
     mask = mask_of(structure, 37, 36, 0.15, **sizes)
-    kernel, x = bound(structure, torch.randn(37, 36).to(dtype), mask, **sizes), torch.randn(5, 36).to(dtype)
+    kernel, x = bound(structure, torch.randn(37, 36).to(dtype), mask, any_mask=coding, **sizes), torch.randn(5, 36).to(dtype)
     for rows in (1, 5):
         for column in (0, 3, 17, 35):
             given = x[:rows].clone()
@@ -113,17 +133,18 @@ def test_only_kept_places_contribute(structure: str, dtype: torch.dtype, bad: fl
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_outputs_change_places_where_that_spares_steps(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("coding", CODINGS)
+def test_outputs_change_places_where_that_spares_steps(coding: str, dtype: torch.dtype) -> None:
     n, k = 2 * WINDOW + 5, 200
     mask = torch.rand(n, k) < torch.rand(n, 1)
     weight, bias = torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
-    kernel = bound("csr", weight, mask, bias)
+    kernel = bound("csr", weight, mask, bias, any_mask=coding)
     assert kernel.prepared.layout.sorted  # type: ignore[attr-defined]
     assert kernel.prepared.values.numel() * (2 if dtype is torch.bfloat16 else 1) < 1.15 * int(mask.sum())  # type: ignore[attr-defined]
     for rows in (1, 2, 20, 40):
         check(kernel, weight, mask, bias, rows, dtype)
     even = torch.ones(n, k, dtype=torch.bool)
-    assert not bound("csr", weight, even).prepared.layout.sorted  # type: ignore[attr-defined]
+    assert not bound("csr", weight, even, any_mask=coding).prepared.layout.sorted  # type: ignore[attr-defined]
 
 
 def test_narrow_weights_stay_narrow_beside_wide_inputs() -> None:
@@ -176,12 +197,13 @@ def test_offered_for_few_rows_and_single_outputs_only() -> None:
 def test_gaps_take_what_the_formula_says(n: int, k: int, density: float, dtype: torch.dtype) -> None:
     stored = catalog.get("format", "csr").encode(torch.randn(n, k).to(dtype), torch.rand(n, k) < density)
     groups = catalog.get("kernel", "linear_csr").groups(stored.tensors(), stored.attributes())
-    made = prepare_gaps(groups, dtype, None, n, k)
-    sizes = {"M": 3, "N": n, "steps": made.steps, "value_bytes": stored.values.element_size()}
-    assert evaluate(cost.GAPS_BYTES, sizes) == made.resident_bytes
-    computed = made.values.numel() * made.layout.step
-    assert evaluate(cost.FLOPS, sizes) == 2 * 3 * computed
-    assert int((made.codes < SKIP).sum()) == stored.values.numel()
+    for direct, size in ((False, cost.GAPS_BYTES), (True, cost.COLUMNS_BYTES)):
+        made = prepare_gaps(groups, dtype, None, n, k, direct)
+        sizes = {"M": 3, "N": n, "steps": made.steps, "value_bytes": stored.values.element_size()}
+        assert evaluate(size, sizes) == made.resident_bytes
+        computed = made.values.numel() * made.layout.step
+        assert evaluate(cost.FLOPS, sizes) == 2 * 3 * computed
+        assert int((made.codes < (k if direct else SKIP)).sum()) == stored.values.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,14 +1,15 @@
 """How a weight without blocks lies in memory for the kernels of slices: 16 outputs side by side, step by step.
 
 SELL-C-σ (Kreutzer et al., arXiv:1307.6209, section 2) with C = 16. A slice is 16 outputs, one in each lane of a vector; a step has one kept
-weight of each of them. Where an input is, is coded in one of two ways:
+weight of each of them. Where an input is, is coded in one of three ways:
 
 gaps     any mask: a byte for each weight, how far its input is behind that of the same lane before (the first: behind input 0). A byte above 127
          only moves on by that much and has no weight: it bridges long gaps, and fills up lanes that keep fewer inputs than their slice
+columns  any mask of up to FURTHEST inputs: the input itself in 16 bits, as single loads want it; the first behind the last where there is no weight
 places   n of every m inputs: place inside the group in 2 bits (m <= 4) or 4 (m <= 16), those of one lane packed into int32, the first lowest
 
 values    float32 [S, 16]; or, bfloat16, int32 words of two steps each, [S / 2, 16], the first in the low half
-codes     gaps: uint8 [S, 16]; places: int32 [S * bits / 32, 16]
+codes     gaps: uint8 [S, 16]; columns: int16 [S, 16]; places: int32 [S * bits / 32, 16]
 pointers  [slices + 1] int32, into the S steps
 order     [slices * 16] int32: the output of each lane, N where there is none
 shares    [SHARES + 1] int32, into the slices: parts of about as many bytes, for the threads to take
@@ -28,12 +29,14 @@ from torch.nn.functional import pad
 
 from sparsify_compiler.codegen.kernels.layout import Groups, padded_bias, split
 from sparsify_compiler.codegen.laid import PreparedWeight
+from sparsify_compiler.errors import KernelError
 
 LANES = 16
 WINDOW = 256        # outputs that may change places: lines of y are then written while they are in the cache
 SHARES = 64
 SKIP = 128          # the least code that has no weight
 LONGEST = 255       # the most that one code moves on
+FURTHEST = (1 << 15) - 1    # inputs that 16 bits with a sign can tell apart from none
 WIDEST = 16         # inputs of a group that one vector of x holds
 
 
@@ -44,7 +47,8 @@ class SliceLayout:
     dtype    of x and y: "float32" or "bfloat16"
     stored   of the weights
     sorted   outputs have changed places
-    n, m     of "places"; 0, 0 for "gaps"
+    n, m     of "places"; 0, 0 for others
+    direct   inputs are coded as "columns"
     """
 
     dtype: str
@@ -52,6 +56,7 @@ class SliceLayout:
     sorted: bool
     n: int = 0
     m: int = 0
+    direct: bool = False
 
     @property
     def step(self) -> int:
@@ -96,9 +101,12 @@ def places_fit(n: int, m: int) -> bool:
     return 1 <= n <= m <= WIDEST and n <= 8
 
 
-def prepare_gaps(groups: Groups, dtype: torch.dtype, bias: Tensor | None, out_features: int, in_features: int) -> PreparedSlices:
-    """Lay out any weight whose groups have their columns in ascending order."""
-    values, codes, counts = _coded(*_single(groups, out_features))
+def prepare_gaps(groups: Groups, dtype: torch.dtype, bias: Tensor | None, out_features: int, in_features: int,
+                 direct: bool = False) -> PreparedSlices:
+    """Lay out any weight whose groups have their columns in ascending order, as gaps or, `direct`, as columns. Raises KernelError."""
+    if direct and in_features > FURTHEST:
+        raise KernelError(f"{in_features} inputs do not fit into codes of 16 bits", hint="compile the model again here")
+    values, codes, counts = (_single if direct else _gapped)(groups, out_features)
     order, ends, changed = _slices(counts, 2)
     lane = torch.empty_like(order[: len(counts)])
     lane[order[order < len(counts)]] = (order < len(counts)).nonzero().squeeze(1)
@@ -107,8 +115,9 @@ def prepare_gaps(groups: Groups, dtype: torch.dtype, bias: Tensor | None, out_fe
     places = torch.repeat_interleave(first, counts) + torch.arange(len(values)) * LANES
     total = int(ends[-1]) * LANES
     full_values = values.new_zeros(total).index_copy_(0, places, values)
-    full_codes = torch.full((total,), LONGEST, dtype=torch.uint8).index_copy_(0, places, codes)
-    layout = SliceLayout(str(dtype)[6:], _stored(values.dtype), changed)
+    none, kind = (in_features, torch.int16) if direct else (LONGEST, torch.uint8)
+    full_codes = torch.full((total,), none, dtype=kind).index_copy_(0, places, codes.to(kind))
+    layout = SliceLayout(str(dtype)[6:], _stored(values.dtype), changed, direct=direct)
     return _prepared(layout, full_values, full_codes, ends, order, bias, out_features, in_features)
 
 
@@ -151,8 +160,9 @@ def _single(groups: Groups, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
     return values.detach().reshape(-1)[:kept], columns[:kept], pad(counts[:outputs], (0, max(0, outputs - len(counts))))
 
 
-def _coded(values: Tensor, columns: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gapped(groups: Groups, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
     """Values and codes output by output, codes without weight among them; and how many each output has."""
+    values, columns, counts = _single(groups, outputs)
     ends = pad(counts.cumsum(0), (1, 0))
     starts = ends[:-1][counts > 0]
     gaps = columns.diff(prepend=columns.new_zeros(1))
@@ -210,7 +220,7 @@ def arguments(layout: SliceLayout) -> Arguments:
 
     M, N, K, P, B = (e.int32() for _ in range(5))
     x, values = e.argument((M, K), layout.dtype), e.argument((e.int32(),), "float32" if layout.step == 1 else "int32")
-    codes, pointers = e.argument((e.int32(),), "int32" if layout.n else "uint8"), e.argument((P,), "int32")
+    codes, pointers = e.argument((e.int32(),), "int32" if layout.n else "int16" if layout.direct else "uint8"), e.argument((P,), "int32")
     order, shares = e.argument((B,), "int32"), e.argument((SHARES + 1,), "int32")
     bias, y = e.argument((e.int32(),), "float32"), e.argument((M, N), layout.dtype)
     return Arguments(M, N, K, x, values, codes, pointers, order, shares, bias, y)

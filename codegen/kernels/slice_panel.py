@@ -89,7 +89,7 @@ def _sums(a: Arguments, how: SlicePanel, packed: Any, panel: Any, number: Any, l
             inside = e.let(chunk * CHUNK + j * UNIT)
             ahead(a, layout, first + inside, UNIT)
             for i in range(UNIT):
-                at = _place(a, layout, first + inside + i, e.let(inside + i)) if layout.n else next_columns(a, first + inside + i, column)
+                at = _place(a, layout, first + inside + i, e.let(inside + i)) if layout.n else next_columns(a, layout, first + inside + i, column)
                 e.store(columns, at * _all(how.rows) + e.broadcast(start, LANES), (j * UNIT + i) * LANES, lanes=LANES)
                 if layout.step > 1:
                     e.store(values, weights(a, layout, first + inside, i), (j * UNIT + i) * LANES, lanes=LANES)

@@ -34,7 +34,7 @@ from sparsify_compiler.cost_models.symbols import (
 
 DENSE, SPARSE = "conv2d", "conv2d_"
 TILES_OF: Mapping[int, tuple[int, ...]] = {1: (8, 4), 2: (6,), 4: (4,), 8: (3,)}     # of outputs that share columns: registers of pixels in a tile
-CHUNK, CHUNKED_FROM, ALONE = 512, 384, 12_000
+CHUNKED, CHUNKED_FROM, ALONE = (512, 1024), 384, 12_000
 HELD = 640          # registers of x in the first cache
 PIXELS = (tiles, strips, lanes)
 
@@ -82,7 +82,7 @@ def _planes(name: str, values: Values, kind: str) -> list[Form]:
     inputs, size = int(values["K"] * values["taps"]), max(size for size in TILES_OF if values.get("r", 1) % size == 0)
     cut = [(count, inputs) for count in TILES_OF[size]]
     if size == 1 and inputs >= CHUNKED_FROM:
-        cut += [(count, CHUNK // count) for count in TILES_OF[size]]
+        cut += [(count, chunk // count) for chunk in CHUNKED for count in TILES_OF[size]]
     formula, key = PLAIN if kind == "plain" else COPIED, f"planes {kind} {'one' if size == 1 else 'group'}"
     return [Form(f"planes {name}_r{size}v{count}{f'c{chunk}' if chunk < inputs else ''}", formula, key,
                  {"group": size, "vectors": count, "span": chunk}) for count, chunk in cut]

@@ -1,6 +1,7 @@
 """Slices of 16 outputs that each keep inputs of their own (kernels/gemv.py, kernels/slice_panel.py).
 
 gaps    a step gathers the 16 inputs of 16 weights; a slice has as many steps as its longest output, and outputs are sorted where that spares some
+columns the same where gathers are slow (Zen 4): single loads in the place of the gather, and a byte more for each weight
 places  n of every m inputs: a step is a permutation within one register
 """
 
@@ -14,10 +15,11 @@ from sparsify_compiler.cost_models import slices
 from sparsify_compiler.cost_models.forms import strips
 from sparsify_compiler.cost_models.forms._base import LANES, Form, Formula, Hardware, Values, costs
 from sparsify_compiler.cost_models.symbols import K, M, N, density, fma, gather, spread, steps, threads, vectors
+from sparsify_compiler.target import gathers_slowly
 
-MOST, WIDEST = 32, 16
-FEW = {"gaps": 3, "places": 14}
-ALONE = {"gaps": 1500, "places": 10_000}
+MOST, WIDEST, FURTHEST = 32, 16, (1 << 15) - 1
+FEW = {"gaps": 3, "columns": 3, "places": 14}
+ALONE = {"gaps": 1500, "columns": 1500, "places": 10_000}
 SORTED = 0.25           # of the standard deviation: by how much the longest of 16 outputs exceeds the mean, sorted in windows of 256
 
 GAPS_STEPS: Expr = slices.SLICES * ceiling((K * density + SORTED * spread * sqrt(K * density * (1 - density))) / 2) * 2
@@ -35,6 +37,7 @@ def _formulas(count: Expr, weight: Expr, what: Expr, alone: float) -> dict[str, 
 
 
 GAPS = _formulas(GAPS_STEPS, slices.GAPS_BYTES, gather, ALONE["gaps"])
+COLUMNS = _formulas(GAPS_STEPS, slices.COLUMNS_BYTES, gather, ALONE["columns"])
 PLACES = _formulas(slices.PLACES_STEPS, slices.PLACES_BYTES, fma, ALONE["places"])
 
 
@@ -43,9 +46,10 @@ def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
     if op not in strips.OPS or values.get("r", 1) > 1 or not 0 < values["M"] <= MOST or "avx512f" not in machine.features:
         return []
     fits = op == "linear_nm" and 1 <= values["n"] <= values["m"] <= WIDEST and values["n"] <= 8
-    coding, given = ("places", {"block": _block(values)}) if fits else ("gaps", {"spread": float(op not in ("linear_condensed", "linear_nm"))})
+    any_mask = "columns" if gathers_slowly(machine.features) and values["K"] <= FURTHEST else "gaps"
+    coding, given = ("places", {"block": _block(values)}) if fits else (any_mask, {"spread": float(op not in ("linear_condensed", "linear_nm"))})
     few = values["M"] <= FEW[coding]
-    formula = (PLACES if fits else GAPS)["row" if few else "panel"]
+    formula = {"gaps": GAPS, "columns": COLUMNS, "places": PLACES}[coding]["row" if few else "panel"]
     vectors_ = {} if few else {"vectors": 1 if values["M"] <= LANES else 2}
     return [Form(f"{op.removeprefix('linear_')}_{coding}", formula, f"{coding} {dtype} {'row' if few else 'panel'}", {**given, **vectors_})]
 
