@@ -1,12 +1,13 @@
 """How well the time of a layer is predicted, for layers drawn by a seed; and how the costs of kernels are found, on layers of other seeds.
 
-    python benchmarks/prediction.py --build && python benchmarks/prediction.py [--seed 1] [--points 90] [--json FILE]
-    python benchmarks/prediction.py --fit --seed 100 101 --points 160   # writes cost_models/costs/PROCESSOR.json
-    python benchmarks/prediction.py --kinds others                      # torch's elementwise ops, norms, convolutions and attention
+    python benchmarks/prediction.py --build && python benchmarks/prediction.py [--seed 1] [--points 150] [--json FILE]
+    python benchmarks/prediction.py --kinds linears         # or others: torch's elementwise ops, norms, convolutions, attention; or kernels
+    python benchmarks/prediction.py --kinds linears others kernels --fit --seed 100 101 [--more FILE]    # writes cost_models/costs/PROCESSOR.json
 
 A point is a layer (op, sizes, density, rows, dtype, how much other memory is read between two calls) with all of its forms, dense ones included,
 each timed as `sparsify_compiler.work.measure` does. Errors are |predicted / measured - 1|; Kendall's tau is that of the order of a point's forms.
-This machine is measured first (`sparsify targets --measure`): what its memory gives changes with what its neighbours do, within minutes.
+This machine is measured first (`sparsify targets --measure`): what its memory gives changes with what its neighbours do, within minutes. A fit
+takes what earlier runs wrote with --json, too, each with the machine as it was then.
 --build only builds the kernels, which takes minutes where they are not in the cache; run the rest on an otherwise idle machine, with
 --seconds to stop early: what was measured is kept.
 """
@@ -20,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ from sparsify_compiler import machines
 from sparsify_compiler.cost_models import predict, shipped
 from sparsify_compiler.cost_models.fit import Timed, fit
 from sparsify_compiler.cost_models.machine import Machine
-from sparsify_compiler.machine_costs import PULL, timed_forms
+from sparsify_compiler.machine_costs import PULL, timed, timed_forms
 from sparsify_compiler.target import host
 from sparsify_compiler.work import Work
 from sparsify_compiler.work_draw import FITTING, KINDS, draw
@@ -48,13 +50,24 @@ def measured(works: Iterable[Work], seconds: float, machine: Machine) -> list[tu
     return points
 
 
+def earlier(path: str) -> list[tuple[Work, Timed]]:
+    """What --json wrote: forms that there still are, with the machine as it was."""
+    kept = json.loads(Path(path).read_text(encoding="utf-8"))
+    layers: dict[Work, dict[str, float]] = defaultdict(dict)
+    machine = Machine.from_json(kept["machine"])
+    for op, sizes, dtype, between, name, seconds in kept["points"]:
+        layers[Work.make(op, dtype, between, **dict(sizes))][name] = seconds
+    return [(work, point) for work, forms in layers.items() for point in timed(work, forms, machine, own=True)]
+
+
 def judge(points: list[tuple[Work, Timed]], machine: Machine) -> dict[str, Any]:
     """Errors by kernel and over all, and Kendall's tau of each layer's forms."""
     errors: dict[str, list[float]] = defaultdict(list)
     sites: dict[Work, list[tuple[float, float]]] = defaultdict(list)
     worst = []
     for work, point in points:
-        guessed, taken = predict.seconds(point.form, point.values, machine, point.between).total, point.seconds
+        here = machine if point.machine is None else replace(point.machine, costs=machine.costs)
+        guessed, taken = predict.seconds(point.form, point.values, here, point.between, point.again).total, point.seconds
         errors[point.form.fitted].append(abs(guessed / taken - 1))
         sites[work].append((guessed, taken))
         about = f"{work.op} {dict(work.sizes)} {work.dtype} {work.between >> 20} MB"
@@ -83,17 +96,18 @@ def show(found: Mapping[str, Any], worst: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, nargs="+", default=[1])
-    parser.add_argument("--points", type=int, default=90)
+    parser.add_argument("--points", type=int, default=150, help="layers of each kind and seed")
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--fit", action="store_true")
-    parser.add_argument("--kinds", choices=list(KINDS), default="linears")
+    parser.add_argument("--kinds", choices=list(KINDS), nargs="+", default=["all"])
+    parser.add_argument("--more", nargs="+", default=[], metavar="FILE", help="with --fit: what --json wrote earlier")
     parser.add_argument("--worst", type=int, default=5)
     parser.add_argument("--json", help="also write points and errors to this file")
     options = parser.parse_args()
     if any(options.fit != (seed in FITTING) for seed in options.seed):
         parser.error(f"costs are fitted on seeds {FITTING.start} to {FITTING.stop - 1}, and judged on others")
-    works = [work for seed in options.seed for work in draw(seed, options.points, KINDS[options.kinds])]
+    works = list(dict.fromkeys(work for seed in options.seed for kinds in options.kinds for work in draw(seed, options.points, KINDS[kinds])))
     if options.build:
         for work in works:
             for form in forms_of(work, host())[0].values():
@@ -102,6 +116,7 @@ def main() -> None:
     machine = replace(machines.measure_host(), costs={})     # not those that were fitted here by `sparsify targets --fit`, if any were
     points = measured(works, options.seconds, machine)
     if options.fit:
+        points += [point for path in options.more for point in earlier(path)]
         machine = replace(machine, costs=fit([point for _, point in points], machine, shipped.costs_of(machine.arch, machine.features), PULL))
         write(machine, options.seed)
     found = judge(points, machine)

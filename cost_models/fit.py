@@ -30,12 +30,19 @@ BOUNDS = (-12.0, 8.0)       # of the logarithm of a cost
 
 @dataclass(frozen=True)
 class Timed:
-    """A form of a layer of these sizes took so many seconds, with so many bytes read between two calls."""
+    """A form of a layer of these sizes took so many seconds.
+
+    between  bytes that were read between two calls
+    machine  as it was then, where that is not the one that is fitted
+    again    bytes between two calls without those of other forms of the layer, which displace data but little code; None: between
+    """
 
     form: Form
     values: Values
     between: float
     seconds: float
+    machine: Machine | None = None
+    again: float | None = None
 
 
 def version() -> str:
@@ -48,7 +55,7 @@ def fit(points: Iterable[Timed], machine: Machine, before: Mapping[str, Mapping[
         pull: float = PULL_OTHERS) -> dict[str, dict[str, float]]:
     """Costs of every kernel that has a point of its own, none negative, by the names of Form.fitted.
 
-    machine  what it does in a second: the units that costs are multiples of
+    machine  what it does in a second: the units that costs are multiples of, but for points that have a machine of their own
     before   costs of the same kernels on another machine, which pull instead of PRIOR
     pull     how strongly
     """
@@ -73,8 +80,13 @@ def _fit(group: Sequence[Timed], machine: Machine, before: Mapping[str, float], 
         ratio = np.log((counts @ np.exp(logs) + fixed) / taken)
         return np.concatenate([np.arctan(ratio), pulls * (logs - prior)])
 
+    def slopes(logs: Any) -> Any:
+        parts = counts @ np.diag(np.exp(logs))
+        total = parts.sum(1) + fixed
+        return np.vstack([parts / (total * (1 + np.log(total / taken) ** 2))[:, None], np.diag(pulls)])
+
     starts = [np.clip(prior + shift, *BOUNDS) for shift in (0.0, -1.0, 1.0)]
-    best = min((least_squares(errors, start, bounds=BOUNDS) for start in starts), key=lambda found: float(found.cost))
+    best = min((least_squares(errors, start, slopes, bounds=BOUNDS) for start in starts), key=lambda found: float(found.cost))
     return {name: float(f"{math.exp(log):.3g}") for name, log in zip(names, best.x, strict=True)}
 
 
@@ -84,7 +96,7 @@ def _counts(group: Sequence[Timed], names: Sequence[str], machine: Machine) -> t
 
     rows = []
     for point in group:
-        given = predict.numbers(point.form, point.values, machine, point.between) | dict.fromkeys(names, 0.0)
+        given = predict.numbers(point.form, point.values, point.machine or machine, point.between, point.again) | dict.fromkeys(names, 0.0)
         base = compiled(point.form.formula.seconds)
         fixed = base(given)
         rows.append([base(given | {name: 1.0}) - fixed for name in names] + [fixed])

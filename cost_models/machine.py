@@ -62,6 +62,7 @@ class Machine:
     cores     that take part; a GPU counts as one core
     numbers   by the names in UNITS; those in OPTIONAL are missing where there are no such units
     memory    levels by rising size; rates between two are interpolated: seconds for a byte, over the logarithm of the size
+    second_cache  bytes of a core's, which weights are cut for
     costs     of kernels, where they were fitted on this very machine (fit.py); of others they are its nearest kin's (shipped.py)
     """
 
@@ -73,6 +74,7 @@ class Machine:
     numbers: Mapping[str, Number]
     memory: tuple[Level, ...]
     costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    second_cache: int = 2 << 20
 
     def __post_init__(self) -> None:
         levels = "levels of memory: at least two, which rise in size, and cores"
@@ -112,14 +114,16 @@ class Machine:
     def to_json(self) -> dict[str, Any]:
         """Plain data, the inverse of from_json."""
         return {"name": self.name, "title": self.title, "arch": self.arch, "features": list(self.features), "cores": self.cores,
-                "numbers": {name: vars(number) for name, number in self.numbers.items()}, "memory": [vars(level) for level in self.memory]}
+                "numbers": {name: vars(number) for name, number in self.numbers.items()}, "memory": [vars(level) for level in self.memory],
+                "second_cache": self.second_cache}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Machine:
         """Raises TargetError where the data does not describe a machine."""
         try:
             return Machine(data["name"], data["title"], data["arch"], tuple(data["features"]), int(data["cores"]),
-                           {name: Number(**number) for name, number in data["numbers"].items()}, tuple(Level(**level) for level in data["memory"]))
+                           {name: Number(**number) for name, number in data["numbers"].items()}, tuple(Level(**level) for level in data["memory"]),
+                           second_cache=int(data.get("second_cache", Machine.second_cache)))
         except (KeyError, TypeError, ValueError) as error:
             raise TargetError(f"this does not describe a machine: {error!r}", where=str(data.get("name", ""))) from error
 

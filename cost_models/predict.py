@@ -68,6 +68,11 @@ def numbers(form: Form, values: Values, machine: Machine, between: float, again:
     return {**given, **machine.times(threads), "arrive": 1 / machine.rate(distance, threads), "cold": cold}
 
 
+def weight(form: Form, values: Values, machine: Machine) -> float:
+    """Bytes of the weight that the form reads."""
+    return compiled(form.formula.weight)({**values, **form.given, "threads": machine.cores})
+
+
 def is_fitted(form: Form, machine: Machine) -> bool:
     """Is it known what a step of this kernel costs, there or on any other processor?"""
     return form.fitted in machine.costs or form.fitted in costs_of(machine.arch, machine.features)

@@ -36,6 +36,7 @@ IDEAL = "ideal"                             # where there are no sparse kernels:
 # Operations for each element, about, of ops that do more than one: what their time is predicted by.
 OPERATIONS: Mapping[str, int] = {**dict.fromkeys(("layer_norm", "rms_norm", "softmax", "group_norm", "native_layer_norm"), 8),
                                  **dict.fromkeys(("gelu", "silu", "tanh", "sigmoid", "exp", "mish", "softplus"), 20)}
+CASTS = frozenset({"to", "_to_copy", "type_as"})
 FORMULAS = ("float32", "bfloat16")          # dtypes of x that have formulas of their own
 
 
@@ -234,5 +235,10 @@ def _work_of(node: fx.Node, dtype: str, between: int) -> Work:
     """Of an op of torch's own that has formulas."""
     op, sizes = node_sizes(node) or ("", {})
     name = op_name(node)
-    taps = {"taps": OPERATIONS.get(name, sizes["taps"])} if op == "elementwise" else {}
-    return Work.make(op, dtype, between, **{**{key: value for key, value in sizes.items() if not key.endswith("_bytes")}, **taps})
+    more = {}
+    if op == "elementwise":
+        more["taps"] = OPERATIONS.get(name, sizes["taps"])
+        if name in CASTS:
+            both = [one.meta["val"].element_size() for one in (node.all_input_nodes[0], node)]      # as many elements are read as written
+            more["x_bytes"] = sum(both) / 2
+    return Work.make(op, dtype, between, **{**{key: value for key, value in sizes.items() if not key.endswith("_bytes")}, **more})

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from .cost_models.fit import Timed
     from .cost_models.machine import Machine
 
-PULL = 0.05             # of the shipped costs
+PULL = 0.1              # of the shipped costs
 LAYERS = {"linears": 400, "others": 200, "kernels": 100}
 EVERY = {"others": 4, "kernels": 8}     # a layer of these after so many linear ones
 HELD = 5                # of every so many layers one is judged by, and not fitted on
 LEAST = 2 * HELD        # layers
+ALIKE = (("dense eager", "dense by output"), ("torch grouped_mm", "chosen experts"))
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,29 @@ def error(points: Sequence[Timed], machine: Machine) -> float:
     import statistics
 
     model = catalog.get("cost model", "predict")
-    ratios: list[float] = [model.seconds(point.form, point.values, machine, point.between).total / point.seconds for point in points]
+    ratios: list[float] = [model.seconds(point.form, point.values, machine, point.between, point.again).total / point.seconds for point in points]
     return statistics.median(abs(ratio - 1) for ratio in ratios)
 
 
 def timed_forms(work: Work, machine: Machine) -> list[Timed]:
     """Every form of a layer that has a formula, timed here."""
+    return timed(work, measure(work), machine)
+
+
+def timed(work: Work, seconds: Mapping[str, float], machine: Machine, own: bool = False) -> list[Timed]:
+    """Forms that were timed in turns, those that have a formula; own: the machine goes with each.
+
+    Between two calls of a form not only work.between bytes are read, but the weights of all other forms, too. Pairs of ALIKE read the same one, one
+    half a turn after the other.
+    """
     model, fit = catalog.get("cost model", "predict"), catalog.get("cost model", "fit")
-    formulas = {form.name: form for form in model.forms(work.op, work.values, work.dtype, machine)}
-    return [fit.Timed(formulas[name], work.values, work.between, seconds) for name, seconds in measure(work).items() if name in formulas]
+    formulas = {form.name: form for form in model.forms(work.op, work.values, work.dtype, machine) if form.name in seconds}
+    weights = {name: model.weight(form, work.values, machine) for name, form in formulas.items()}
+    alike = next((pair for pair in ALIKE if set(pair) <= set(weights)), ())
+    distinct = sum(weights.values()) - sum(weights[name] for name in alike[1:])
+    others = {name: (distinct - weight) / (2 if name in alike else 1) for name, weight in weights.items()}
+    return [fit.Timed(form, work.values, work.between + others[name], seconds[name], machine if own else None, again=work.between)
+            for name, form in formulas.items()]
 
 
 def _timed(seconds: float, machine: Machine, show: Show) -> list[list[Timed]]:

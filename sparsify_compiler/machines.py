@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from . import catalog
 from .errors import TargetError, nearest
 from .measure import undisturbed
-from .target import HERE, NAMES, Target, fingerprint, host, resolve
+from .target import HERE, NAMES, Target, fingerprint, host, resolve, second_cache
 
 if TYPE_CHECKING:
     from .cost_models.machine import Machine
 
 SOURCE = "measured here, codegen/micro.py"
+RUNS, KEPT = 3, 24      # of a measurement, and of earlier ones: what memory gives differs by a third from one minute to the next, with the neighbours
 
 
 def names() -> tuple[str, ...]:
@@ -76,7 +79,7 @@ def measured_host() -> Machine | None:
 
 
 def measure_host() -> Machine:
-    """Measure this machine anew. Nothing else should run meanwhile."""
+    """Measure this machine anew: the mean of what it does now and of what it did whenever it was measured. Nothing else should run meanwhile."""
     from .codegen import cache as store
 
     store.forget(_key())
@@ -110,13 +113,29 @@ def _measured(key: str) -> Machine:
     from .codegen import micro
 
     def measured() -> bytes:
-        found, quiet = undisturbed(lambda: micro.measured(host()))
-        if not quiet:
+        runs = [undisturbed(lambda: micro.measured(host()), attempts=2) for _ in range(RUNS)]
+        if not all(quiet for _, quiet in runs):
             warnings.warn("other programs ran while this machine was measured, predicted times may be far off: "
                           "sparsify targets --measure measures again", stacklevel=2)
-        return json.dumps(found).encode()
+        newest = [found for found, _ in runs]
+        kept = [*json.loads(store.read(f"{key}-runs") or b"[]"), *newest][-KEPT:]
+        store.write(f"{key}-runs", json.dumps(kept).encode())
+        return json.dumps(_middle([_middle(newest), _middle(kept)])).encode()
 
     return _made(json.loads(store.read_or_build(key, measured)))
+
+
+def _middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of some measurements, the median of each number, of two the mean.
+
+    What lies farther away comes no faster, and a call after more bytes is no quicker.
+    """
+    numbers = {name: statistics.median(run["numbers"][name] for run in runs) for name in runs[0]["numbers"]}
+    levels = list(zip(*(run["memory"] for run in runs), strict=True))
+    memory = [{name: statistics.median(level[name] for level in same) for name in same[0]} for same in levels]
+    for near, far in pairwise(memory):
+        far.update(one=min(near["one"], far["one"]), all=min(near["all"], far["all"]), cold=max(near["cold"], far["cold"]))
+    return {"cores": runs[0]["cores"], "numbers": numbers, "memory": memory}
 
 
 def _made(found: dict[str, Any]) -> Machine:
@@ -124,7 +143,8 @@ def _made(found: dict[str, Any]) -> Machine:
     numbers = {name: {"value": value, "unit": units[name], "source": SOURCE} for name, value in found["numbers"].items()}
     made: Machine = _model().Machine.from_json({
         "name": "native", "title": f"this machine ({here.mcpu}-class, {found['cores']} threads)", "arch": here.arch, "features": here.features,
-        "cores": found["cores"], "numbers": numbers, "memory": [{**level, "source": SOURCE} for level in found["memory"]]})
+        "cores": found["cores"], "second_cache": second_cache(here), "numbers": numbers,
+        "memory": [{**level, "source": SOURCE} for level in found["memory"]]})
     return made
 
 

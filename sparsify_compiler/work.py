@@ -27,6 +27,7 @@ VERSION = "4"           # of what a measured number means; part of every key
 BETWEEN = 1 << 26       # bytes: about what the other layers of a middle-sized model read before a layer's turn comes again
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}    # bytes
 DENSE = "dense"         # what the name of every dense form begins with
+SIZES = {"linear": ("M", "N", "K"), "conv2d": ("M", "N", "K", "taps", "read", "written")}     # of layers that are computed in full
 ROUNDS = 15
 SECONDS = 3.0           # of measuring one work, at the most
 
@@ -97,9 +98,9 @@ class Work:
     @property
     def dense(self) -> Work:
         """The same layer computed in full."""
-        if self.op.startswith("linear_") or self.op == "select_linear":
-            kept = {name: value for name, value in self.sizes if name in ("M", "N", "K")}
-            return replace(self, op="linear", sizes=tuple(sorted(kept.items())))
+        for op, names in SIZES.items():
+            if self.op.startswith(f"{op}_") or (op, self.op) == ("linear", "select_linear"):
+                return replace(self, op=op, sizes=tuple((name, value) for name, value in self.sizes if name in names))
         return replace(self, sizes=tuple((name, 1.0 if name == "density" else value) for name, value in self.sizes))
 
 

@@ -19,9 +19,12 @@ FITTING = range(100, 200)   # seeds of layers that costs are fitted on; no other
 
 
 def elementwise(rng: random.Random) -> dict[str, float]:
-    """An addition, a cast, a norm or a GELU."""
+    """An addition, a cast between float32 and bfloat16, a norm or a GELU."""
     written, taps = 64 * rng.choice((64, 512, 2048, 8192, 32768)), rng.choice((1, 1, 8, 20))
-    return {"taps": taps, "written": written, "read": written * rng.choice((1, 2)) if taps == 1 else written}
+    if taps > 1:
+        return {"taps": taps, "written": written, "read": written}
+    return {"taps": 1, "written": written, "read": 2 * written} if rng.choice((1, 2)) > 1 else {
+        "taps": 1, "written": written, "read": written, "x_bytes": 3}      # on the average of what is read and written
 
 
 def convolution(rng: random.Random) -> dict[str, float]:
@@ -72,6 +75,7 @@ KERNELS: Mapping[str, Callable[[random.Random], dict[str, float]]] = {**dict.fro
                                                                       "attend_blocks": blocks}
 EAGER: Mapping[str, Callable[[random.Random], dict[str, float]]] = {"elementwise": elementwise, "conv2d": convolution, "attend": attention}
 KINDS = {"linears": LINEARS, "others": tuple(EAGER), "kernels": (*CONVS, "experts_ffn", "experts_ffn", "attend_blocks", "attend_blocks")}
+KINDS["all"] = (*LINEARS, *KINDS["others"], *KINDS["kernels"], "predicted_ffn", "held_ffn")      # in one draw
 
 
 def draw(seed: int, count: int, kinds: Sequence[str] = LINEARS) -> list[Work]:

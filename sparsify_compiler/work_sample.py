@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from .target import Target
 if TYPE_CHECKING:
     from .work import Work
 
-EAGER = "dense eager"
+EAGER, HELD = "dense eager", "held neurons"
 ACTIVATION = "silu"
 WIDTH = 64              # of the rows of an elementwise op
 OF_GELU = 20            # operations for each element, about
@@ -34,7 +35,7 @@ def forms_of(work: Work, target: Target) -> tuple[dict[str, Form], Tensor]:
     """
     makers: Mapping[str, work_sample_kernels.Maker] = {
         "elementwise": _elementwise, "attend": _attend, "select_linear": _select_linear, "select_ffn": _select_ffn,
-        "select_inputs_ffn": _select_inputs_ffn}
+        "select_inputs_ffn": _select_inputs_ffn, "predicted_ffn": _predicted_ffn, "held_ffn": _held_ffn}
     maker = _linear if work.op.partition("_")[0] == "linear" else makers.get(work.op) or work_sample_kernels.maker_of(work.op)
     if maker is None:
         raise InputError(f"{work.op} cannot be made up from its sizes", where="work",
@@ -133,21 +134,39 @@ def _select_inputs_ffn(work: Work, target: Target, noise: Noise) -> tuple[dict[s
     return forms | _bound("select_inputs_ffn", tensors, {"activation": ACTIVATION}, x, None, target), x
 
 
+def _predicted_ffn(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Form], Tensor]:
+    weights, x, forms = _ffn(work, target, noise)
+    scores, density = noise(x.shape[0], weights["gate"].shape[0]).abs(), dict(work.sizes)["density"]
+    tensors = {**weights, "down": weights["down"].t().contiguous(), "limit": limit_of(scores, density)}
+    found = _candidates(work.op, tensors, {"activation": ACTIVATION}, x, target)
+    return forms | {candidate.name: _Bound(candidate, None, x, scores) for candidate in found}, x
+
+
+def _held_ffn(work: Work, target: Target, noise: Noise) -> tuple[dict[str, Form], Tensor]:
+    """Behind the prompt, from where on some neurons are held."""
+    weights, x, forms = _ffn(work, target, noise)
+    held = math.ceil(dict(work.sizes)["density"] * weights["gate"].shape[0])
+    cut = {name: partial(_times, weight[:, :held].contiguous() if name == "down" else weight[:held]) for name, weight in weights.items()}
+    return forms | {HELD: partial(_whole, x, cut)}, x
+
+
 def _ffn(work: Work, target: Target, noise: Noise) -> tuple[Tensors, Tensor, dict[str, Form]]:
     """Weights [out, in], x, and the dense forms of a gated FFN."""
     sizes, dtype = dict(work.sizes), getattr(torch, work.dtype)
     weights = {name: (noise(*(int(sizes[size]) for size in shape)) * sizes[shape[1]] ** -0.5).to(dtype) for name, shape in LINEARS.items()}
     x = noise(int(sizes["M"]), int(sizes["K"])).to(dtype)
 
-    def whole(linears: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
-        return linears["down"](select_ffn.hidden(ACTIVATION, linears["gate"](x), linears["up"](x)))
-
+    whole = partial(_whole, x)
     forms: dict[str, Form] = {EAGER: partial(whole, {name: partial(_times, weight) for name, weight in weights.items()})}
     candidates = {name: _candidates("linear", {"weight": weight}, {"any_rows": True}, x, target) for name, weight in weights.items()}
     for number, candidate in enumerate(candidates["gate"]):
         if all(number < len(found) for found in candidates.values()):
             forms[candidate.name] = _Whole(whole, {name: found[number] for name, found in candidates.items()})
     return weights, x, forms
+
+
+def _whole(x: Tensor, linears: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+    return linears["down"](select_ffn.hidden(ACTIVATION, linears["gate"](x), linears["up"](x)))
 
 
 def _times(weight: Tensor, x: Tensor) -> Tensor:
@@ -189,12 +208,12 @@ class _Whole:
 class _Bound:
     """A kernel and what it is called with."""
 
-    def __init__(self, candidate: Any, bias: Tensor | None, x: Tensor) -> None:
-        self._candidate, self._bias, self._x = candidate, bias, x
+    def __init__(self, candidate: Any, bias: Tensor | None, *given: Tensor) -> None:
+        self._candidate, self._bias, self._given = candidate, bias, given
 
     @cached_property
     def _kernel(self) -> Any:
         return self._candidate.bind(self._bias)
 
     def __call__(self) -> object:
-        return self._kernel(self._x)
+        return self._kernel(*self._given)

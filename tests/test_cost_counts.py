@@ -22,6 +22,7 @@ from sparsify_compiler.codegen.kernels.gemv import Gemv
 from sparsify_compiler.codegen.kernels.inputs_ffn_rows import InputsFfnRows, Selection
 from sparsify_compiler.codegen.kernels.layout import dense_groups, groups_of, prepare
 from sparsify_compiler.codegen.kernels.panel import Panel
+from sparsify_compiler.codegen.kernels.predicted_ffn_rows import PredictedFfnRows
 from sparsify_compiler.codegen.kernels.rows import Rows
 from sparsify_compiler.codegen.kernels.slice_panel import SlicePanel
 from sparsify_compiler.codegen.kernels.stream_rows import StreamRows
@@ -189,6 +190,10 @@ def test_gathered_ffns(dtype: torch.dtype) -> None:
     counts = count(FfnRows(name, "relu", 64, False, False).compute(), by_neuron, ALL_16)
     is_count(gather.NEURONS_READ, numbers, counts.lanes)
     is_count(gather.BY_NEURON.weight, numbers, counts.lanes * dtype.itemsize)
+    by_scores = [by_neuron[0], ((1, hidden), None), by_neuron[1], *by_neuron[3:]]
+    counts = count(PredictedFfnRows(name, "relu", 64, True, False).compute(), by_scores, ALL_16)
+    is_count(gather.CHOSEN_READ, numbers, counts.lanes)
+    is_count(gather.BY_PREDICTION.weight, numbers, counts.lanes * dtype.itemsize)
 
     def linear(rows: int, columns: int) -> list[Any]:
         return [((1,), None), ((1,), None), ((1,), None), ((rows, columns // half), None), ((columns,), None)]

@@ -137,15 +137,35 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(micro, "measured", lambda target: runs.append(target) or measured(target))
     assert machines.measured_host() is None
     machine, again = machines.machine("native"), machines.machine()
-    assert len(runs) == 1
+    assert len(runs) == machines.RUNS
     assert machines.measured_host() == machine
     assert machine == again
     assert machine.features == host().features
     assert all(number.value > 0 for name, number in machine.numbers.items() if name != "wake")
     assert main(["targets", "--measure"]) == 0
-    assert len(runs) == 2
+    assert len(runs) == 2 * machines.RUNS
     assert "measured here" in capsys.readouterr().out
     assert cache.warnings() is not None
+
+
+def test_a_measurement_is_the_mean_of_now_and_of_all_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
+    monkeypatch.setattr(machines, "_measured", machines._measured.__wrapped__)
+    monkeypatch.setattr(machines._measured, "cache_clear", lambda: None, raising=False)
+    monkeypatch.setattr(timing, "waited", lambda: 0.0)
+    speed = itertools.count(1.0)
+
+    def measured(target: object) -> dict[str, object]:
+        now = next(speed)
+        return {"cores": 1, "numbers": dict.fromkeys(UNITS, now), "memory": [{"bytes": 1, "one": now, "all": now, "cold": 2.0},
+                                                                             {"bytes": 2, "one": 9.0, "all": now, "cold": 1.0}]}
+
+    monkeypatch.setattr(micro, "measured", measured)
+    assert machines.measure_host().numbers["vector"].value == 2.0       # of 1, 2 and 3
+    machine = machines.measure_host()
+    assert machine.numbers["vector"].value == (5.0 + 3.5) / 2           # of 4, 5 and 6, and of all six
+    assert [level.one for level in machine.memory] == [4.25, 4.25]      # what lies farther away comes no faster
+    assert [level.cold for level in machine.memory] == [2.0, 2.0]
 
 
 def test_a_machine_that_was_busy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

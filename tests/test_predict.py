@@ -13,7 +13,7 @@ from kernel_help import needs_avx512
 
 from sparsify_compiler.cost_models import predict as model
 from sparsify_compiler.cost_models import shipped
-from sparsify_compiler.cost_models.forms import eager
+from sparsify_compiler.cost_models.forms import eager, gather
 from sparsify_compiler.cost_models.machine import UNITS, Level, Machine, Number, known, names
 from sparsify_compiler.cost_models.symbols import TABLE, TIMES, compiled
 from sparsify_compiler.errors import InputError, TargetError
@@ -54,7 +54,7 @@ def test_the_forms_are_those_that_run(op: str, rows: int, outputs: int, inputs: 
 
 
 @needs_avx512
-@pytest.mark.parametrize("op", ["select_ffn", "select_inputs_ffn"])
+@pytest.mark.parametrize("op", ["select_ffn", "select_inputs_ffn", "predicted_ffn", "held_ffn"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 2, 16])
 def test_of_ffns_too(op: str, dtype: str, rows: int) -> None:
@@ -101,7 +101,7 @@ def test_every_formula_is_written_in_the_table_and_in_what_is_fitted(missing: tu
     more = (*eager.FORMULAS, "attend_blocks", "experts_ffn", "conv2d_csr")
     others = {op: {"taps": 9, "read": 1 << 18, "written": 1 << 18, "E": 64, "pairs": 512, "block_q": 8, "block_k": 8, "listed": 8,
                     "hidden": 96, "experts": 4, "chosen": 2, "density": 0.5} for op in more}
-    for op, sizes in [*STRUCTURES.items(), ("select_ffn", ffn), ("select_inputs_ffn", ffn), *others.items()]:
+    for op, sizes in [*STRUCTURES.items(), *((op, ffn) for op in gather.FFNS), *others.items()]:
         for rows in (1, 4, 16, 64):
             for dtype in ("float32", "bfloat16"):
                 values = {"M": rows, "N": 64, "K": 64, "value_bytes": 2, "x_bytes": 2, **sizes}
@@ -148,8 +148,8 @@ def test_of_an_unknown_op_the_time_is_a_roofline() -> None:
 
 
 def test_what_cannot_be_predicted_says_so() -> None:
-    with pytest.raises(InputError, match="no formula says how long held_ffn takes"):
-        predict(Work.make("held_ffn", M=1), made_up())
+    with pytest.raises(InputError, match="no formula says how long top_pages takes"):
+        predict(Work.make("top_pages", M=1), made_up())
     with pytest.raises(InputError, match="the size K is missing"):
         predict(Work.make("linear", M=1, N=2), made_up())
     with pytest.raises(TargetError, match="did you mean"):

@@ -27,6 +27,9 @@ def test_of_a_structure_it_is_the_op_that_pack_would_take(structure: str | None,
     made = Work.of((40, 64), 3, None if structure is None else Structure.parse(structure), sizes.get("density", 1.0))
     assert made == Work.make(op, **LINEAR, **sizes)
     assert made.dense == Work.make("linear", **LINEAR)
+    if op != "linear":
+        conv = {"M": 49, "N": 40, "K": 64, "taps": 1, "read": 3136, "written": 1960}
+        assert Work.make(f"conv2d_{op.removeprefix('linear_')}", **conv, **sizes).dense == Work.make("conv2d", **conv)
 
 
 def test_the_order_of_sizes_does_not_matter() -> None:
@@ -123,8 +126,8 @@ def test_waiting_is_told_and_never_falls() -> None:
 
 
 def test_what_cannot_be_measured_says_so() -> None:
-    with pytest.raises(InputError, match="held_ffn cannot be made up"):
-        measure(Work.make("held_ffn", M=1, N=8, K=8, hidden=8))
+    with pytest.raises(InputError, match="top_pages cannot be made up"):
+        measure(Work.make("top_pages", M=1, N=8, K=8))
     with pytest.raises(InputError, match="the size 'read' of attend_blocks is missing"):
         measure(Work.make("attend_blocks", M=8, K=64, E=64, block_q=1, block_k=64, pairs=8))
     with pytest.raises(TargetError, match="is not this machine"):

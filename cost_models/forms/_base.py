@@ -24,13 +24,16 @@ LANES = 16
 
 
 class Hardware(Protocol):
-    """What decides which kernels there are: a Machine, or the engine's Target."""
+    """What decides which kernels there are: a Machine."""
 
     @property
     def arch(self) -> str: ...
 
     @property
     def features(self) -> tuple[str, ...]: ...
+
+    @property
+    def second_cache(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from sparsify_compiler.cost_models.symbols import K, M, N, dot, fma, near, threa
 product, packing, taken, put = costs("product", "packing", "taken", "put")
 _BESIDE = (packing * N * K / LANES * fma + near * x_bytes * (taken * M * K + put * M * N)) / threads
 WEIGHT = value_bytes * N * K
-LABELS = {"dense eager": "eager", "dense packed": "packed", "dense packed by MKL": "mkl"}
+EAGER = "dense eager"
+LABELS = {EAGER: "eager", "dense packed": "packed", "dense packed by MKL": "mkl"}
 HALVES = {"amx-bf16": "bfloat16 tiles", "avx512bf16": "bfloat16 dots"}     # by feature, with what bfloat16 is multiplied: the fastest first
 
 
@@ -40,7 +41,7 @@ def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
     """Every form of torch that there is for this dtype on this machine."""
     if op not in ("linear", "select_linear") and not op.startswith("linear_"):
         return []
-    names = ["dense eager"]
+    names = [EAGER]
     if machine.arch == "x86_64":
         names += ["dense packed"] + (["dense packed by MKL"] if dtype == "float32" and op != "select_linear" else [])
     units = units_of(dtype, machine)

@@ -1,4 +1,5 @@
-"""Layers and FFNs that read the weights of selected inputs or neurons only (kernels/gather_rows.py, ffn_rows.py, inputs_ffn_rows.py).
+"""Layers and FFNs that read the weights of selected inputs or neurons only (kernels/gather_rows.py, ffn_rows.py, inputs_ffn_rows.py,
+predicted_ffn_rows.py; an FFN that holds neurons of a text is torch's, of those alone).
 
 What is selected depends on the data: `density` is the share that a row selects on the average, and several rows read the union of theirs, as if they
 chose independently. Beyond a few rows the layer is multiplied densely, on a weight that lies input by input.
@@ -7,6 +8,7 @@ chose independently. Beyond a few rows the layer is multiplied densely, on a wei
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from sympy import ceiling
 
@@ -19,7 +21,8 @@ from sparsify_compiler.cost_models.symbols import K, M, N, density, fma, hidden,
 FEW_ROWS = {"float32": 4, "bfloat16": 2}
 ALONE = 1 << 16
 ROUND = 64
-FFNS = ("select_ffn", "select_inputs_ffn")
+FFNS = ("select_ffn", "select_inputs_ffn", "predicted_ffn", "held_ffn")
+HELD = "held neurons"
 
 product, selected, strided, taken = costs("product", "selected", "strided", "taken")
 _WIDTH = ceiling(N / ROUND) * ROUND
@@ -35,6 +38,8 @@ def _many(units: str) -> Formula:
 
 NEURONS_READ = hidden * K + density * hidden * (K + N)      # weights: all of the gate, of up and down those of the selected neurons
 BY_NEURON = Formula(NEURONS_READ * value_bytes, product * NEURONS_READ / LANES * fma / threads + selected * (hidden + K) / LANES * fma)
+CHOSEN_READ = density * hidden * (2 * K + N)       # of all three
+BY_PREDICTION = Formula(CHOSEN_READ * value_bytes, product * CHOSEN_READ / LANES * fma / threads + selected * hidden / LANES * fma)
 INPUTS_READ = UNION * hidden * (2 * K + N)
 BY_INPUT = Formula(INPUTS_READ * value_bytes, product * M * INPUTS_READ / LANES * fma / threads + selected * M * (hidden + 2 * K) / LANES * fma)
 
@@ -54,6 +59,9 @@ def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
     if op not in ("select_linear", *FFNS):
         return []
     found = _dense_ffn(values, dtype, machine) if op in FFNS else []
+    if op == "held_ffn":
+        held = {"hidden": math.ceil(values["density"] * values["hidden"])}
+        return found + [replace(form, name=HELD, given=held, borrowed=True) for form in found if form.name == dense.EAGER]
     return found + (_sparse(op, values, dtype, units_of(dtype, machine)) if "avx512f" in machine.features else [])
 
 
@@ -70,7 +78,10 @@ def _sparse(op: str, values: Values, dtype: str, units: str) -> list[Form]:
     many = f"{dtype} few" if few else f"{units} many"
     if op == "select_linear":
         return [Form("gather by input", ROWS if few else MANY[units], f"gather {many}")]
+    one = values["M"] == 1
+    if op == "predicted_ffn":
+        found = Form("gather by prediction", BY_PREDICTION, f"gather_predicted {dtype} one")
+        return [found if one else replace(found, formula=DENSE[units], fitted=f"gather_ffn {units} many", borrowed=True)]
     if op == "select_ffn":
-        one = values["M"] == 1
         return [Form("gather by neuron", BY_NEURON if one else DENSE[units], f"gather_ffn {f'{dtype} one' if one else f'{units} many'}")]
     return [Form("gather by input, the FFN in one call", BY_INPUT if few else DENSE[units], f"gather_inputs_ffn {many}")]

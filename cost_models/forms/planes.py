@@ -1,7 +1,8 @@
 """Sparse convolutions: over planes, where pixels are the lanes (kernels/planes.py); 1×1 ones in bfloat16 as linear layers over pixels (pixels.py).
 
 A column of a group of outputs is an index, its weights, and a load of each of a tile's registers of pixels, each multiplied with every weight. A
-visit is a group on one tile, in one chunk of the columns; sums go to memory between chunks. But for 1×1 kernels x is copied first, padded.
+visit is a group on one tile, in one chunk of the columns; sums go to memory between chunks. A register that does not begin at a line of the cache
+lies in two. But for 1×1 kernels x is copied first, padded, so that rows of pixels are longer than those of y, which are written piece by piece.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from sympy import Expr, Max, Piecewise, ceiling
+from sympy import Expr, Max, Piecewise, ceiling, floor, sqrt
 
 from sparsify_compiler.cost_models.forms import eager, lanes, strips, tiles
 from sparsify_compiler.cost_models.forms._base import LANES, Form, Formula, Hardware, Values, costs
@@ -38,10 +39,13 @@ CHUNKED, CHUNKED_FROM, ALONE = (512, 1024), 384, 12_000
 HELD = 640          # registers of x in the first cache
 PIXELS = (tiles, strips, lanes)
 
-product, loaded, column, opened, visited, fetched, copied, put = costs("product", "loaded", "column", "opened", "visited", "fetched", "copied", "put")
+product, loaded, crossed, column, opened, visited, fetched, taken, copied, placed, put = costs(
+    "product", "loaded", "crossed", "column", "opened", "visited", "fetched", "taken", "copied", "placed", "put")
 INPUTS = K * taps
 COLUMNS: Expr = density * N * INPUTS / group
-REGISTERS = ceiling(M / LANES)
+SIDE = sqrt(M)                                          # of a square image
+COMPUTED = M + (SIDE - 1) * (sqrt(taps) - 1)              # those between the rows of y are computed in vain
+REGISTERS = ceiling(COMPUTED / LANES)
 TILES = ceiling(REGISTERS / vectors)
 FMAS = COLUMNS * group * REGISTERS
 LOADS = COLUMNS * REGISTERS
@@ -50,11 +54,13 @@ GROUPS = ceiling(N / group)
 VISITS = CHUNKS * GROUPS * TILES
 SUMS = (CHUNKS - 1) * GROUPS * group * REGISTERS        # registers of sums that go to memory and back
 WEIGHT = COLUMNS * (group * 4 + 4)                      # float32, whatever is stored
-FETCHED = Piecewise((4 * LANES * LOADS, span * vectors > HELD), (0, True))    # bytes from the second cache, where a tile's inputs exceed the first
-_STEPS = product * FMAS + loaded * LOADS + column * COLUMNS * TILES + opened * VISITS + visited * SUMS
-_MOVED = (put * x_bytes * written + fetched * FETCHED) * near
-PLAIN = Formula(WEIGHT, (_STEPS * fma + _MOVED) / threads, (FMAS, ALONE))
-COPIED = replace(PLAIN, compute=(_STEPS * fma + _MOVED + copied * x_bytes * read * near) / threads)
+ASTRIDE = LOADS * Max(ceiling(M / LANES) - floor(M / LANES), Piecewise((0, taps <= 1), (1, True)))     # loads of two lines
+FETCHED = Piecewise((4 * LANES * (LOADS + ASTRIDE), span * vectors > HELD), (0, True))    # bytes from the second cache, if not the first
+PIECES = N * (SIDE * ceiling(SIDE / LANES) + TILES)
+_STEPS = product * FMAS + loaded * LOADS + crossed * ASTRIDE + column * COLUMNS * TILES + opened * VISITS + visited * SUMS
+_MOVED = x_bytes * (put * written + taken * read) + fetched * FETCHED
+PLAIN = Formula(WEIGHT, (_STEPS * fma + _MOVED * near) / threads, (FMAS, ALONE))
+COPIED = replace(PLAIN, compute=((_STEPS + placed * PIECES) * fma + (_MOVED + copied * x_bytes * read) * near) / threads)
 PACKED = Formula(value_bytes * N * INPUTS, eager.CONV.compute)
 
 
@@ -69,7 +75,7 @@ def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
         return dense
     if dtype == "bfloat16":
         return dense + (_pixels(op, values, machine) if pointwise else [])
-    return dense + _planes(op.removeprefix(SPARSE), values, "plain" if pointwise else "copied")
+    return dense + _planes(op.removeprefix(SPARSE), values, PLAIN if pointwise else COPIED)
 
 
 def _pixels(op: str, values: Values, machine: Hardware) -> list[Form]:
@@ -78,11 +84,11 @@ def _pixels(op: str, values: Values, machine: Hardware) -> list[Form]:
     return [replace(form, name=f"pixels {form.name}", borrowed=True) for form in found]
 
 
-def _planes(name: str, values: Values, kind: str) -> list[Form]:
+def _planes(name: str, values: Values, formula: Formula) -> list[Form]:
     inputs, size = int(values["K"] * values["taps"]), max(size for size in TILES_OF if values.get("r", 1) % size == 0)
     cut = [(count, inputs) for count in TILES_OF[size]]
     if size == 1 and inputs >= CHUNKED_FROM:
         cut += [(count, chunk // count) for chunk in CHUNKED for count in TILES_OF[size]]
-    formula, key = PLAIN if kind == "plain" else COPIED, f"planes {kind} {'one' if size == 1 else 'group'}"
+    key = f"planes {'one' if size == 1 else 'group'}"
     return [Form(f"planes {name}_r{size}v{count}{f'c{chunk}' if chunk < inputs else ''}", formula, key,
                  {"group": size, "vectors": count, "span": chunk}) for count, chunk in cut]

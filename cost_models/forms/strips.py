@@ -17,6 +17,7 @@ from sparsify_compiler.cost_models.symbols import K, M, N, density, dot, fma, gr
 OPS = ("linear_csr", "linear_bitmap", "linear_condensed", "linear_nm", "linear_bsr")
 MANY, ALONE, PAIRS_FROM, SLICE, TILE, HELD = 8, 12_000, 4, 4, 4, 1024
 BLOCK = {1: 128, 2: 256, 4: 1024}
+SMALL, NARROW = 3 << 19, 512    # bytes of a second cache below which blocks of four outputs are narrower, and how wide they are then
 SPAN_OF_PAIRS = 64      # inputs of a block
 
 product, loaded, visited, begun, packed, stored, put = costs("product", "loaded", "visited", "begun", "packed", "stored", "put")
@@ -56,4 +57,5 @@ def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
     if op == "linear_nm" and (values["n"], values["m"]) == (2, 4) and units_of(dtype, machine) == "bfloat16 dots":
         return [Form(f"nm_pairs{TILE}x{SLICE}", PAIRED, "strips bfloat16 pairs", {"group": 1, "span": SPAN_OF_PAIRS})]
     size = max(one for one in BLOCK if values.get("r", 1) % one == 0)
-    return [Form(f"{op.removeprefix('linear_')}_strips{TILE}x{SLICE}", PANEL, f"strips {dtype}", {"group": size, "span": BLOCK[size]})]
+    span = NARROW if size == SLICE and machine.second_cache < SMALL else BLOCK[size]
+    return [Form(f"{op.removeprefix('linear_')}_strips{TILE}x{SLICE}", PANEL, f"strips {dtype}", {"group": size, "span": span})]
