@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
-from whole_graph_help import build_example, compiled_encoder, example, inputs, runner
+from whole_graph_help import build_example, compiled_encoder, example, inputs, libraries, runner
 
 from sparsify_compiler.codegen.whole_graph import compiler_for
 from sparsify_compiler.compiled import CompiledModel
@@ -210,6 +211,32 @@ def test_from_c_plus_plus(program: Path, folder: Path, compiled: CompiledModel, 
         expected = compiled(ids, mask)
     for name, value in expected.items():
         close(found[name], value)
+
+
+def _threads(command: list[Any]) -> list[dict[str, str]]:
+    """What /proc says of each thread beside the first, at the end of a program that runs on two."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("TVM_")}
+    places = ":".join(str(one / "lib") for one in libraries())
+    with subprocess.Popen(command, env={**plain, "TVM_NUM_THREADS": "2", "LD_LIBRARY_PATH": places}, stdout=subprocess.DEVNULL) as process:
+        found: dict[str, dict[str, str]] = {}
+        while process.poll() is None:
+            for task in Path(f"/proc/{process.pid}/task").glob("*/status"):
+                with contextlib.suppress(OSError):
+                    found[task.parent.name] = dict(line.split(":\t", 1) for line in task.read_text().splitlines() if ":\t" in line)
+        assert process.returncode == 0
+    return [status for name, status in found.items() if name != str(process.pid)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir() or len(os.sched_getaffinity(0)) < 2, reason="needs /proc and two processors")
+@pytest.mark.parametrize("language", ["Python", "C++"])
+def test_threads_sleep_where_they_wait_and_stay_on_no_processor(language: str, program: Path, folder: Path) -> None:
+    """One that is bound, or yields in a loop, has a program beside before it at every kernel: calls took a hundred times as long."""
+    command = [sys.executable, folder / "run.py"] if language == "Python" else [program]
+    workers = _threads([*command, folder, "--size", "batch=8", "--size", "length=20", "--repeat", "400"])
+    assert workers
+    own = next(line.split("\t")[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Cpus_allowed_list"))
+    assert {one["Cpus_allowed_list"] for one in workers} == {own}
+    assert max(int(one["voluntary_ctxt_switches"]) for one in workers) >= 200, "none slept"
 
 
 def test_what_c_plus_plus_refuses(program: Path, folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@
     python run.py folder --input input_ids=ids.npy --output out/        # also --size length=64 for zeros of that size, --describe, --generate 20
 
 libtvm_runtime.so is looked for in $TVM_LIBRARY_PATH, beside this file, in an installed apache-tvm, and where the system looks. Its threads are as
-many as the processors that this process may use, at most as many as the model was compiled for; TVM_NUM_THREADS sets another number.
+many as the processors that this process may use, at most as many as the model was compiled for; TVM_NUM_THREADS sets another number. They sleep
+where they wait and stay on no processor, so that a program beside costs a call no more than its share; on a machine without any,
+TVM_THREAD_POOL_SPIN_COUNT=300000 makes short calls quicker.
 """
 
 from __future__ import annotations
@@ -204,6 +206,9 @@ def load_runtime(target: Mapping[str, Any], threads: int | None) -> None:
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads is not None or "TVM_NUM_THREADS" not in os.environ:
         os.environ["TVM_NUM_THREADS"] = str(threads or min(here, int(target["cores"])))
+    # By default a thread stays on one processor and yields it until there is work: whoever else wants it then has it for milliseconds, at every kernel.
+    for name in ("TVM_BIND_THREADS", "TVM_THREAD_POOL_SPIN_COUNT"):
+        os.environ.setdefault(name, "0")
     name, spec = "libtvm_runtime.so", find_spec("tvm")
     places = [Path(one) for one in os.environ.get("TVM_LIBRARY_PATH", "").split(os.pathsep) if one] + [Path(__file__).resolve().parent]
     places += [Path(one) / "lib" for one in (spec.submodule_search_locations if spec and spec.submodule_search_locations else [])]

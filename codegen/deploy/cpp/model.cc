@@ -95,6 +95,8 @@ void check_machine(const Object& target) {
 void load_runtime(const std::string& folder, const Object& target, const sparsify_options& options) {
   int threads = options.threads ? options.threads : std::min<int>(processors(), static_cast<int>(at(target, "cores").cast<int64_t>()));
   setenv("TVM_NUM_THREADS", std::to_string(threads).c_str(), options.threads != 0);
+  // By default a thread stays on one processor and yields it until there is work: whoever else wants it then has it for milliseconds, at every kernel.
+  for (const char* name : {"TVM_BIND_THREADS", "TVM_THREAD_POOL_SPIN_COUNT"}) setenv(name, "0", 0);
   const std::string name = "libtvm_runtime.so", beside = folder + "/" + name;
   std::string path = options.runtime ? options.runtime : access(beside.c_str(), R_OK) == 0 ? beside : name;
   if (!dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL))

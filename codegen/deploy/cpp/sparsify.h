@@ -11,7 +11,9 @@
  * any of it runs. Weights are mapped from their file, not read. Needs libtvm_ffi.so (linked) and libtvm_runtime.so (found at load).
  *
  * Threads: as many as the processors that the process may use, at most as many as the model was compiled for; TVM_NUM_THREADS or
- * sparsify_options.threads sets another number, before the first load of a process. A model may be run by one thread at a time.
+ * sparsify_options.threads sets another number, before the first load of a process. They sleep where they wait and stay on no processor, so that a
+ * program beside costs a call no more than its share; on a machine without any, TVM_THREAD_POOL_SPIN_COUNT=300000 makes short calls quicker. A model
+ * may be run by one thread at a time.
  */
 #ifndef SPARSIFY_H_
 #define SPARSIFY_H_
