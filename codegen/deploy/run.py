@@ -8,9 +8,7 @@
     python run.py folder --input input_ids=ids.npy --output out/        # also --size length=64 for zeros of that size, --describe, --generate 20
 
 libtvm_runtime.so is looked for in $TVM_LIBRARY_PATH, beside this file, in an installed apache-tvm, and where the system looks. Its threads are as
-many as the processors that this process may use, at most as many as the model was compiled for; TVM_NUM_THREADS sets another number. They sleep
-where they wait and stay on no processor, so that a program beside costs a call no more than its share; on a machine without any,
-TVM_THREAD_POOL_SPIN_COUNT=300000 makes short calls quicker.
+many as the processors that this process may use, at most as many as the model was compiled for; TVM_NUM_THREADS sets another number.
 """
 
 from __future__ import annotations
@@ -201,14 +199,11 @@ def check_file(path: Path, digest: str | None) -> None:
 
 
 def load_runtime(target: Mapping[str, Any], threads: int | None) -> None:
-    """libtvm_runtime.so, once in a process, with its number of threads. Raises LibraryError."""
+    """libtvm_runtime.so, once in a process, with its number of threads, which sleep: yielding lets others in at each kernel. Raises LibraryError."""
     import tvm_ffi  # noqa: F401 (its library must be there first)
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads is not None or "TVM_NUM_THREADS" not in os.environ:
-        os.environ["TVM_NUM_THREADS"] = str(threads or min(here, int(target["cores"])))
-    # By default a thread stays on one processor and yields it until there is work: whoever else wants it then has it for milliseconds, at every kernel.
-    for name in ("TVM_BIND_THREADS", "TVM_THREAD_POOL_SPIN_COUNT"):
-        os.environ.setdefault(name, "0")
+    wanted = {"TVM_NUM_THREADS": str(threads or min(here, int(target["cores"]))), "TVM_BIND_THREADS": "0", "TVM_THREAD_POOL_SPIN_COUNT": "0"}
+    os.environ.update({name: value for name, value in wanted.items() if name not in os.environ or (threads and name == "TVM_NUM_THREADS")})
     name, spec = "libtvm_runtime.so", find_spec("tvm")
     places = [Path(one) for one in os.environ.get("TVM_LIBRARY_PATH", "").split(os.pathsep) if one] + [Path(__file__).resolve().parent]
     places += [Path(one) / "lib" for one in (spec.submodule_search_locations if spec and spec.submodule_search_locations else [])]
