@@ -1,12 +1,13 @@
 """MiniLM recovered: a sparse sentence encoder trained on plain text to do what the dense one does.
 
-    python benchmarks/recovery.py --brown FOLDER [--cases "2:4" ...] [--steps 900] [--samples 64] [--varied] [--json FILE]
+    python benchmarks/recovery.py --brown FOLDER [--cases "2:4" ...] [--steps 900] [--rows 32] [--samples 64] [--varied] [--json FILE]
 
 All linear layers of the encoder are cut; the recovery trains them, the biases and the norms (the embeddings are frozen) with sc.recover() on the
-Brown files that are not held out, in batches of 32 × 64 tokens, in bfloat16 autocast. Cosine to the dense model's embeddings on held-out Brown texts
-and Lee Pearson (subjects.py) are measured before the first and behind the last step; nothing is chosen by them: --split choose measures on other
-texts, by which rate and losses were chosen. Settings are the same for all cases. The gradual cases start with the dense model. Cases that learn
-masks (MaskLLM, Lottery Jackpots) train nothing else: the weights stay those of the dense model. A killed run goes on where it was (--checkpoints).
+Brown files that are not held out, in batches of 32 × 64 tokens (--rows), in bfloat16 autocast. Cosine to the dense model's embeddings on
+held-out Brown texts and Lee Pearson (subjects.py) are measured before the first and behind the last step; nothing is chosen by them: --split choose
+measures on other texts, by which rate and losses were chosen. Settings are the same for all cases. The gradual cases start with the dense model.
+Cases that learn masks (MaskLLM, Lottery Jackpots) train nothing else: the weights stay those of the dense model. A killed run goes on where it
+was (--checkpoints).
 
 --speed measures nothing but time: 8 × 128 tokens through the encoder cut in each case's structure (by magnitude: which weights they are changes no
 time), compiled in float32 and in bfloat16, against the dense model in both, eager and through torch.compile, in turns.
@@ -33,8 +34,9 @@ import sparsify_compiler as sc
 from sparsify_compiler.measure import interleave
 from sparsify_compiler.yardstick import dense_forms
 
-ROWS, LENGTH = 32, 64
+LENGTH = 64
 HESSIAN = "repair='obs', inputs='block'"
+ALIGNED = "score='repair', budget='curvature', repair='aligned', inputs='block'"
 SCORE = "weight_times_input_norm"
 LOSSES = ("squarehead", "outputs", "embeddings")
 
@@ -50,6 +52,11 @@ CASES = {  # of the number of steps
     "2:4": lambda steps: f"mask_weights(score='repair', structure=NM(n=2, m=4), {HESSIAN})",
     "32x1 50 %": lambda steps: f"mask_weights(score='repair', structure='32x1', density=0.5, {HESSIAN})",
     "32x1 80 %": lambda steps: f"mask_weights(score='repair', structure='32x1', density=0.2, {HESSIAN})",
+    "32x1 50 %, curvature": lambda steps: f"mask_weights(score='repair', budget='curvature', structure='32x1', density=0.5, {HESSIAN})",
+    "32x1 50 %, permuted": lambda steps: (f"permute_channels(score={SCORE!r}, structure='32x1', density=0.5, rounds=12)"
+                                          f" | mask_weights(score='repair', structure='32x1', density=0.5, {HESSIAN})"),
+    "32x1 50 %, aligned": lambda steps: f"mask_weights({ALIGNED}, structure='32x1', density=0.5)",
+    "32x1 80 %, aligned": lambda steps: f"mask_weights({ALIGNED}, structure='32x1', density=0.2)",
     "32x1 50 %, gradual": lambda steps: gradual(steps, 0.5, 3),
     "32x1 80 %, gradual": lambda steps: gradual(steps, 0.2, 2),
     "2:4, MaskLLM from Wanda": lambda steps: f"mask_weights(score={SCORE!r}, structure='2:4') | learn_masks(until={steps})",
@@ -67,6 +74,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--steps", type=int, nargs="+", default=[900])
+    parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--losses", nargs="+", default=LOSSES)
     parser.add_argument("--varied", action="store_true")
@@ -85,7 +93,7 @@ def main() -> None:
     for steps in arguments.steps:
         for case in arguments.cases:
             about = {"case": case, "steps": steps, "rate": arguments.rate, "losses": list(arguments.losses), "samples": arguments.samples,
-                     "split": arguments.split, "varied": arguments.varied}
+                     "rows": arguments.rows, "split": arguments.split, "varied": arguments.varied}
             if not any(about.items() <= row.items() for row in rows):
                 rows.append({**about, **measured(subject, batches, case, steps, arguments)})
                 say(rows[-1])
@@ -104,7 +112,7 @@ def measured(subject: MiniLM, batches: Texts, case: str, steps: int, arguments: 
     module, hook = sc.attach(model, subject.batches[0], recipe, calibration=subject.batches, dynamic=dynamic)
     with torch.no_grad():
         before, spent = subject.measure(module), time.process_time()
-    name = f"{case} {steps} {arguments.samples}{' varied' if arguments.varied else ''}.safetensors".replace(" ", "-")
+    name = f"{case} {steps} {arguments.rows} {arguments.samples}{' varied' if arguments.varied else ''}.safetensors".replace(" ", "-")
     file = arguments.checkpoints / name if arguments.checkpoints else None
     whole = file is None or not file.exists()
     module, recovery = sc.recover(module, model, batches, hook=hook, minutes=600, steps=steps, rate=arguments.rate, losses=arguments.losses,
@@ -137,7 +145,7 @@ def timed(subject: MiniLM, cases: list[str]) -> None:
 
 
 class Texts:
-    """All texts that are not held out, cut into pieces of LENGTH tokens, shuffled, in batches of ROWS.
+    """All texts that are not held out, cut into pieces of LENGTH tokens, shuffled, in batches of --rows.
 
     varied  each time that they are walked over half of the pieces begin somewhere else, half are made of sentences from anywhere; and in half of all
             a token in seven is another one, drawn as often as the texts have it. Else the pieces are the same every time.
@@ -152,7 +160,7 @@ class Texts:
         self._texts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in brown(arguments.brown, arguments.split)[0]]
         self._sentences = [sentence for text in self._texts for sentence in self._cut(text)]
         self._all = torch.tensor([token for text in self._texts for token in text])
-        self._varied, self._walks = varied, 0
+        self._varied, self._walks, self._rows = varied, 0, arguments.rows
 
     def _cut(self, text: list[int]) -> Iterator[list[int]]:
         begin = 0
@@ -165,10 +173,10 @@ class Texts:
         self._walks += self._varied
         chance, generator = random.Random(self._walks), torch.Generator().manual_seed(self._walks)
         ids = torch.tensor([[self._first, *piece, self._last] for piece in self._pieces(chance)])
-        ids = ids[torch.randperm(len(ids), generator=generator)][: len(ids) // ROWS * ROWS]
+        ids = ids[torch.randperm(len(ids), generator=generator)][: len(ids) // self._rows * self._rows]
         if self._varied:
             ids = self._replaced(ids, generator)
-        return iter([{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in ids.split(ROWS)])
+        return iter([{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in ids.split(self._rows)])
 
     def _pieces(self, chance: random.Random) -> list[list[int]]:
         inner, pieces = LENGTH - 2, []

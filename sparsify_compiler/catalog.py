@@ -68,6 +68,7 @@ KINDS: Mapping[str, Kind] = {
     "expert weight": Kind("passes/moe/weights/*.py"),
     "expert repair": Kind("passes/moe/repairs/*.py"),
     "block importance": Kind("passes/moe/block_importances/*.py"),
+    "token importance": Kind("passes/moe/token_importances/*.py"),
     "expert score": Kind("passes/moe/expert_scores/*.py"),
     "format": Kind("formats/*.py"),
     "op": Kind("ops/*.py", holds_object=False),

@@ -19,7 +19,8 @@ from .program import Program, Region, Stage, get_tensor
 OWN = "sparsify"  # the namespace of our ops
 # Those of them that a plain, trainable graph may hold.
 TRAINABLE = frozenset({f"sparsify.{name}.default" for name in (
-    "select", "attend", "noted", "take_rows", "put_rows", "held_ffn", "experts_ffn", "top_tokens", "open_texts", "take_part", "put_part")})
+    "select", "attend", "noted", "take_rows", "put_rows", "held_ffn", "experts_ffn", "top_tokens", "open_texts", "take_part", "put_part",
+    "changes")})
 # What is neither aten nor ours: arithmetic on sizes, and picking one of several outputs.
 PYTHON = frozenset({operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.neg,
                     operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_,

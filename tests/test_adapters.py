@@ -248,3 +248,18 @@ def test_adapters_are_on_their_weights_device() -> None:
     for name in catalog.names("adapter"):
         for tensor in Named.parse("adapter", name)(weight, 0).tensors.values():
             assert (tensor.device, tensor.dtype) == (weight.device, weight.dtype)
+
+
+def test_what_is_named_goes_on_training_beside_adapters() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16)).eval()
+    module, _ = sc.attach(model, (torch.randn(2, 16),), AddAdapters("low_rank(rank=2)", also=("1.*", "*.bias"), targets=("2",)))
+    trained = {name for name, value in module.named_parameters() if value.requires_grad}
+    assert trained == {"0.bias", "1.weight", "1.bias", "2.bias", "2.low_rank_reads", "2.low_rank_writes"}
+
+
+@pytest.mark.parametrize(("targets", "ignore", "names"), [
+    (("ffn",), (), {"1", "3"}), (("ffn:down",), (), {"3"}), (("linear",), ("ffn:down",), {"0", "1"}), (("*",), ("ffn",), {"0"}), (("3",), (), {"3"})])
+def test_adapters_are_where_selectors_of_ffns_and_of_layers_say(targets: tuple[str, ...], ignore: tuple[str, ...], names: set[str]) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+    module, _ = sc.attach(model, (torch.randn(2, 16),), AddAdapters("low_rank(rank=2)", targets=targets, ignore=ignore))
+    assert {name.partition(".")[0] for name, value in module.named_parameters() if value.requires_grad} == names

@@ -234,7 +234,8 @@ def test_every_scorer_and_selector_is_tested() -> None:
     assert set(catalog.names("block selector")) == {"top_k", "top_p", "threshold", "head_mass"}  # the latter: test_attention_orders.py
 
 
-ELSEWHERE = {"gate", "compressed_keys", "mean_windows", "shared_clusters"}  # in the tests of attention that learns, its branches and its orders
+# in the tests of attention that learns, its branches, its orders and its codes
+ELSEWHERE = {"gate", "compressed_keys", "mean_windows", "shared_clusters", "shared_codes"}
 
 
 TEXTS = [f"Indexer(always=(Windows(size=4),), scorer='{text}', selector='{selector}', block_q=4, block_k=4)"

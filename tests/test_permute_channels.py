@@ -14,10 +14,12 @@ from torch.nn.functional import gelu, linear, silu
 
 from sparsify_compiler.calibrate import calibrate
 from sparsify_compiler.capture import capture
-from sparsify_compiler.errors import ParseError
+from sparsify_compiler.errors import BudgetError, ParseError
 from sparsify_compiler.passes.prune._permutation import _dealt, kept_score, search
+from sparsify_compiler.passes.prune._row_order import kept_in_blocks, search_rows
 from sparsify_compiler.passes.prune.mask_weights import MaskWeights
 from sparsify_compiler.passes.prune.permute_channels import PermuteChannels
+from sparsify_compiler.passes.prune.structures.block import Block
 from sparsify_compiler.passes.prune.structures.nm import NM
 from sparsify_compiler.passes_api import Context, Preserves
 from sparsify_compiler.pipeline import Pipeline
@@ -165,6 +167,63 @@ def test_masked_ffns_and_other_structures_are_refused() -> None:
     model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval(), (torch.randn(2, 8),)
     _, _, ctx = run(model, x, MaskWeights(density=0.5), PermuteChannels())
     assert any("masked" in miss.why for miss in ctx.misses)
-    for structure in ("16x1", "NM(n=2, m=4, along=outputs)"):
-        with pytest.raises(ParseError, match="orders channels for N:M"):
+    for structure in ("row", "NM(n=2, m=4, along=outputs)"):
+        with pytest.raises(ParseError, match="orders channels for N:M along inputs and for blocks"):
             PermuteChannels(structure=structure)
+
+
+@quick
+@given(st.integers(1, 6), st.sampled_from([2, 4, 8]), st.integers(1, 12), st.sampled_from([0.2, 0.5, 0.9]), st.booleans(), st.integers(0, 99))
+def test_an_order_of_rows_is_a_permutation_and_keeps_no_less(groups: int, size: int, columns: int, density: float, ties: bool, seed: int) -> None:
+    rand, shape = torch.Generator().manual_seed(seed), (groups * size, columns)
+    scores = [torch.randint(0, 3, shape, generator=rand).float() if ties else torch.rand(shape, generator=rand) for _ in range(2)]
+    order = search_rows(scores, size, density, 4, seed)
+    assert torch.equal(order.sort().values, torch.arange(groups * size))
+    assert kept_in_blocks([score[order] for score in scores], size, density) >= kept_in_blocks(scores, size, density)
+    assert torch.equal(order, search_rows(scores, size, density, 4, seed))
+    masks = [Block(size, 1).mask(score, density) for score in scores]
+    kept = sum(float(one[mask].sum()) for one, mask in zip(scores, masks, strict=True))
+    assert kept_in_blocks(scores, size, density) == pytest.approx(kept, rel=1e-5)
+
+
+def test_rows_of_a_kind_come_together_and_all_is_kept() -> None:
+    """Four kinds of rows, each with its own quarter of the inputs, shuffled: at a quarter of the blocks some order keeps everything."""
+    kind = torch.randperm(64, generator=torch.Generator().manual_seed(0)) % 4
+    score = torch.nn.functional.one_hot(kind, 4).float().repeat_interleave(8, 1) * (1 + torch.rand(64, 32))
+    assert kept_in_blocks([score], 16, 0.25) < 0.5 * float(score.sum())
+    order = search_rows([score], 16, 0.25, 4, 0)
+    assert kept_in_blocks([score[order]], 16, 0.25) == pytest.approx(float(score.sum()), rel=1e-5)
+
+
+def test_choosing_blocks_and_groups_by_turns_goes_beyond_clusters() -> None:
+    score = torch.rand(256, 96, generator=torch.Generator().manual_seed(3)) ** 4
+    base, clustered, found = (kept_in_blocks([score[search_rows([score], 16, 0.3, rounds, 0)]], 16, 0.3) for rounds in (0, 1, 8))
+    assert base < clustered < 0.99 * found
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "fused"])
+def test_a_mask_of_blocks_keeps_more_and_the_model_computes_the_same(name: str) -> None:
+    model, inputs = (Fused().eval(), (torch.randn(4, 8),)) if name == "fused" else getattr(zoo, name)()[:2]
+    order, roles = PermuteChannels(structure="4x1", density=0.4), tuple(f"ffn:{role}" for role in ("up", "gate"))
+    program, after, ctx = run(model, inputs, order)
+    assert ctx.rewrites >= 1, [str(miss) for miss in ctx.misses]
+    check_preserves(program, after, inputs, Preserves.VALUES)
+    kept = []
+    for passes in ((), (order,)):
+        _, masked, _ = run(model, inputs, *passes, MaskWeights(structure="4x1", density=0.4, targets=roles))
+        pairs = [(str(n.target), r.module) for r, n in masked.nodes() if n.op == "get_attr" and str(n.target).endswith("_mask")]
+        kept.append(sum(float(get_tensor(m, t.removesuffix("_mask")).detach().abs()[get_tensor(m, t)].sum()) for t, m in pairs))
+    assert kept[1] > 1.01 * kept[0]
+
+
+def test_blocks_of_several_inputs_and_what_is_refused() -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(4, 8),)
+    program, after, ctx = run(Fused().eval(), x, PermuteChannels(structure="4x2", density=0.5))
+    assert ctx.rewrites == 1
+    check_preserves(program, after, x, Preserves.VALUES)
+    _, _, ctx = run(Fused().eval(), x, PermuteChannels(structure="32x1", density=0.5))
+    assert "do not divide into groups of 32" in str(ctx.misses[0])
+    with pytest.raises(BudgetError, match="no density"):
+        run(Fused().eval(), x, PermuteChannels(structure="4x1"))
+    assert run(Fused().eval(), x, PermuteChannels(structure="4x1"), density=0.5)[2].rewrites == 1

@@ -115,3 +115,61 @@ def test_a_cropped_network_has_fewer_filters_and_learns() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
+
+
+def convolutional() -> nn.Module:
+    """Images of 4 x 4: what recipes of gates on filters and places find something in."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(128, 16)).eval()
+
+
+IMAGES = X.view(24, 1, 4, 4)
+STREAMS = X.view(2, 12, 16)
+GATED = {  # recipes that train without a mask of weights: the model, its inputs, and options
+    "pat": (Net, X, {"density": 0.5, "rank": 2, "mixing": 2, "steps": 6, "targets": ("neurons",)}),
+    "sparse_places": (convolutional, IMAGES, {"density": 0.5, "steps": 6}),
+    "ftwt": (convolutional, IMAGES, {"mass": 0.7, "least": 1}),
+    "delta_activations": (Net, STREAMS, {"step": 0.3}),
+}
+
+
+def gated(name: str) -> tuple[nn.Module, Hook, torch.optim.Optimizer]:
+    model, x, options = GATED[name]
+    torch.manual_seed(0)
+    module, hook = sc.attach(model().eval(), (x,), catalog.get("recipe", name)(**options), calibration=[(x,)])  # type: ignore[operator]
+    return module, hook, torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], 5e-2, weight_decay=0.1)
+
+
+def gated_step(name: str) -> partial[float]:
+    x = GATED[name][1]
+    return partial(training_help.step, x, Y.view(2, 12, 16) if name == "delta_activations" else Y)
+
+
+@pytest.mark.parametrize("name", ["pat", "sparse_places"])
+def test_what_gates_shut_has_no_effect_after_any_step(name: str) -> None:
+    """As many as at the start, whatever the optimizer did to the gates; and at last they were others."""
+    module, hook, optimizer = gated(name)
+    x, masks = GATED[name][1], {key: one for key, one in module.named_buffers() if key.endswith("_mask")}
+    first = {key: mask.clone() for key, mask in masks.items()}
+    assert masks
+    for _ in range(8):
+        gated_step(name)(module, hook, optimizer)
+        module.eval()
+        with torch.no_grad():
+            expected = module(x)
+            for key in masks:
+                gate, mask = module.get_parameter(key.removesuffix("_mask")), module.get_buffer(key)
+                assert int(mask.sum()) == int(first[key].sum())
+                assert 0 < int(mask.sum()) < mask.numel()
+                kept = gate.clone()
+                gate.masked_fill_(~mask, 3.0)
+                assert torch.equal(module(x), expected), f"what {key} shuts has an effect"
+                gate.copy_(kept)
+        module.train()
+    assert any(not torch.equal(module.get_buffer(key), mask) for key, mask in first.items())
+
+
+@pytest.mark.parametrize("name", list(GATED))
+def test_such_a_run_that_is_resumed_is_the_same_to_the_bit(name: str) -> None:
+    assert_resumes(partial(gated, name), gated_step(name), 3, 4)

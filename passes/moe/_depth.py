@@ -97,10 +97,11 @@ def check_router(router: str, where: str) -> Named:
     return named
 
 
-def seen(program: Program, found: Sequence[Depth], ctx: Context) -> dict[str, tuple[Tensor, Tensor]]:
+def seen(program: Program, found: Sequence[Depth], ctx: Context, wanted: Named | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """Path of a block -> float32 [R, width], what a router reads, and [R, 1], by how much of its length the block changes the stream there.
 
-    A row is a token, or a text, for which both are means over its tokens. Raises CalibrationError without batches.
+    A row is a token, or a text, for which both are means over its tokens. wanted: a token importance in place of the change, which the blocks have.
+    Raises CalibrationError without batches.
     """
     if not ctx.batches:
         raise CalibrationError("blocks are run to see how much they change, and there are no batches", where=found[0].path,
@@ -108,18 +109,19 @@ def seen(program: Program, found: Sequence[Depth], ctx: Context) -> dict[str, tu
     rows: dict[str, tuple[Tensor, Tensor]] = {}
     for group in in_groups(list(found), ctx.batches):
         watched = program.clone()
-        places = {one.path: _watch(watched.regions[one.region.path], one) for one in group}
+        places = {one.path: _watch(watched.regions[one.region.path], one, wanted) for one in group}
         values, _ = collect_rows(watched, ctx.batches, [place for pair in places.values() for place in pair])
         rows |= {path: (values[x], values[change]) for path, (x, change) in places.items()}
     return rows
 
 
-def _watch(region: Region, one: Depth) -> tuple[tuple[str, str], tuple[str, str]]:
+def _watch(region: Region, one: Depth, wanted: Named | None) -> tuple[tuple[str, str], tuple[str, str]]:
     start, end = region.node(one.part.start.name), region.node(one.part.end.name)
     texts = one.part.dim == TEXTS
+    formula, given = (text_change if texts else token_change, {"x": start, "y": end}) if wanted is None else wanted(region, one)
     x = insert_formula(region, end.next, mean_of_texts, {"x": start}, "watch") if texts else start
-    change = insert_formula(region, end.next, text_change if texts else token_change, {"x": start, "y": end}, "watch")
-    return (region.path, x.name), (region.path, change.name)
+    found = insert_formula(region, end.next, formula, given, "watch")
+    return (region.path, x.name), (region.path, found.name)
 
 
 def mean_of_texts(x: Tensor) -> Tensor:

@@ -36,12 +36,14 @@ class RouteTokens(Pass):
     density     tokens that blocks compute / all, over the blocks that can run on a part; by default the user's budget
     routed      share of the blocks that tokens may pass by, those of lowest importance
     importance  a file of passes/moe/block_importances
-    router      "ridge", fitted to how much the block changes a token, or "random", to be trained
+    router      "ridge", fitted to what is wanted, or "random", to be trained
     weight      a file of passes/moe/weights: "one", or "sigmoid" of the score, by which routers learn
     first       so many blocks at the beginning that every token runs through
     common      one router for all routed blocks of a graph that are as wide, fitted to all of them together, or trained by all
     keep        an input of the model [texts, tokens] by its name: tokens that are not 0 there come before all others: "attention_mask" leaves
                 padding out first, a mark of the question's tokens keeps it whole
+    wanted      a file of passes/moe/token_importances, which the router foretells: "change", how much the block changes a token, or "received",
+                the attention that it gets there
 
     Tokens among those that are chosen see each other in attention, not the others. How many there are depends on the text's length alone; which,
     on all of the text, so this is for encoders, prompts and training, and not for generate(): there split_experts(experts=1, ...) routes around FFNs.
@@ -56,6 +58,7 @@ class RouteTokens(Pass):
     first: int = 0
     common: bool = False
     keep: str = ""
+    wanted: str = "change"
 
     preserves: ClassVar[Preserves] = Preserves.SIGNATURE
     gives_stage: ClassVar[Stage | None] = Stage.SPARSE
@@ -64,6 +67,7 @@ class RouteTokens(Pass):
         check_router(self.router, self.name())
         Named.parse("block importance", self.importance)
         Named.parse("expert weight", self.weight)
+        Named.parse("token importance", self.wanted)
         if not 0 < self.routed <= 1 or self.first < 0:
             raise ParseError(f"routed lies above 0 and at most at 1, first at 0 or above; got {self.routed} and {self.first}", where=self.name())
         self.check_density(self.density)
@@ -77,8 +81,9 @@ class RouteTokens(Pass):
         elif chosen and share <= 0:
             ctx.miss(f"{len(chosen)} of {len(found)} blocks cannot bring their tokens to a density of {density:.3g}: route more", chosen[0].path)
         elif chosen:
-            rows = seen(program, chosen, ctx) if self._router().statistics else {}
-            done = [one for one in chosen if self._keeps(one, ctx) and ctx.spend()]
+            able = [one for one in chosen if self._keeps(one, ctx) and self._tells(one, ctx)]
+            rows = seen(program, able, ctx, Named.parse("token importance", self.wanted)) if self._router().statistics and able else {}
+            done = [one for one in able if ctx.spend()]
             routers = self._routers(done, rows, share, ctx)
             for one in reversed(done):  # a block behind reads what stands for the one before
                 self._route(one, routers[one.path], share)
@@ -102,6 +107,13 @@ class RouteTokens(Pass):
             return True
         ctx.miss(f"its graph has no input {self.keep} of [{', '.join(map(str, sizes))}]", one.path)
         return False
+
+    def _tells(self, one: Depth, ctx: Context) -> bool:
+        """Does the block have what the router is fitted to, if it is fitted? A miss where not."""
+        found = Named.parse("token importance", self.wanted)(one.region, one) if self._router().statistics else None
+        if isinstance(found, str):
+            ctx.miss(found, one.path)
+        return not isinstance(found, str)
 
     def _routers(self, done: list[Depth], rows: Mapping[str, tuple[Tensor, Tensor]], share: float, ctx: Context) -> dict[str, _Stored]:
         """Path of a block -> its router, stored before the first block that it belongs to."""

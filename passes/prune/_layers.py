@@ -17,6 +17,7 @@ BASIC = ("linear", "conv")
 DEFAULT = ("linear",)
 COMPOSITE = ("ffn", "attention", "moe")  # each stands for the basic sites that its roles name
 ROLES = {"ffn": ("up", "gate", "down"), "attention": ("q", "k", "v", "out"), "moe": ("router",)}  # "ffn:up" stands for that role alone
+AROUND = ("input",)  # roles of what a composite reads, which may be a linear of its own
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,15 @@ def chosen_ops(program: Program, selectors: Iterable[str]) -> set[tuple[str, str
     return _selected(find_sites(program, (*BASIC, *COMPOSITE)), selectors, program)
 
 
+def chosen_linears(program: Program, targets: Iterable[str], ignore: Iterable[str]) -> list[Site]:
+    """The linear sites that `targets` means and `ignore` does not, as in find_layers, whatever their weights are. Raises SelectorError."""
+    every, targets = find_sites(program, ("linear",)), tuple(targets)
+    if not every and targets == DEFAULT:  # a default is not a wrong selector
+        return []
+    wanted = chosen_ops(program, targets) - chosen_ops(program, ignore)
+    return [site for site in every if (site.region, site.roles["op"]) in wanted]
+
+
 def _selected(sites: list[Site], selectors: Iterable[str], program: Program) -> set[tuple[str, str]]:
     """(region, node) of the ops that the selectors mean. Raises SelectorError for one that matches nothing.
 
@@ -93,7 +103,7 @@ def _selected(sites: list[Site], selectors: Iterable[str], program: Program) -> 
             raise SelectorError(f"{kind} has no role {role!r}", where=selector, hint=nearest(role, ROLES[kind]))
         kinds = COMPOSITE if kind in COMPOSITE else BASIC
         for site in select([site for site in sites if site.kind in kinds], (kind,), (), program):
-            found |= {(site.region, node) for name, node in site.roles.items() if role in ("", name)}
+            found |= {(site.region, node) for name, node in site.roles.items() if role in ("", name) and name not in AROUND}
     return found
 
 

@@ -1,4 +1,4 @@
-"""Order the hidden channels of FFNs so that an N:M mask keeps more."""
+"""Order the hidden channels of FFNs so that a mask of n:m, or of blocks, keeps more."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify_compiler.errors import ParseError
+from sparsify_compiler.errors import BudgetError, ParseError
 from sparsify_compiler.named import Named
 from sparsify_compiler.normal_form_edit import aten, is_call
 from sparsify_compiler.passes.prune._layers import Layer, find_layers
 from sparsify_compiler.passes.prune._permutation import search
+from sparsify_compiler.passes.prune._row_order import search_rows
 from sparsify_compiler.passes.prune.structures._base import Structure
+from sparsify_compiler.passes.prune.structures.block import Block
 from sparsify_compiler.passes.prune.structures.nm import NM
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Site, get_tensor, set_tensor
@@ -26,24 +28,30 @@ from sparsify_compiler.sites import find_sites
 
 @dataclass(frozen=True)
 class PermuteChannels(Pass):
-    """Reorder the hidden channels of each FFN so that n of every m inputs of its down projection keep more score; run before mask_weights.
+    """Reorder the hidden channels of each FFN so that a mask keeps more score; run before mask_weights.
+
+    Of n:m it is the down projection's, whose inputs stand in groups of m; of blocks r x c the up and gate projections', of whose outputs r neighbours
+    are kept or cut together: channels that need the same inputs become neighbours.
 
     Matches    down(act(up(x))) and down(act(gate(x)) * up(x)), whose weights nobody else reads
     Rewrites   up and gate with rows (and biases) in the new order, down with columns in it: no gather at run time
     Preserves  values, up to float reassociation of down's sums
     Paper      Channel Permutations for N:M Sparsity, Pool and Yu, NeurIPS 2021 (proceedings hash 6e8404c3b93a9527c8db241a1846599a); the assignment
-               slot by slot from Plug-and-Play, ICLR 2024, with swaps in place of the Hungarian method; none: neither is on arXiv
+               slot by slot from Plug-and-Play, ICLR 2024, with swaps in place of the Hungarian method; none: neither is on arXiv. For blocks
+               Shfl-BW, arXiv:2203.05016, whose shuffle here goes into the weights
 
     score      what an order should keep: a file of passes/prune/scores, best the one that the mask is made with
-    structure  NM(n, m), or "2:4" and the like
+    structure  NM(n, m) or Block(rows, columns), or "2:4", "32x1" and the like
+    density    share of the blocks that the mask will keep; by default the user's budget. n:m has its own
     targets    selectors of FFNs; all by default
-    rounds     of going through the m slots, at most
-    rows       how many output rows the search looks at; with more, a sample
-    seed       of the sample and the order of slots; by default the compile's own
+    rounds     of going through the m slots, or of assigning all channels anew, at most
+    rows       of n:m: how many output rows the search looks at; with more, a sample
+    seed       of the sample, the order of slots and the first clusters; by default the compile's own
     """
 
     score: str = "magnitude"
     structure: Structure | str = field(default_factory=lambda: NM(2, 4))
+    density: float | None = None
     targets: tuple[str, ...] = ("ffn",)
     rounds: int = 4
     rows: int = 1024
@@ -55,16 +63,18 @@ class PermuteChannels(Pass):
     def __post_init__(self) -> None:
         Named.parse("score", self.score)
         structure = Structure.parse(self.structure) if isinstance(self.structure, str) else self.structure
-        if not isinstance(structure, NM) or structure.along != "inputs":
-            raise ParseError(f"orders channels for N:M along inputs, not for {structure}", where="permute_channels", hint='write structure="2:4"')
+        if not isinstance(structure, Block) and (not isinstance(structure, NM) or structure.along != "inputs"):
+            raise ParseError(f"orders channels for N:M along inputs and for blocks, not for {structure}", where="permute_channels",
+                             hint='write structure="2:4", or "32x1"')
         object.__setattr__(self, "structure", structure)
+        self.check_density(self.density)
         self.take_selectors("targets")
 
     def needs(self, program: Program) -> Mapping[str, frozenset[str]]:
         names = frozenset(Named.parse("score", self.score).statistics)
         ffns, layers = self._find(program)
-        downs = [layers.get((site.region, site.roles["down"])) for site in ffns] if names else []
-        return {down.path: names for down in downs if down is not None}
+        seen = [layers.get((site.region, site.roles[role])) for site in ffns for role in self._scored if role in site.roles] if names else []
+        return {layer.path: names for layer in seen if layer is not None}
 
     def run(self, program: Program, ctx: Context) -> Program:
         ffns, layers = self._find(program)
@@ -80,6 +90,11 @@ class PermuteChannels(Pass):
             ctx.progress("permute channels", done + 1, len(ffns))
         return program
 
+    @property
+    def _scored(self) -> tuple[str, ...]:
+        """The roles of the layers whose masks are to keep more."""
+        return ("up", "gate") if isinstance(self.structure, Block) else ("down",)
+
     def _find(self, program: Program) -> tuple[list[Site], dict[tuple[str, str], Layer]]:
         """The FFNs, and the layers that have a weight of their own, by (region, op)."""
         every = find_sites(program, ("ffn",))
@@ -89,11 +104,10 @@ class PermuteChannels(Pass):
         return select(every, self.targets, (), program), {(use.region.path, use.op.name): layer for layer in layers for use in layer.uses}
 
     def _unfit(self, site: Site, parts: Mapping[str, Layer | None], program: Program) -> str | None:
-        structure = self.structure
-        assert isinstance(structure, NM)  # __post_init__ saw to it
         hidden = int(site.facts["hidden"])
-        if hidden == 0 or hidden % structure.m:
-            return f"{hidden} hidden channels do not divide into groups of {structure.m}"
+        size = self._group
+        if hidden == 0 or hidden % size:
+            return f"{hidden} hidden channels do not divide into groups of {size}"
         for role, layer in parts.items():
             if layer is None:
                 return f"the weight of its {role} projection is tied, masked or computed"
@@ -110,18 +124,39 @@ class PermuteChannels(Pass):
         return None
 
     def _permute(self, site: Site, parts: Mapping[str, Layer], program: Program, ctx: Context) -> None:
-        structure, down = self.structure, parts["down"]
-        assert isinstance(structure, NM)
-        score = Named.parse("score", self.score)
-        given = {name: ctx.statistics.get(down.path, name) for name in score.statistics} if ctx.statistics is not None else {}
-        seed = zlib.crc32(f"{self.seed if self.seed is not None else ctx.seed} {site.path}".encode())
-        values: Tensor = score(down.weight.detach(), given, seed).float()
-        order = search(values, structure.n, structure.m, self.rounds, self.rows, seed)
+        own = parts if site.roles.get("gate") != site.roles["up"] else {role: parts[role] for role in ("up", "down")}
+        hidden, seed = int(site.facts["hidden"]), zlib.crc32(f"{self.seed if self.seed is not None else ctx.seed} {site.path}".encode())
+        scores = [self._score(own[role], seed, ctx) for role in self._scored if role in own]
+        order = self._search(scores, hidden, seed, ctx)
         if torch.equal(order, torch.arange(len(order), device=order.device)):
             ctx.miss("no order was found that keeps more", site.path)
         elif ctx.spend():
-            for role, layer in parts.items() if site.roles.get("gate") != site.roles["up"] else [("up", parts["up"]), ("down", down)]:
+            for role, layer in own.items():
                 _reorder(layer, order, 1 if role == "down" else 0)
+
+    def _score(self, layer: Layer, seed: int, ctx: Context) -> Tensor:
+        """float32 [out, in]."""
+        named = Named.parse("score", self.score)
+        given = {name: ctx.statistics.get(layer.path, name) for name in named.statistics} if ctx.statistics is not None else {}
+        values: Tensor = named(layer.weight.detach(), given, seed).float()
+        return values
+
+    def _search(self, scores: list[Tensor], hidden: int, seed: int, ctx: Context) -> Tensor:
+        """The order int64 [hidden]."""
+        structure = self.structure
+        if isinstance(structure, NM):
+            return search(scores[0], structure.n, structure.m, self.rounds, self.rows, seed)
+        assert isinstance(structure, Block)  # __post_init__ saw to it
+        density = self.density if self.density is not None else ctx.density
+        if density is None:
+            raise BudgetError("no density was given, by which blocks are kept", where="permute_channels", hint="permute_channels(density=0.5)")
+        parts = [part for score in scores for part in torch.split(score.view(len(score), -1, structure.columns).sum(-1), hidden)]
+        return search_rows(parts, structure.rows, density, self.rounds, seed)
+
+    @property
+    def _group(self) -> int:
+        """Into runs of how many neighbours the channels divide."""
+        return self.structure.m if isinstance(self.structure, NM) else self.structure.rows if isinstance(self.structure, Block) else 1
 
 
 def _reorder(layer: Layer, order: Tensor, dim: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,12 +12,12 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.errors import StructureError
 from sparsify_compiler.named import Named
 from sparsify_compiler.normal_form_edit import aten, insert
+from sparsify_compiler.passes.prune._layers import chosen_linears
 from sparsify_compiler.passes.prune._low_rank import MARK
 from sparsify_compiler.passes.train._frozen import freeze, weight_of
 from sparsify_compiler.passes.train.adapters._base import Adapter
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, get_tensor, set_tensor
-from sparsify_compiler.sites import chosen_sites
 from sparsify_compiler.splice import insert_formula
 from sparsify_compiler.stored import beside, read_stored, reads
 
@@ -36,11 +37,15 @@ class AddAdapters(Pass):
 
     adapter   a file of passes/train/adapters with its options, "masked_low_rank(rank=8)"
     freeze    all other parameters of the graphs: False lets biases and norms train too, and weights that no adapter stands for
+    also      parameters that go on training beside the adapters, by globs of their names: "*.router.*"
     seed      of the adapters' start
+    targets   selectors of sites, as in mask_weights: "linear", "ffn", "attention", "ffn:down", paths and patterns; all linear layers by default
+    ignore    selectors of sites that get none
     """
 
     adapter: str = "masked_low_rank"
     freeze: bool = True
+    also: tuple[str, ...] = ()
     seed: int = 0
     targets: tuple[str, ...] = ("linear",)
     ignore: tuple[str, ...] = ()
@@ -50,12 +55,12 @@ class AddAdapters(Pass):
         adapter(torch.ones(2, 2, dtype=torch.float32), 0)
         if getattr(adapter.module, "CHANGES", False):
             object.__setattr__(self, "preserves", Preserves.SIGNATURE)
-        self.take_selectors("targets", "ignore")
+        self.take_selectors("also", "targets", "ignore")
 
     def run(self, program: Program, ctx: Context) -> Program:
         made: dict[tuple[str, fx.Node], fx.Node] = {}
         trained: set[tuple[str, str]] = set()
-        sites = list(chosen_sites(program, ("linear",), self.targets, self.ignore))
+        sites = chosen_linears(program, self.targets, self.ignore)
         others = _read_by_others(program, {program.regions[site.region].node(site.roles["op"]) for site in sites})
         for site in sites:
             region = program.regions[site.region]
@@ -65,8 +70,12 @@ class AddAdapters(Pass):
             elif (site.region, found[1]) in made or ctx.spend():
                 trained |= {(site.region, name) for name in self._adapt(region, *found, made, others)}
         if trained and self.freeze:
-            freeze(program, trained)
+            freeze(program, trained | self._also(program))
         return program
+
+    def _also(self, program: Program) -> set[tuple[str, str]]:
+        named = ((region, name) for region in program.regions.values() for name, _ in region.module.named_parameters(remove_duplicate=False))
+        return {(region.path, name) for region, name in named if any(fnmatchcase(region.qualified(name), glob) for glob in self.also)}
 
     def _adapt(self, region: Region, op: fx.Node, weight: fx.Node, mask: str | None, made: dict[tuple[str, fx.Node], fx.Node],
                others: set[tuple[str, str]]) -> list[str]:

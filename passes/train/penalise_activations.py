@@ -1,4 +1,4 @@
-"""Add a term to the training loss that makes the activations of FFNs sparse."""
+"""Add a term to the training loss that makes activations sparse."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.named import Named
+from sparsify_compiler.passes.prune._layers import chosen_linears
 from sparsify_compiler.passes.train._penalty import Penalty, check_weight
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program
@@ -23,9 +24,9 @@ KIND = ("ffn",)
 
 @dataclass(frozen=True)
 class PenaliseActivations(TrainingPass):
-    """In training, add the mean over the FFNs of a loss of their activations, times a weight that a schedule moves.
+    """In training, add the mean over the sites of a loss of their activations, times a weight that a schedule moves.
 
-    Matches    linear(act(linear(x, up)), down) and linear(act(linear(x, gate)) * linear(x, up), down)
+    Matches    linear(act(linear(x, up)), down) and linear(act(linear(x, gate)) * linear(x, up), down); or linear(x, weight)
     Rewrites   nothing: it marks what hook.loss() of sc.attach() is made of
     Preserves  values
     Paper      none: the frame that ProSparse (arXiv:2402.13516) and DEFT (arXiv:2402.01911) fill in
@@ -33,29 +34,31 @@ class PenaliseActivations(TrainingPass):
     loss      a file of passes/train/losses, with options of its own in parentheses
     weight    what the loss is multiplied with
     schedule  a file of passes/train/schedules, of the number of steps, which multiplies the weight
-    of        "neurons", what the activation gives (of the gate, where there is one), or "hidden", what the down projection reads
-    targets   selectors of FFN sites; all by default
-    ignore    selectors of FFN sites
+    of        "neurons", what the activation of an FFN gives (of the gate, where there is one), "hidden", what its down projection reads, or "inputs",
+              what a linear layer reads
+    targets   selectors of FFN sites; all by default. Of "inputs", of linear layers, as in mask_weights: those in FFNs by default
+    ignore    selectors of such sites
     """
 
     loss: str = "l1"
     weight: float = 1.0
     schedule: str = "constant"
-    of: Literal["neurons", "hidden"] = "neurons"
+    of: Literal["neurons", "hidden", "inputs"] = "neurons"
     targets: tuple[str, ...] = KIND
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         Named.parse("activation loss", self.loss)
         check_weight(self.weight, self.schedule, "penalise_activations")
-        if self.of not in ("neurons", "hidden"):
-            raise ParseError(f"of is 'neurons' or 'hidden', not {self.of!r}", where="penalise_activations")
+        if self.of not in ("neurons", "hidden", "inputs"):
+            raise ParseError(f"of is 'neurons', 'hidden' or 'inputs', not {self.of!r}", where="penalise_activations")
         self.take_selectors("targets", "ignore")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        for site in self.ffns(program, ctx):
+        for site in chosen_linears(program, self.targets, self.ignore) if self.of == "inputs" else self.ffns(program, ctx):
             region = program.regions[site.region]
-            value = neurons_of(region, site) if self.of == "neurons" else region.node(site.roles["down"]).kwargs["input"]
+            reader = region.node(site.roles["op" if self.of == "inputs" else "down"])
+            value = neurons_of(region, site) if self.of == "neurons" else reader.kwargs["input"]
             assert isinstance(value, fx.Node)
             self.mark(value, site, ctx)
         return program
