@@ -37,18 +37,18 @@ class AddAdapters(Pass):
 
     adapter   a file of passes/train/adapters with its options, "masked_low_rank(rank=8)"
     freeze    all other parameters of the graphs: False lets biases and norms train too, and weights that no adapter stands for
-    also      parameters that go on training beside the adapters, by globs of their names: "*.router.*"
     seed      of the adapters' start
     targets   selectors of sites, as in mask_weights: "linear", "ffn", "attention", "ffn:down", paths and patterns; all linear layers by default
     ignore    selectors of sites that get none
+    also      parameters that go on training beside the adapters, by globs of their names: "*.router.*"
     """
 
     adapter: str = "masked_low_rank"
     freeze: bool = True
-    also: tuple[str, ...] = ()
     seed: int = 0
     targets: tuple[str, ...] = ("linear",)
     ignore: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         adapter = Named.parse("adapter", self.adapter)
