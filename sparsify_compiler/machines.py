@@ -128,11 +128,13 @@ def _measured(key: str) -> Machine:
 def _middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Of some measurements, the median of each number, of two the mean.
 
-    What lies farther away comes no faster, and a call after more bytes is no quicker.
+    All cores are no slower than one, what lies farther away comes no faster, and a call after more bytes is no quicker.
     """
     numbers = {name: statistics.median(run["numbers"][name] for run in runs) for name in runs[0]["numbers"]}
     levels = list(zip(*(run["memory"] for run in runs), strict=True))
     memory = [{name: statistics.median(level[name] for level in same) for name in same[0]} for same in levels]
+    for level in memory:
+        level["all"] = max(level["all"], level["one"])      # where another program had a core, all were as slow as its share
     for near, far in pairwise(memory):
         far.update(one=min(near["one"], far["one"]), all=min(near["all"], far["all"]), cold=max(near["cold"], far["cold"]))
     return {"cores": runs[0]["cores"], "numbers": numbers, "memory": memory}

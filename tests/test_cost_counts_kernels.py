@@ -19,7 +19,7 @@ from sparsify_compiler.codegen.kernels.experts_layout import prepare_experts
 from sparsify_compiler.codegen.kernels.finish import Finish
 from sparsify_compiler.codegen.kernels.layout import groups_of
 from sparsify_compiler.codegen.kernels.planes import NUMBERS, Planes
-from sparsify_compiler.codegen.kernels.planes_layout import Geometry, PreparedPlanes, prepare_planes
+from sparsify_compiler.codegen.kernels.planes_layout import Geometry, PreparedPlanes, offsets_of, prepare_planes
 from sparsify_compiler.cost_models import predict
 from sparsify_compiler.cost_models.fit import Timed, fit
 from sparsify_compiler.cost_models.forms import attention, experts, planes
@@ -75,6 +75,20 @@ def test_inputs_of_a_tile_that_exceed_the_first_cache_come_from_the_second() -> 
     numbers = {"M": 784, "N": 64, "K": 256, "taps": 1, "density": 0.25, "group": 1, "vectors": 4}
     is_count(planes.FETCHED, numbers | {"span": planes.HELD // 4}, 0)
     is_count(planes.FETCHED, numbers | {"span": planes.HELD // 4 + 1}, 64 * 256 * 64 / 4 * 49)
+
+
+@pytest.mark.parametrize(("side", "kernel"), [(7, 3), (14, 3), (56, 1), (28, 5)])
+def test_pixels_between_the_rows_of_y_are_computed_too(side: int, kernel: int) -> None:
+    geometry = Geometry((kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
+    numbers = offsets_of(torch.zeros(1, dtype=torch.int32), geometry, (side, side), side**2)[1]
+    is_count(planes.COMPUTED, {"M": side**2, "taps": kernel**2}, numbers["pixels"])
+
+
+def test_a_register_that_does_not_begin_at_a_line_of_the_cache_lies_in_two() -> None:
+    numbers = {"N": 64, "K": 64, "density": 0.25, "group": 1}
+    for side, taps, astride in ((28, 1, 0.0), (14, 1, 1.0), (28, 9, 1.0)):
+        given = numbers | {"M": side**2, "taps": taps}
+        is_count(planes.ASTRIDE, given, astride * compiled(planes.LOADS)(given))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

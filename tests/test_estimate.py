@@ -157,7 +157,7 @@ def test_a_measurement_is_the_mean_of_now_and_of_all_times(tmp_path: Path, monke
 
     def measured(target: object) -> dict[str, object]:
         now = next(speed)
-        return {"cores": 1, "numbers": dict.fromkeys(UNITS, now), "memory": [{"bytes": 1, "one": now, "all": now, "cold": 2.0},
+        return {"cores": 1, "numbers": dict.fromkeys(UNITS, now), "memory": [{"bytes": 1, "one": now, "all": now / 2, "cold": 2.0},
                                                                              {"bytes": 2, "one": 9.0, "all": now, "cold": 1.0}]}
 
     monkeypatch.setattr(micro, "measured", measured)
@@ -165,6 +165,7 @@ def test_a_measurement_is_the_mean_of_now_and_of_all_times(tmp_path: Path, monke
     machine = machines.measure_host()
     assert machine.numbers["vector"].value == (5.0 + 3.5) / 2           # of 4, 5 and 6, and of all six
     assert [level.one for level in machine.memory] == [4.25, 4.25]      # what lies farther away comes no faster
+    assert [level.all for level in machine.memory] == [4.25, 4.25]      # and all cores are no slower than one
     assert [level.cold for level in machine.memory] == [2.0, 2.0]
 
 

@@ -147,3 +147,14 @@ def test_costs_of_other_formulas_are_not_taken(pretended: dict[str, Any], monkey
 def test_what_is_fitted_on_is_never_judged() -> None:
     assert 2 not in FITTING
     assert draw(100, 5) == draw(100, 9)[:5] != draw(2, 5)
+
+
+@needs_avx512
+def test_forms_that_take_turns_displace_each_other() -> None:
+    """Two of them read the same weight, one half a turn after the other."""
+    work, weight = Work.make("linear", M=1, N=64, K=64, between=1000), 4 * 64 * 64
+    names = dict.fromkeys(("dense eager", "dense packed", "dense by output", "unknown"), 1.0)
+    points = {point.form.name: point for point in machine_costs.timed(work, names, made_up(host()))}
+    assert {name: point.between for name, point in points.items()} == {"dense eager": 1000 + weight / 2, "dense by output": 1000 + weight / 2,
+                                                                       "dense packed": 1000 + weight}
+    assert {point.again for point in points.values()} == {1000}
