@@ -30,7 +30,7 @@ import rivals
 import torch
 from rich.console import Console
 from rich.table import Table
-from subjects import MiniLM, MPNet, SmolLM2, Subject, lee, options, smollm2
+from subjects import LENGTH, MiniLM, MPNet, SmolLM2, Subject, lee, options, smollm2
 
 import sparsify_compiler as sc
 from sparsify_compiler.calibrate import calibrate
@@ -52,7 +52,7 @@ STRUCTURES = ("16x1", "unstructured")
 RULES = tuple(f"{rule} {structure}" for rule in ("uniform", "erk", "owl") for structure in STRUCTURES)
 METHODS = ("planned", *RULES, "greedy", "evolutionary", "randomly")
 SHARES = (0.85, 0.75, 0.65, 0.55, 0.45)
-ROUNDS, WARM, PAIRS = 11, 2, 8
+ROUNDS, WARM, PIECES = 11, 2, 8
 OTHERS = {"inputs": "select_inputs()", "bfloat16": "cast_layers()"}  # choices that are no structure of a weight
 CORRECTED = 2  # times that a plan is lowered and made again by what was measured of its layers
 LOWERING = Pipeline((Pack(), Lower(rounds=7)))
@@ -70,7 +70,8 @@ def main() -> None:
     parser.add_argument("--inputs", choices=["pruned", "dense"], default="pruned", help="of the repair: the pruned model's, or the dense one's")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the layers' dense seconds, that the layers may take")
     parser.add_argument("--probes", type=int, default=1)
-    parser.add_argument("--once", dest="again", action="store_false", help="build: no second round of probes around a plan")
+    parser.add_argument("--again", choices=["probes", "evener", "never"], default="probes",
+                        help="build: how a plan is looked at again: probes around it and evener plans, these alone, or not at all")
     parser.add_argument("--speedup", type=float, default=1.5)
     parser.add_argument("--drop", type=float, default=0.05, help="quality: 1 - cosine, or the rise of SmolLM2's perplexity")
     parser.add_argument("--sentences", type=int, default=8, help="of 128 tokens, that are timed")
@@ -106,14 +107,15 @@ def build(arguments: argparse.Namespace) -> None:
                 taken = planned(planner, mine, share, subject, ctx, arguments.again)
             else:
                 taken = rivals.made(method, mine, share * dense, subject.captured, ctx, arguments.structures)
-            about = {"method": method, "asked": share, "sentences": arguments.sentences, "lost": lost(mine, taken)}
+            about = {"method": method, "asked": share, "sentences": arguments.sentences, "words": words(arguments), "lost": lost(mine, taken)}
             keep(subject, ctx, out, f"{method} {share}", survey, taken, about)
 
 
-def planned(planner: ChooseLayers, survey: Survey, share: float, subject: Subject, ctx: Context, again: bool) -> Mapping[str, Offer]:
+def planned(planner: ChooseLayers, survey: Survey, share: float, subject: Subject, ctx: Context, again: str) -> Mapping[str, Offer]:
     """As compile() does it: plan, look again around the plan, lower, take over what was measured of each layer, and plan again."""
     plan = survey.plan(SECONDS, share * survey.as_it_is(SECONDS).cost)
-    plan = planner.refine(survey, SECONDS, plan, subject.captured, ctx) if again else plan
+    if again != "never":
+        plan = (planner.refine if again == "probes" else planner.settle)(survey, SECONDS, plan, subject.captured, ctx)
     for _ in range(CORRECTED):
         rows = (plan.pipeline | LOWERING).run(subject.captured, ctx, ()).decisions
         known = {site: rows[site] for site in plan.taken if site in rows}
@@ -138,6 +140,11 @@ def timed(subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
         return {**batch, "input_ids": batch["input_ids"][:, :1]} if arguments.decode else batch
     example: dict[str, Any] = subject.timed  # type: ignore[attr-defined]
     return {name: value[: arguments.sentences] for name, value in example.items()}
+
+
+def words(arguments: argparse.Namespace) -> int:
+    """Of a text that are timed at a time. The first moves SmolLM2 as no other does, and selects far fewer inputs: alone it is no measure of that."""
+    return (2 if "inputs" in arguments.structures else 1) if arguments.decode else LENGTH
 
 
 def planner_of(arguments: argparse.Namespace) -> ChooseLayers:
@@ -170,7 +177,8 @@ def clock(arguments: argparse.Namespace) -> None:
     if not waiting:
         return
     group = waiting[: arguments.group]
-    subject_dense, examples = dense_of(arguments, json.loads(group[0].read_text())["sentences"])
+    about = json.loads(group[0].read_text())
+    subject_dense, examples = dense_of(arguments, about["sentences"], about["words"])
     models = {"dense": subject_dense} | {file.stem: sc.load(out / f"{file.stem}.model") for file in group}
     forms = {name: (lambda model=model: [model(**example) for example in examples]) for name, model in models.items()}
     with torch.inference_mode():
@@ -184,18 +192,15 @@ def clock(arguments: argparse.Namespace) -> None:
     told({"left": len(waiting) - len(group)})
 
 
-def dense_of(arguments: argparse.Namespace, sentences: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
-    """The dense model, and what is timed: so many times 128 token numbers, or 512 for SmolLM2.
-
-    With --decode pairs of words of a text: the first token of a text moves SmolLM2 as no other does, and selects fewer inputs.
-    """
+def dense_of(arguments: argparse.Namespace, sentences: int, length: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+    """The dense model, and what is timed: so many times 128 token numbers; for SmolLM2 so many of a text, some texts in turn, or one of 512."""
     from transformers import AutoModel
 
     drawn = torch.Generator().manual_seed(0)
     if arguments.model == "smollm2":
         model, tokenizer = smollm2(arguments.cache)
-        text = tokenizer(lee(), return_tensors="pt").input_ids[:, : 2 * PAIRS]
-        tokens = text.view(PAIRS, 1, 2) if arguments.decode else torch.randint(1000, 20000, (1, 1, 512), generator=drawn)
+        text = tokenizer(lee(), return_tensors="pt").input_ids[:, : PIECES * length]
+        tokens = text.view(PIECES, 1, length) if length < LENGTH else torch.randint(1000, 20000, (1, 1, length), generator=drawn)
         return model, [{"input_ids": each, "use_cache": False} for each in tokens]
     place = object.__new__(SUBJECTS[arguments.model]).place(arguments.cache)  # type: ignore[call-overload, type-var, attr-defined]
     model = AutoModel.from_pretrained(place, dtype=torch.float32).eval()
@@ -245,7 +250,7 @@ def compiled_for(subject: Subject, arguments: argparse.Namespace, budget: sc.Bud
         example, batches = {"input_ids": example["input_ids"]}, [{"input_ids": batch["input_ids"]} for batch in batches]
     dynamic = {name: {0: "batch", 1: "length"} for name, value in example.items() if isinstance(value, torch.Tensor)}
     return sc.compile(subject.model, example, recipe=Pipeline((planner_of(arguments),)), budget=budget, calibration=batches, dynamic=dynamic,
-                      progress=True)
+                      progress=True, decoding="parts")  # of the layers that were planned, not of one library
 
 
 def speedup(arguments: argparse.Namespace) -> None:

@@ -160,7 +160,7 @@ class Job:
         ctx = Context(target=self.target, density=density, example_inputs=self.example, seed=self.seed, kernels=runtime,
                       progress=self.progress, misses=self.misses)
         if self.batches is not None:
-            ctx.calibrate, ctx.batches = self.calibrate, self.fitted
+            ctx.calibrate, ctx.batches, ctx.loss = self.calibrate, self.fitted, self.loss
         return ctx
 
     # --- what came of it --------------------------------------------------------------------------------------------------------------

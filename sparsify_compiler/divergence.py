@@ -20,6 +20,7 @@ from .calibrate_loss import mask_of, tokens_of
 from .errors import CalibrationError
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
+ROWS = 32  # of logits that are looked at together, which caches hold
 NATS, COSINE = "nats a token", "1 - cosine"
 
 
@@ -27,14 +28,30 @@ def divergence(reference: Sequence[Tensor], outputs: Sequence[Tensor], batch: In
     """How far `outputs`, flat, are from those of the dense model on the same batch. NaN where one of them is."""
     total = 0.0
     for (old, kept, of_tokens), new in zip(_parts(reference, batch), _floating(outputs), strict=True):
-        new = new.reshape(-1, new.shape[-1])[kept].double()
+        new = new.reshape(-1, new.shape[-1])[kept]
         if of_tokens:
-            p, q = old.double().log_softmax(-1), new.log_softmax(-1)
-            each = (p.exp() * (p - q)).sum(-1)
+            each = torch.cat([_nats(*pair) for pair in zip(torch.split(old, ROWS), torch.split(new, ROWS), strict=True)])
         else:
-            each = torch.where((old == new).all(1), 0.0, 1 - cosine_similarity(old.double(), new, dim=-1))
+            each = torch.where((old == new).all(1), 0.0, 1 - cosine_similarity(old.double(), new.double(), dim=-1))
         total += float(each.mean()) if len(each) else 0.0
     return total
+
+
+def _nats(old: Tensor, new: Tensor) -> Tensor:
+    """KL(softmax(old) || softmax(new)) of each row, float64 [rows].
+
+    It is log(sum p exp(d)) where d = new - old less its mean under p = softmax(old), and so next to 0 as exact as d is, also in float32, in which
+    it takes a sixth of the time.
+    """
+    old, new = old.float(), new.float()
+    p = old.softmax(-1)
+    d = new - old
+    d -= (p * d).sum(-1, keepdim=True)
+    near = (p * d.expm1()).sum(-1).double().log1p()
+    if bool(near.isfinite().all()):
+        return near.clamp_min(0.0)
+    before, after = old.double().log_softmax(-1), new.double().log_softmax(-1)  # exp(d) may be too large for a float, or a word impossible
+    return (before.exp() * (before - after)).sum(-1)
 
 
 class Curvature:

@@ -73,6 +73,7 @@ class Context:
     statistics: Statistics | None = None
     calibrate: Callable[[Program, Mapping[str, frozenset[str]]], Statistics] | None = None  # asked for what a pass needs(), just before it runs
     batches: Sequence[Any] | None = None  # the calibration batches, for passes that walk through them themselves
+    loss: Callable[[Any, Any], Any] | None = None  # the user's, of (output, batch); by default that of the next token
     given: Program | None = None  # what the pipeline was given, untouched, for passes that compare with it
     planned: Planned | None = None  # what a planner says of its plan, for the report
     kernels: KernelProvider | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -158,20 +158,19 @@ class PlanLoop:
         """The cheapest plan whose measured loss of quality stays within the limit: a search for how much it may be thought to lose."""
         lost = loss_of_quality(self.job, self.captured)
         front = [plan for plan in self.survey.front(SECONDS, 200) if plan.loss > 0]
-        taken, low, high = self.survey.as_it_is(SECONDS), 0.0, math.inf
+        taken, tried = self.survey.as_it_is(SECONDS), []
         limit = most if not front else min(max(most, front[-1].loss), front[0].loss)
         for _ in range(QUALITY_ROUNDS if front else 0):
             plan = self.survey.within_loss(SECONDS, limit)
             value = lost(instantiate(self.rewrite(plan)))
             self.rounds += 1
-            if value <= most * SAFETY or (value <= most and most == 0):
-                taken, low = plan, max(low, limit)
+            tried.append((limit, value))
+            self.job.progress(f"plan: loses {value:.3g} of {most:.3g}", self.rounds, QUALITY_ROUNDS)
+            if _holds(value, most):
+                taken = plan
                 if value >= most * (SAFETY - 2 * CLOSE) or limit >= front[0].loss:
                     break
-            else:
-                high = min(high, limit)
-            limit = _middle(low, high, limit, value, most)
-            limit = min(limit, front[0].loss)
+            limit = min(_next_limit(tried, most), front[0].loss)
         lowered = self.build(taken)
         for_nothing = idle(lowered)
         if for_nothing:
@@ -202,12 +201,25 @@ class PlanLoop:
         return trial.lowered
 
 
-def _middle(low: float, high: float, tried: float, value: float, most: float) -> float:
-    """The next limit to try: between what holds and what does not; while one of them is not known, in proportion to what was measured."""
-    if low > 0 and high < math.inf:
-        return math.sqrt(low * high)
-    step = min(max(most / value if value > 0 else 4.0, 0.25), 4.0)
-    return tried * (step if abs(step - 1) > 0.1 else (1.25 if step >= 1 else 0.8))
+def _holds(value: float, most: float) -> bool:
+    return value <= most * SAFETY or (value <= most and most == 0)
+
+
+def _next_limit(tried: Sequence[tuple[float, float]], most: float) -> float:
+    """The next limit of the estimated loss to try, by (limit, measured loss) of those before.
+
+    Between what holds and what does not, where the line between their logarithms meets what is aimed at, and not too near to either; while one of
+    them is not known, in proportion to what was measured last.
+    """
+    kept, over = [one for one in tried if _holds(one[1], most)], [one for one in tried if not _holds(one[1], most)]
+    aim = most * (SAFETY - CLOSE)
+    if kept and over:
+        (low, there), (high, beyond) = max(kept), min(over)
+        share = math.log(aim / there) / math.log(beyond / there) if 0 < there < beyond < math.inf else 0.5
+        return low * math.pow(high / low, min(max(share, 0.2), 0.8))
+    limit, value = tried[-1]
+    step = aim / value if value > 0 else math.inf
+    return limit * (min(max(step, 1.25), 4.0) if kept else max(min(step, 0.8), 0.25))
 
 
 def _known(rows: Mapping[str, Decision], read: Callable[[Decision], float | None]) -> dict[str, float]:

@@ -51,6 +51,7 @@ class Planned:
     seconds    that the solver took
     rounds     how often the plan was made, measured and solved again
     rest       what was measured of all that is no site, in `unit`: what the limit leaves for the sites is less by that
+    belief     how far differences between sites counted, 0 to 1: less than 1 where an evener plan lost less in the whole model
     """
 
     pipeline: str
@@ -64,6 +65,7 @@ class Planned:
     seconds: float | None = None
     rounds: int | None = None
     rest: float = 0.0
+    belief: float = 1.0
 
     @property
     def gap(self) -> float | None:

@@ -51,6 +51,7 @@ class Survey:
     pipeline (site -> offer) -> the passes that make it so
     alike    groups of sites that take offers of the same number
     scale    site -> what its losses are multiplied with: what probes of the whole model said of the estimates
+    belief   how far the differences between sites are believed, 0 to 1 (see believe)
     """
 
     offers: dict[str, list[Offer]]
@@ -59,7 +60,9 @@ class Survey:
     loss_unit: str = ""
     alike: list[list[str]] = field(default_factory=list)
     scale: dict[str, float] = field(default_factory=dict)
+    belief: float = 1.0
     seconds: float = 0.0  # that the solver took, over all plans
+    _typical: dict[tuple[int | None, float], float] = field(default_factory=dict)  # what offers of a kind lose on a weight
     _costs: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def costs(self, kind: str) -> dict[str, list[float]]:
@@ -78,7 +81,26 @@ class Survey:
 
     def loss(self, site: str, offer: Offer) -> float:
         """What an offer is thought to lose."""
-        return offer.loss * self.scale.get(site, 1.0)
+        own = offer.loss * self.scale.get(site, 1.0)
+        if self.belief == 1 or own <= 0:
+            return own
+        typical = self._typical[offer.choice, offer.density] * self.cost(WEIGHTS, site, self.offers[site][0])
+        return math.exp(self.belief * math.log(own) + (1 - self.belief) * math.log(typical))
+
+    def believe(self, share: float) -> None:
+        """How far the differences between sites count: at 1 all that was estimated, at 0 none of it, so that only the sites' sizes differ.
+
+        In between the logarithm of what a weight of the site loses lies between its own and that of a typical one, the mean over all weights.
+        """
+        self.belief, self._typical = 1.0, {}
+        sums: dict[tuple[int | None, float], tuple[float, float]] = {}
+        for site, offers in self.offers.items():
+            size = self.cost(WEIGHTS, site, offers[0]) if share < 1 else 0.0
+            for offer in offers:
+                loss, weights = sums.get((offer.choice, offer.density), (0.0, 0.0))
+                sums[offer.choice, offer.density] = loss + self.loss(site, offer), weights + size
+        if share < 1:
+            self.belief, self._typical = share, {kind: loss / weights for kind, (loss, weights) in sums.items()}
 
     def lost(self, taken: Mapping[str, Offer]) -> float:
         """What offers are thought to lose together."""
@@ -137,7 +159,7 @@ class Survey:
         front = [Point(one.cost * times, one.loss) for one in self.front(kind) if one.taken != plan.taken]
         front.append(Point(self.spent(kind, plan.taken) * times, self.lost(plan.taken), taken=True))
         return Planned(str(whole), unit, self.loss_unit, None if limit is None else limit * times, plan.cost * times, plan.loss, plan.bound,
-                       sorted(front, key=lambda point: point.cost), self.seconds, rounds, rest * times)
+                       sorted(front, key=lambda point: point.cost), self.seconds, rounds, rest * times, self.belief)
 
     def options(self, site: str, taken: Offer) -> list[Option]:
         """What a site could be, as the report's data."""
@@ -203,7 +225,7 @@ class Planner(Pass):
     def refine(self, survey: Survey, kind: str, plan: Plan, program: Program, ctx: Context) -> Plan:
         """Look at the losses again around a plan, where the other sites are what it makes of them, and plan again for what it costs.
 
-        The second plan only where the whole model, not the sum of estimates, says that it loses less; else the first, and the survey as it was.
+        Another plan only where the whole model, not the sum of estimates, says that it loses less; else the first, and the survey as it was.
         """
 
     def run(self, program: Program, ctx: Context) -> Program:

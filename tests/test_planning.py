@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
@@ -88,6 +90,19 @@ def test_divergence_of_logits_is_in_nats_and_of_vectors_the_cosine() -> None:
     cosine = nn.functional.cosine_similarity(one, other, dim=-1)
     assert divergence([one], [other], (tokens.float(),)) == pytest.approx(float(1 - cosine.mean()), rel=1e-5)
     assert divergence([one], [one], (tokens,)) == divergence([one], [one], ()) == 0
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.1, 3.0, 300.0])
+def test_divergence_of_logits_is_exact_near_nothing_and_far_away(size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 3000, (1, 70), generator=generator)
+    one, noise = (torch.randn(1, 70, 3000, generator=generator, dtype=torch.float64) for _ in range(2))
+    one, other = (5 * one).float(), (5 * one + size * noise).float()
+    expected = nn.functional.kl_div(other.double().log_softmax(-1), one.double().log_softmax(-1), log_target=True, reduction="sum") / 70
+    assert divergence([one], [other], (tokens,)) == pytest.approx(float(expected), rel=2e-3)
+    other[0, 3, 5], one[0, 4, 7] = -math.inf, math.nan
+    assert divergence([one[:, :4]], [other[:, :4]], (tokens[:, :4],)) == math.inf
+    assert math.isnan(divergence([one], [other], (tokens,)))
 
 
 def test_padding_does_not_count() -> None:
@@ -333,6 +348,30 @@ def test_quality_holds_as_measured_and_is_used(net: Net, batches: list[Any], mon
     assert any(site.density < 1 for site in report.sites)
     strict = sc.compile(net, batches[0], recipe=PLANNER, budget=sc.Budget(quality_drop=0.0), calibration=batches).report()
     assert all(site.density == 1 for site in strict.sites)
+
+
+@given(st.floats(0.5, 3.0), st.floats(0.02, 50.0), st.floats(0.01, 0.5))
+@settings(deadline=None)
+def test_what_may_be_thought_lost_is_found_in_few_measurements(power: float, right: float, most: float) -> None:
+    tried: list[tuple[float, float]] = []
+    limit = most
+    for _ in range(12):
+        tried.append((limit, most * (limit / (right * most)) ** power))
+        if plan_loop._holds(tried[-1][1], most) and tried[-1][1] >= most * (plan_loop.SAFETY - 2 * plan_loop.CLOSE):
+            break
+        limit = plan_loop._next_limit(tried, most)
+    else:
+        pytest.fail(str(tried))
+    over = [value > most * plan_loop.SAFETY for _, value in tried]
+    if True in over and False in over:
+        first = max(over.index(True), over.index(False))
+        assert len(tried) - first <= 6, "measurements once it lies between two"
+
+
+@pytest.mark.parametrize("beyond", [math.inf, math.nan, 2.0])
+def test_the_next_limit_lies_between(beyond: float) -> None:
+    for there in (-0.1, 0.0, 0.01):
+        assert 1.0 < plan_loop._next_limit([(1.0, there), (2.0, beyond)], 0.1) < 2.0
 
 
 @pytest.mark.usefixtures("priced")

@@ -16,6 +16,7 @@ from sparsify_compiler.passes.plan._costs import Costs
 from sparsify_compiler.passes.plan._curves import between
 from sparsify_compiler.passes.plan._losses import Losses, filled, in_parts, probed, ratio
 from sparsify_compiler.passes.plan._probes import Probes
+from sparsify_compiler.passes.plan._verdict import verdicts
 from sparsify_compiler.passes.prune._layers import DEFAULT, Layer, find_layers
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.pipeline import Pipeline
@@ -24,7 +25,8 @@ from sparsify_compiler.survey import DENSE, Offer, Plan, Planner, Survey, with_t
 
 CHOICES = ("mask_weights(score=repair, structure='16x1', repair=obs, inputs=pruned)", "mask_weights(score=repair, repair=obs, inputs=pruned)",
            "mask_weights(score=repair, structure='2:4', repair=obs, inputs=pruned)")
-DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+BELIEFS = (0.5, 0.0)  # in the differences between layers, that plans are compared at beside the full one
 EVERY = 3  # of the densities, how many-th one is really tried; the loss at the others lies between
 
 
@@ -99,6 +101,32 @@ class ChooseLayers(Planner):
         return survey
 
     def refine(self, survey: Survey, kind: str, plan: Plan, program: Program, ctx: Context) -> Plan:
+        return self.settle(survey, kind, self._probed_again(survey, kind, plan, program, ctx), program, ctx)
+
+    def settle(self, survey: Survey, kind: str, plan: Plan, program: Program, ctx: Context) -> Plan:
+        """Of the plan and of evener ones for the same cost, down to all layers alike, the one that the whole model says is best on all batches.
+
+        The survey then believes its estimates as far as that plan does.
+        """
+        if not self.probes or all(offer.choice is None for offer in plan.taken.values()):
+            return plan
+        assert ctx.batches is not None
+        plans, believed, spent = [plan], [survey.belief], survey.spent(kind, plan.taken)
+        for share in BELIEFS:
+            survey.believe(share)
+            other = survey.plan(kind, spent)
+            if all(other.taken != one.taken for one in plans):
+                plans.append(other)
+                believed.append(share)
+        watching = replace(ctx, misses=[], rewrites=0, fuel=None)
+        found = verdicts(program, [one.pipeline.run(program, watching, ()) for one in plans], ctx.batches, ctx.loss)
+        best = 0
+        for place in range(1, len(plans)):
+            best = place if found[place].better(found[best]) else best
+        survey.believe(believed[best])
+        return plans[best]
+
+    def _probed_again(self, survey: Survey, kind: str, plan: Plan, program: Program, ctx: Context) -> Plan:
         chosen = [site for site, offer in plan.taken.items() if offer.choice is not None]
         if not self.probes or not chosen or in_parts(program):
             return plan

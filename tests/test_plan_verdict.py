@@ -1,0 +1,215 @@
+"""The whole model's word on a plan: never worse than the same density everywhere, however wrong the estimates of single layers were."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sparsify_compiler.calibrate import calibrate
+from sparsify_compiler.call import instantiate
+from sparsify_compiler.capture import capture
+from sparsify_compiler.passes.plan._verdict import Verdict, verdicts
+from sparsify_compiler.passes.plan.choose_layers import ChooseLayers
+from sparsify_compiler.passes_api import Context
+from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.quality import batch_losses
+from sparsify_compiler.survey import WEIGHTS, Offer, Survey
+from sparsify_compiler.target import host
+
+WEIGHTS_CHOICE, INPUTS_CHOICE = "mask_weights(score=weight_times_input_norm)", "select_inputs()"
+
+
+class Words(nn.Module):
+    """Logits of the next token by a small residual network, whose second block adds next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, 32), nn.Linear(32, 40)
+        self.first, self.second = (nn.Sequential(nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32)) for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        x = x + self.first(x)
+        return torch.as_tensor(self.head(x + 0.05 * self.second(x)))
+
+
+@pytest.fixture(scope="module")
+def words() -> Words:
+    torch.manual_seed(0)
+    return Words().eval()
+
+
+@pytest.fixture(scope="module")
+def texts(words: Words) -> list[dict[str, Tensor]]:
+    """Written by the model itself, so that none knows better how they go on."""
+    generator = torch.Generator().manual_seed(1)
+    columns = [torch.randint(0, 40, (16, 1), generator=generator)]
+    with torch.no_grad():
+        for _ in range(31):
+            columns.append(torch.multinomial(words(columns[-1])[:, 0].softmax(-1), 1, generator=generator))
+    return [{"input_ids": rows} for rows in torch.cat(columns, 1).split(4)]
+
+
+def context(batches: list[Any]) -> Context:
+    ctx = Context(target=host(), example_inputs=batches[0], batches=batches)
+    ctx.calibrate = lambda program, needs: calibrate(program, batches, needs, cache=False)
+    return ctx
+
+
+# --- which of two is better -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_decides_where_it_differs_by_more_than_chance_and_else_the_outputs() -> None:
+    old = Verdict((0.1, 0.1, 0.1), (3.0, 2.0, 1.0), (10, 10, 10))
+    assert replace(old, moved=(0.5,) * 3, lost=(2.9, 1.91, 0.9)).better(old)
+    assert not old.better(replace(old, moved=(0.5,) * 3, lost=(2.9, 1.91, 0.9)))
+    noisy = (2.5, 2.4, 1.05)  # lower in the mean, but not by more than it varies
+    assert not replace(old, moved=(0.11, 0.1, 0.1), lost=noisy).better(old)
+    assert replace(old, moved=(0.09, 0.1, 0.1), lost=noisy).better(old)
+
+
+def test_one_batch_says_nothing_of_chance() -> None:
+    old = Verdict((0.1,), (3.0,), (10,))
+    assert not replace(old, moved=(0.2,), lost=(1.0,)).better(old)
+    assert replace(old, moved=(0.05,), lost=(4.0,)).better(old)
+    assert not replace(old, moved=(math.nan,)).better(old)
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 5, width=32)] * 4), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_never_are_both_better(rows: list[tuple[float, float, float, float]]) -> None:
+    counts = (7,) * len(rows)
+    one, other = (Verdict(tuple(row[k] for row in rows), tuple(row[k + 1] for row in rows), counts) for k in (0, 2))
+    assert not (one.better(other) and other.better(one))
+    assert not one.better(one)
+
+
+def test_a_verdict_is_of_the_next_token_or_of_the_users_loss(words: Words, texts: list[Any]) -> None:
+    program = capture(words, texts[0])
+    cut = Pipeline.parse("mask_weights(score=magnitude, density=0.5)").run(program, context(texts), ())
+    said, dense = verdicts(program, [cut, program], texts)
+    losses, counts = batch_losses(instantiate(cut), texts)
+    assert (said.lost, said.counts) == (pytest.approx(losses), tuple(counts))
+    assert min(said.moved) > 0 == max(dense.moved)
+    (own,) = verdicts(program, [cut], texts, lambda output, batch: output.sum() * 0 + len(batch))
+    assert (own.lost, own.counts) == ((1.0,) * 4, (1,) * 4)
+    x = (torch.ones(4, 8, dtype=torch.float32),)
+    vectors = capture(nn.Linear(8, 8).eval(), x)
+    assert verdicts(vectors, [vectors], [x]) == [Verdict((0.0,), (), ())]
+
+
+# --- how far differences are believed -----------------------------------------------------------------------------------------------------------
+
+
+def survey_of(losses: dict[str, list[float]], sizes: dict[str, float]) -> Survey:
+    densities = [0.9, 0.5, 0.2]
+    offers = {site: [Offer("dense"), *[Offer(f"{d}", 0, d, loss) for d, loss in zip(densities, row, strict=True)]] for site, row in losses.items()}
+    costs = {site: [sizes[site] * offer.density for offer in row] for site, row in offers.items()}
+    return Survey(offers, lambda kind: costs, lambda taken: Pipeline(), scale={"a": 2.0})
+
+
+@given(st.lists(st.tuples(st.floats(1e-6, 1e3), st.sampled_from([1.0, 3.0, 20.0])), min_size=2, max_size=5), st.floats(0, 1))
+@settings(deadline=None)
+def test_a_belief_moves_losses_towards_a_typical_weight(sites: list[tuple[float, float]], share: float) -> None:
+    names = "abcde"[: len(sites)]
+    losses = {name: [level, 5 * level, 50 * level] for name, (level, _) in zip(names, sites, strict=True)}
+    sizes = {name: size for name, (_, size) in zip(names, sites, strict=True)}
+    survey = survey_of(losses, sizes)
+    own = {site: [survey.loss(site, offer) for offer in offers] for site, offers in survey.offers.items()}
+    survey.believe(0.0)
+    even = {site: [survey.loss(site, offer) for offer in offers] for site, offers in survey.offers.items()}
+    for place in range(4):
+        assert math.fsum(row[place] for row in even.values()) == pytest.approx(math.fsum(row[place] for row in own.values()))
+        assert len({round(row[place] / sizes[site] / (even["a"][place] / sizes["a"] or 1), 9) for site, row in even.items()}) == 1
+    survey.believe(share)
+    for site, offers in survey.offers.items():
+        for place, offer in enumerate(offers):
+            low, high = sorted((own[site][place], even[site][place]))
+            assert low * (1 - 1e-9) <= survey.loss(site, offer) <= high * (1 + 1e-9)
+    survey.believe(1.0)
+    assert own == {site: [survey.loss(site, offer) for offer in offers] for site, offers in survey.offers.items()}
+
+
+def test_without_belief_all_sites_are_cut_alike() -> None:
+    survey = survey_of({"a": [1e-5, 1e-4, 1e-3], "b": [1.0, 10.0, 1e3], "c": [0.1, 1.0, 20.0]}, {"a": 4.0, "b": 4.0, "c": 8.0})
+    assert {offer.density for offer in survey.plan(WEIGHTS, 8.41).taken.values()} != {0.5}
+    survey.believe(0.0)
+    assert {offer.density for offer in survey.plan(WEIGHTS, 8.41).taken.values()} == {0.5}
+
+
+# --- a plan and the same density everywhere ---------------------------------------------------------------------------------------------------
+
+
+def moved(pipeline: Pipeline, program: Any, texts: list[Any]) -> float:
+    return sum(verdicts(program, [pipeline.run(program, context(texts), ())], texts)[0].moved)
+
+
+def even(choice: str, density: float) -> Pipeline:
+    return Pipeline((replace(Pipeline.parse(choice).passes[0], density=density),))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("density", [0.93, 0.75, 0.5])
+@pytest.mark.parametrize("choice", [WEIGHTS_CHOICE, INPUTS_CHOICE], ids=["weights", "inputs"])
+def test_a_plan_is_no_worse_than_one_density_for_all(words: Words, texts: list[Any], choice: str, density: float) -> None:
+    program, ctx = capture(words, texts[0]), context(texts)
+    planner = ChooseLayers(choices=(choice,))
+    survey = planner.survey(program, ctx)
+    plan = planner.settle(survey, WEIGHTS, survey.plan(WEIGHTS, density * survey.as_it_is(WEIGHTS).cost), program, ctx)
+    assert plan.cost <= density * survey.as_it_is(WEIGHTS).cost * (1 + 1e-9)
+    assert moved(plan.pipeline, program, texts) <= moved(even(choice, density), program, texts)
+
+
+class Alike(nn.Module):
+    """Layers of which none matters more than another, so that there is nothing to choose between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(48, 48) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
+@pytest.mark.parametrize("density", [0.95, 0.9])
+def test_between_dense_and_the_next_density_there_are_steps(density: float) -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(64, 48, dtype=torch.float32),) for _ in range(2)]
+    program, ctx = capture(Alike().eval(), batches[0]), context(batches)
+    planner = ChooseLayers(choices=(INPUTS_CHOICE,))
+    survey = planner.survey(program, ctx)
+    plan = survey.plan(WEIGHTS, density * survey.as_it_is(WEIGHTS).cost)
+    assert moved(plan.pipeline, program, batches) <= 1.2 * moved(even(INPUTS_CHOICE, density), program, batches)
+
+
+def test_estimates_that_are_wrong_are_not_believed(words: Words, texts: list[Any]) -> None:
+    program, ctx = capture(words, texts[0]), context(texts)
+    planner = ChooseLayers(choices=(WEIGHTS_CHOICE,))
+    survey = planner.survey(program, ctx)
+    limit = 0.5 * survey.as_it_is(WEIGHTS).cost
+    right = survey.plan(WEIGHTS, limit)
+    assert planner.settle(survey, WEIGHTS, right, program, ctx) is right
+    assert survey.belief == 1
+    survey.scale = {site: 1e12 if site.startswith("second") else 1e-12 for site in survey.offers}
+    wrong = survey.plan(WEIGHTS, limit)
+    spent = survey.spent(WEIGHTS, wrong.taken)
+    settled = planner.settle(survey, WEIGHTS, wrong, program, ctx)
+    assert survey.belief == 0
+    assert survey.plan(WEIGHTS, spent).taken == settled.taken, "the survey goes on so"
+    assert survey.planned(WEIGHTS, settled, limit, 1, settled.pipeline).belief == 0
+    assert moved(settled.pipeline, program, texts) < moved(wrong.pipeline, program, texts)
+
+
+def test_where_nothing_is_probed_or_nothing_was_cut_the_plan_stands(words: Words, texts: list[Any]) -> None:
+    program, ctx = capture(words, texts[0]), context(texts)
+    planner = ChooseLayers(choices=(WEIGHTS_CHOICE,), probes=0)
+    survey = planner.survey(program, ctx)
+    plan = survey.plan(WEIGHTS, 0.5 * survey.as_it_is(WEIGHTS).cost)
+    assert planner.settle(survey, WEIGHTS, plan, program, ctx) is plan
+    assert replace(planner, probes=1).settle(survey, WEIGHTS, survey.as_it_is(WEIGHTS), program, ctx).taken == survey.as_it_is(WEIGHTS).taken
