@@ -117,6 +117,22 @@ def test_those_that_are_left_are_the_most_needed(experts: int, last: int, taken:
     assert int(left.sum()) <= least or float(book[1, left].min()) >= early * mean - 1e-6
 
 
+def test_needs_add_up_over_the_steps() -> None:
+    module, hook, x = attached(RetireExperts(1, "ramp(start=50, end=60)", 7))
+    seen = []
+    for rows in (x[:50], x[50:]):
+        before = ledger(module)[1].clone()
+        module(rows)
+        hook.step()
+        seen.append(ledger(module)[1] - before)
+    other, second, _ = attached(RetireExperts(1, "ramp(start=50, end=60)", 7))
+    other(x[50:])
+    second.step()
+    torch.testing.assert_close(seen[1], ledger(other)[1])
+    torch.testing.assert_close(seen[0] + seen[1], ledger(module)[1])
+    assert float(ledger(module)[1].sum()) > 1.2 * float(seen[1].sum())
+
+
 def test_need_is_its_formula() -> None:
     scores, chosen = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]).log(), torch.tensor([[0, -1], [2, 1]])
     scores[0] = torch.tensor([2.0, 1.0, 1.0]).log()

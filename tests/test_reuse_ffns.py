@@ -16,7 +16,7 @@ from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.passes.moe._routing import found_mixtures
-from sparsify_compiler.passes.moe.reuse_ffns import ReuseFfns
+from sparsify_compiler.passes.moe.reuse_ffns import ReuseFfns, at_least, one_of
 from sparsify_compiler.passes.train.draw_loops import DrawLoops, Drawn
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
@@ -85,6 +85,14 @@ def test_rows_loop_and_take_slices_as_their_routers_say(loops: int, slices: tupl
     with torch.no_grad():
         torch.testing.assert_close(module(x), by_hand(block, x, *routers(module), one), rtol=1e-4, atol=1e-5)
     assert len(list(found_mixtures(program))) == 1  # its slices; loops are no experts that a router could be pruned to
+
+
+def test_a_row_computes_no_more_loops_than_it_has() -> None:
+    """What is computed beyond them would have a weight of 0, and no other test would see it."""
+    scores = torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0], [0.0, 0.0, 5.0]])
+    share = one_of(scores)
+    assert share.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert [at_least(share, loop).flatten().tolist() for loop in (1, 2, 3)] == [[0, 0, 0], [-1, 0, 0], [-1, -1, 0]]
 
 
 def test_no_weight_is_added_but_two_routers_and_all_of_them_learn() -> None:

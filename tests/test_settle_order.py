@@ -75,8 +75,8 @@ def test_it_cools_settles_and_stays() -> None:
     assert heats[20:] == pytest.approx([0.001] * 11)
     assert apart[0] > 0.05
     assert max(apart[19:]) < 1e-6
-    settled_at = order.detach().clone()
-    assert torch.equal(shares(settled_at / heat).exp().sum(-1), torch.ones(2, 4))
+    assert sorted(order.detach().unique().tolist()) == [0.0, pytest.approx(SURE * 0.001)]  # a permutation to the letter, ten steps later, too
+    assert torch.equal(order.detach().gt(0).sum(-1), torch.ones(2, 4, dtype=torch.int64))
 
 
 def test_a_state_that_was_saved_goes_on_cooling() -> None:
