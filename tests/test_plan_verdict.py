@@ -1,4 +1,4 @@
-"""The whole model's word on a plan: never worse than the same density everywhere, however wrong the estimates of single layers were."""
+"""The whole model's word on a plan: of small models none is worse than the same density everywhere, and estimates that are wrong are found out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsify_compiler.calibrate import calibrate
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
+from sparsify_compiler.passes.plan import choose_layers
 from sparsify_compiler.passes.plan._verdict import Verdict, verdicts
 from sparsify_compiler.passes.plan.choose_layers import ChooseLayers
 from sparsify_compiler.passes_api import Context
@@ -204,6 +205,33 @@ def test_estimates_that_are_wrong_are_not_believed(words: Words, texts: list[Any
     assert survey.plan(WEIGHTS, spent).taken == settled.taken, "the survey goes on so"
     assert survey.planned(WEIGHTS, settled, limit, 1, settled.pipeline).belief == 0
     assert moved(settled.pipeline, program, texts) < moved(wrong.pipeline, program, texts)
+
+
+@pytest.mark.parametrize(("even", "between", "belief"), [(2.0, 0.1, 1), (0.5, 0.7, 0), (0.5, 0.2, 0.5)])
+def test_a_plan_between_is_made_where_the_even_one_is_better(words: Words, texts: list[Any], monkeypatch: pytest.MonkeyPatch,
+                                                             even: float, between: float, belief: float) -> None:
+    program, ctx = capture(words, texts[0]), context(texts)
+    planner = ChooseLayers(choices=(WEIGHTS_CHOICE,))
+    survey = planner.survey(program, ctx)
+    survey.scale = {site: 100.0**number for number, site in enumerate(survey.offers)}
+    told = [(1.0, even), (even, between)]
+    monkeypatch.setattr(choose_layers, "verdicts", lambda *_: [Verdict((value,), (), ()) for value in told.pop(0)])
+    planner.settle(survey, WEIGHTS, survey.plan(WEIGHTS, 0.5 * survey.as_it_is(WEIGHTS).cost), program, ctx)
+    assert survey.belief == belief
+    assert len(told) == (belief == 1)
+
+
+def test_what_a_plan_makes_of_the_model_is_made_once(words: Words, texts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    program, ctx = capture(words, texts[0]), context(texts)
+    planner = ChooseLayers(choices=(WEIGHTS_CHOICE,))
+    survey = planner.survey(program, ctx)
+    plan = survey.plan(WEIGHTS, 0.5 * survey.as_it_is(WEIGHTS).cost)
+    made: list[str] = []
+    run = Pipeline.run
+    monkeypatch.setattr(Pipeline, "run", lambda self, *rest: made.append(str(self)) or run(self, *rest))
+    planner.refine(survey, WEIGHTS, plan, program, ctx)
+    assert str(plan.pipeline) in made
+    assert len(made) == len(set(made)) > 1
 
 
 def test_where_nothing_is_probed_or_nothing_was_cut_the_plan_stands(words: Words, texts: list[Any]) -> None:

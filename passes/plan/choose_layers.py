@@ -26,7 +26,7 @@ from sparsify_compiler.survey import DENSE, Offer, Plan, Planner, Survey, with_t
 CHOICES = ("mask_weights(score=repair, structure='16x1', repair=obs, inputs=pruned)", "mask_weights(score=repair, repair=obs, inputs=pruned)",
            "mask_weights(score=repair, structure='2:4', repair=obs, inputs=pruned)")
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-BELIEFS = (0.5, 0.0)  # in the differences between layers, that plans are compared at beside the full one
+BELIEFS = (0.0, 0.5)  # in the differences between layers: of the plans that one is compared with, in this order
 EVERY = 3  # of the densities, how many-th one is really tried; the loss at the others lies between
 
 
@@ -43,8 +43,8 @@ class ChooseLayers(Planner):
     densities  that each choice may take; a structure with a density of its own (2:4) has that one
     density    weights kept / all weights of the layers; by default the user's budget, of whatever kind it is
     alike      groups of selectors, each "a b": the layers that they select in one block choose alike, "*.query *.key *.value" for one
-    probes     calibration batches on which every layer's estimate is held against the whole model; 0 believes the estimates, as is done for a model
-               that was captured in parts
+    probes     calibration batches on which every layer's estimate is held against the whole model, which one captured in parts does without;
+               0 believes the estimates, and compares no plan with evener ones
     targets    selectors of sites, as in mask_weights
     ignore     selectors of sites that stay as they are
 
@@ -101,46 +101,46 @@ class ChooseLayers(Planner):
         return survey
 
     def refine(self, survey: Survey, kind: str, plan: Plan, program: Program, ctx: Context) -> Plan:
-        return self.settle(survey, kind, self._probed_again(survey, kind, plan, program, ctx), program, ctx)
+        made: dict[str, Program] = {}
+        return self.settle(survey, kind, self._probed_again(survey, kind, plan, program, ctx, made), program, ctx, made)
 
-    def settle(self, survey: Survey, kind: str, plan: Plan, program: Program, ctx: Context) -> Plan:
-        """Of the plan and of evener ones for the same cost, down to all layers alike, the one that the whole model says is best on all batches.
+    def settle(self, survey: Survey, kind: str, plan: Plan, program: Program, ctx: Context, made: dict[str, Program] | None = None) -> Plan:
+        """The plan, or one for the same cost to which all layers are alike, or one between the two: what the whole model says is best on all batches.
 
-        The survey then believes its estimates as far as that plan does.
+        To cut and repair all layers once takes a quarter of the survey or more, so that the one between is made only where the even one was better.
+        The survey then believes its estimates as far as that plan does. `made` holds what plans have made of the Program already (see _after).
         """
         if not self.probes or all(offer.choice is None for offer in plan.taken.values()):
             return plan
         assert ctx.batches is not None
-        plans, believed, spent = [plan], [survey.belief], survey.spent(kind, plan.taken)
+        best, belief, spent = plan, survey.belief, survey.spent(kind, plan.taken)
+        made = {} if made is None else made
         for share in BELIEFS:
             survey.believe(share)
             other = survey.plan(kind, spent)
-            if all(other.taken != one.taken for one in plans):
-                plans.append(other)
-                believed.append(share)
-        watching = replace(ctx, misses=[], rewrites=0, fuel=None)
-        found = verdicts(program, [one.pipeline.run(program, watching, ()) for one in plans], ctx.batches, ctx.loss)
-        best = 0
-        for place in range(1, len(plans)):
-            best = place if found[place].better(found[best]) else best
-        survey.believe(believed[best])
-        return plans[best]
+            if other.taken in (plan.taken, best.taken):
+                continue
+            before, after = verdicts(program, [_after(one, program, ctx, made) for one in (best, other)], ctx.batches, ctx.loss)
+            if not after.better(before):
+                break
+            best, belief = other, share
+        survey.believe(belief)
+        return best
 
-    def _probed_again(self, survey: Survey, kind: str, plan: Plan, program: Program, ctx: Context) -> Plan:
+    def _probed_again(self, survey: Survey, kind: str, plan: Plan, program: Program, ctx: Context, made: dict[str, Program]) -> Plan:
         chosen = [site for site, offer in plan.taken.items() if offer.choice is not None]
         if not self.probes or not chosen or in_parts(program):
             return plan
         assert ctx.batches is not None
-        watching = replace(ctx, misses=[], rewrites=0, fuel=None)
-        probes = Probes(program, self._layers(program, watching), ctx.batches[: self.probes], ctx)
-        whole, saved = probes.together(plan.pipeline.run(program, watching, ()), probed(chosen))
+        probes = Probes(program, self._layers(program, _watching(ctx)), ctx.batches[: self.probes], ctx)
+        whole, saved = probes.together(_after(plan, program, ctx, made), probed(chosen))
         if not whole:  # what the choices change is no weight
             return plan
         before = dict(survey.scale)
         for site, found in filled(chosen, {site: ratio(loss, plan.taken[site].loss) for site, loss in saved.items()}).items():
             survey.scale[site] = math.sqrt(before.get(site, 1.0) * found)
         second = survey.plan(kind, survey.spent(kind, plan.taken))
-        if second.taken != plan.taken and probes.whole(second.pipeline.run(program, watching, ())) < whole:
+        if second.taken != plan.taken and probes.whole(_after(second, program, ctx, made)) < whole:
             return second
         survey.scale = before
         return plan
@@ -196,6 +196,19 @@ class ChooseLayers(Planner):
                     by_block.setdefault(blocks.get((place.region.path, place.op.name), ""), []).append(layer.path)
             groups += [group for group in by_block.values() if len(group) > 1]
         return groups
+
+
+def _watching(ctx: Context) -> Context:
+    """To try plans in: what they miss is nobody's affair."""
+    return replace(ctx, misses=[], rewrites=0, fuel=None)
+
+
+def _after(plan: Plan, program: Program, ctx: Context, made: dict[str, Program]) -> Program:
+    """The Program after a plan, from `made` where it is there: to cut and repair all layers takes far longer than to look at what comes of it."""
+    text = str(plan.pipeline)
+    if text not in made:
+        made[text] = plan.pipeline.run(program, _watching(ctx), ())
+    return made[text]
 
 
 def _called(choice: Pass) -> str:
