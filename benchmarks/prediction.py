@@ -123,7 +123,8 @@ def main() -> None:
     show(found, options.worst)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            timed = [[work.op, work.sizes, work.dtype, work.between, point.form.name, point.seconds] for work, point in points]
+            timed = [[work.op, work.sizes, work.dtype, work.between, point.form.name, point.seconds] for work, point in points
+                     if point.machine is None]      # those of --more are kept where they were, with their machines
             json.dump({"machine": machine.to_json(), "points": timed, **found}, file)
 
 

@@ -186,7 +186,7 @@ def recipes() -> None:
 
 
 @app.command()
-def targets(measure: Annotated[bool, typer.Option("--measure", help="Measure this machine anew, while nothing else runs: 10 s.")] = False,
+def targets(measure: Annotated[bool, typer.Option("--measure", help="Measure this machine anew, while nothing else runs: 30 s.")] = False,
             fit: Annotated[float | None, typer.Option("--fit", help="Fit kernels' costs to this machine: so many minutes of timing, while nothing "
                                                                     "else runs.", show_default=False)] = None) -> None:  # fmt: skip
     """List the machines to compile for and to estimate for, and say what this one is and does in a second.

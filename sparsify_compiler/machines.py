@@ -33,7 +33,7 @@ def names() -> tuple[str, ...]:
 def machine(target: str | Target | Machine | None = None) -> Machine:
     """A machine by its name or that of its target; for a Target without a data sheet whose code runs here this machine, with the target's features.
 
-    This machine is measured when it is first asked for (some ten seconds), and then read from the cache. Raises TargetError.
+    This machine is measured when it is first asked for (half a minute), and then read from the cache. Raises TargetError.
     """
     model = _model()
     if isinstance(target, str) and target in model.names():

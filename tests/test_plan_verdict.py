@@ -228,7 +228,12 @@ def test_what_a_plan_makes_of_the_model_is_made_once(words: Words, texts: list[A
     plan = survey.plan(WEIGHTS, 0.5 * survey.as_it_is(WEIGHTS).cost)
     made: list[str] = []
     run = Pipeline.run
-    monkeypatch.setattr(Pipeline, "run", lambda self, *rest: made.append(str(self)) or run(self, *rest))
+
+    def noted(self: Pipeline, *rest: Any) -> Any:
+        made.append(str(self))
+        return run(self, *rest)
+
+    monkeypatch.setattr(Pipeline, "run", noted)
     planner.refine(survey, WEIGHTS, plan, program, ctx)
     assert str(plan.pipeline) in made
     assert len(made) == len(set(made)) > 1
