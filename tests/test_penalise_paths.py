@@ -13,6 +13,8 @@ from torch import Tensor
 import sparsify_compiler as sc
 from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import ParseError
+from sparsify_compiler.ops import experts_ffn
+from sparsify_compiler.passes.moe._routing import Routing
 from sparsify_compiler.passes.moe.split_experts import SplitExperts
 from sparsify_compiler.passes.train.penalise_paths import PenalisePaths, divergence, example, matched, windows
 from sparsify_compiler.passes_api import Context
@@ -75,6 +77,23 @@ def test_texts_of_near_times_come_to_share_experts() -> None:
         optimizer.zero_grad(), loss.backward(), optimizer.step(), hook.step(optimizer)
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_rows_that_are_no_texts_and_scores_that_are_not_known_are_misses() -> None:
+    class Flat(Routing):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward((x + t[:, None, None]).flatten(0, 1)).view(x.shape)
+
+    class Given(Routing):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            chosen = (t[:, None, None] + torch.zeros_like(x[..., :1])).long().clamp(max=3)
+            y: Tensor = experts_ffn.op(x, chosen, None, self.gate, None, self.down, activation="relu")
+            return y
+
+    for net, why in ((Flat(), "no row or rows for each of the texts"), (Given(), "scores of its router are not known")):
+        ctx = Context()
+        Pipeline((PenalisePaths(),)).run(capture(net.eval(), (torch.randn(6, 3, 8), torch.arange(6))), ctx)
+        assert [why in str(miss) for miss in ctx.misses] == [True]
 
 
 def test_a_model_without_such_an_input_says_so() -> None:

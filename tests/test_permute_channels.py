@@ -228,6 +228,8 @@ def test_blocks_of_several_inputs_and_what_is_refused() -> None:
     check_preserves(program, after, x, Preserves.VALUES)
     _, _, ctx = run(Fused().eval(), x, PermuteChannels(structure="32x1", density=0.5))
     assert "do not divide into groups of 32" in str(ctx.misses[0])
+    _, after, ctx = run(Fused().eval(), x, PermuteChannels(structure="4x3", density=0.5))
+    assert "8 inputs do not divide into blocks of 3" in str(ctx.misses[0])
     with pytest.raises(BudgetError, match="no density"):
         run(Fused().eval(), x, PermuteChannels(structure="4x1"))
     assert run(Fused().eval(), x, PermuteChannels(structure="4x1"), density=0.5)[2].rewrites == 1

@@ -159,6 +159,9 @@ def test_twice_is_once_and_a_wrong_option_is_refused() -> None:
     model, x = GatedFfn(8, 32).eval(), torch.randn(20, 8)
     Pipeline((SPLIT, RetireExperts(), RetireExperts(2))).run(capture(model, (x,)), ctx)
     assert ["retire already" in str(miss) for miss in ctx.misses] == [True]
+    whole, ctx = SplitExperts(6, "copies", "random", "threshold", 0.0, "weight_norm", "softmax", "none", density=0.5), Context(batches=[(x,)])
+    Pipeline((whole, RetireExperts())).run(capture(model, (x,)), ctx)
+    assert ["a row may take all of its experts" in str(miss) for miss in ctx.misses] == [True]
     for wrong in ({"last": 0}, {"window": 0}, {"early": 1.0}, {"measure": "weight"}):
         with pytest.raises(ParseError):
             RetireExperts(**wrong)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.passes.moe._routing import found_mixtures
 from sparsify_compiler.passes.moe.reuse_ffns import ReuseFfns, at_least, one_of
-from sparsify_compiler.passes.train.draw_loops import DrawLoops, Drawn
+from sparsify_compiler.passes.train.draw_loops import DrawLoops, Drawn, Every, example
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
 
@@ -111,7 +111,7 @@ def test_no_weight_is_added_but_two_routers_and_all_of_them_learn() -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
     drawn = [one for one in module.modules() if isinstance(one, Drawn)]
-    assert len(drawn) == 4
+    assert len(drawn) == 2
     assert all(one.heat == pytest.approx(0.1) for one in drawn)
     module.eval()
     with torch.no_grad():
@@ -123,13 +123,64 @@ def test_no_weight_is_added_but_two_routers_and_all_of_them_learn() -> None:
 def test_draws_are_gumbels_in_training_alone_and_run_every_loop() -> None:
     scores, share = torch.tensor([[0.0, 1.0, 2.0]]).expand(4000, 3), torch.tensor([[0.0, 0.0, 1.0]]).expand(4000, 3)
     torch.manual_seed(0)
-    found = Drawn(False, 1.0)(share, scores)
+    found = Drawn(1.0)(share, scores)
     torch.testing.assert_close(found.mean(0), scores[0].softmax(-1), rtol=0.1, atol=0.02)
     assert set(found.unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(Drawn(True, 1.0)(torch.zeros(2, 3), scores[:2]), torch.tensor([[0.0, 0.0, 1.0]] * 2))
-    assert torch.equal(Drawn(False, 1.0).eval()(share, scores), share)
+    runs = torch.tensor([[0.0], [1.0]])
+    assert torch.equal(Every()(runs), torch.ones(2, 1))
+    assert torch.equal(Every().eval()(runs), runs)
+    assert torch.equal(Drawn(1.0).eval()(share, scores), share)
     with torch.no_grad():
-        assert torch.equal(Drawn(True, 1.0)(torch.zeros(2, 3), scores[:2]), torch.zeros(2, 3))
+        assert torch.equal(Every()(runs), runs)
+        assert torch.equal(Drawn(1.0)(share, scores), share)
+
+
+@pytest.mark.parametrize("loops", [2, 3])
+def test_a_model_whose_rows_loop_learns_how_often_when_it_is_captured_again(loops: int) -> None:
+    torch.manual_seed(0)
+    block, x = Block(True, False, True).eval(), torch.randn(64, 8)
+    once, _ = sc.attach(block, (x,), Pipeline((ReuseFfns(4, 2, loops),)))
+    module, _ = sc.attach(once.eval(), (x,), Pipeline((DrawLoops(1.0),)))
+    seen: list[Tensor] = []
+    for one in (one for one in module.modules() if isinstance(one, Drawn)):
+        one.register_forward_hook(lambda _, given, found: seen.append(found.detach()))
+    module(x).square().mean().backward()
+    (share,) = seen
+    assert bool((share.sum(0) > 0).all())  # drawn, not the last for all
+    grads = [value.grad for name, value in module.named_parameters() if "loops" in name]
+    assert len(grads) == 1
+    assert all(one is not None and bool(one.ne(0).any()) for one in grads)
+    with torch.no_grad():
+        torch.testing.assert_close(module.eval()(x), once(x))
+
+
+def test_every_loop_is_run_in_training_for_rows_that_drew_fewer() -> None:
+    """A gradient of how often reaches the scores by what each loop would have given."""
+    model, inputs = example()
+    module, _ = sc.attach(model, inputs, Pipeline((DrawLoops(1.0),)))
+    runs: list[Tensor] = []
+    for one in (one for one in module.modules() if isinstance(one, Every)):
+        one.register_forward_hook(lambda _, given, found: runs.append(found))
+    module(*inputs)
+    assert len(runs) == 2
+    assert all(bool((one == 1).all()) for one in runs)
+
+
+def test_the_stream_may_be_wider_than_what_the_ffn_computes_in() -> None:
+    class Wide(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = x + self.down(gelu(self.up(self.norm(x).bfloat16())))
+            return found
+
+    torch.manual_seed(0)
+    model, x = Wide(False, True, True).eval(), torch.randn(6, 8)
+    model.up.bfloat16(), model.down.bfloat16()
+    program = Pipeline((ReuseFfns(4, 2, 3),)).run(capture(model, (x,)), ctx := Context())
+    assert ctx.rewrites == 1, ctx.misses
+    module = instantiate(program)
+    assert all(one.dtype is torch.float32 for one in routers(module))
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), by_hand(model.float(), x, *routers(module), ReuseFfns(4, 2, 3)), rtol=3e-2, atol=3e-2)
 
 
 def test_which_loop_a_row_takes_learns_from_loops_that_it_did_not_take() -> None:

@@ -84,6 +84,17 @@ def test_routers_learn_by_their_weights_and_what_is_left_out_is_not_read() -> No
     assert all(abs(found[name] - 0.5) < 0.1 for name in ("gate", "up", "down")), found
 
 
+def test_a_row_of_zeros_in_float16_has_a_gradient() -> None:
+    torch.manual_seed(0)
+    model, x = GatedFfn(16, 64).half().eval(), torch.randn(20, 16).half()
+    x[3] = 0
+    module, _ = sc.attach(model, (x,), sc.recipes.mohd(density=0.5, groups=4), calibration=[(x,)])
+    y = module(x)
+    y.float().square().sum().backward()
+    assert bool(y.isfinite().all())
+    assert all(one.grad is not None and bool(one.grad.isfinite().all()) for one in module.parameters())
+
+
 def test_a_fitted_router_asks_for_rows() -> None:
     model, x = GatedFfn(16, 64).eval(), torch.randn(40, 16)
     with pytest.raises(CalibrationError):

@@ -79,6 +79,17 @@ def test_it_cools_settles_and_stays() -> None:
     assert torch.equal(order.detach().gt(0).sum(-1), torch.ones(2, 4, dtype=torch.int64))
 
 
+def test_a_model_in_bfloat16_settles_too() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), GatedFfn(8, 32)).bfloat16().eval(), torch.randn(64, 8).bfloat16()
+    module, hook = sc.attach(model, (x,), sc.recipes.comet(experts=4, steps=2))
+    for _ in range(2):
+        module(x), hook.step()
+    order = next(one for name, one in module.named_parameters() if "order" in name)
+    assert order.dtype is torch.bfloat16
+    assert (order > 0).sum(-1).tolist() == (order > 0).sum(-2).tolist() == [[1] * 4] * 2
+
+
 def test_a_state_that_was_saved_goes_on_cooling() -> None:
     model, x = GatedFfn(8, 32).eval(), torch.randn(64, 8)
     _, hook = sc.attach(model, (x,), sc.recipes.comet(experts=4, steps=20))

@@ -85,6 +85,32 @@ def test_a_block_without_attention_is_left_alone() -> None:
     assert ctx.rewrites == 2
 
 
+class Elsewhere(nn.Module):
+    """Tokens that attend to those of another text, or heads that stand beside the texts."""
+
+    def __init__(self, merged: bool) -> None:
+        super().__init__()
+        self.q, self.kv, self.out, self.merged = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(16, 16), merged
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        parts = self.q(x), *self.kv(x if self.merged else z).chunk(2, -1)
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in parts)
+        if self.merged:
+            q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).view(x.shape[0], 2, x.shape[1], 8)
+        found: Tensor = x + self.out(y.transpose(1, 2).flatten(2))
+        return found
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_keys_that_are_not_the_blocks_own_tokens_are_a_miss(merged: bool) -> None:
+    x = (torch.randn(2, 10, 16), torch.randn(2, 7, 16))
+    ctx = Context(batches=[x])
+    Pipeline.parse("route_tokens(density=0.5, routed=1.0, wanted='received')").run(capture(Elsewhere(merged).eval(), x), ctx)
+    assert ctx.rewrites == 0
+    assert any("of its own tokens" in miss.why for miss in ctx.misses), ctx.misses
+
+
 def test_lemo_keeps_fewer_rows_and_trains_adapters_alone() -> None:
     model, x, y = nn.Sequential(*[Block(16, 4) for _ in range(2)]).eval(), torch.randn(3, 20, 16), torch.randn(3, 20, 16)
     module, hook = sc.attach(model, (x,), sc.recipes.lemo(density=0.5, rank=2), calibration=[(x,)])

@@ -96,20 +96,20 @@ class _Reuse:
         self._region, self._stream, self._add = dense.region, dense.region.node(block.roles["input"]), dense.region.node(block.roles["add"])
         self._cut: dict[int, dict[str, Any]] = {}
         path = dense.site.path.partition("@")[0]
-        self._placed = Placed(self._region, self._add, path, tuple(dense.leaves()), dense.x.meta["val"].dtype, of.name())
+        self._placed = Placed(self._region, self._add, path, tuple(dense.leaves()), self._stream.meta["val"].dtype, of.name())
 
     def write(self) -> None:
         down, most = self._dense.down, self._of.loops
         scores = self._scored("loops", most, self._stream)
-        weighed, run = (self._formula("loops", Formula({}, one_of), scores=scores) for _ in range(2))
+        share = self._formula("loops", Formula({}, one_of), scores=scores)
         deep, state = down, self._formula("loops", Formula({}, _added), x=self._stream, y=down)
         for loop in range(2, most + 1):
-            chosen = self._formula("loops", Formula({}, partial(at_least, loop=loop)), share=run)
+            chosen = self._formula("loops", Formula({}, partial(at_least, loop=loop)), share=share)
             y = self._experts(self._normed(state), chosen, None, 1)
-            deep = self._formula("loops", Formula({}, partial(_further, loop=loop)), total=deep, y=y, share=weighed)
+            deep = self._formula("loops", Formula({}, partial(_further, loop=loop)), total=deep, y=y, share=share)
             state = self._formula("loops", Formula({}, _added), x=state, y=y)
         wide = self._wide()
-        self._add.replace_input_with(down, self._formula("loops", Formula({}, _mixed), deep=deep, wide=wide, share=weighed))
+        self._add.replace_input_with(down, self._formula("loops", Formula({}, _mixed), deep=deep, wide=wide, share=share))
 
     def _wide(self) -> fx.Node:
         scores = self._scored("router", self._of.slices, self._stream)

@@ -137,13 +137,14 @@ class RouteChannels(Pass):
 
 def kept(x: Tensor, chosen: Tensor, weights: Tensor, table: Tensor, *, groups: int, scale: bool) -> Tensor:
     """x [..., K] times the weight of each channel's group: chosen int64 [..., k], weights [..., k], table int64 [K]."""
-    even = weights.to(x.dtype) * chosen.shape[-1] / weights.to(x.dtype).sum(-1, keepdim=True).clamp_min(1e-12)
-    shares = torch.zeros(*chosen.shape[:-1], groups, dtype=x.dtype, device=x.device).scatter(-1, chosen, even)
+    wide = torch.promote_types(x.dtype, torch.float32)  # float16 holds none of the smallest numbers here
+    even = weights.to(wide) * chosen.shape[-1] / weights.to(wide).sum(-1, keepdim=True).clamp_min(1e-12)
+    shares = torch.zeros(*chosen.shape[:-1], groups, dtype=wide, device=x.device).scatter(-1, chosen, even)
     found = x * torch.where(table < 0, 1.0, shares.index_select(-1, table.clamp_min(0))).to(x.dtype)
     if not scale:
         return found
-    whole, part = (torch.linalg.vector_norm(one, dim=-1, keepdim=True) for one in (x, found))
-    return found * torch.where(part > 0, whole / part.clamp_min(1e-30), 1.0)
+    whole, part = (torch.linalg.vector_norm(one.to(wide), dim=-1, keepdim=True) for one in (x, found))
+    return found * torch.where(part > 0, whole / part.clamp_min(1e-30), 1.0).to(x.dtype)
 
 
 def _chosen(scores: Tensor, k: int) -> Tensor:

@@ -160,7 +160,7 @@ def _input(one: Depth, name: str) -> fx.Node | None:
 
 def _first(scores: Tensor, keep: Tensor) -> Tensor:
     """Scores [B, T] of which those of the tokens to keep lie above all others; they stay in their order."""
-    low, high = scores.detach().amin(-1, keepdim=True), scores.detach().amax(-1, keepdim=True)
+    low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
     return scores + (keep != 0) * (1 + high - low)
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify_compiler.errors import BudgetError, ParseError
+from sparsify_compiler.errors import ParseError
 from sparsify_compiler.named import Named
 from sparsify_compiler.normal_form_edit import aten, is_call
 from sparsify_compiler.passes.prune._layers import Layer, find_layers
@@ -115,6 +115,8 @@ class PermuteChannels(Pass):
                 return f"the weight of its {role} projection is used {len(layer.uses)} times"
             if layer.weight.shape[0 if role != "down" else 1] % hidden:
                 return f"the {role} projection does not make the {hidden} hidden channels"
+            if isinstance(self.structure, Block) and role in self._scored and (why := self.structure.misfit(*layer.weight.shape)) is not None:
+                return f"the {role} projection: {why}"
             bias = layer.uses[0].op.kwargs.get("bias")
             if role != "down" and bias is not None and not _is_own(bias, program):
                 return f"the bias of its {role} projection is read elsewhere too, or computed"
@@ -147,11 +149,8 @@ class PermuteChannels(Pass):
         if isinstance(structure, NM):
             return search(scores[0], structure.n, structure.m, self.rounds, self.rows, seed)
         assert isinstance(structure, Block)  # __post_init__ saw to it
-        density = self.density if self.density is not None else ctx.density
-        if density is None:
-            raise BudgetError("no density was given, by which blocks are kept", where="permute_channels", hint="permute_channels(density=0.5)")
         parts = [part for score in scores for part in torch.split(score.view(len(score), -1, structure.columns).sum(-1), hidden)]
-        return search_rows(parts, structure.rows, density, self.rounds, seed)
+        return search_rows(parts, structure.rows, self.density_of(ctx), self.rounds, seed)
 
     @property
     def _group(self) -> int:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.functional import gumbel_softmax, one_hot
+from torch.nn.functional import gumbel_softmax
 
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.normal_form_edit import aten, is_call
@@ -53,12 +53,11 @@ class DrawLoops(TrainingPass):
         return program
 
     def tap(self, region: Region, name: str, node: fx.Node) -> Watch:
-        made = Drawn(any(is_call(user, aten.amax.default) for reader in node.users for user in reader.users), self.first)
-        region.module.add_module(name, made)
-        with region.graph.inserting_after(node):
-            drawn = region.graph.call_module(name, (node, _scores(node)))
-        drawn.meta |= {"val": node.meta["val"]}
-        node.replace_all_uses_with(drawn, delete_user_cb=lambda user: user is not drawn)
+        made = Drawn(self.first)
+        drawn = _stand(region, name, node, made, _scores(node))
+        runs = dict.fromkeys(user for reader in drawn.users for user in reader.users if is_call(user, aten.amax.default))
+        for at, run in enumerate(runs):  # what says which rows run a loop: found behind the choice, which a captured graph has but once
+            _stand(region, f"{name}_run_{at}", run, Every())
         return made
 
     def part(self, marked: Sequence[Marked]) -> Part:
@@ -66,18 +65,23 @@ class DrawLoops(TrainingPass):
 
 
 class Drawn(Watch):
-    """Stands behind a choice [..., n], ones and zeros. In training: a draw by the scores; where it says what is run, the last place for all."""
+    """Stands behind a choice [..., n], ones and zeros. In training: a draw by the scores."""
 
-    def __init__(self, every: bool, heat: float) -> None:
+    def __init__(self, heat: float) -> None:
         super().__init__()
-        self._every, self.heat = every, heat
+        self.heat = heat
 
     def forward(self, share: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         if type(scores) is not Tensor or not self.acts or not torch.is_grad_enabled():
             return share
-        if self._every:
-            return one_hot(torch.full_like(share[..., 0], share.shape[-1] - 1, dtype=torch.int64), share.shape[-1]).to(share.dtype)
         return gumbel_softmax(scores, self.heat, hard=True).to(share.dtype)
+
+
+class Every(Watch):
+    """Stands behind which rows run a loop, numbers above 0. In training: all of them."""
+
+    def forward(self, runs: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.ones_like(runs) if type(runs) is Tensor and self.acts and torch.is_grad_enabled() else runs
 
 
 class _Cooled(Part):
@@ -89,9 +93,19 @@ class _Cooled(Part):
             one.heat = self._of.first * (self._of.last / self._of.first) ** min(step / self._of.steps, 1.0)
 
 
+def _stand(region: Region, name: str, node: fx.Node, made: Watch, *others: fx.Node | None) -> fx.Node:
+    """Let a watch of a node, and of others, stand for it wherever it is read."""
+    region.module.add_module(name, made)
+    with region.graph.inserting_after(node):
+        new = region.graph.call_module(name, (node, *others))
+    new.meta |= {"val": node.meta["val"]}
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    return new
+
+
 def _scores(node: fx.Node) -> fx.Node | None:
     """The scores that a choice of one of several was made from; None of other nodes."""
-    index = node.kwargs.get("index") if is_call(node, aten.scatter.value) else None
+    index = node.kwargs.get("index") if is_call(node, aten.scatter.value) and node.kwargs["value"] == 1 else None
     best = isinstance(index, fx.Node) and is_call(index, aten.argmax.default) and index.kwargs.get("keepdim")
     return index.kwargs["self"] if best else None  # type: ignore[union-attr]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_compiler.errors import ParseError
+from sparsify_compiler.normal_form_edit import same_size
 from sparsify_compiler.passes.moe._routing import Routing, mixtures
 from sparsify_compiler.passes.train._penalty import Penalty, check_weight
 from sparsify_compiler.passes.train.router_losses._base import counts
@@ -17,7 +18,7 @@ from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Site
 from sparsify_compiler.training import Marked, Part, TrainingPass
 
-TIME = "time"  # the path under which a model's input is marked
+TIME = "the time"  # the path under which a model's input is marked: none of a module
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,18 @@ class PenalisePaths(TrainingPass):
         regions = {one.region.path: one.region for one in found}
         for path, region in regions.items():
             times = [node for node in region.graph.nodes if node.op == "placeholder" and node.name == self.given]
-            known = [one for one in found if one.region is region and one.scores is not None]
             if not times or len(times[0].meta["val"].shape) != 1:
                 ctx.miss(f"no input {self.given} of [texts]", path)
                 continue
-            for one in known:
-                assert one.scores is not None
-                self.mark(one.scores, one.site, ctx)
-                self.mark(one.choice, one.site, ctx)
-            if known:
-                self.mark(times[0], Site("input", TIME, path, {}), ctx)
+            for one in (one for one in found if one.region is region):
+                if one.scores is None:
+                    ctx.miss("the scores of its router are not known", one.site.path)
+                elif not same_size(one.scores.meta["val"].shape[0], times[0].meta["val"].shape[0]):
+                    ctx.miss(f"its router has no row or rows for each of the texts of {self.given}: another size comes first", one.site.path)
+                else:
+                    self.mark(one.scores, one.site, ctx)
+                    self.mark(one.choice, one.site, ctx)
+                    self.mark(times[0], Site("input", TIME, path, {}), ctx)
         return program
 
     def part(self, marked: Sequence[Marked]) -> Part:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sparsify_compiler.anew import Anew
 from sparsify_compiler.errors import ParseError
 from sparsify_compiler.named import Named
-from sparsify_compiler.passes.moe import _routing
+from sparsify_compiler.ops import experts_ffn
 from sparsify_compiler.passes.moe._refused import added
-from sparsify_compiler.passes.moe._routing import Mixture, mixtures
+from sparsify_compiler.passes.moe._routing import Mixture, Routing, mixtures
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program
 from sparsify_compiler.training import LOWEST, META, Marked, Part, TrainingPass
@@ -82,6 +82,8 @@ def _unfit(one: Mixture) -> str | None:
         return "the scores of its router are not known"
     if any(isinstance(by, RetireExperts) for by, _ in one.scores.meta.get(META, ())):
         return "its experts retire already"
+    if int(one.chosen.meta["val"].shape[-1]) >= one.experts:
+        return "a row may take all of its experts, so that none can retire: top_k has fewer places"
     return None
 
 
@@ -117,6 +119,14 @@ def needed(scores: Tensor, chosen: Tensor, measure: str) -> Tensor:
     return (hits if measure == "hits" else hits * flat).mean(0)
 
 
+class _Two(Routing):
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).topk(2, -1).indices
+        y: Tensor = experts_ffn.op(x, chosen, None, self.gate, None, self.down, activation="relu")
+        return y
+
+
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A router over four experts."""
-    return _routing.example()
+    """A router over four experts, of which a row takes two."""
+    torch.manual_seed(0)
+    return _Two().eval(), (torch.randn(6, 8),)

@@ -85,7 +85,7 @@ def settled(logs: Tensor) -> Tensor:
 
     made = torch.zeros_like(logs)
     for one, own in zip(made, logs, strict=True):
-        rows, columns = linear_sum_assignment(own.detach().exp().cpu().numpy(), maximize=True)
+        rows, columns = linear_sum_assignment(own.detach().float().exp().cpu().numpy(), maximize=True)
         one[torch.as_tensor(rows), torch.as_tensor(columns)] = 1
     return made
 

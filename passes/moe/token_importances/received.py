@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from sparsify_compiler.normal_form_edit import argument, aten, is_call
+from sparsify_compiler.normal_form_edit import argument, aten, is_call, same_size, shape
 from sparsify_compiler.ops.attend_blocks import scale_of
 from sparsify_compiler.passes.moe._depth import Depth
 from sparsify_compiler.passes.moe.token_importances._base import Asked
@@ -23,6 +23,9 @@ def received(region: Region, block: Depth) -> Asked | str:
     if len(found) != 1:
         return f"it has {len(found)} attentions, and needs one to tell what its tokens receive"
     node = region.node(found[0].name)
+    sizes, keys = block.part.start.meta["val"].shape, shape(argument(node, "key"))
+    if keys is None or len(keys) != 4 or not same_size(keys[0], sizes[0]) or not same_size(keys[2], sizes[1]):
+        return "the keys of its attention are not [texts, heads, tokens, width] of its own tokens"
     given = {name: value for name in ("query", "key", "attn_mask") if isinstance(value := argument(node, name), fx.Node)}
     return partial(weights, causal=bool(argument(node, "is_causal")), scale=argument(node, "scale")), given
 
