@@ -22,12 +22,14 @@ from .shapes import note_sizes
 Progress = Callable[[str, int, int], None]
 
 
-def capture(model: nn.Module, example_inputs: Any, dynamic: Any = None, progress: Progress = lambda what, done, total: None) -> Program:
+def capture(model: nn.Module, example_inputs: Any, dynamic: Any = None, progress: Progress = lambda what, done, total: None,
+            trains: bool = False) -> Program:
     """Capture a model in eval mode as graphs in normal form that share its parameters; the model is never modified.
 
     example_inputs  tuple of positional or dict of named arguments; None, bool, int, float and str among them are baked in
     dynamic         {"input_ids": {0: "batch", 1: "seq"}}, the same by position, or a tuple of such; the same name means the same size
     progress        called with (what, done, total)
+    trains          gradients will pass through the Program: what detaches a value stays, and a pass may not see through it
 
     Raises ModelError, InputError, and CaptureError when nothing could be captured or the Program does not reproduce the model.
     """
@@ -39,18 +41,18 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Any = None, progress
     try:
         if reason := foreign_result(expected):
             raise NotExportableError(reason)
-        program = _whole(model, call)
+        program = _whole(model, call, trains)
     except NotExportableError as problem:
-        program = capture_regions(model, call, problem.reason, progress)
+        program = capture_regions(model, call, problem.reason, progress, trains)
     program.left_out += tuple(LeftOut(path, why) for path, why in unfit.items())
     compare(instantiate(program), call, expected)
     progress("capture", 1, 1)
     return program
 
 
-def _whole(model: nn.Module, call: ExampleCall) -> Program:
+def _whole(model: nn.Module, call: ExampleCall, trains: bool) -> Program:
     region, aliases = export_region(model, call, "")
-    normalise(region.module)
+    normalise(region.module, trains)
     prune_unused(region)
     note_sizes(region, call)
     allow_ones(region, model, call)

@@ -14,16 +14,16 @@ from .program import Program
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
 
-def captured_for_any_batch(model: nn.Module, example_inputs: Inputs, dynamic: Any) -> Program:
+def captured_for_any_batch(model: nn.Module, example_inputs: Inputs, dynamic: Any, trains: bool = False) -> Program:
     """With a dynamic batch, unless the model can only be captured whole with a fixed one."""
     if dynamic is not None or not (batch := _batch(example_inputs)):
-        return capture(model, example_inputs, dynamic)
+        return capture(model, example_inputs, dynamic, trains=trains)
     try:
-        program = capture(model, example_inputs, batch)
+        program = capture(model, example_inputs, batch, trains=trains)
     except CaptureError:
-        return capture(model, example_inputs)
+        return capture(model, example_inputs, trains=trains)
     if program.skeleton is not None:
-        fixed = capture(model, example_inputs)
+        fixed = capture(model, example_inputs, trains=trains)
         program = fixed if fixed.skeleton is None else program
     return program
 

@@ -32,13 +32,14 @@ class _Search:
     model: nn.Module
     records: dict[str, Record]
     progress: Callable[[str, int, int], None]
+    trains: bool
     regions: dict[str, Region] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
     builds: dict[Hashable, Region] = field(default_factory=dict)  # regions by what decides their graph
     done: int = 0
 
 
-def capture_regions(model: nn.Module, call: ExampleCall, reason: str, progress: Callable[[str, int, int], None]) -> Program:
+def capture_regions(model: nn.Module, call: ExampleCall, reason: str, progress: Callable[[str, int, int], None], trains: bool = False) -> Program:
     """The Program of a model whose whole cannot be captured, for `reason`.
 
     Raises CaptureError when no submodule can be captured either, and InputError when the model fails at other sizes of its dynamic dimensions.
@@ -47,7 +48,7 @@ def capture_regions(model: nn.Module, call: ExampleCall, reason: str, progress: 
         skeleton = clone_structure(model)
     except Exception as problem:  # deepcopy runs the user's own __deepcopy__ and __reduce__
         raise CaptureError(f"the model cannot be captured whole ({reason}), nor in parts: its module tree cannot be copied ({problem})") from problem
-    search = _Search(skeleton, record(skeleton, call), progress)
+    search = _Search(skeleton, record(skeleton, call), progress, trains)
     search.left_out.append(LeftOut("", reason))
     for name, child in skeleton.named_children():
         _visit(search, name, child)
@@ -105,17 +106,17 @@ def _try(search: _Search, path: str, module: nn.Module) -> str | None:
             search.regions[path] = region
             return None
     try:
-        region = _captured(path, module, call)
+        region = _captured(path, module, call, search.trains)
     except (NotExportableError, InputError) as problem:
         return str(getattr(problem, "what", problem))
     search.builds[build] = search.regions[path] = region
     return None
 
 
-def _captured(path: str, module: nn.Module, call: ExampleCall) -> Region:
+def _captured(path: str, module: nn.Module, call: ExampleCall, trains: bool) -> Region:
     """One submodule as a region. Raises NotExportableError, and InputError where it fixes a dimension that varies."""
     region, _ = export_region(module, call, path)
-    normalise(region.module)
+    normalise(region.module, trains)
     prune_unused(region)
     if not any(getattr(node.target, "overloadpacket", None) in _PRODUCTS for node in region.graph.nodes):
         raise NotExportableError("it holds no matrix product")

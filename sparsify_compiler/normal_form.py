@@ -15,7 +15,7 @@ from .normal_form_attention import name_attention
 from .normal_form_common import merge_common
 from .normal_form_inplace import functionalise
 from .normal_form_names import name_arguments
-from .normal_form_noops import drop_noop
+from .normal_form_noops import drop_detached, drop_noop
 from .normal_form_norm import name_norm
 from .normal_form_spelling import respell
 from .normal_form_torch import to_aten
@@ -26,14 +26,18 @@ _SPELLING: tuple[Rewrite, ...] = (name_arguments, drop_noop, respell)
 _NAMING: tuple[Rewrite, ...] = (name_norm, name_activation, name_attention)
 
 
-def normalise(graph_module: fx.GraphModule) -> None:
-    """Bring a graph into normal form, in place. Idempotent. Raises NotFunctionalError where it writes to a tensor that has other names."""
+def normalise(graph_module: fx.GraphModule, trains: bool = False) -> None:
+    """Bring a graph into normal form, in place. Idempotent. Raises NotFunctionalError where it writes to a tensor that has other names.
+
+    trains  gradients will pass through it: what detaches a value stays
+    """
+    spelling = _SPELLING if trains else (*_SPELLING, drop_detached)
     graph = graph_module.graph
     for node in list(graph.nodes):
         to_aten(node)
     functionalise(graph)
-    _settle(graph, _SPELLING)
-    _settle(graph, _SPELLING + _NAMING)  # formulas are recognised once nothing that says nothing stands between their parts
+    _settle(graph, spelling)
+    _settle(graph, spelling + _NAMING)  # formulas are recognised once nothing that says nothing stands between their parts
     graph.lint()
     graph_module.recompile()
 

@@ -10,7 +10,7 @@ from torch import fx
 from .normal_form_edit import argument, aten, insert, is_call, replace, same_shape, shape, value
 
 _ASSERTIONS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "_check"}
-_SAME = {aten.alias.default, aten.detach.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default, aten.contiguous.default,
+_SAME = {aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default, aten.contiguous.default,
          aten.positive.default, aten.resolve_conj.default, aten.resolve_neg.default}
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default}
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default}
@@ -31,6 +31,15 @@ def drop_noop(node: fx.Node) -> bool:
         replace(node, source)
         return True
     return _plain_cast(node) or _open_slice(node)
+
+
+def drop_detached(node: fx.Node) -> bool:
+    """Remove a call that only keeps gradients from passing, where none will. True when it changed."""
+    source = node.kwargs.get("self")
+    if not is_call(node, aten.detach.default) or not isinstance(source, fx.Node):
+        return False
+    replace(node, source)
+    return True
 
 
 def _unchanged(node: fx.Node) -> fx.Node | None:

@@ -98,7 +98,7 @@ def _traced(region: Region, function: Callable[..., Any], nodes: Mapping[str, fx
 
     with torch.inference_mode(False), torch.no_grad(), mode:
         module = make_fx(formula, pre_dispatch=True)(*fakes)
-    normalise(module)
+    normalise(module, trains=True)
     return Formula(module, tuple(nodes.values()))
 
 

@@ -285,3 +285,39 @@ def test_a_hole_in_a_mask_never_becomes_a_weight(structure: str) -> None:
 
 def masked(net: nn.Module, structure: str) -> nn.Module:
     return sc.attach(net, (torch.randn(8, 64),), f"mask_weights(structure='{structure}', density=0.5)")[0]
+
+
+class Rounded(nn.Module):
+    """Rounds with the gradient of what it rounds, and multiplies with a value that is to have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.second(h + (h.round() - h).detach()) * h.detach().mean()
+
+
+class Branching(nn.Module):
+    """No graph holds it whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Rounded()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x if float(x.sum()) < 1e9 else -x)
+
+
+@pytest.mark.parametrize("make", [Rounded, Branching])
+def test_what_the_model_detaches_stays_detached(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(5, 8)
+    attached, _ = sc.attach(model, (x,), "mask_weights(score=magnitude, density=1.0)")
+    for one in (model, attached):
+        one(x).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in attached.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    assert "detach" not in str(next(iter(sc.capture(model, (x,)).regions.values())).graph), "no gradient passes through a model that only runs"
