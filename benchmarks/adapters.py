@@ -13,8 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from recovery import HESSIAN, LOSSES, Texts
+from recovery import HESSIAN, LOSSES, Texts, recovered
 from rich.console import Console
 from rich.table import Table
 from subjects import MiniLM, options
@@ -57,7 +56,7 @@ def main() -> None:
 
 
 def measured(subject: MiniLM, batches: Texts, case: str, rate: float, steps: int) -> dict[str, Any]:
-    """Quality before and after, how many numbers train, and the first and last loss."""
+    """How many numbers train, and what recovered() says."""
     model = subject.model.requires_grad_(True)
     model.embeddings.requires_grad_(False)
     both = {0: "batch", 1: "length"}
@@ -66,13 +65,7 @@ def measured(subject: MiniLM, batches: Texts, case: str, rate: float, steps: int
     module, hook = sc.attach(model, subject.batches[0], recipe, calibration=subject.batches, dynamic=dynamic)
     masks = {f"{path}.weight": int(mask.sum()) for path, mask in hook.masks.items()}
     numbers = sum(masks.get(name, one.numel()) for name, one in module.named_parameters() if one.requires_grad)
-    with torch.no_grad():
-        before = subject.measure(module)
-    module, recovery = sc.recover(module, model, batches, hook=hook, minutes=600, steps=steps, rate=rate, losses=LOSSES, dtype=torch.bfloat16,
-                                  dynamic=dynamic, progress=True)
-    with torch.no_grad():
-        after = subject.measure(module)
-    return {"before": before, "after": after, "numbers": numbers, "first loss": recovery.points[0].loss, "last loss": recovery.points[-1].loss}
+    return {"numbers": numbers, **recovered(subject, module, hook, batches, dynamic, steps=steps, rate=rate, losses=LOSSES)}
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ import copy
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from subjects import MiniLM, brown, options
-from torch import Tensor
+from subjects import MiniLM, Subject, brown, options
+from torch import Tensor, nn
 
 import sparsify_compiler as sc
 from sparsify_compiler.measure import interleave
+from sparsify_compiler.training import Hook
 from sparsify_compiler.yardstick import dense_forms
 
-LENGTH = 64
+LENGTH, ROWS = 64, 32
 HESSIAN = "repair='obs', inputs='block'"
 ALIGNED = "score='repair', budget='curvature', repair='aligned', inputs='block'"
 SCORE = "weight_times_input_norm"
@@ -74,7 +75,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--steps", type=int, nargs="+", default=[900])
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--losses", nargs="+", default=LOSSES)
     parser.add_argument("--varied", action="store_true")
@@ -88,7 +89,7 @@ def main() -> None:
     if arguments.speed:
         timed(subject, [case for case in arguments.cases if case in STRUCTURES])
         return
-    batches = Texts(arguments, arguments.varied)
+    batches = Texts(arguments, arguments.rows, arguments.varied)
     rows: list[dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
     for steps in arguments.steps:
         for case in arguments.cases:
@@ -103,20 +104,28 @@ def main() -> None:
 
 
 def measured(subject: MiniLM, batches: Texts, case: str, steps: int, arguments: Any) -> dict[str, Any]:
-    """Quality before and after, and the seconds of processor that the recovery took: None where an earlier process did a part of it."""
+    """The encoder cut, and recovered."""
     model = subject.model.requires_grad_(True)
     model.embeddings.requires_grad_(False)
     both = {0: "batch", 1: "length"}
     dynamic = {"input_ids": both, "attention_mask": both}
     recipe = sc.Pipeline.parse(CASES[case](steps))
     module, hook = sc.attach(model, subject.batches[0], recipe, calibration=subject.batches, dynamic=dynamic)
-    with torch.no_grad():
-        before, spent = subject.measure(module), time.process_time()
     name = f"{case} {steps} {arguments.rows} {arguments.samples}{' varied' if arguments.varied else ''}.safetensors".replace(" ", "-")
     file = arguments.checkpoints / name if arguments.checkpoints else None
-    whole = file is None or not file.exists()
-    module, recovery = sc.recover(module, model, batches, hook=hook, minutes=600, steps=steps, rate=arguments.rate, losses=arguments.losses,
-                                  dtype=torch.bfloat16, dynamic=dynamic, checkpoint=file, progress=True)
+    return recovered(subject, module, hook, batches, dynamic, file, steps=steps, rate=arguments.rate, losses=arguments.losses)
+
+
+def recovered(subject: Subject, module: nn.Module, hook: Hook, batches: Iterable[dict[str, Any]], dynamic: dict[str, dict[int, str]],
+              checkpoint: Path | None = None, **training: Any) -> dict[str, Any]:
+    """Quality before and behind sc.recover(), the seconds of processor that it took (None where an earlier process did a part of it), the first and
+    last loss, and the share of the weights that the masks keep.
+    """
+    with torch.no_grad():
+        before, spent = subject.measure(module), time.process_time()
+    whole = checkpoint is None or not checkpoint.exists()
+    module, recovery = sc.recover(module, subject.model, batches, hook=hook, minutes=600, dtype=torch.bfloat16, dynamic=dynamic,
+                                  checkpoint=checkpoint, progress=True, **training)
     spent = time.process_time() - spent
     with torch.no_grad():
         after = subject.measure(module)
@@ -145,13 +154,13 @@ def timed(subject: MiniLM, cases: list[str]) -> None:
 
 
 class Texts:
-    """All texts that are not held out, cut into pieces of LENGTH tokens, shuffled, in batches of --rows.
+    """All texts that are not held out, cut into pieces of LENGTH tokens, shuffled, in batches of `rows`.
 
     varied  each time that they are walked over half of the pieces begin somewhere else, half are made of sentences from anywhere; and in half of all
             a token in seven is another one, drawn as often as the texts have it. Else the pieces are the same every time.
     """
 
-    def __init__(self, arguments: Any, varied: bool = False) -> None:
+    def __init__(self, arguments: Any, rows: int = ROWS, varied: bool = False) -> None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(MiniLM.place(None, arguments.cache))  # type: ignore[arg-type]
@@ -160,7 +169,7 @@ class Texts:
         self._texts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in brown(arguments.brown, arguments.split)[0]]
         self._sentences = [sentence for text in self._texts for sentence in self._cut(text)]
         self._all = torch.tensor([token for text in self._texts for token in text])
-        self._varied, self._walks, self._rows = varied, 0, arguments.rows
+        self._rows, self._varied, self._walks = rows, varied, 0
 
     def _cut(self, text: list[int]) -> Iterator[list[int]]:
         begin = 0

@@ -11,12 +11,12 @@ goes on where it was (--checkpoints); the cut itself does so with SPARSIFY_CHECK
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from recovery import recovered
 from rich.console import Console
 from rich.table import Table
 from subjects import SmolLM2, brown, options
@@ -53,25 +53,15 @@ def main() -> None:
 
 
 def measured(subject: SmolLM2, batches: Texts, case: str, arguments: Any) -> dict[str, Any]:
-    """Perplexity before and after, and the seconds of processor that the recovery took: None where an earlier process did a part of it."""
+    """The language model cut, and recovered."""
     model = subject.model.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(False)
     dynamic = {"input_ids": {0: "batch", 1: "tokens"}}
     structure, density = CASES[case]
     module, hook = sc.attach(model, subject.batches[0], sc.recipes.aligned(structure, density), calibration=subject.batches, dynamic=dynamic)
-    with torch.no_grad():
-        before, spent = subject.measure(module), time.process_time()
     name = f"{case} {arguments.steps} {arguments.rows} {arguments.length} {arguments.samples}.safetensors".replace(" ", "-")
     file = arguments.checkpoints / name if arguments.checkpoints else None
-    whole = file is None or not file.exists()
-    module, recovery = sc.recover(module, model, batches, hook=hook, minutes=600, steps=arguments.steps, rate=arguments.rate, losses=arguments.losses,
-                                  dtype=torch.bfloat16, dynamic=dynamic, checkpoint=file, progress=True)
-    spent = time.process_time() - spent
-    with torch.no_grad():
-        after = subject.measure(module)
-    kept, total = (sum(count) for count in zip(*((int(mask.sum()), mask.numel()) for mask in hook.masks.values()), strict=True))
-    return {"before": before, "after": after, "processor seconds": round(spent) if whole else None, "first loss": recovery.points[0].loss,
-            "last loss": recovery.points[-1].loss, "density": kept / total}
+    return recovered(subject, module, hook, batches, dynamic, file, steps=arguments.steps, rate=arguments.rate, losses=arguments.losses)
 
 
 class Texts:
