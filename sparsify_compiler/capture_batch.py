@@ -14,16 +14,16 @@ from .program import Program
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
 
-def captured_for_any_batch(model: nn.Module, example_inputs: Inputs, dynamic: Any, trains: bool = False) -> Program:
-    """With a dynamic batch, unless the model can only be captured whole with a fixed one."""
+def captured_for_any_batch(model: nn.Module, example_inputs: Inputs, dynamic: Any) -> Program:
+    """With a dynamic batch, unless the model can only be captured whole with a fixed one; to be trained."""
     if dynamic is not None or not (batch := _batch(example_inputs)):
-        return capture(model, example_inputs, dynamic, trains=trains)
+        return capture(model, example_inputs, dynamic, trains=True)
     try:
-        program = capture(model, example_inputs, batch, trains=trains)
+        program = capture(model, example_inputs, batch, trains=True)
     except CaptureError:
-        return capture(model, example_inputs, trains=trains)
+        return capture(model, example_inputs, trains=True)
     if program.skeleton is not None:
-        fixed = capture(model, example_inputs, trains=trains)
+        fixed = capture(model, example_inputs, trains=True)
         program = fixed if fixed.skeleton is None else program
     return program
 

@@ -22,8 +22,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module, example: Inputs, dynamic: Any) -> None:
         with torch.no_grad():
-            captured = captured_for_any_batch(model, example, dynamic, trains=True)  # as the student is, whose blocks are to be the same
-            self._module, self._hook = hooked(captured, own=False)
+            self._module, self._hook = hooked(captured_for_any_batch(model, example, dynamic), own=False)
 
     @property
     def blocks(self) -> list[str]:

@@ -56,7 +56,7 @@ def attach(model: nn.Module, example_inputs: Inputs, recipe: str | Path | Pipeli
         ctx.batches = batches
         ctx.calibrate = lambda program, needs: calibrate(program, batches, needs)
     with torch.no_grad():
-        captured = captured_for_any_batch(model, example_inputs, dynamic, trains=True)
+        captured = captured_for_any_batch(model, example_inputs, dynamic)
         program = pipeline.run(captured, ctx)
     made = [node for _, node in program.nodes() if node.meta.get("by") == "pack" and node.op == "call_function"]
     foreign = [str(node.target) for node in made if not packed_operator(node)]

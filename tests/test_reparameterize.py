@@ -73,3 +73,27 @@ def test_a_copy_is_its_own(trained: tuple[nn.Module, Tensor]) -> None:
 def test_what_changes_values_is_refused(trained: tuple[nn.Module, Tensor]) -> None:
     with pytest.raises(SparsifyError, match=r"mask_weights changes values(.|\n)*use compile\(\)"):
         sc.reparameterize(trained[0], (trained[1],), recipe="mask_weights(density=0.5)")
+
+
+class Rounded(nn.Module):
+    """A merged pair, whose result is rounded with the gradient of what it rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return y + (y.round() - y).detach()
+
+
+def test_what_the_model_detaches_stays_detached() -> None:
+    torch.manual_seed(0)
+    model, x = Rounded().eval(), torch.randn(2, 3, 5, 5)
+    merged = sc.reparameterize(model, (x,))
+    assert not [name for name, _ in merged.named_parameters() if "norm" in name]
+    model(x).sum().backward()
+    merged(x).sum().backward()
+    biases = [parameter.grad for name, parameter in merged.named_parameters() if parameter.dim() == 1]
+    scale = model.norm.weight / torch.sqrt(model.norm.running_var + model.norm.eps)     # of the norm that the bias has in it now
+    torch.testing.assert_close([bias * scale for bias in biases], [model.conv.bias.grad])
