@@ -1,6 +1,6 @@
 """MiniLM recovered: a sparse sentence encoder trained on plain text to do what the dense one does.
 
-    python benchmarks/recovery.py --brown FOLDER [--cases "2:4" ...] [--steps 900] [--rows 32] [--samples 64] [--varied] [--json FILE]
+    python benchmarks/recovery.py --brown FOLDER [--cases "2:4" ...] [--steps 900] [--rows 32] [--samples 64] [--texts moved] [--json FILE]
 
 All linear layers of the encoder are cut; the recovery trains them, the biases and the norms (the embeddings are frozen) with sc.recover() on the
 Brown files that are not held out, in batches of 32 × 64 tokens (--rows), in bfloat16 autocast. Cosine to the dense model's embeddings on
@@ -37,7 +37,8 @@ from sparsify_compiler.yardstick import dense_forms
 
 LENGTH, ROWS = 64, 32
 HESSIAN = "repair='obs', inputs='block'"
-ALIGNED = "score='repair', budget='curvature', repair='aligned', inputs='block'"
+ALIGNED = "score='repair', repair='aligned', inputs='pruned'"
+SHARED = f"{ALIGNED}, budget='curvature', structure='32x1'"
 SCORE = "weight_times_input_norm"
 LOSSES = ("squarehead", "outputs", "embeddings")
 
@@ -56,8 +57,9 @@ CASES = {  # of the number of steps
     "32x1 50 %, curvature": lambda steps: f"mask_weights(score='repair', budget='curvature', structure='32x1', density=0.5, {HESSIAN})",
     "32x1 50 %, permuted": lambda steps: (f"permute_channels(score={SCORE!r}, structure='32x1', density=0.5, rounds=12)"
                                           f" | mask_weights(score='repair', structure='32x1', density=0.5, {HESSIAN})"),
-    "32x1 50 %, aligned": lambda steps: f"mask_weights({ALIGNED}, structure='32x1', density=0.5)",
-    "32x1 80 %, aligned": lambda steps: f"mask_weights({ALIGNED}, structure='32x1', density=0.2)",
+    "2:4, aligned": lambda steps: f"mask_weights({ALIGNED}, structure='2:4')",
+    "32x1 50 %, aligned": lambda steps: f"mask_weights({SHARED}, density=0.5)",
+    "32x1 80 %, aligned": lambda steps: f"mask_weights({SHARED}, density=0.2)",
     "32x1 50 %, gradual": lambda steps: gradual(steps, 0.5, 3),
     "32x1 80 %, gradual": lambda steps: gradual(steps, 0.2, 2),
     "2:4, MaskLLM from Wanda": lambda steps: f"mask_weights(score={SCORE!r}, structure='2:4') | learn_masks(until={steps})",
@@ -78,7 +80,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--losses", nargs="+", default=LOSSES)
-    parser.add_argument("--varied", action="store_true")
+    parser.add_argument("--texts", choices=("same", "moved", "varied"), default="same")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--checkpoints", type=Path)
     parser.add_argument("--speed", action="store_true")
@@ -89,12 +91,12 @@ def main() -> None:
     if arguments.speed:
         timed(subject, [case for case in arguments.cases if case in STRUCTURES])
         return
-    batches = Texts(arguments, arguments.rows, arguments.varied)
+    batches = Texts(arguments, arguments.rows, arguments.texts)
     rows: list[dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
     for steps in arguments.steps:
         for case in arguments.cases:
             about = {"case": case, "steps": steps, "rate": arguments.rate, "losses": list(arguments.losses), "samples": arguments.samples,
-                     "rows": arguments.rows, "split": arguments.split, "varied": arguments.varied}
+                     "rows": arguments.rows, "split": arguments.split, "texts": arguments.texts}
             if not any(about.items() <= row.items() for row in rows):
                 rows.append({**about, **measured(subject, batches, case, steps, arguments)})
                 say(rows[-1])
@@ -111,7 +113,7 @@ def measured(subject: MiniLM, batches: Texts, case: str, steps: int, arguments: 
     dynamic = {"input_ids": both, "attention_mask": both}
     recipe = sc.Pipeline.parse(CASES[case](steps))
     module, hook = sc.attach(model, subject.batches[0], recipe, calibration=subject.batches, dynamic=dynamic)
-    name = f"{case} {steps} {arguments.rows} {arguments.samples}{' varied' if arguments.varied else ''}.safetensors".replace(" ", "-")
+    name = f"{case} {steps} {arguments.rows} {arguments.samples}{'' if arguments.texts == 'same' else ' ' + arguments.texts}.safetensors".replace(" ", "-")
     file = arguments.checkpoints / name if arguments.checkpoints else None
     return recovered(subject, module, hook, batches, dynamic, file, steps=steps, rate=arguments.rate, losses=arguments.losses)
 
@@ -156,11 +158,11 @@ def timed(subject: MiniLM, cases: list[str]) -> None:
 class Texts:
     """All texts that are not held out, cut into pieces of LENGTH tokens, shuffled, in batches of `rows`.
 
-    varied  each time that they are walked over half of the pieces begin somewhere else, half are made of sentences from anywhere; and in half of all
-            a token in seven is another one, drawn as often as the texts have it. Else the pieces are the same every time.
+    texts   "same": the pieces are the same every time that they are walked over. "moved": each time they begin somewhere else. "varied": half of them
+            do, half are made of sentences from anywhere; and in half of all a token in seven is another one, drawn as often as the texts have it
     """
 
-    def __init__(self, arguments: Any, rows: int = ROWS, varied: bool = False) -> None:
+    def __init__(self, arguments: Any, rows: int = ROWS, texts: str = "same") -> None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(MiniLM.place(None, arguments.cache))  # type: ignore[arg-type]
@@ -169,7 +171,7 @@ class Texts:
         self._texts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in brown(arguments.brown, arguments.split)[0]]
         self._sentences = [sentence for text in self._texts for sentence in self._cut(text)]
         self._all = torch.tensor([token for text in self._texts for token in text])
-        self._rows, self._varied, self._walks = rows, varied, 0
+        self._rows, self._moved, self._varied, self._walks = rows, texts != "same", texts == "varied", 0
 
     def _cut(self, text: list[int]) -> Iterator[list[int]]:
         begin = 0
@@ -179,7 +181,7 @@ class Texts:
                 begin = place + 1
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        self._walks += self._varied
+        self._walks += self._moved
         chance, generator = random.Random(self._walks), torch.Generator().manual_seed(self._walks)
         ids = torch.tensor([[self._first, *piece, self._last] for piece in self._pieces(chance)])
         ids = ids[torch.randperm(len(ids), generator=generator)][: len(ids) // self._rows * self._rows]
@@ -190,7 +192,7 @@ class Texts:
     def _pieces(self, chance: random.Random) -> list[list[int]]:
         inner, pieces = LENGTH - 2, []
         for text in self._texts:
-            start = chance.randrange(inner) if self._varied else 0
+            start = chance.randrange(inner) if self._moved else 0
             pieces += [text[i : i + inner] for i in range(start, len(text) - inner, inner)]
         if not self._varied:
             return pieces

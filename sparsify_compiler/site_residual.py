@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from .normal_form_edit import aten, is_call, only_user, same_shape, shape
+from .operands import packed_operator
 from .program import Site
 from .site_graph import NORMS, View, common_path, path_of
 from .site_linear import operator_name
@@ -32,8 +33,8 @@ def find_residuals(view: View) -> Iterator[tuple[fx.Node, Site]]:
 
 
 def _is_product(node: fx.Node) -> bool:
-    """Whether a node multiplies matrices otherwise than as a linear: attention, experts."""
-    return node.op == "call_function" and operator_name(node).rpartition(".")[2] in _PRODUCTS
+    """Whether a node multiplies matrices otherwise than as a linear: attention, experts, a packed weight."""
+    return node.op == "call_function" and (operator_name(node).rpartition(".")[2] in _PRODUCTS or bool(packed_operator(node)))
 
 
 def _between(view: View, skip: fx.Node, branch: fx.Node) -> list[fx.Node]:

@@ -74,6 +74,7 @@ def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] 
     trained  (path of the region, name of a weight) -> was it trained in the model? Of those that are packed; all are where nothing is said
     """
     watched = program.clone()
+    blocks = [(block.path, region := watched.regions[block.region], region.node(block.output)) for block in find_blocks(watched)]
     packed = put_packed(watched, trained or {})
     taps: dict[Any, Watch | Masked] = {}  # (node, what makes the tap), of which passes of one kind share one
 
@@ -84,7 +85,6 @@ def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] 
         return made
 
     ffns = [(site.path, watched.regions[site.region], neurons_of(watched.regions[site.region], site)) for site in find_sites(watched, ("ffn",))]
-    blocks = [(block.path, region := watched.regions[block.region], region.node(block.output)) for block in find_blocks(watched)]
     scored = [(site.path, watched.regions[site.region], watched.regions[site.region].node(site.roles["attention"]))
               for site in find_sites(watched, ("attention",)) if "eager" not in site.facts]
     values = {path: Marked(path, watch_of(region, node)) for path, region, node in ffns}

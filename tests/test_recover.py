@@ -76,6 +76,19 @@ def test_it_comes_back_and_keeps_its_zeros() -> None:
     assert [row.format for row in packed.decisions.values() if row.format != "dense"] == ["nm"] * 4
 
 
+def test_packed_weights_come_back_by_the_states_of_every_block() -> None:
+    recipe = "mask_weights(score='magnitude', structure='4x1', density=0.5, ignore=('head',))"
+    masked, packed = (sparse(f"{recipe}{end}") for end in ("", " | pack()"))
+    assert list(packed[1].blocks) == list(masked[1].blocks) and len(packed[1].blocks) == 2
+    assert all(sorted(p.numel() for p in found) == [16, 32, 256, 256] for found in packed[1].blocks.values())
+    module, hook, model = packed
+    start = distance(module, model)
+    module, recovery = sc.recover(module, model, DATA, hook=hook, steps=60, rate=1e-2)
+    assert recovery.losses == ["squarehead", "outputs"]
+    assert distance(module, model) < 0.5 * start
+    assert all(abs(float(mask.double().mean()) - 0.5) < 0.01 for mask in hook.masks.values())
+
+
 def test_without_a_hook_a_copy_is_trained() -> None:
     module, _, model = sparse()
     before = copy.deepcopy(module.state_dict())
