@@ -113,7 +113,7 @@ def measured(subject: MiniLM, batches: Texts, case: str, steps: int, arguments: 
     dynamic = {"input_ids": both, "attention_mask": both}
     recipe = sc.Pipeline.parse(CASES[case](steps))
     module, hook = sc.attach(model, subject.batches[0], recipe, calibration=subject.batches, dynamic=dynamic)
-    name = f"{case} {steps} {arguments.rows} {arguments.samples}{'' if arguments.texts == 'same' else ' ' + arguments.texts}.safetensors".replace(" ", "-")
+    name = f"{case} {steps} {arguments.rows} {arguments.samples} {arguments.texts}.safetensors".replace(" ", "-")
     file = arguments.checkpoints / name if arguments.checkpoints else None
     return recovered(subject, module, hook, batches, dynamic, file, steps=steps, rate=arguments.rate, losses=arguments.losses)
 

@@ -79,7 +79,8 @@ def test_it_comes_back_and_keeps_its_zeros() -> None:
 def test_packed_weights_come_back_by_the_states_of_every_block() -> None:
     recipe = "mask_weights(score='magnitude', structure='4x1', density=0.5, ignore=('head',))"
     masked, packed = (sparse(f"{recipe}{end}") for end in ("", " | pack()"))
-    assert list(packed[1].blocks) == list(masked[1].blocks) and len(packed[1].blocks) == 2
+    assert list(packed[1].blocks) == list(masked[1].blocks)
+    assert len(packed[1].blocks) == 2
     assert all(sorted(p.numel() for p in found) == [16, 32, 256, 256] for found in packed[1].blocks.values())
     module, hook, model = packed
     start = distance(module, model)
