@@ -94,7 +94,7 @@ class Library:
 
 
 def compile_graphs(functions: Sequence[Function], ranges: Mapping[str, tuple[int, int | None]], target: Target) -> Library:
-    """Compile graphs for a target into one library. Raises KernelError: an operator that cannot be translated, no C compiler."""
+    """Compile graphs for a target into one library. Raises KernelError: an operator that cannot be translated."""
     import tvm
     from tvm import relax
 
@@ -103,7 +103,6 @@ def compile_graphs(functions: Sequence[Function], ranges: Mapping[str, tuple[int
 
     if target.arch not in ARCHITECTURES:
         raise KernelError(f"whole graphs are for processors, not for {target.arch}", where=target.name, hint="save the model with save() instead")
-    compiler_for(target)
     parts = Parts(relax.BlockBuilder(), target, dict(ranges), reference=[name for one in functions for name in one.reference])
     described = {one.name: GraphImporter(one, parts).translate() for one in functions}
     reference: list[str] = sorted(set(parts.reference))

@@ -77,7 +77,7 @@ class Here:
             raise KernelError(f"the library cannot be loaded: {error}", where="whole graph") from error
         self._parameters = tvm_ffi.convert([tvm_ffi.from_dlpack(one.detach()) for one in parameters])
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Its only output. Tensors are read where they lie, contiguous, at multiples of 64 bytes; some may be written into."""
-        result: Tensor = from_dlpack(self._function(*inputs, self._parameters))
-        return result
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Its outputs. Tensors are read where they lie, contiguous, at multiples of 64 bytes; some may be written into."""
+        made = self._function(*inputs, self._parameters)
+        return (from_dlpack(made),) if hasattr(made, "__dlpack__") else tuple(map(from_dlpack, made))

@@ -29,24 +29,25 @@ class LaidPlanes:
 
 
 def lay(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], bias: Tensor | None, target: Target, size: Sequence[int],
-        pads: Sequence[int]) -> LaidPlanes:
+        pads: Sequence[int], chosen: Mapping[str, Any] | None = None) -> LaidPlanes:
     """Lay a convolution out.
 
     op, tensors, attributes   as candidates() takes them (runtime.py), the epilogue's included
     size                      [C, H, W] of x
     pads                      zeros at the left, right, top and bottom of x beside the convolution's own padding
+    chosen                    options of a kernel over planes (planes.py) that the same weight was bound to: it is cut in the same way
     Raises KernelError where it has no kernel.
     """
     geometry, (left, right, top, bottom) = planes._geometry(tensors, attributes), pads
     down, over = geometry.padding
     geometry = Geometry(geometry.kernel, geometry.stride, (down + top, over + left), geometry.dilation, geometry.groups)
     extent = (size[1] + bottom - top, size[2] + right - left)   # with the padding of the top and left at both sides as large as it is
-    finish, parallel = needed_finish(op, attributes), target.cores > 1
+    finish, parallel = needed_finish(op, attributes), bool(chosen["parallel"]) if chosen else target.cores > 1
     if min(geometry.extent(extent)) < 1:
         raise KernelError(f"images of {size[1]}x{size[2]} are smaller than the kernel", where=op, hint="give the sizes that the model was made for")
     if op == "conv2d" and tensors["weight"].shape[1] == 1 and geometry.groups > 1:
-        return _depthwise(tensors["weight"], bias, geometry, finish, target, geometry.extent(extent)[0])
-    chosen, cut_for = _chosen(op, tensors, attributes, geometry), vectors_of(target)
+        return _depthwise(tensors["weight"], bias, geometry, finish, target, geometry.extent(extent)[0], parallel)
+    chosen, cut_for = chosen or _chosen(op, tensors, attributes, geometry), vectors_of(target)
     vectors = int(chosen["vectors"]) if cut_for == AVX512 else planes.TILES_OF[cut_for.lanes][int(chosen["r"])]
     prepared = planes._prepare(op, chosen, tensors, attributes, bias, geometry, target.cores)
     offsets, numbers = offsets_of(prepared.columns, geometry, extent, size[1] * size[2])
@@ -58,8 +59,8 @@ def lay(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], b
                                  "numbers": torch.tensor([numbers[name] for name in NUMBERS], dtype=torch.int32)})
 
 
-def _depthwise(weight: Tensor, bias: Tensor | None, geometry: Geometry, finish: Any, target: Target, height: int) -> LaidPlanes:
-    schedule = Depthwise(geometry.kernel, geometry.stride, geometry.dilation, geometry.padding[1], finish, target.cores > 1, vectors_of(target))
+def _depthwise(weight: Tensor, bias: Tensor | None, geometry: Geometry, finish: Any, target: Target, height: int, parallel: bool) -> LaidPlanes:
+    schedule = Depthwise(geometry.kernel, geometry.stride, geometry.dilation, geometry.padding[1], finish, parallel, vectors_of(target))
     pieces = target.cores if height >= planes.FEWEST_ROWS * target.cores else 1
     return LaidPlanes(schedule, {"values": weight.detach().float().reshape(-1).contiguous(), "bias": padded_bias(bias, len(weight), len(weight)),
                                  "numbers": torch.tensor([geometry.padding[0], pieces], dtype=torch.int32)})

@@ -29,6 +29,7 @@ from .artefact_manifest import MANIFEST, is_artefact, peek, read_manifest, write
 from .artefact_skeleton import attention_tensors, check_attentions, encode_skeleton, restore_skeleton
 from .artefact_step import decode_step, encode_step
 from .artefact_tensors import TensorSource, TensorStore
+from .artefact_whole import decode_whole, encode_whole
 from .compiled import CompiledModel
 from .decision import Decision
 from .errors import ArtefactError, InputError
@@ -122,6 +123,7 @@ def _write(compiled: CompiledModel, folder: Path) -> None:
         "learned": {path: {name: store.add(f"{path}.{LEARNED}{name}", tensor) for name, tensor in tensors.items()}
                     for path, tensors in program.learned.items() if path in program.attentions},
         "step": encode_step(compiled.step, store, folder, KERNELS, compiled.target or host()),
+        "whole": encode_whole(compiled.whole, store, folder, KERNELS, compiled.target or host()),
     }
     write_safetensors(folder / WEIGHTS, store.stored)
     (folder / GRAPH).write_text(json.dumps(graph, ensure_ascii=False, separators=(",", ":"), allow_nan=False), encoding="utf-8")
@@ -198,13 +200,15 @@ def _read(folder: Path, model: nn.Module | None, target: Target | str | None, re
     saved = graph.get("step")
     step, lost = (None, PART_BY_PART if saved else "") if experts_bytes is not None else decode_step(
         saved, folder, manifest["files"], program, source, runs_on or host(), rebuild)
+    whole, missing = decode_whole(None if experts_bytes is not None else graph.get("whole"), folder, manifest["files"], program, source,
+                                  runs_on or host(), rebuild)
     left = [*leave_in_artefact(folder / WEIGHTS, graph, program), *(stored.values() if mapped else ())]
     resident = None if experts_bytes is None else bound_experts(program, experts_bytes, (folder / WEIGHTS).stat().st_size)
     del source, stored
     give_back()
     report = read_report(folder)
-    report.decoding = lost or report.decoding
-    compiled = CompiledModel(program, runs_on, report, left, step)
+    report.decoding, report.calls = lost or report.decoding, missing or report.calls
+    compiled = CompiledModel(program, runs_on, report, left, step, whole)
     compiled.resident_experts = resident
     return compiled
 

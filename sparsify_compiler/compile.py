@@ -22,6 +22,7 @@ from .pipeline import Pipeline
 from .progress import display
 from .step_choice import DECODING
 from .target import Target, resolve
+from .whole_choice import CALLS
 from .yardstick import check_forms
 
 
@@ -40,6 +41,7 @@ def compile(
     against: Sequence[str] = ("eager",),
     seed: int = 0,
     decoding: str = "auto",
+    calls: str = "auto",
     progress: bool | Callable[[str, int, int], None] = False,
     instruments: Sequence[Instrument] | None = None,
 ) -> CompiledModel:
@@ -63,6 +65,9 @@ def compile(
     decoding        how a language model's generate() computes one token: "library", by one whole graph where that can be made and is faster;
                     "parts", as it was captured; "auto", a library where there are 64 MB of weights or more. To compile it, once, takes tens of
                     seconds, which the report counts as "decoding"; where it cannot be made the model decodes without, and the report says why
+    calls           how a model that was captured whole is called, which a language model that generates is not: "library", by one function of its
+                    whole graph where that can be made and is faster; "parts", kernel by kernel; "auto", a library where there are 16 MB of weights
+                    or more. It takes calls up to the sizes of the example inputs. To compile it, once, takes some seconds, "calls" in the report
     progress        True for a progress display on the terminal, or a function (what, done, total)
     instruments     watch the passes; by default those that the variable SPARSIFY_DEBUG names
 
@@ -75,11 +80,13 @@ def compile(
         raise InputError(f"a seed is an int, not {type(seed).__name__} {seed!r}", where="seed")
     if decoding not in DECODING:
         raise InputError(f"decoding is {', '.join(DECODING)}, not {decoding!r}", where="decoding", hint=nearest(str(decoding), DECODING))
+    if calls not in CALLS:
+        raise InputError(f"calls is {', '.join(CALLS)}, not {calls!r}", where="calls", hint=nearest(str(calls), CALLS))
     if loss is not None and not callable(loss):
         raise InputError(f"a loss is a function of the model's output and the batch, not {type(loss).__name__}", where="loss")
     with display(progress) as show, torch.no_grad():
         return Job(model, example_inputs, as_pipeline(recipe), resolve(target), budget, read_batches(calibration), dynamic, quality,
-                   check_forms(against), seed, show, instruments, loss, known, decoding).run()
+                   check_forms(against), seed, show, instruments, loss, known, decoding, calls).run()
 
 
 def as_pipeline(recipe: str | Path | Pipeline | Pass) -> Pipeline:

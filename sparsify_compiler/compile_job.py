@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import catalog
+from . import catalog, whole_choice
 from .budget import Budget
 from .calibrate import Known, calibrate
 from .calibrate_loss import Loss
@@ -69,6 +69,7 @@ class Job:
     loss: Loss | None = None
     known: Known | None = None
     decoding: str = "auto"
+    calls: str = "auto"
     warnings: list[str] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -173,6 +174,7 @@ class Job:
         compiled = CompiledModel(program, self.target, report, leave_in_temporary_file(program))
         give_back()
         self.choose_decoding(compiled, report)
+        self.choose_calls(compiled, report)
         if self.far:
             times = latency(self, program, dense)
             report.dense, report.compiled = [Form(DENSE, times[DENSE])], Form(COMPILED, times[COMPILED])
@@ -195,6 +197,16 @@ class Job:
         report.decoding = choice.told
         if choice.step is not None:
             compiled.decode_by(choice.step)
+
+    def choose_calls(self, compiled: CompiledModel, report: Report) -> None:
+        """Of a model that was captured whole: let one library take its calls where that is faster, and the bytes stay within their budget."""
+        if self.far or not whole_choice.is_wanted(self.calls, compiled.program, tensor_bytes(self.model)):
+            return
+        room = 0 if self.budget is not None and self.budget.bytes is not None else None
+        choice = self.timed("calls", lambda: whole_choice.choose_call(compiled, self.example, self.target, room))
+        report.calls = choice.told
+        if choice.whole is not None:
+            compiled.call_by(choice.whole)
 
     def report(self, program: Program) -> Report:
         """The report's head and its sites; what is measured comes later."""

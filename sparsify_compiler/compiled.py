@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .resident_experts import ResidentExperts
     from .step import Step
     from .target import Target
+    from .whole_call import WholeCall
 
 
 class CompiledModel(nn.Module):
@@ -31,16 +32,20 @@ class CompiledModel(nn.Module):
     report   what compile() found out; without one, report() tells the decisions only
     mapped   tensors of the program whose bytes lie in a file, not in memory
     step     the library that takes calls of one token, of a language model
+    whole    the library that takes calls of a model that was captured whole
+    flat     of a model that was captured whole: tensors of a call -> flat outputs, kernel by kernel
     Attributes that it does not have itself come from the model's own classes, where those are still there (`.config`, `.generate`).
     """
 
     step: Step | None
+    whole: WholeCall | None
+    flat: Callable[..., Any]
 
     def __init__(self, program: Program, target: Target | None = None, report: Report | None = None, mapped: Iterable[Tensor] = (),
-                 step: Step | None = None) -> None:
+                 step: Step | None = None, whole: WholeCall | None = None) -> None:
         super().__init__()
         self.program, self.target = program, target
-        self.__dict__["step"] = None
+        self.__dict__["step"], self.__dict__["whole"] = None, whole
         self._report = report
         self.resident_experts: ResidentExperts | None = None  # where load() was given a bound on experts in memory
         self._mapped = frozenset(tensor.untyped_storage().data_ptr() for tensor in mapped)
@@ -55,10 +60,16 @@ class CompiledModel(nn.Module):
         step.attach(self.model)
         self.__dict__["step"] = step
 
+    def call_by(self, whole: WholeCall) -> None:
+        """Let a library take the calls that suit it, of a model that was captured whole."""
+        self.__dict__["whole"] = whole
+        self._bind()
+
     def _bind(self) -> None:
         fast = self.program.clone()
         for path, region in fast.regions.items():
-            flat = flat_function(region)
+            flat = self.__dict__["flat"] = flat_function(region)
+            flat = flat if self.whole is None else _whole(self.whole, flat)
             make_opaque(region)
             region.module.forward = _either(self.program.regions[path].module.forward, traced_function(region), region.module, flat)
         self.model = instantiate(fast)
@@ -82,7 +93,8 @@ class CompiledModel(nn.Module):
 
     def resident_bytes(self) -> int:
         """Bytes of all tensors that the model holds in memory, what kernels prepared for themselves included; shared ones count once."""
-        held = [*self.model.parameters(), *self.model.buffers(), *([] if self.step is None else self.step.library.own)]
+        libraries = [one.library for one in (self.step, self.whole) if one is not None]
+        held = [*self.model.parameters(), *self.model.buffers(), *(tensor for library in libraries for tensor in library.own)]
         opaque = 0  # what lies in another library's own layout
         for kernel in self._kernels:
             state = kernel.state()
@@ -143,7 +155,7 @@ class CompiledModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
         """A model of its own over the same tensors and kernels, which nothing changes."""
-        made = memo[id(self)] = CompiledModel(self.program, self.target, self._report, step=self.step)
+        made = memo[id(self)] = CompiledModel(self.program, self.target, self._report, step=self.step, whole=self.whole)
         made._mapped, made.resident_experts = self._mapped, self.resident_experts
         return made
 
@@ -184,6 +196,16 @@ def _either(portable: Callable[..., Any], traced: Callable[..., Any], module: nn
         if not torch.compiler.is_compiling():
             return flat(*inputs)
         return portable(*inputs) if torch.compiler.is_exporting() else traced(module, *inputs)
+
+    return forward
+
+
+def _whole(whole: WholeCall, flat: Callable[..., Any]) -> Callable[..., Any]:
+    """The library where it takes a call, else the flat function."""
+
+    def forward(*inputs: Tensor) -> Any:
+        found = whole(inputs)
+        return flat(*inputs) if found is None else found
 
     return forward
 

@@ -74,9 +74,11 @@ def is_library(folder: Path) -> bool:
 
 def _compile(program: Program, target: Target, cache: bool, longest: int) -> tuple[Library, dict[str, Any]]:
     """The library, and what its symbols may be."""
-    from .codegen.whole_graph import Input, compile_graphs
+    from .codegen.whole_graph import ARCHITECTURES, Input, compile_graphs, compiler_for
 
     whole = whole_region(program)
+    if target.arch in ARCHITECTURES:
+        compiler_for(target)    # before all that takes long
     ranges = dict(whole.spec.ranges)
     if not cache:
         region, most = _plain(whole, longest)

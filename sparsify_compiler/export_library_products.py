@@ -80,9 +80,10 @@ class Products:
         if not all(isinstance(one, int) for one in size) or node.meta["val"].dtype is not torch.float32:
             return
         tensors, attributes, bias = operands(self.region, node)
+        chosen = self._chosen(node)
         for epilogue in reversed(epilogues(node, self.computed)):
             try:
-                laid = lay(operator_of(node), tensors, _with(attributes, epilogue), bias, self.target, size, pads)
+                laid = lay(operator_of(node), tensors, _with(attributes, epilogue), bias, self.target, size, pads, chosen)
                 break
             except KernelError:
                 continue  # no kernel has this activation
@@ -92,6 +93,12 @@ class Products:
         given = input_of(node)
         if given is not x and len(given.users) == 1:
             self.computed.add(given)
+
+    def _chosen(self, node: fx.Node) -> Any:
+        """How the kernel over planes that a convolution has for this target is cut; None where it has none."""
+        kernel = node.meta.get("kernel")
+        options = getattr(kernel, "options", {})
+        return options if options.get("layout") == "planes" and getattr(kernel, "target", None) == self.target else None
 
     def _add_selecting(self, node: fx.Node) -> None:
         """A layer that reads what each row selects; a formula where its sizes or its dtype have no kernel."""
@@ -123,10 +130,11 @@ class Products:
         self.computed.update(before)
 
     def _in_place(self, node: fx.Node) -> tuple[Epilogue, Laid] | None:
-        """A dense weight where it lies, shared with torch."""
-        if self.held is None or packed_operator(node):
+        """A dense weight where it lies, shared with torch, for few rows."""
+        from .codegen.kernels.streams import FEW_ROWS, in_place
+
+        if self.held is None or packed_operator(node) or max(_rows(node) or self.rows) > FEW_ROWS:
             return None
-        from .codegen.kernels.streams import in_place
 
         tensors, _, bias = operands(self.region, node)
         laid = in_place(tensors["weight"], bias, self.target) if tensors["weight"].dtype is node.meta["val"].dtype else None

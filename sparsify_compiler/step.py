@@ -98,7 +98,8 @@ class Step:
         if places is None or not _within(ids, self._words) or not _within(places, self._places):
             return None
         past = torch.full((1,), found.past, dtype=torch.int64)
-        logits = self.library.run(ids.contiguous(), places, past, starts, *found.buffers)
+        logits: Tensor
+        (logits,) = self.library.run(ids.contiguous(), places, past, starts, *found.buffers)
         found.done()
         self.calls += 1
         return logits

@@ -16,12 +16,13 @@ from sparsify_compiler import compile_job, library_cache, opaque, step_choice
 from sparsify_compiler.codegen import whole_graph_here
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.errors import InputError, KernelError, ModelError
+from sparsify_compiler.held import OWN
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.step import Step
 from sparsify_compiler.step_choice import choose_step, is_wanted
 from sparsify_compiler.step_graph import attend_step, step_graph
-from sparsify_compiler.step_library import OWN, build_step
+from sparsify_compiler.step_library import build_step
 
 transformers = pytest.importorskip("transformers")
 

@@ -24,5 +24,6 @@ def forms(folder: Path, threads: int) -> Iterator[tuple[Any, ...]]:
         model, x = module(folder, dtype)
         compiled = sc.compile(masked(model), (x,), recipe=sc.Pipeline.parse("pack() | lower()"))
         chosen = Counter(f"{site.format} by {site.kernel}" for site in compiled.report().sites)
-        Console(file=sys.stderr, width=150).print(f"ours {word}:", *(f"{count} × {what}" for what, count in chosen.items()), sep="\n  ", markup=False)
+        Console(file=sys.stderr, width=150).print(f"ours {word}:", *(f"{count} × {what}" for what, count in chosen.items()),
+                                                 compiled.report().calls, sep="\n  ", markup=False)
         yield f"ours {word}", word, Call(compiled, x)

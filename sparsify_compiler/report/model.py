@@ -76,6 +76,7 @@ class Report:
     budget: str = ""
     elsewhere: str = ""  # of a machine that did not compile the model: where its times come from, and what runs by reference here
     decoding: str = ""  # of a language model: whether its tokens are decoded by one library, and why
+    calls: str = ""  # of a model that was captured whole: whether one library takes its calls, and why
     seed: int | None = None
     example: str = ""  # the inputs that latency was measured on, as text
     dense: list[Form] = field(default_factory=list)

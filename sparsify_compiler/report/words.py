@@ -171,7 +171,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
         ("target", "" if not report.target else target(report) + (f", {report.threads} threads used" if report.threads else "")),
         ("elsewhere", report.elsewhere), ("recipe", report.recipe), ("budget", report.budget), ("inputs", report.example),
         ("latency", "" if best is None and compiled is None else _latency(report)),
-        ("decoding", report.decoding),
+        ("decoding", report.decoding), ("calls", report.calls),
         ("memory", _bytes(report.dense_bytes, report.compiled_bytes)), ("on disk", _bytes(report.dense_disk_bytes, report.compiled_disk_bytes)),
         *((row.name, quality(row) + (f" ({row.note})" if row.note else "")) for row in report.quality),
         ("sites", f"{paid} of {len(report.sites)} run sparse, {len(report.sites) - paid} stay dense" if report.sites else ""),

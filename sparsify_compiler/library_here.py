@@ -1,0 +1,104 @@
+"""A graph of a model as a library that runs beside torch: its weights are those that the model holds already, its code is in the cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from .export_library_products import Products
+from .export_library_selections import spell
+from .held import OWN, Held
+from .program import Program, Region, describe, get_tensor
+from .target import Target
+
+if TYPE_CHECKING:
+    from .codegen.whole_graph import Function, Product
+    from .codegen.whole_graph_here import Here
+
+Placed = tuple[tuple[str, ...], Tensor]
+
+
+@dataclass
+class LibraryHere:
+    """A library in this process.
+
+    run         (inputs...) -> a tuple of its outputs
+    binary      the library
+    parameters  its parameters: where each is held, and the tensor
+    """
+
+    run: Here
+    binary: bytes
+    parameters: tuple[Placed, ...]
+
+    @property
+    def own(self) -> list[Tensor]:
+        """Tensors that are held for the library alone."""
+        return [tensor for place, tensor in self.parameters if place[0] == OWN]
+
+    @property
+    def own_bytes(self) -> int:
+        return sum(one.numel() * one.element_size() for one in self.own)
+
+
+def build_here(program: Program, region: Region, target: Target, rows: tuple[int, ...],
+               function: Callable[[fx.Graph, Mapping[fx.Node, Product], frozenset[fx.Node], Products], Function]) -> tuple[bytes, list[Placed]]:
+    """Compile a graph of a program, or take it from the cache: the library and its parameters. The region is changed. Raises KernelError.
+
+    rows      numbers of rows of x that layers are laid out for, where they vary
+    function  of a copy of the region's graph and what its layers are computed with
+    """
+    from .codegen.whole_graph_here import library
+
+    held = Held(program)
+    with torch.no_grad():
+        spell(region)
+        products = Products(region, target, rows, held.find)
+        copy = region.clone()
+        made = function(copy.graph, *products.within(copy), products)
+        binary, names = library(made, _told(made), target)
+    laid = {f"{one.name}:{part}": tensor for one in made.products.values() for part, tensor in _arguments(one).items()}
+    tensors = [held.find(laid[name] if name in laid else get_tensor(region.module, name).detach().contiguous()) for name in names]
+    return binary, [(held.place(one), one) for one in tensors]
+
+
+def load_here(binary: bytes, name: str, parameters: list[Placed], target: Target) -> LibraryHere:
+    """A library with its parameters, ready to run. Raises KernelError."""
+    from .codegen.whole_graph_here import Here
+
+    return LibraryHere(Here(binary, name, [tensor for _, tensor in parameters], target), binary, tuple(parameters))
+
+
+def _told(function: Function) -> str:
+    """All that decides the code: nodes with their shapes, kernels, shapes of parameters."""
+    lines = [repr(one) for one in function.inputs]
+    for node in function.graph.nodes:
+        lines.append(describe(node))
+        product: Any = function.products.get(node)
+        if product is not None:
+            shapes = [(name, list(one.shape), str(one.dtype)) for name, one in _arguments(product).items()]
+            lines.append(f"  {product.name} of {product.x} + {product.other}, {product.given}: {_schedules(product)} {shapes}")
+    told = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", "\n".join(lines))
+    numbers: dict[str, str] = {}    # symbols have other names in every process, as functions have another address
+    return re.sub(r"\bs\d+\b", lambda found: numbers.setdefault(found[0], f"size{len(numbers)}"), told)
+
+
+def _arguments(product: Any) -> Mapping[str, Tensor]:
+    """Tensors that a layer's kernels are given, by name: of a linear layer for any rows, of a convolution for its image."""
+    laid = product.laid
+    return laid.state if hasattr(laid, "state") else laid.prepared.arguments()  # type: ignore[no-any-return]
+
+
+def _schedules(product: Any) -> list[str]:
+    """The kernels, and which of them runs for how many rows."""
+    from .codegen.whole_graph_functions import intervals
+
+    laid = product.laid
+    if hasattr(laid, "schedule"):
+        return [repr(laid.schedule)]
+    return [*sorted(f"{name} {one!r}" for name, one in laid.variants.schedules.items()), str(intervals(laid.variants, 1, None))]

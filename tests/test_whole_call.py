@@ -1,0 +1,280 @@
+"""Calls of a model by one library: it says what its kernels say one by one, takes the calls that it was made for, and is kept where it is faster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsify_compiler as sc
+from sparsify_compiler import library_here, whole_choice
+from sparsify_compiler.capture import capture
+from sparsify_compiler.capture_verify import close
+from sparsify_compiler.codegen import whole_graph_here
+from sparsify_compiler.codegen.runtime import candidates
+from sparsify_compiler.compiled import CompiledModel
+from sparsify_compiler.errors import InputError, ModelError
+from sparsify_compiler.export_library_products import Products
+from sparsify_compiler.measure import Timing
+from sparsify_compiler.operands import operands, operator_of
+from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.whole_call import rows_of
+
+WORDS = 50
+SPARSE = "mask_weights(structure='4x1', density=0.5) | pack() | lower(margin=-1000.0, rounds=1)"
+
+
+class Encoder(nn.Module):
+    """Words, a layer of attention, an FFN, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.norm = nn.Embedding(WORDS, 32), nn.LayerNorm(32)
+        self.query, self.key, self.value = (nn.Linear(32, 32) for _ in range(3))
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        x = self.words(ids)
+        query, key, value = (layer(x).unflatten(-1, (2, 16)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        x = x + nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        x = self.norm(x + self.down(nn.functional.gelu(self.up(x))))
+        return {"tokens": x, "text": x.mean(1)}
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+def ids(batch: int, tokens: int) -> Tensor:
+    return torch.randint(0, WORDS, (batch, tokens), generator=torch.Generator().manual_seed(batch + tokens))
+
+
+def compiled(model: nn.Module, example: Any, **options: Any) -> CompiledModel:
+    return sc.compile(model.eval(), example, recipe=Pipeline.parse(SPARSE), **options)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> CompiledModel:
+    """Called by its library, which was asked for, and is taken for faster."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole_choice, "_is_faster", lambda times: True)
+        return compiled(Encoder(), (ids(4, 12),), dynamic={"ids": {0: "batch", 1: "tokens"}}, calls="library")
+
+
+def taken(model: CompiledModel) -> int:
+    assert model.whole is not None
+    return model.whole.calls
+
+
+def check(model: CompiledModel, given: Tensor, by_library: bool) -> None:
+    before = taken(model)
+    found = model(given)
+    assert taken(model) - before == by_library
+    expected = model.flat(given)
+    assert list(found) == ["tokens", "text"]
+    assert all(close(a, b) for a, b in zip(expected, found.values(), strict=True))
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(4, 12), (1, 1), (3, 7), (2, 12)])
+def test_a_library_says_what_the_kernels_say(encoder: CompiledModel, batch: int, tokens: int) -> None:
+    check(encoder, ids(batch, tokens), True)
+    assert encoder.report().calls.startswith("one library")
+
+
+def test_larger_calls_go_the_usual_way(encoder: CompiledModel) -> None:
+    for batch, tokens in ((5, 12), (4, 13), (5, 1)):
+        check(encoder, ids(batch, tokens), False)
+
+
+def test_tensors_may_lie_anyhow(encoder: CompiledModel) -> None:
+    turned, shifted = ids(12, 4).t(), torch.zeros(49, dtype=torch.int64)[1:].view(4, 12)
+    assert shifted.data_ptr() % 64
+    assert not turned.is_contiguous()
+    shifted.copy_(ids(4, 12))
+    check(encoder, turned, True)
+    check(encoder, shifted, True)
+
+
+def test_results_are_tensors_of_their_own(encoder: CompiledModel) -> None:
+    first = encoder(ids(4, 12))["tokens"]
+    kept = first.clone()
+    encoder(ids(4, 12).flip(0))
+    assert torch.equal(first, kept)
+
+
+def test_words_that_there_are_none_of_are_refused_as_ever(encoder: CompiledModel) -> None:
+    before = taken(encoder)
+    for wrong in (WORDS, -1):
+        with pytest.raises(IndexError):
+            encoder(torch.full((4, 12), wrong))
+    assert taken(encoder) == before
+
+
+def test_another_thread_is_not_waited_for(encoder: CompiledModel) -> None:
+    assert encoder.whole is not None
+    with encoder.whole._lock:
+        check(encoder, ids(4, 12), False)
+    check(encoder, ids(4, 12), True)
+
+
+def test_autocast_and_gradients_go_the_usual_way() -> None:
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole_choice, "_is_faster", lambda times: True)
+        patch.setattr(whole_choice, "ROOM", 0.1)
+        model = compiled(convolutions(), (torch.randn(1, 3, 16, 16),), calls="library")
+    x, before = torch.randn(1, 3, 16, 16), taken(model)
+    expected = model.flat(x)[0]
+    assert close(expected, model(x))
+    assert taken(model) == before + 1
+    model(x.clone().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert taken(model) == before + 1
+    with torch.no_grad():
+        assert close(expected, model(x.clone().requires_grad_()))
+        assert taken(model) == before + 2
+
+
+def test_it_is_saved_and_loaded(encoder: CompiledModel, tmp_path: Path) -> None:
+    encoder.save(tmp_path / "saved")
+    for rebuild in (False, True):
+        loaded = sc.load(tmp_path / "saved", rebuild=rebuild)
+        check(loaded, ids(3, 5), True)
+        check(loaded, ids(5, 12), False)
+        assert loaded.report().calls == encoder.report().calls
+        assert loaded.whole is not None
+        assert encoder.whole is not None
+        assert loaded.whole.library.own_bytes == encoder.whole.library.own_bytes
+
+
+def test_torch_compile_and_copies_see_the_graph(encoder: CompiledModel) -> None:
+    from copy import deepcopy
+
+    check(deepcopy(encoder), ids(4, 12), True)
+    before = taken(encoder)
+    exported = torch.export.export(encoder, (ids(4, 12),)).module()
+    assert taken(encoder) == before
+    assert close(encoder(ids(4, 12))["tokens"], exported(ids(4, 12))["tokens"])
+
+
+def test_what_is_slower_or_wrong_or_large_is_not_kept(encoder: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert encoder.target is not None
+
+    def told(room: int | None = None) -> str:
+        choice = whole_choice.choose_call(encoder, (ids(4, 12),), encoder.target, room)
+        assert choice.whole is None
+        return choice.told
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_choice, "interleave", lambda forms, **_: dict(zip(forms, (Timing(1.0, 1.0, 1.0), Timing(1.5, 1.5, 1.5)), strict=True)))
+        assert told() == "kernel by kernel: a call takes 1.00 ms, and 1.50 ms by one library"
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_choice.WholeCall, "__call__", lambda self, inputs: tuple(1.01 * one for one in encoder.flat(*inputs)))
+        assert "something else" in told()
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_choice.WholeCall, "__call__", lambda self, inputs: None)
+        assert "none that a library takes" in told()
+    assert "for itself" in told(-1)
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_choice, "build_call", lambda *_: {}["nothing"])
+        assert "cannot be made: KeyError" in told()
+
+
+def test_the_smallest_sizes_are_timed_too(encoder: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the library is slower for them, it takes calls of the example's sizes alone."""
+    answers = iter((True, False))
+    monkeypatch.setattr(whole_choice, "_is_faster", lambda times: next(answers, True))
+    assert encoder.target is not None
+    whole = whole_choice.choose_call(encoder, (ids(4, 12),), encoder.target).whole
+    assert whole is not None
+    assert whole.sizes == {"batch": (4, 4), "tokens": (12, 12)}
+    assert encoder.whole is not None
+    assert encoder.whole.sizes == {"batch": (1, 4), "tokens": (1, 12)}
+
+
+def test_it_is_tried_where_it_is_asked_for_or_worth_it(encoder: CompiledModel) -> None:
+    program, large = encoder.program, whole_choice.WORTH
+    assert whole_choice.is_wanted("library", program, 0)
+    assert whole_choice.is_wanted("auto", program, large)
+    assert not whole_choice.is_wanted("auto", program, large - 1)
+    assert not whole_choice.is_wanted("parts", program, large)
+    plain = capture(nn.Linear(4, 4).eval(), (torch.randn(1, 4),))
+    assert not whole_choice.is_wanted("library", plain, large)
+    with pytest.raises(InputError, match="calls is auto"):
+        compiled(nn.Linear(4, 4), (torch.randn(1, 4),), calls="librar")
+
+
+def test_equal_graphs_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Symbols have another name in each capture."""
+    told: list[str] = []
+
+    def library(function: Any, text: str, target: Any) -> Any:
+        told.append(text)
+        raise ModelError("not here")
+
+    monkeypatch.setattr(whole_graph_here, "library", library)
+    for _ in range(2):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(16, 32), nn.ReLU())
+        assert compiled(model, (torch.randn(4, 16),), dynamic={"input": {0: "batch"}}, calls="library").whole is None
+    assert told[0] == told[1]
+    assert "size0" in told[0]
+
+
+def test_no_c_compiler_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSIFY_CC", "there-is-no-such-compiler")
+    monkeypatch.setattr(whole_graph_here.cache, "read_or_build", lambda key, made: made())
+    monkeypatch.setattr(whole_choice, "_is_faster", lambda times: True)
+    model = compiled(nn.Sequential(nn.Linear(16, 32), nn.ReLU()), (torch.randn(4, 16),), calls="library")
+    assert model.report().calls.startswith("one library"), model.report().calls
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.words(ids + 1)
+        return out
+
+
+class Counted(Shifted):
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.words(ids.ne(0).int().cumsum(1)) + self.words(ids)
+        return out
+
+
+def test_rows_that_a_call_names_are_known() -> None:
+    assert rows_of(capture(Counted().eval(), (ids(2, 5),)).regions[""]) == {0: WORDS}
+    with pytest.raises(ModelError, match="which rows of a table"):
+        rows_of(capture(Shifted().eval(), (ids(2, 5),)).regions[""])
+
+
+def test_convolutions_are_cut_as_they_were_measured() -> None:
+    torch.manual_seed(0)
+    model = compiled(nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU()), (torch.randn(1, 16, 28, 28),), calls="parts")
+    assert model.target is not None
+    region = model.program.regions[""]
+    node = next(node for node in region.graph.nodes if node.meta.get("kernel") is not None)
+    tensors, attributes, bias = operands(region, node)
+    for candidate in candidates(operator_of(node), tensors, attributes, torch.float32, (1, 16, 28, 28), model.target):
+        node.meta["kernel"] = kernel = candidate.bind(bias)
+        if kernel.options.get("layout") == "planes":
+            laid = next(iter(Products(region, model.target).found.values())).laid
+            assert (laid.schedule.r, laid.schedule.vectors) == (kernel.options["r"], kernel.options["vectors"])  # type: ignore[union-attr]
+            assert laid.schedule.parallel == kernel.options["parallel"]  # type: ignore[union-attr]
+
+
+def test_places_are_told_by_what_is_in_them(encoder: CompiledModel) -> None:
+    """Weights are those that the model holds: of its own the library has less than a tenth."""
+    assert encoder.whole is not None
+    every = sum(tensor.numel() * tensor.element_size() for _, tensor in encoder.whole.library.parameters)
+    assert encoder.whole.library.own_bytes * 10 < every
+    assert library_here.LibraryHere is type(encoder.whole.library)
