@@ -143,7 +143,7 @@ class Products:
     def _laid(self, node: fx.Node) -> tuple[Epilogue, Laid]:
         kernel = node.meta.get("kernel")
         laid = getattr(kernel, "laid", None)
-        if laid is not None and laid.target == self.target and laid.target.name != "native":
+        if laid is not None and laid.target == self.target and (self.held is not None or laid.target.name != "native"):
             return epilogue_of(node), laid
         for epilogue in reversed(epilogues(node, self.computed)):
             for candidate in self._candidates(node, epilogue):

@@ -231,6 +231,7 @@ def test_no_c_compiler_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSIFY_CC", "there-is-no-such-compiler")
     monkeypatch.setattr(whole_graph_here.cache, "read_or_build", lambda key, made: made())
     monkeypatch.setattr(whole_choice, "_is_faster", lambda times: True)
+    monkeypatch.setattr(whole_choice, "ROOM", 0.1)
     model = compiled(nn.Sequential(nn.Linear(16, 32), nn.ReLU()), (torch.randn(4, 16),), calls="library")
     assert model.report().calls.startswith("one library"), model.report().calls
 
