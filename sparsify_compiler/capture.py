@@ -29,7 +29,7 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Any = None, progress
     example_inputs  tuple of positional or dict of named arguments; None, bool, int, float and str among them are baked in
     dynamic         {"input_ids": {0: "batch", 1: "seq"}}, the same by position, or a tuple of such; the same name means the same size
     progress        called with (what, done, total)
-    trains          gradients will pass through the Program: what detaches a value stays, and a pass may not see through it
+    trains          gradients will pass through the Program: what detaches a value stays (torch.no_grad() too), and a pass may not see through it
 
     Raises ModelError, InputError, and CaptureError when nothing could be captured or the Program does not reproduce the model.
     """
@@ -51,7 +51,7 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Any = None, progress
 
 
 def _whole(model: nn.Module, call: ExampleCall, trains: bool) -> Program:
-    region, aliases = export_region(model, call, "")
+    region, aliases = export_region(model, call, "", trains)
     normalise(region.module, trains)
     prune_unused(region)
     note_sizes(region, call)

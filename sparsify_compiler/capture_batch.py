@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .capture import capture
-from .errors import CaptureError
+from .errors import CaptureError, InputError
 from .program import Program
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
@@ -20,7 +20,7 @@ def captured_for_any_batch(model: nn.Module, example_inputs: Inputs, dynamic: An
         return capture(model, example_inputs, dynamic, trains=True)
     try:
         program = capture(model, example_inputs, batch, trains=True)
-    except CaptureError:
+    except (CaptureError, InputError):  # it fixes the batch, which the user has not asked it not to: what else is wrong is wrong again
         return capture(model, example_inputs, trains=True)
     if program.skeleton is not None:
         fixed = capture(model, example_inputs, trains=True)

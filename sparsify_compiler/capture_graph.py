@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
+from .capture_gradients import inline_gradient_modes
 from .capture_inputs import ExampleCall
 from .errors import InputError
 from .normal_form_edit import NotFunctionalError
@@ -35,8 +36,10 @@ class NotExportableError(Exception):
         return self.reason
 
 
-def export_region(module: nn.Module, call: ExampleCall, path: str) -> tuple[Region, dict[str, str]]:
+def export_region(module: nn.Module, call: ExampleCall, path: str, trains: bool) -> tuple[Region, dict[str, str]]:
     """Capture `module`, which stands at `path` in the model, as one graph (not yet in normal form).
+
+    trains  gradients will pass through it, but for where the model has switched them off
 
     Returns the Region and its tied parameters: other name -> the name that the graph uses. Raises NotExportableError, and InputError where the
     model fixes a dimension that the call declares dynamic.
@@ -46,7 +49,7 @@ def export_region(module: nn.Module, call: ExampleCall, path: str) -> tuple[Regi
             raise NotExportableError(f"its argument {name!r} is a {type(leaf).__name__}, which is no tensor or plain value")
     sizes = call.sizes()
     enlarged = call.resized({name: 2 for name, size in sizes.items() if size < 2})
-    exported = _export(module, enlarged)
+    exported = _export(module, enlarged, trains)
     _refuse_effects(exported)
     aliases = _tied(module)
     graph_module = _build(module, exported, call, path, aliases)
@@ -61,18 +64,21 @@ def export_region(module: nn.Module, call: ExampleCall, path: str) -> tuple[Regi
     return Region(path, graph_module, _input_spec(exported, graph_module, call)), aliases
 
 
-def _export(module: nn.Module, call: ExampleCall) -> ExportedProgram:
+def _export(module: nn.Module, call: ExampleCall, trains: bool) -> ExportedProgram:
     args, kwargs = call.arguments()
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for leaf, axes in zip(call.leaves, call.axes, strict=True):
         if axes:
             shapes[leaf] = dict.fromkeys(axes, Dim.DYNAMIC)
     try:
-        with torch.inference_mode(False), torch.no_grad(), silenced(*LOGGERS), _spelled(module, kwargs):
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes if any(call.axes) else None, strict=False)
+        with torch.inference_mode(False), torch.set_grad_enabled(trains), silenced(*LOGGERS), _spelled(module, kwargs):
+            exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes if any(call.axes) else None, strict=False)
     except Exception as problem:  # torch.export raises whatever the traced code or its own checks raise
         _refuse_fixed_dimension(problem, call)
         raise NotExportableError(_sentence(problem)) from problem
+    if reason := inline_gradient_modes(exported):
+        raise NotExportableError(reason)
+    return exported
 
 
 @contextmanager

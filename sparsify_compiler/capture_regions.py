@@ -115,7 +115,7 @@ def _try(search: _Search, path: str, module: nn.Module) -> str | None:
 
 def _captured(path: str, module: nn.Module, call: ExampleCall, trains: bool) -> Region:
     """One submodule as a region. Raises NotExportableError, and InputError where it fixes a dimension that varies."""
-    region, _ = export_region(module, call, path)
+    region, _ = export_region(module, call, path, trains)
     normalise(region.module, trains)
     prune_unused(region)
     if not any(getattr(node.target, "overloadpacket", None) in _PRODUCTS for node in region.graph.nodes):

@@ -172,17 +172,17 @@ def passes() -> None:
 
 
 @app.command()
-def recipes() -> None:
-    """List the recipes: published methods, ready to use.
+def recipes(method: Annotated[list[str] | None, typer.Argument(help="Name, title or number of a paper.", show_default=False)] = None) -> None:
+    """List the recipes: published methods, ready to use. With METHOD, whatever is made for it: a recipe, a pass, a function.
 
     \b
     Example:
       sparsify recipes
-      sparsify compile my_model.py:make --recipe wanda --density 0.5
+      sparsify recipes sparse mezo
     """
-    from .cli_show import table
+    from .cli_show import found, table
 
-    _print(table("recipe"))
+    _print(found(" ".join(method)) if method else table("recipe"))
 
 
 @app.command()

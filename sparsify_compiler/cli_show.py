@@ -65,6 +65,17 @@ def table(kind: str) -> Table:
     return found
 
 
+def found(method: str) -> Table | str:
+    """Everything that is made for a method, or speaks of it."""
+    from .mentions import mentions
+
+    rows = mentions(method)
+    listed = _table(method, "kind", "what it does")
+    for one in rows:
+        listed.add_row(one.name, one.kind, one.summary)
+    return listed if rows else f"nothing here speaks of {method!r}; sparsify recipes lists all, sparsify passes what they are made of"
+
+
 def targets(measure: bool, fit: float | None = None) -> Group | Table:
     """The targets, whether their code runs here, and the machines of data sheets; or this machine's numbers, measured anew, and costs fitted."""
     from rich.console import Group

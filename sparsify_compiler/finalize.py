@@ -35,4 +35,6 @@ def finalize(module: nn.Module, example_inputs: Inputs, *, recovery: Recovery | 
     compiled = compile(module, example_inputs, recipe=PACK if packed else f"merge_adapters() | {PACK}", **options)
     if recovery is not None:
         compiled.report().recovery = recovery
+        if recovery.early:
+            compiled.report().warnings.append(f"training ended {recovery.early} steps before the schedule of its masks: it needs more of them")
     return compiled

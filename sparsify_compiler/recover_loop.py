@@ -17,6 +17,7 @@ from .progress import Show
 from .recover_state import RunFile, parameters_of, weights_of
 from .recovery import Point, Recovery
 from .training import Hook
+from .weight_average import averaged, put_averages, take_in
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 SAVE_EVERY = 30.0  # seconds: what a killed run loses at most, and half of the minute that is promised
@@ -35,6 +36,7 @@ class Course:
     accumulate: int
     checks: int
     patience: int
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("accumulate", "checks", "patience", "steps"):
@@ -46,10 +48,17 @@ class Course:
                 raise InputError(f"{name} is a number above 0, got {getattr(self, name)!r}", where="recover")
         if not 0 <= self.warmup < 1 or self.decay < 0:
             raise InputError("warmup lies in [0, 1), and decay is 0 or more", where="recover")
+        if not 0 <= self.average < 1:
+            raise InputError(f"average lies in [0, 1), got {self.average!r}", where="recover", hint="0.999, or 0 for none")
 
-    def done(self, step: int, seconds: float) -> float:
-        """The share of the way that is behind after so many steps and seconds: 1 at the end."""
-        by_time = seconds / (60 * self.minutes)
+    def done(self, step: int, seconds: float, begun: float = 0.0, measuring: float = 0.0) -> float:
+        """The share of the way that is behind after so many steps and seconds: 1 at the end.
+
+        begun      seconds when the first step was over: what came before it (captures, kernels that are built) is no part of the way
+        measuring  seconds that the last measurement of the metric needs behind it
+        """
+        end = 60 * self.minutes - min(measuring, 30 * self.minutes)
+        by_time = (seconds - begun) / (end - begun) if seconds < end else 1.0
         return by_time if self.steps is None else max(step / self.steps, 1.0 if by_time >= 1 else 0.0)
 
     def rate_at(self, done: float) -> float:
@@ -93,7 +102,7 @@ class Loop:
         record = self._record
         record.stopped = "" if record.stopped in OPEN else record.stopped
         if self._metric is not None and record.before is None:
-            record.before = record.best = quality.measure(self._metric, self._module)
+            record.before = record.best = self._measured()
             record.best_step, self._best = record.steps, self._good.weights
         record.seconds = self._seconds()
         stream = endless(batches, skip=record.steps * self._course.accumulate)
@@ -101,8 +110,11 @@ class Loop:
             group = [batch for _, batch in zip(range(self._course.accumulate), stream, strict=False)]
             record.stopped = self._end() or ("" if len(group) == self._course.accumulate else OPEN[1]) or self._step(group)
         self._save()
+        record.early = max(0, self._hook.ends - self._hook.steps)
         if self._best is not None and record.best_step != record.steps:
             self._module.load_state_dict(self._best)
+        elif not record.failed:
+            put_averages(self._optimizer)
         self._show("recover", 1000, 1000)
         return record
 
@@ -111,7 +123,7 @@ class Loop:
         course, record = self._course, self._record
         if course.steps is not None and record.steps >= course.steps:
             return "all steps are done"
-        if self._seconds() >= 60 * course.minutes:
+        if self._way(self._seconds()) >= 1:
             return OPEN[0]
         if record.misses() >= course.patience:
             return f"no better for {course.patience} measurements"
@@ -120,7 +132,7 @@ class Loop:
     def _step(self, group: list[Inputs]) -> str:
         """One step of the optimizer. Why it is the last one, or nothing."""
         record, course = self._record, self._course
-        rate = course.rate_at(course.done(record.steps, self._seconds()))
+        rate = course.rate_at(self._way(self._seconds()))
         total = 0.0
         for batch in group:
             loss = (self._loss(batch) + self._hook.loss()) / len(group)
@@ -139,9 +151,12 @@ class Loop:
         self._optimizer.step()
         self._hook.step(self._optimizer)
         self._optimizer.zero_grad()
-        before = course.done(record.steps, record.seconds)  # when the last step was over: no measurement falls due unseen while it saves
+        before = self._way(record.seconds)  # when the last step was over: no measurement falls due unseen while it saves
         record.steps, seconds = record.steps + 1, self._seconds()
-        after = course.done(record.steps, seconds)
+        if course.average:
+            take_in(self._optimizer, course.average, record.steps)
+        record.begun = seconds if record.steps == 1 else record.begun
+        after = self._way(seconds)
         check = self._metric is not None and int(after * course.checks) > int(before * course.checks)
         record.add(Point(record.steps, seconds, total, rate, self._check() if check else None))
         record.seconds = self._seconds()
@@ -152,12 +167,25 @@ class Loop:
 
     def _check(self) -> float:
         """Measure the user's metric, and keep the weights where it is the best so far."""
-        assert self._metric is not None
-        found = quality.measure(self._metric, self._module)
-        record = self._record
-        if record.best is None or found > record.best:
-            record.best, record.best_step, self._best = found, record.steps, weights_of(self._module)
+        with averaged(self._optimizer):
+            found, record = self._measured(), self._record
+            if record.best is None or found > record.best:
+                record.best, record.best_step, self._best = found, record.steps, weights_of(self._module)
         return found
+
+    def _measured(self) -> float:
+        """The user's metric, and how long it takes at most."""
+        assert self._metric is not None
+        begun = time.monotonic()
+        found = quality.measure(self._metric, self._module)
+        self._record.measuring = max(self._record.measuring, time.monotonic() - begun)
+        return found
+
+    def _way(self, seconds: float) -> float:
+        """The share of the way that is behind at a time: none before the first step, while there is time."""
+        record, course = self._record, self._course
+        found = course.done(record.steps, seconds, record.begun, record.measuring)
+        return found if record.steps or found >= 1 else 0.0
 
     def _save(self) -> None:
         self._good, self._saved = _Good(weights_of(self._module), self._record.steps, self._hook.state_dict()), time.monotonic()

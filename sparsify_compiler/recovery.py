@@ -26,6 +26,8 @@ class Recovery:
     seconds  of all, over every run that it took
     stopped  why it ended: "all steps are done", "the time is up", "the data ran out", ...
     before   the user's metric before the first step; best: the one of what was handed back. None where there is no metric
+    begun    seconds when the first step was over; measuring: of the longest measurement of the metric
+    early    how many steps the recipe's masks and the like still had before them when it ended: they are not what they were to become
     """
 
     losses: list[str] = field(default_factory=list)
@@ -36,6 +38,9 @@ class Recovery:
     before: float | None = None
     best: float | None = None
     best_step: int | None = None
+    begun: float = 0.0
+    measuring: float = 0.0
+    early: int = 0
 
     def misses(self) -> int:
         """How many measurements of the user's metric there were since the best one."""
@@ -59,4 +64,5 @@ class Recovery:
         if later.best is not None:
             self.before = later.before if self.before is None else self.before
             self.best, self.best_step = later.best, (later.best_step or 0) + self.steps
+        self.measuring = max(self.measuring, later.measuring)
         self.steps, self.seconds, self.stopped = self.steps + later.steps, self.seconds + later.seconds, later.stopped

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from .errors import unknown
-from .program import Program, Site
+from .program import Program, Region, Site
 from .selectors import select
 from .site_attention import find_attentions
 from .site_ffn import find_ffns
@@ -16,6 +17,9 @@ from .site_graph import View
 from .site_linear import find_convs, find_linears
 from .site_moe import find_moes
 from .site_residual import find_residuals
+
+if TYPE_CHECKING:
+    from .passes_api import Context
 
 # kind -> what finds it in one region: pairs of the node that the site begins at, and the site
 FINDERS: dict[str, Callable[[View], Iterator[tuple[fx.Node, Site]]]] = {
@@ -56,3 +60,23 @@ def chosen_sites(program: Program, kinds: tuple[str, ...], targets: tuple[str, .
     """
     every = find_sites(program, kinds)
     return select(every, targets, ignore, program) if every or targets != kinds else []
+
+
+def fitting_ops(program: Program, sites: Iterable[Site], ctx: Context, what: str, unfit: Callable[[Region, fx.Node], str | None]
+                ) -> Iterator[tuple[Site, Region, fx.Node]]:
+    """The op of each site that a pass is to rewrite now: those that fit. A miss for each other, and one where there are no sites.
+
+    what   a model has of these sites, "convolution"
+    unfit  why an op is left as it is, if it is; asked when its turn comes, as what was rewritten before it left the graph
+    """
+    none = True
+    for site in sites:
+        none, region = False, program.regions[site.region]
+        op = region.node(site.roles["op"])
+        why = unfit(region, op)
+        if why is not None:
+            ctx.miss(why, site.path)
+        elif ctx.spend():
+            yield site, region, op
+    if none:
+        ctx.miss(f"the model has no {what}")

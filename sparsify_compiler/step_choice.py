@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import ModelError, SparsifyError
 from .measure import interleave
+from .nearness import distance
 from .program import Program
 from .step import Step
 from .step_graph import step_graph
@@ -90,15 +91,11 @@ def _wrong(step: Step, text: _Text) -> str:
     usual, library = text.usual(deepcopy(text.cache)), text.library(step, deepcopy(text.cache))
     if library is None:
         raise ModelError(f"its cache is {type(text.cache).__name__}, which no library takes")
-    distance, tolerance = _distance(library, usual), TOLERANCES.get(usual.dtype, min(TOLERANCES.values()))
-    if library.shape == usual.shape and distance > tolerance:
-        moved = max(_distance(text.usual(_rounded(text.cache, way)), usual) for way in range(WAYS))
+    far, tolerance = distance(library, usual, slices=False), TOLERANCES.get(usual.dtype, min(TOLERANCES.values()))
+    if tolerance < far < math.inf:
+        moved = max(distance(text.usual(_rounded(text.cache, way)), usual, slices=False) for way in range(WAYS))
         tolerance = max(tolerance, min(ROUNDED * moved, FURTHEST))
-    return "" if distance <= tolerance else f"its step by one library is {distance:.1e} from the model's own, more than {tolerance:.0e}"
-
-
-def _distance(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm()) if found.shape == expected.shape else math.inf
+    return "" if far <= tolerance else f"its step by one library is {far:.1e} from the model's own, more than {tolerance:.0e}"
 
 
 def _rounded(cache: Any, way: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from .anew import Anew, forget
+from .anew import Anew, Foreign, forget
 from .decision import Decision
 from .errors import InputError
 from .masked import Masked
@@ -86,9 +86,11 @@ class Part:
     """What one pass does in training, nothing by itself. Its only state is the number of steps, which Hook keeps.
 
     passes  how many forward passes over one batch its loss is about
+    ends    the step behind which its schedule moves nothing more; 0 where there is no such step
     """
 
     passes: ClassVar[int] = 1
+    ends: int = 0
 
     def loss(self, step: int) -> Tensor | None:
         """A term of the loss for the last forward pass, or none."""
@@ -164,7 +166,8 @@ class Hook:
             loss.backward()
             optimizer.step(), hook.step(optimizer), optimizer.zero_grad()
 
-    blocks  path of each residual block -> the parameters that it computes with, but for those of blocks before it
+    blocks   path of each residual block -> the parameters that it computes with, but for those of blocks before it
+    foreign  the parameters of the model that was attached, which no optimizer is to train in place of the module's
     """
 
     def __init__(self, parts: Sequence[Part], watched: Mapping[str, Marked], states: Mapping[str, Watch],
@@ -174,6 +177,7 @@ class Hook:
         self._parts = tuple(part for part in parts if type(part) is not Part)
         self._watched, self._states, self._layers = dict(watched), dict(states), dict(layers)
         self._attentions = dict(attentions)
+        self.foreign: Foreign | None = None
         self._move()
 
     @property
@@ -190,6 +194,11 @@ class Hook:
     def passes(self) -> int:
         """How often the model is to run on a batch before each backward(): 2 where a loss compares two passes, else 1."""
         return max((part.passes for part in self._parts), default=1)
+
+    @property
+    def ends(self) -> int:
+        """The step behind which the schedules of the recipe's masks and the like move nothing more: a training that ends before it is too short."""
+        return max((part.ends for part in self._parts), default=0)
 
     @contextmanager
     def ending_at(self, path: str) -> Iterator[None]:
@@ -242,6 +251,9 @@ class Hook:
 
         Raises InputError where the optimizer is not that of the attached module's parameters.
         """
+        if optimizer is not None and self.foreign is not None:
+            self.foreign.check(optimizer)
+            self.foreign = None
         self.steps += 1
         with torch.no_grad():
             for part in self._parts:

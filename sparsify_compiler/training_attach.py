@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .anew import Foreign
 from .calibrate import calibrate
 from .call import instantiate, own_tensors
 from .capture_batch import captured_for_any_batch
@@ -64,7 +65,9 @@ def attach(model: nn.Module, example_inputs: Inputs, recipe: str | Path | Pipeli
         raise InputError(f"this recipe lowers, or packs what does not train packed{f': {foreign[0]}' if foreign else ''}", where="recipe",
                          hint="attach with the rewrites alone; compile() packs and lowers what was trained")
     trained = {(region.path, name): tensor.requires_grad for region in captured.regions.values() for name, tensor in region.module.named_parameters()}
-    return hooked(program, own=True, trained=trained)
+    module, hook = hooked(program, own=True, trained=trained)
+    hook.foreign = Foreign(model.parameters())
+    return module, hook
 
 
 def hooked(program: Program, own: bool, trained: Mapping[tuple[str, str], bool] | None = None) -> tuple[nn.Module, Hook]:

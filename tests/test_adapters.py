@@ -10,7 +10,7 @@ from torch.nn import functional
 import sparsify_compiler as sc
 from sparsify_compiler import catalog
 from sparsify_compiler.call import instantiate
-from sparsify_compiler.errors import BudgetError, ParseError, StructureError, UnknownNameError
+from sparsify_compiler.errors import BudgetError, ParseError, SelectorError, StructureError, UnknownNameError
 from sparsify_compiler.named import Named
 from sparsify_compiler.passes.train.add_adapters import AddAdapters
 from sparsify_compiler.program import Program, get_tensor
@@ -255,6 +255,8 @@ def test_what_is_named_goes_on_training_beside_adapters() -> None:
     module, _ = sc.attach(model, (torch.randn(2, 16),), AddAdapters("low_rank(rank=2)", also=("1.*", "*.bias"), targets=("2",)))
     trained = {name for name, value in module.named_parameters() if value.requires_grad}
     assert trained == {"0.bias", "1.weight", "1.bias", "2.bias", "2.low_rank_reads", "2.low_rank_writes"}
+    with pytest.raises(SelectorError, match=r"'1\.wieght' matches none of [0-9]+ parameters(.|\n)*1\.weight"):
+        sc.attach(model, (torch.randn(2, 16),), AddAdapters("low_rank(rank=2)", also=("*.bias", "1.wieght"), targets=("2",)))
 
 
 @pytest.mark.parametrize(("targets", "ignore", "names"), [

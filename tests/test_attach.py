@@ -310,7 +310,42 @@ class Branching(nn.Module):
         return self.inner(x if float(x.sum()) < 1e9 else -x)
 
 
-@pytest.mark.parametrize("make", [Rounded, Branching])
+class Stopped(nn.Module):
+    """Computes some values without gradients, one with them again, and hands one through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    @torch.no_grad()
+    def places(self, x: Tensor) -> tuple[Tensor, int, Tensor]:
+        h = self.first(x)
+        h.clamp_(-1, 1)
+        with torch.enable_grad():
+            g = self.second(h)
+        return h.round() + g, len(h), x
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, rows, same = self.places(self.second(x))
+        return self.third((h + same) / rows)
+
+
+class Written(nn.Module):
+    """Scales a value that has gradients without them: they are those of the value before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        with torch.no_grad():
+            h[:, 2:].mul_(0.5)
+        y: Tensor = self.second(h)
+        return y
+
+
+@pytest.mark.parametrize("make", [Rounded, Branching, Stopped, Written])
 def test_what_the_model_detaches_stays_detached(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(5, 8)
@@ -319,5 +354,71 @@ def test_what_the_model_detaches_stays_detached(make: type[nn.Module]) -> None:
         one(x).sum().backward()
     gradients = {name: parameter.grad for name, parameter in attached.named_parameters()}
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad)
+        torch.testing.assert_close(gradients[name], parameter.grad) if parameter.grad is not None else None
+        assert (gradients[name] is None) == (parameter.grad is None), name
     assert "detach" not in str(next(iter(sc.capture(model, (x,)).regions.values())).graph), "no gradient passes through a model that only runs"
+
+
+class Turned(nn.Module):
+    """Positions as language models make them, without gradients: there is nothing to stop, and passes see through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("waves", torch.arange(8.0, dtype=torch.float32))
+
+    @torch.no_grad()
+    def turns(self, x: Tensor) -> Tensor:
+        turns: Tensor = (torch.arange(x.shape[0])[:, None] * self.waves).cos()
+        return turns
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x * self.turns(x))
+        return y
+
+
+def test_positions_without_gradients_are_not_detached() -> None:
+    captured = sc.capture(Turned().eval(), (X[:, :8],), trains=True)
+    assert "cos" in (text := captured.text())
+    assert "detach" not in text
+    assert not captured.left_out
+
+
+class Marked(nn.Module):
+    """Writes, without gradients, to a value that has had none since it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.first(x)
+        y: Tensor = self.second(x)
+        with torch.no_grad():
+            h.clamp_(-1, 1)
+        return y * h.mean()
+
+
+def test_what_was_detached_may_be_written_to() -> None:
+    torch.manual_seed(0)
+    model, x = Marked().eval(), X[:, :8]
+    captured = sc.capture(model, (x,), trains=True)
+    assert not captured.left_out
+    module, _ = sc.attach(model, (x,), "mask_weights(score=magnitude, density=1.0)")
+    module(x).sum().backward(), model(x).sum().backward()
+    assert module.get_parameter("first.weight").grad is None
+    torch.testing.assert_close(module.get_parameter("second.weight").grad, model.second.weight.grad)
+
+
+def test_an_optimizer_that_was_made_before_is_refused() -> None:
+    """It trains the user's own model, whether masks move or not."""
+    for recipe in ("mask_weights(structure='2:4')", sc.recipes.gmp(density=0.5, steps=4, every=2)):
+        net = GatedFfn(16, 32).eval()
+        early = torch.optim.SGD(net.parameters(), 0.1)
+        module, hook = sc.attach(net, (X,), recipe)
+        with pytest.raises(InputError, match="does not train the attached module"):
+            hook.step(early)
+        assert hook.steps == 0
+        hook.step(torch.optim.SGD(module.parameters(), 0.1))
+        assert hook.steps == 1

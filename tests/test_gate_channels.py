@@ -15,6 +15,7 @@ from sparsify_compiler.call import instantiate
 from sparsify_compiler.errors import InputError, ParseError, UnknownNameError
 from sparsify_compiler.masked import gate_products
 from sparsify_compiler.passes.prune.gate_channels import GateChannels
+from sparsify_compiler.passes.prune.gate_positions import GatePositions
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train.choosers._base import Choice
 from sparsify_compiler.passes.train.choosers.sigmoid import Sigmoid
@@ -180,6 +181,65 @@ def test_places_are_shut_in_all_filters_and_are_learnt() -> None:
     assert int(mask.sum()) == 32
     assert int(mask[..., 4:].sum()) > before
     assert any(one.dim() == 4 and one.shape[0] == 4 and one.requires_grad for one in module.parameters())
+
+
+def places(model: nn.Module, x: Tensor, dynamic: object = None, **options: object) -> tuple[dict[str, Tensor], Context]:
+    """The masks of gate_positions, and its misses."""
+    ctx = Context(example_inputs=(x,))
+    program = GatePositions(**options).run(sc.capture(model.eval(), (x,), dynamic), ctx)  # type: ignore[arg-type]
+    return {name: one for name, one in instantiate(program).named_buffers() if name.endswith("_mask")}, ctx
+
+
+def test_images_of_one_size_lose_the_same_places_and_never_all() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 3)), torch.randn(2, 1, 8, 8)
+    first, second, third = places(model, x, density=0.3)[0].values()
+    assert torch.equal(first, second)
+    assert int(first.sum()) == round(0.3 * 64)
+    assert tuple(third.shape) == (1, 1, 6, 6)
+    assert int(third.sum()) == round(0.3 * 36)
+    assert not torch.equal(first, places(model, x, density=0.3, seed=1)[0]["gates_0_mask"])
+    assert torch.equal(first, places(model, x, density=0.3)[0]["gates_0_mask"])
+    assert [int(one.sum()) for one in places(model, x, density=0.001)[0].values()] == [1, 1, 1]
+    half, _ = sc.attach(model.bfloat16().eval(), (x.bfloat16(),), GatePositions(0.5))
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_images_whose_places_are_not_known_or_one_keep_them() -> None:
+    x = torch.randn(2, 1, 8, 8)
+    for model, one, dynamic, why in ((nn.Conv2d(1, 4, 8), x, None, "a single place"), (nn.Conv2d(1, 4, 3), x[0], None, "no batch"),
+                                     (nn.Conv2d(1, 4, 3), x, {"input": {2: "height"}}, "not fixed"), (nn.Linear(8, 4), x, None, "no convolution")):
+        masks, ctx = places(model, one, dynamic, density=0.5)
+        assert not masks
+        assert why in str(ctx.misses[0])
+
+
+class Heads(nn.Module):
+    """Attention of four heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        y: Tensor = self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y
+
+
+def test_heads_have_no_gates_for_their_channels_do_not_lie_side_by_side() -> None:
+    ctx = Context(example_inputs=(torch.randn(2, 5, 16),))
+    program = GateChannels(density=0.5, targets=("heads",)).run(sc.capture(Heads().eval(), ctx.example_inputs), ctx)
+    assert "heads do not lie side by side" in str(ctx.misses[0])
+    assert ctx.rewrites == 0
+    assert not [name for name, _ in instantiate(program).named_buffers()]
+
+
+def test_gates_have_the_dtype_of_what_they_multiply() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)).bfloat16().eval(), torch.randn(5, 8).bfloat16()
+    module, _ = sc.attach(model, (x,), "gate_channels(density=0.5)")
+    gate = next(one for name, one in module.named_parameters() if name.startswith("gates"))
+    assert gate.dtype == module(x).dtype == torch.bfloat16
 
 
 def test_a_sum_with_a_number_is_not_silent() -> None:

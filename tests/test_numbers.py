@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
+from sparsify_compiler import nearness
 from sparsify_compiler.codegen import runtime
 from sparsify_compiler.compiled import CompiledModel
+from sparsify_compiler.nearness import distance
 from sparsify_compiler.ops import attend, attend_blocks
 from sparsify_compiler.passes.activation.select_neurons import GatedFfn
 from sparsify_compiler.passes.attention import select_blocks
 from sparsify_compiler.passes.lower import _numbers
 from sparsify_compiler.passes.lower._dense_attention import _times as times_of_attention
-from sparsify_compiler.passes.lower._numbers import NEAR, NEAR_HALF, distance
+from sparsify_compiler.passes.lower._numbers import NEAR, NEAR_HALF
 from sparsify_compiler.passes.lower._selected import limit_of
 from sparsify_compiler.pipeline import Pipeline
 
@@ -238,11 +240,11 @@ def test_the_distance_is_of_all_stretches(stretch: int, monkeypatch: pytest.Monk
     expected[-1, -1, -1] = math.nan
     found[-1, -1, -1] = math.nan
     whole = float(torch.linalg.vector_norm((found - expected).nan_to_num())) / float(torch.linalg.vector_norm(expected.nan_to_num()))
-    monkeypatch.setattr(_numbers, "STRETCH", stretch)
+    monkeypatch.setattr(nearness, "STRETCH", stretch)
     assert distance(found, expected, slices=False) == pytest.approx(whole, rel=1e-5)
     farthest = distance(found, expected)
-    monkeypatch.setattr(_numbers, "STRETCH", 1 << 20)
+    monkeypatch.setattr(nearness, "STRETCH", 1 << 20)
     assert distance(found, expected) == pytest.approx(farthest, rel=1e-12)
-    monkeypatch.setattr(_numbers, "STRETCH", stretch)
+    monkeypatch.setattr(nearness, "STRETCH", stretch)
     found[-1, -1, -1] = 1.0
     assert distance(found, expected) == math.inf

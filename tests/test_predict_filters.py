@@ -124,6 +124,34 @@ def test_predictions_learn_by_their_own_loss_alone() -> None:
     assert all(one.grad is None or not bool(one.grad.any()) for name, one in module.named_parameters() if name not in predictors)
 
 
+def test_a_filter_is_computed_where_a_linear_layer_of_the_largest_inputs_says_so() -> None:
+    """By hand, with weights that let some filters through for some images."""
+    module, _, _ = attached()
+    convs = dict(module.named_parameters())
+    weight, bias = (convs[f"0.weight_folded_predictor_{part}"] for part in ("weight", "bias"))
+    assert weight.dim() == 2
+    with torch.no_grad():
+        weight.normal_(generator=torch.Generator().manual_seed(3)), bias.fill_(0.1)
+        kept = functional.linear(X.amax((2, 3)), weight, bias) >= 0
+        maps = functional.conv2d(X, convs["0.weight_folded"], convs["0.bias_folded"])
+    assert 0 < int(kept.sum()) < kept.numel()
+    assert not torch.equal(kept[0], kept[1])
+    torch.testing.assert_close(first_maps(module), maps * kept[:, :, None, None], rtol=1e-5, atol=1e-6)
+
+
+def test_the_weight_of_its_loss_and_the_layers_that_have_one_are_the_users() -> None:
+    losses = {}
+    for weight, schedule in ((1.0, "constant"), (3.0, "constant"), (3.0, "ramp(end=10)")):
+        module, hook = sc.attach(net(), (X,), PredictFilters(weight=weight, schedule=schedule))
+        module(X)
+        losses[weight, schedule] = float(hook.loss().detach())
+    assert losses[3.0, "constant"] == pytest.approx(3 * losses[1.0, "constant"])
+    assert losses[3.0, "ramp(end=10)"] == 0
+    program = sc.recipes.ftwt(ignore=("3",)).run(sc.capture(net(), (X,)), Context(example_inputs=(X,)))
+    assert [name for name, _ in instantiate(program).named_parameters() if "predictor_bias" in name] == ["0.weight_folded_predictor_bias"]
+    assert "batch_norm" not in program.text(), "maps are what activations see"
+
+
 def test_less_mass_are_fewer_filters() -> None:
     share = {}
     for mass in (0.5, 0.95):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -166,6 +167,104 @@ def test_the_rate_warms_up_and_falls() -> None:
     assert rates[100] == pytest.approx(0)
     timed = Course(10.0, None, 1.0, 0.0, 1.0, 0.0, 1, 10, 3)
     assert timed.rate_at(timed.done(7, 300.0)) == pytest.approx(0.5)
+    assert timed.done(7, 100.0, begun=100.0) == 0
+    assert timed.done(7, 300.0, begun=100.0, measuring=100.0) == 0.5
+    assert timed.done(7, 500.0, begun=100.0, measuring=100.0) == 1
+    assert timed.done(1, 400.0, begun=450.0, measuring=1000.0) == 1
+    assert course.done(7, 599.0) == 0.07
+    assert course.done(7, 600.0) == 1
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch, course: Course, seconds: Callable[[int], float], metric: float | None = None) -> Recovery:
+    """What a run does whose steps and whose metric take so long by a clock of their own, behind 30 seconds of preparation."""
+    clock, count = [30.0], [0]
+    monkeypatch.setattr(recover_loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    module, hook, _ = sparse()
+
+    def loss(batch: Any) -> Tensor:
+        clock[0] += seconds(count[0])
+        count[0] += 1
+        value: Tensor = module(*batch).square().mean()
+        return value
+
+    def measured(trained: nn.Module) -> float:
+        clock[0] += metric or 0.0
+        return 1.0
+
+    loop = Loop(module, hook, loss, course, record=Recovery(), metric=None if metric is None else measured, show=lambda *done: None, started=0.0)
+    return loop.run(DATA)
+
+
+@pytest.mark.parametrize("slow", [1, 10])
+def test_what_comes_before_the_second_step_is_no_part_of_the_way(slow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a minute of preparation and a first step that builds kernels for as long: the rate still warms up, and falls to nothing at the end,
+    although the steps in the middle are slower than the others."""
+    course = Course(2.0, None, 1.0, 0.1, 1.0, 0.0, 1, 10, 99)
+    record = clocked(monkeypatch, course, lambda step: 30.0 if not step else slow * 0.2 if 50 < step < 60 else 0.2)
+    rates = [point.rate for point in record.points]
+    assert rates[:2] == [0.01, 0.01]
+    assert rates[2:31] == sorted(rates[2:31])
+    assert max(rates) == pytest.approx(1.0, abs=0.05)
+    assert rates[32:] == sorted(rates[32:], reverse=True)
+    assert rates[-1] < 1e-3
+    assert record.seconds == pytest.approx(120, abs=0.3)
+
+
+def test_the_last_measurement_is_within_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = clocked(monkeypatch, Course(5.0, None, 1.0, 0.0, 1.0, 0.0, 1, 4, 99), lambda step: 1.0, metric=20.0)
+    assert [point.quality for point in record.points].count(1.0) == 4
+    assert record.points[-1].quality is not None
+    assert record.points[-1].rate < 1e-3
+    assert 299 <= record.seconds <= 301
+
+
+@pytest.mark.parametrize("moves", ["", " | move_masks(grow='random', drop='magnitude', every=3, until=9)"])
+def test_the_average_of_the_weights_is_what_is_handed_back(moves: str) -> None:
+    """By hand, on the weights that a run without it goes through; grown weights start anew in it."""
+    recipe = f"mask_weights(score='random', density=0.5){moves}"
+    seen: list[dict[str, Tensor]] = []
+    module, hook, model = sparse(recipe)
+    sc.recover(module, model, DATA, hook=hook, steps=10, rate=1e-2, checks=10, patience=99, quality=lambda trained: seen.append(
+        copy.deepcopy(trained.state_dict())) or 0.0 - len(seen))
+    module, hook, _ = sparse(recipe)
+    _, record = sc.recover(module, model, DATA, hook=hook, steps=10, rate=1e-2, average=0.5)
+    assert record.stopped == "all steps are done"
+    expected = {name: value.clone() for name, value in seen[1].items()}
+    for step, state in enumerate(seen[2:], 2):
+        share = min(0.5, (1 + step) / (10 + step))
+        for name in expected:
+            if f"{name}_mask" in state:  # what came is new at 0
+                came = state[f"{name}_mask"] & ~seen[step - 1][f"{name}_mask"]
+                expected[name] = expected[name].masked_fill(came, 0)
+            expected[name] = state[name] if state[name].dtype == torch.bool else share * expected[name] + (1 - share) * state[name]
+    for name, value in module.state_dict().items():
+        kept = module.state_dict().get(f"{name}_mask", torch.ones_like(value, dtype=torch.bool))
+        torch.testing.assert_close(value[kept], expected[name][kept], rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(value, seen[10][name]) for name, value in module.state_dict().items())
+
+
+def test_the_average_is_what_is_measured() -> None:
+    seen: list[dict[str, Tensor]] = []
+    module, hook, model = sparse()
+    _, record = sc.recover(module, model, DATA, hook=hook, steps=10, rate=1e-2, average=0.9, checks=5,
+                           quality=lambda trained: seen.append(copy.deepcopy(trained.state_dict())) or float(len(seen)))
+    assert all(torch.equal(value, seen[-1][name]) for name, value in module.state_dict().items())
+    plain, hook, _ = sparse()
+    _, expected = sc.recover(plain, model, DATA, hook=hook, steps=10, rate=1e-2)
+    assert not same(plain, module)
+    assert [point.loss for point in record.points] == [point.loss for point in expected.points], "training goes on from the weights"
+
+
+def test_a_schedule_of_masks_that_is_cut_short_is_told() -> None:
+    model = dense()
+    for steps, early in ((4, 16), (25, 0)):
+        module, hook = sc.attach(model, DATA[0], sc.recipes.gmp(density=0.5, steps=20, every=2))
+        _, recovery = sc.recover(module, model, DATA, hook=hook, steps=steps)
+        assert recovery.early == early
+        compiled = sc.finalize(module, DATA[0], recovery=recovery)
+        assert bool([one for one in compiled.report().warnings if "16 steps before the schedule" in one]) == bool(early)
+    module, hook = sc.attach(model, DATA[0], sc.recipes.rigl(density=0.5, steps=20))
+    assert hook.ends == 0, "the density is there from the start"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -254,7 +353,7 @@ def test_no_measurement_is_lost_while_it_saves(monkeypatch: pytest.MonkeyPatch) 
     course = Course(1.0, None, 1e-3, 0.0, 1.0, 0.0, 1, 6, 99)
     loop = Loop(module, hook, loss, course, record=Recovery(), metric=lambda trained: 1.0, file=file, show=lambda *done: None, started=0.0)
     record = loop.run(DATA)
-    assert [point.seconds for point in record.points if point.quality is not None] == [10, 20, 30, 42, 50, 60]
+    assert [point.seconds for point in record.points if point.quality is not None] == [11, 21, 31, 42, 51, 60]
 
 
 def test_time_and_data_run_out() -> None:
@@ -296,6 +395,7 @@ def test_bad_input_is_refused() -> None:
         ({"rate": math.nan}, InputError, "rate is a number above 0"),
         ({"steps": 0}, InputError, "steps is a number of 1 or more"),
         ({"warmup": 1.0}, InputError, "warmup lies in"),
+        ({"average": 1.0}, InputError, "average lies in"),
         ({"losses": "attention_maps"}, InputError, "student has no attention"),
         ({"losses": ()}, InputError, "no loss"),
         ({"losses": "squarehed"}, UnknownNameError, "squarehead"),

@@ -22,7 +22,8 @@ from sparsify_compiler.recovery import Recovery
 from sparsify_compiler.storage import read_safetensors
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("average", [0.0, 0.8])
+def test_a_killed_run_goes_on_and_ends_the_same(average: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recover_loop, "SAVE_EVERY", -1.0)
     recipe = "mask_weights(score='random', density=0.25) | move_masks(grow='gradient', every=3, until=9)"
 
@@ -34,7 +35,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pyt
     def quality(module: nn.Module) -> float:
         return -distance(module, dense())
 
-    common: dict[str, Any] = {"steps": 12, "rate": 1e-2, "accumulate": 2, "quality": quality, "checks": 6, "patience": 99, "losses": "outputs"}
+    common: dict[str, Any] = {"steps": 12, "rate": 1e-2, "accumulate": 2, "quality": quality, "checks": 6, "patience": 99, "losses": "outputs",
+                              "average": average}
     whole, hook, model = sparse(recipe)
     _, expected = sc.recover(whole, model, DATA, hook=hook, **common)
     module, hook, _ = sparse(recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from training_help import in_two_processes, sgd, step
 
 import sparsify_compiler as sc
 from sparsify_compiler.capture import capture
@@ -131,6 +133,29 @@ def test_needs_add_up_over_the_steps() -> None:
     torch.testing.assert_close(seen[1], ledger(other)[1])
     torch.testing.assert_close(seen[0] + seen[1], ledger(module)[1])
     assert float(ledger(module)[1].sum()) > 1.2 * float(seen[1].sum())
+
+
+def in_parts(recipe: RetireExperts) -> tuple[nn.Module, Any]:
+    module, hook, _ = attached(recipe)
+    return module, hook
+
+
+@pytest.mark.slow
+def test_two_processes_count_what_both_need(tmp_path: Path) -> None:
+    """Halves of a batch that need other experts: what retires is what neither needs, as for one process on both."""
+    retire, x = RetireExperts(2, "ramp(end=4)", 1), attached(RetireExperts())[2]
+    with torch.no_grad():
+        order = choices(attached(retire)[0], x).flatten().argsort()
+    rows = x[order]
+    one, other = in_two_processes(in_parts, retire, rows, torch.zeros(200, 8), 5, tmp_path)
+    module, hook, _ = attached(retire)
+    optimizer = sgd(module)
+    for _ in range(5):
+        step(rows, torch.zeros(200, 8), module, hook, optimizer)
+    name = next(name for name in one if "ledger" in name)
+    assert torch.equal(one[name], other[name])
+    assert torch.equal(one[name][0], ledger(module)[0])
+    torch.testing.assert_close(one[name][1], ledger(module)[1], rtol=1e-3, atol=1e-4)
 
 
 def test_need_is_its_formula() -> None:

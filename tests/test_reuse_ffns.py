@@ -112,7 +112,7 @@ def test_no_weight_is_added_but_two_routers_and_all_of_them_learn() -> None:
     assert losses[-1] < 0.7 * losses[0]
     drawn = [one for one in module.modules() if isinstance(one, Drawn)]
     assert len(drawn) == 2
-    assert all(one.heat == pytest.approx(0.1) for one in drawn)
+    assert all(float(one.heat) == pytest.approx(0.1) for one in drawn)
     module.eval()
     with torch.no_grad():
         assert torch.equal(module(x), module(x))
@@ -133,6 +133,24 @@ def test_draws_are_gumbels_in_training_alone_and_run_every_loop() -> None:
     with torch.no_grad():
         assert torch.equal(Every()(runs), runs)
         assert torch.equal(Drawn(1.0)(share, scores), share)
+
+
+def test_a_temperature_that_falls_is_no_new_graph_for_torch_compile() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model, inputs = example()
+    module, hook = sc.attach(model, inputs, Pipeline((DrawLoops(5.0, 0.1, 4),)))
+    assert "heat" not in " ".join(module.state_dict()), "it follows from the number of steps"
+    graphs = CompileCounter()
+    compiled = torch.compile(module, backend=graphs)
+    found = set()
+    for _ in range(5):
+        compiled(*inputs)
+        found.add(graphs.frame_count)
+        hook.step()
+    assert len(found) == 1, "one graph for all steps"
+    assert all(float(one.heat) == pytest.approx(0.1) for one in module.modules() if isinstance(one, Drawn))
 
 
 @pytest.mark.parametrize("loops", [2, 3])

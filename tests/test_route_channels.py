@@ -12,10 +12,13 @@ from torch import nn
 
 import sparsify_compiler as sc
 from sparsify_compiler.calibrate import calibrate
+from sparsify_compiler.calibrate_rows import collect_rows
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import CalibrationError, ParseError
+from sparsify_compiler.passes.activation import _units
 from sparsify_compiler.passes.activation.select_neurons import GatedFfn
+from sparsify_compiler.passes.moe import route_channels
 from sparsify_compiler.passes.moe.route_channels import RouteChannels
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
@@ -93,6 +96,27 @@ def test_a_row_of_zeros_in_float16_has_a_gradient() -> None:
     y.float().square().sum().backward()
     assert bool(y.isfinite().all())
     assert all(one.grad is not None and bool(one.grad.isfinite().all()) for one in module.parameters())
+
+
+def test_layers_whose_rows_do_not_fit_together_are_seen_one_after_the_other_in_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(GatedFfn(16, 64), GatedFfn(16, 64)).eval(), torch.randn(40, 16)
+    seen: list[int] = []
+
+    def counted(program: Any, batches: Any, places: Any) -> Any:
+        seen.append(len(places))
+        return collect_rows(program, batches, places)
+
+    def routed() -> dict[str, torch.Tensor]:
+        program = Pipeline((RouteChannels(0.5, groups=4, router="ridge"),)).run(capture(model, (x,)), Context(batches=[(x,)]))
+        return instantiate(program).state_dict()
+
+    monkeypatch.setattr(route_channels, "collect_rows", counted)
+    together = routed()
+    monkeypatch.setattr(_units, "MAX_BYTES", 1)
+    alone = routed()
+    assert seen == [4, 1, 1, 1, 1]
+    assert all(torch.equal(value, alone[name]) for name, value in together.items())
 
 
 def test_a_fitted_router_asks_for_rows() -> None:

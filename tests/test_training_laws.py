@@ -124,6 +124,21 @@ def convolutional() -> nn.Module:
                          nn.Linear(128, 16)).eval()
 
 
+class Attending(nn.Module):
+    """Two blocks of attention and an FFN around a stream of texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList((nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 64), nn.Linear(64, 16))) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for qkv, out, up, down in self.layers:  # type: ignore[misc]
+            q, k, v = qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+            x = x + out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            x = x + down(functional.relu(up(x)))
+        return x
+
+
 IMAGES = X.view(24, 1, 4, 4)
 STREAMS = X.view(2, 12, 16)
 GATED = {  # recipes that train without a mask of weights: the model, its inputs, and options
@@ -131,6 +146,8 @@ GATED = {  # recipes that train without a mask of weights: the model, its inputs
     "sparse_places": (convolutional, IMAGES, {"density": 0.5, "steps": 6}),
     "ftwt": (convolutional, IMAGES, {"mass": 0.7, "least": 1}),
     "delta_activations": (Net, STREAMS, {"step": 0.3}),
+    "lemo": (Attending, STREAMS, {"density": 0.5, "rank": 2}),
+    "spt": (Attending, STREAMS, {"share": 0.5, "experts": 4, "block": 4, "rank": 2}),
 }
 
 
@@ -143,7 +160,20 @@ def gated(name: str) -> tuple[nn.Module, Hook, torch.optim.Optimizer]:
 
 def gated_step(name: str) -> partial[float]:
     x = GATED[name][1]
-    return partial(training_help.step, x, Y.view(2, 12, 16) if name == "delta_activations" else Y)
+    return partial(training_help.step, x, Y.view(x.shape) if x is STREAMS else Y)
+
+
+@pytest.mark.parametrize("name", ["lemo", "spt"])
+def test_what_a_fine_tuning_freezes_stays_to_the_bit(name: str) -> None:
+    """And what it trains moves: adapters in both, routers in spt alone."""
+    module, hook, optimizer = gated(name)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    for _ in range(4):
+        gated_step(name)(module, hook, optimizer)
+    moved = {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved >= {key for key in before if "low_rank" in key and "router" not in key}
+    assert all("low_rank" in key or (name == "spt" and "router" in key) for key in moved), moved
+    assert any("router" in key for key in moved) == (name == "spt")
 
 
 @pytest.mark.parametrize("name", ["pat", "sparse_places"])

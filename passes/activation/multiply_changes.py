@@ -14,6 +14,7 @@ from sparsify_compiler.ops import changes
 from sparsify_compiler.passes.prune._layers import chosen_linears
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region
+from sparsify_compiler.sites import fitting_ops
 from sparsify_compiler.splice import insert_formula
 
 KIND = ("linear",)
@@ -48,20 +49,11 @@ class MultiplyChanges(Pass):
         self.take_selectors("targets", "ignore")
 
     def run(self, program: Program, ctx: Context) -> Program:
-        sites = chosen_linears(program, self.targets, self.ignore)
-        if not sites:
-            ctx.miss("the model has no linear layer")
-        for site in sites:
-            region = program.regions[site.region]
-            op = region.node(site.roles["op"])
-            why = self._unfit(op)
-            if why is not None:
-                ctx.miss(why, site.path)
-            elif ctx.spend():
-                self._write(region, op)
+        for _, region, op in fitting_ops(program, chosen_linears(program, self.targets, self.ignore), ctx, "linear layer", self._unfit):
+            self._write(region, op)
         return program
 
-    def _unfit(self, op: fx.Node) -> str | None:
+    def _unfit(self, region: Region, op: fx.Node) -> str | None:
         source = op.kwargs["input"]
         assert isinstance(source, fx.Node)
         if source.target is changes.op:

@@ -15,7 +15,7 @@ from sparsify_compiler.normal_form_edit import aten, insert
 from sparsify_compiler.passes.train._penalty import Penalty, check_weight
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region, Site, get_tensor
-from sparsify_compiler.sites import chosen_sites
+from sparsify_compiler.sites import chosen_sites, fitting_ops
 from sparsify_compiler.splice import insert_formula
 from sparsify_compiler.stored import beside, read_stored, reads
 from sparsify_compiler.training import META, Marked, Part, TrainingPass
@@ -59,16 +59,8 @@ class PredictFilters(TrainingPass):
 
     def run(self, program: Program, ctx: Context) -> Program:
         sites = chosen_sites(program, ("conv",), self.targets, self.ignore)
-        if not sites:
-            ctx.miss("the model has no convolution")
-        for site in sites:
-            region = program.regions[site.region]
-            conv = region.node(site.roles["op"])
-            why = self._unfit(region, conv)
-            if why is not None:
-                ctx.miss(why, site.path)
-            elif ctx.spend():
-                self._predict(region, conv, site)
+        for site, region, conv in fitting_ops(program, sites, ctx, "convolution", self._unfit):
+            self._predict(region, conv, site)
         return program
 
     def _unfit(self, region: Region, conv: fx.Node) -> str | None:

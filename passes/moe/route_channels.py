@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +13,7 @@ from sparsify_compiler.calibrate_rows import collect_rows
 from sparsify_compiler.decision import Decision
 from sparsify_compiler.errors import CalibrationError, ParseError
 from sparsify_compiler.named import Named
+from sparsify_compiler.passes.activation._units import in_groups
 from sparsify_compiler.passes.moe._depth import check_router, router_of, unseen
 from sparsify_compiler.passes.moe._evidence import Formula
 from sparsify_compiler.passes.moe._placed import Placed
@@ -22,6 +23,24 @@ from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Stage
 
 Reader = tuple[Use, Tensor]  # a linear, and its weight
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What linears read, and those."""
+
+    x: fx.Node
+    readers: list[Reader]
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Where its rows are."""
+        return self.readers[0][0].region.path, self.x.name
+
+    @property
+    def bytes_a_row(self) -> int:
+        """Of the rows that are kept."""
+        return 4 * int(self.x.meta["val"].shape[-1])
 
 
 @dataclass(frozen=True)
@@ -68,14 +87,14 @@ class RouteChannels(Pass):
 
     def run(self, program: Program, ctx: Context) -> Program:
         density, found = self.density_of(ctx), self._found(program, ctx)
-        rows: dict[Any, Tensor] = {}
         if found and not ctx.batches and check_router(self.router, self.name()).statistics:
             raise CalibrationError("routers are fitted on rows of calibration, and there are none", where=self.name(), hint="router='random'")
-        if found and ctx.batches:
-            rows = collect_rows(program, ctx.batches, [(readers[0][0].region.path, x.name) for x, readers in found.items()])[0]
-        for x, readers in found.items():
-            if ctx.spend():
-                self._route(program, x, readers, rows.get((readers[0][0].region.path, x.name)), density, ctx)
+        before = program.clone() if found and ctx.batches else None
+        for group in in_groups([_Read(x, readers) for x, readers in found.items()], ctx.batches or ()):
+            rows = {} if before is None else collect_rows(before, ctx.batches or (), [one.place for one in group])[0]
+            for one in group:
+                if ctx.spend():
+                    self._route(program, one.x, one.readers, rows.get(one.place), density, ctx)
         return program
 
     def _found(self, program: Program, ctx: Context) -> dict[fx.Node, list[Reader]]:
@@ -107,7 +126,7 @@ class RouteChannels(Pass):
         columns = torch.stack([weight.detach().float().square().sum(0) for _, weight in readers]).sum(0)
         gives = columns[None] if rows is None else columns * rows.square()
         table, k = self._table(gives.mean(0), density)
-        wanted = torch.zeros(gives.shape[0], self.groups + 1, dtype=torch.float32).index_add_(1, table + 1, gives)[:, 1:]
+        wanted = gives.new_zeros(gives.shape[0], self.groups + 1).index_add_(1, table + 1, gives)[:, 1:]
         known = (rows, wanted) if rows is not None and check_router(self.router, self.name()).statistics else unseen(columns.numel(), self.groups)
         first = min((use.op for use, _ in readers), key=list(x.graph.nodes).index)
         region, path = readers[0][0].region, str(first.meta.get("path", ""))
@@ -129,9 +148,9 @@ class RouteChannels(Pass):
     def _table(self, importance: Tensor, density: float) -> tuple[Tensor, int]:
         """(int64 [K]: the group of each channel, -1 for shared ones; how many groups a row keeps, at least one)."""
         count, common = importance.numel(), round(self.shared * importance.numel())
-        table = torch.zeros(count, dtype=torch.int64).index_fill_(0, importance.argsort(descending=True, stable=True)[:common], -1)
+        table = torch.zeros_like(importance, dtype=torch.int64).index_fill_(0, importance.argsort(descending=True, stable=True)[:common], -1)
         others = (table >= 0).nonzero()[:, 0]
-        table[others] = torch.arange(count - common, dtype=torch.int64) * self.groups // (count - common)
+        table[others] = torch.arange(count - common, dtype=torch.int64, device=table.device) * self.groups // (count - common)
         return table, min(max(round((density * count - common) / (count - common) * self.groups), 1), self.groups)
 
 

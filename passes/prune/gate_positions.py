@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparsify_compiler.passes.prune._gates import gate, put_gate
 from sparsify_compiler.passes.prune.structures._base import keep_top
 from sparsify_compiler.passes_api import Context, Pass, Preserves
-from sparsify_compiler.program import Program
-from sparsify_compiler.sites import chosen_sites
+from sparsify_compiler.program import Program, Region
+from sparsify_compiler.sites import chosen_sites, fitting_ops
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,10 @@ class GatePositions(Pass):
     def run(self, program: Program, ctx: Context) -> Program:
         density = self.density_of(ctx)
         sites = chosen_sites(program, ("conv",), self.targets, self.ignore)
-        if not sites:
-            ctx.miss("the model has no convolution")
-        for site in sites:
-            region = program.regions[site.region]
-            conv = region.node(site.roles["op"])
+        for site, region, conv in fitting_ops(program, sites, ctx, "convolution", _unfit):
             value: Tensor = conv.meta["val"]
-            places = value.shape[2:]
-            known = conv.kwargs["weight"].meta["val"].dim() == value.dim() and all(isinstance(size, int) for size in places)  # type: ignore[union-attr]
-            if not known:
-                ctx.miss("the size of its image is not fixed", site.path)
-            elif places.numel() == 1:
-                ctx.miss("it gives a single place", site.path)
-            elif ctx.spend():
-                mask = self._open(tuple(places), density).to(value.device)
-                gate(conv, put_gate(region, conv, site.path, mask, value.dtype, self.name()), self.name())
+            mask = self._open(tuple(value.shape[2:]), density).to(value.device)
+            gate(conv, put_gate(region, conv, site.path, mask, value.dtype, self.name()), self.name())
         return program
 
     def _open(self, places: tuple[int, ...], density: float) -> Tensor:
@@ -71,6 +60,16 @@ class GatePositions(Pass):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {places}".encode()))
         drawn = torch.rand(1, torch.Size(places).numel(), generator=generator, dtype=torch.float32)
         return keep_top(drawn, max(1, round(density * drawn.numel()))).view(1, 1, *places)
+
+
+def _unfit(region: Region, conv: fx.Node) -> str | None:
+    value: Tensor = conv.meta["val"]
+    places = value.shape[2:]
+    if conv.kwargs["weight"].meta["val"].dim() != value.dim():  # type: ignore[union-attr]
+        return "its input is no batch"
+    if not all(isinstance(size, int) for size in places):
+        return "the size of its image is not fixed"
+    return "it gives a single place" if places.numel() == 1 else None
 
 
 def example() -> tuple[nn.Module, tuple[Tensor, ...]]:

@@ -38,7 +38,7 @@ class Learner(Part):
     """Moves the masks that a LearnMasks has marked."""
 
     def __init__(self, of: LearnMasks, marked: Sequence[Marked]) -> None:
-        self._of, self._sparsity = of, Named.parse("schedule", of.sparsity)
+        self._of, self._sparsity, self.ends = of, Named.parse("schedule", of.sparsity), of.until
         places: dict[int, Learnt] = {}
         for one in marked:
             known = places.get(id(mask_of(one)))

@@ -18,6 +18,7 @@ from sparsify_compiler.named import Named
 from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.train._moving import cut, regrown, shared, thinned
 from sparsify_compiler.passes.train._places import Place, places_of
+from sparsify_compiler.processes import mean_over_processes, sum_over_processes
 from sparsify_compiler.training import Marked, Part
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Mover(Part):
         self._anneal = Named.parse("schedule", of.anneal)
         self._rest = None if of.rest is None else Named.parse("schedule", of.rest)
         self._places = places_of(of, marked)
+        self.ends = 0 if of.sparsity == "constant" else of.until
         self._pairs = CORRELATION in looked_at
         self._start = {place.path: place.weight().clone() for place in self._places} if START in looked_at else {}
         for place in self._places if self._sparsity(0) != 1 or of.backward is not None else ():
@@ -104,11 +106,7 @@ class Mover(Part):
         found = [sums for tap in place.taps for pairs in _pairs(tap) if (sums := pairs.take()) is not None]
         if not found:
             return None
-        total = tuple(torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for part in total:
-                torch.distributed.all_reduce(part)
-        return correlation(total)
+        return correlation(tuple(sum_over_processes(torch.stack(parts).sum(0)) for parts in zip(*found, strict=True)))
 
     def _turn(self, place: Place, score: Tensor) -> None:
         """Choose what the way back is computed with."""
@@ -130,10 +128,7 @@ class Mover(Part):
         found = [gradient for tap in place.taps if (gradient := tap.take()) is not None]
         if not found:
             return None
-        total = torch.stack(found).sum(0)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-            total /= torch.distributed.get_world_size()
+        total = mean_over_processes(torch.stack(found).sum(0))
         smoothed = place.taps[0].smoothed
         if smoothed is None:
             return total

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify_compiler.errors import StructureError
+from sparsify_compiler.errors import SelectorError, StructureError, nearest
 from sparsify_compiler.named import Named
 from sparsify_compiler.normal_form_edit import aten, insert
 from sparsify_compiler.passes.prune._layers import chosen_linears
@@ -74,8 +74,17 @@ class AddAdapters(Pass):
         return program
 
     def _also(self, program: Program) -> set[tuple[str, str]]:
-        named = ((region, name) for region in program.regions.values() for name, _ in region.module.named_parameters(remove_duplicate=False))
-        return {(region.path, name) for region, name in named if any(fnmatchcase(region.qualified(name), glob) for glob in self.also)}
+        """(path of the region, name) of what `also` names. Raises SelectorError for a glob that names nothing."""
+        named = {(region.path, name): region.qualified(name) for region in program.regions.values()
+                 for name, _ in region.module.named_parameters(remove_duplicate=False)}
+        found: set[tuple[str, str]] = set()
+        for glob in self.also:
+            hits = {key for key, name in named.items() if fnmatchcase(name, glob)}
+            if not hits:
+                raise SelectorError(f"the glob {glob!r} matches none of {len(named)} parameters", where="add_adapters(also=...)",
+                                    hint=nearest(glob, named.values()))
+            found |= hits
+        return found
 
     def _adapt(self, region: Region, op: fx.Node, weight: fx.Node, mask: str | None, made: dict[tuple[str, fx.Node], fx.Node],
                others: set[tuple[str, str]]) -> list[str]:

@@ -65,16 +65,18 @@ class DrawLoops(TrainingPass):
 
 
 class Drawn(Watch):
-    """Stands behind a choice [..., n], ones and zeros. In training: a draw by the scores."""
+    """Stands behind a choice [..., n], ones and zeros. In training: a draw by the scores, at a temperature (float32 [])."""
+
+    heat: Tensor
 
     def __init__(self, heat: float) -> None:
         super().__init__()
-        self.heat = heat
+        self.register_buffer("heat", torch.tensor(heat, dtype=torch.float32), persistent=False)  # a number would be a new graph for torch.compile
 
     def forward(self, share: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         if type(scores) is not Tensor or not self.acts or not torch.is_grad_enabled():
             return share
-        return gumbel_softmax(scores, self.heat, hard=True).to(share.dtype)
+        return gumbel_softmax(scores, self.heat, hard=True).to(share.dtype)  # type: ignore[arg-type]  # a tensor divides as a number does
 
 
 class Every(Watch):
@@ -86,11 +88,11 @@ class Every(Watch):
 
 class _Cooled(Part):
     def __init__(self, of: DrawLoops, taps: Sequence[Drawn]) -> None:
-        self._of, self._taps = of, taps
+        self._of, self._taps, self.ends = of, taps, of.steps
 
     def move(self, step: int) -> None:
         for one in self._taps:
-            one.heat = self._of.first * (self._of.last / self._of.first) ** min(step / self._of.steps, 1.0)
+            one.heat.fill_(self._of.first * (self._of.last / self._of.first) ** min(step / self._of.steps, 1.0))
 
 
 def _stand(region: Region, name: str, node: fx.Node, made: Watch, *others: fx.Node | None) -> fx.Node:

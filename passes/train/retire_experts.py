@@ -16,6 +16,7 @@ from sparsify_compiler.ops import experts_ffn
 from sparsify_compiler.passes.moe._refused import added
 from sparsify_compiler.passes.moe._routing import Mixture, Routing, mixtures
 from sparsify_compiler.passes_api import Context
+from sparsify_compiler.processes import mean_over_processes
 from sparsify_compiler.program import Program
 from sparsify_compiler.training import LOWEST, META, Marked, Part, TrainingPass
 
@@ -38,7 +39,8 @@ class RetireExperts(TrainingPass):
     measure   "probability": the sum over the rows of an expert's probability where it was chosen; "hits": the number of those rows
     early     whatever the schedule says, experts retire that were needed less than so many times the mean of those that are left
 
-    Needs are summed up from the first step on, over the last forward pass before each step. The ledger is a buffer of the module, so a saved state
+    Needs are summed up from the first step on, over the last forward pass before each step; where several processes train together they are averaged
+    over them, so that all retire alike. The ledger is a buffer of the module, so a saved state
     goes on where it was. Retired experts are still stored: drop_experts(density=...) on texts of the task removes them, who are chosen by no row.
     """
 
@@ -96,8 +98,9 @@ class _Ledgers(Part):
     def update(self, step: int) -> Iterable[Anew]:
         for path, ledger in self._ledgers.items():
             values = {one.value.is_floating_point(): one.value for one in self._seen if one.path == path and one.value is not None}
-            if len(values) == 2 and values[False].numel():
-                ledger[1] += needed(values[True], values[False], self._of.measure)
+            if len(values) == 2:
+                rows = needed(values[True], values[False], self._of.measure) if values[False].numel() else torch.zeros_like(ledger[1])
+                ledger[1] += mean_over_processes(rows)
                 if step % self._of.window == 0:
                     self._retire(ledger, values[False].shape[-1], self._schedule(step))
         return ()

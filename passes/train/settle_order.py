@@ -65,7 +65,8 @@ def _orders(program: Program) -> Iterator[tuple[Region, fx.Node]]:
 
 class _Orders(Part):
     def __init__(self, of: SettleOrder, marked: Sequence[Marked]) -> None:
-        self._of, self._tensors = of, [(one.tensors["self"], one.tensors["other"]) for one in marked]
+        self._of, self.ends = of, of.steps
+        self._tensors = [(one.tensors["self"], one.tensors["other"]) for one in marked]
 
     def move(self, step: int) -> None:
         done = min(step / self._of.steps, 1.0)

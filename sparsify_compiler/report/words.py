@@ -175,10 +175,21 @@ def summary(report: Report) -> list[tuple[str, str]]:
         ("memory", _bytes(report.dense_bytes, report.compiled_bytes)), ("on disk", _bytes(report.dense_disk_bytes, report.compiled_disk_bytes)),
         *((row.name, quality(row) + (f" ({row.note})" if row.note else "")) for row in report.quality),
         ("sites", f"{paid} of {len(report.sites)} run sparse, {len(report.sites) - paid} stay dense" if report.sites else ""),
-        ("merged", merged(report.sites)), *plan(report),
+        ("merged", merged(report.sites)), ("recovered", recovered(report)), *plan(report),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items() if version)), ("date", report.date),
     ]  # fmt: skip
     return [(what, value) for what, value in rows if value]
+
+
+def recovered(report: Report) -> str:
+    """What a recovery brought: its length, the loss at its ends, and the user's metric, as it began and of what was handed back."""
+    found = report.recovery
+    if found is None:
+        return ""
+    loss = f", loss {number(found.points[0].loss)} to {number(found.points[-1].loss)}" if found.points else ""
+    metric = f", quality {number(found.before)} to {number(found.best)}" if found.before is not None and found.best is not None else ""
+    short = f"; {found.early} steps of its schedule were still to come" if found.early else ""
+    return f"in {found.steps} steps and {ms(1000 * found.seconds)}{loss}{metric}; {found.stopped}{short}"
 
 
 def plan(report: Report) -> list[tuple[str, str]]:
