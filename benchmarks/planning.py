@@ -42,6 +42,7 @@ from sparsify_compiler.passes.lower.pack import Pack
 from sparsify_compiler.passes.plan.choose_layers import ChooseLayers
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.plan_loop import took
 from sparsify_compiler.quality import output_distance
 from sparsify_compiler.survey import SECONDS, Offer, Survey
 from sparsify_compiler.target import host
@@ -119,7 +120,7 @@ def planned(planner: ChooseLayers, survey: Survey, share: float, subject: Subjec
     for _ in range(CORRECTED):
         rows = (plan.pipeline | LOWERING).run(subject.captured, ctx, ()).decisions
         known = {site: rows[site] for site in plan.taken if site in rows}
-        survey.correct(SECONDS, {site: row.compiled_ms / 1e3 for site, row in known.items() if row.compiled_ms}, plan.taken,
+        survey.correct(SECONDS, {site: seconds for site, row in known.items() if (seconds := took(row))}, plan.taken,
                        {site: row.dense_ms / 1e3 for site, row in known.items() if row.dense_ms})
         before, plan = plan, survey.plan(SECONDS, share * survey.as_it_is(SECONDS).cost)
         if plan.taken == before.taken:
@@ -272,7 +273,8 @@ def quality(arguments: argparse.Namespace) -> None:
     of_words = isinstance(subject, SmolLM2)
     compiled = compiled_for(subject, arguments, sc.Budget(perplexity_rise=arguments.drop) if of_words else sc.Budget(quality_drop=arguments.drop))
     report = compiled.report()
-    told({"asked": arguments.drop, "rounds": report.plan.rounds if report.plan else 0, "speed-up": report.speedup,
+    assert report.plan is not None
+    told({"asked": arguments.drop, "rounds": report.plan.rounds, "speed-up": report.speedup, "held out, with chance": report.plan.lost,
           "held out, 1 - cosine": 1 - min(one.compiled or 0 for one in report.quality)})
     if of_words:
         dense, sparse = subject.measure(subject.model), subject.measure(compiled)

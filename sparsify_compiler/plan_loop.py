@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from .call import instantiate
 from .decision import Decision
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 ROUNDS = 5  # plans that are lowered and measured, at the most
 REFINED = 2  # of them after the losses were looked at again
 QUALITY_ROUNDS = 7  # plans whose quality is measured: each halves the interval that the limit of the loss lies in
+MORE_ROUNDS = 3  # likewise, once it is known what layers cost: the limit that held is near the one that is looked for
+REPLANNED = 3  # times that a budget of quality plans again with what was measured of the layers
+WORTH = 0.99  # of what the layers take: a plan that is not thought to get below is not tried
 CLOSE = 0.05  # part of the limit: a plan this near below it is near enough
 AIM = 0.985  # of a limit: what the plan is made for, since a second measurement differs from the first
 SAFETY = 0.97  # of a limit of quality, which another set of data sees a little differently
@@ -67,7 +72,7 @@ class PlanLoop:
         best, fastest = min((median, name) for name, median in dense_latency(job, self.dense).items())
         limit = budget.latency_ms if budget.latency_ms is not None else best / (budget.speedup or 1.0)
         seconds = partial(self._seconds, fastest=fastest, reference=best, limit=limit / 1e3)
-        return self.of_cost(SECONDS, limit / 1e3, seconds, lambda row: _in_seconds(row.compiled_ms), lambda row: _in_seconds(row.dense_ms))
+        return self.of_cost(SECONDS, limit / 1e3, seconds, took, lambda row: _in_seconds(row.dense_ms))
 
     # --- a limit on what the model costs ------------------------------------------------------------------------------------------------
 
@@ -127,6 +132,13 @@ class PlanLoop:
         lowered = self.build(plan)
         value = measured(lowered)
         self.rounds += 1
+        self._correct(plan, lowered, kind, now, was)
+        self.trials.append(Trial(plan, value, lowered))
+        return self.trials[-1]
+
+    def _correct(self, plan: Plan, lowered: Program, kind: str, now: Callable[[Decision], float | None],
+                 was: Callable[[Decision], float | None]) -> None:
+        """Take over what was measured of a plan's sites."""
         rows = {site: lowered.decisions[site] for site in plan.taken if site in lowered.decisions}
         for site, row in rows.items():
             self.dtypes.setdefault(site, row.dtype)
@@ -137,8 +149,6 @@ class PlanLoop:
                 offer = plan.taken[site]
                 row.predicted_ms = self.predicted.setdefault((site, offer), self.survey.cost(kind, site, offer)) * 1e3
         self.survey.correct(kind, of_sites, plan.taken, dense)
-        self.trials.append(Trial(plan, value, lowered))
-        return self.trials[-1]
 
     def _seconds(self, lowered: Program, fastest: str, reference: float, limit: float) -> float:
         """Of the whole model. What is within the limit is measured once more, and the longer time counts: a lucky measurement meets no budget."""
@@ -155,28 +165,65 @@ class PlanLoop:
     # --- a limit on what quality may be lost ----------------------------------------------------------------------------------------------
 
     def of_quality(self, most: float) -> Program:
-        """The cheapest plan whose measured loss of quality stays within the limit: a search for how much it may be thought to lose."""
+        """The cheapest plan whose measured loss of quality stays within the limit.
+
+        What is measured of the layers of a plan corrects what all are thought to cost. Where another plan that may be thought to lose as much is
+        cheaper by that, it is looked for again: what layers lose that gain nothing is then lost by others, which gain.
+        """
         lost = loss_of_quality(self.job, self.captured)
+        limit = most
+        for rounds in (QUALITY_ROUNDS, *[MORE_ROUNDS] * REPLANNED):
+            plan, limit, value = self._most_lost(limit, most, lost, rounds)
+            if any(plan.taken == old.plan.taken for old in self.trials) or (self.trials and not limit):
+                break
+            self.trials.append(self._lowered(plan, value, most, lost))
+            best = min(self.trials, key=self._spent)
+            if self.survey.within_loss(SECONDS, limit).cost > WORTH * self._spent(best):
+                break
+        best = min(self.trials, key=self._spent)
+        return self._finish(replace(best, plan=replace(best.plan, cost=self._spent(best))), SECONDS, None, lost=best.value)
+
+    def _spent(self, trial: Trial) -> float:
+        """Seconds of a plan's sites, by what is known now."""
+        return self.survey.spent(SECONDS, trial.plan.taken)
+
+    def _most_lost(self, limit: float, most: float, lost: Callable[[nn.Module], float], rounds: int) -> tuple[Plan, float, float]:
+        """(the plan that may be thought to lose the most, of those whose measured loss holds; how much that is; what was measured).
+
+        A search that begins at `limit`. The model as it is, and nothing, where none of so many holds.
+        """
         front = [plan for plan in self.survey.front(SECONDS, 200) if plan.loss > 0]
-        taken, tried = self.survey.as_it_is(SECONDS), []
-        limit = most if not front else min(max(most, front[-1].loss), front[0].loss)
-        for _ in range(QUALITY_ROUNDS if front else 0):
+        found = self.survey.as_it_is(SECONDS), 0.0, 0.0
+        tried: list[tuple[float, float]] = []
+        known: dict[str, float] = {}
+        limit = limit if not front else min(max(limit, front[-1].loss), front[0].loss)
+        while front and len(known) < rounds and len(tried) < 3 * rounds:  # limits that are near to each other may have the same plan
             plan = self.survey.within_loss(SECONDS, limit)
-            value = lost(instantiate(self.rewrite(plan)))
-            self.rounds += 1
+            made = str(plan.pipeline)
+            if made not in known:
+                known[made] = lost(instantiate(self.rewrite(plan)))
+                self.rounds += 1
+            value = known[made]
             tried.append((limit, value))
-            self.job.progress(f"plan: loses {value:.3g} of {most:.3g}", self.rounds, QUALITY_ROUNDS)
+            self.job.progress(f"plan: loses {value:.3g} of {most:.3g}", self.rounds, QUALITY_ROUNDS + REPLANNED * MORE_ROUNDS)
             if _holds(value, most):
-                taken = plan
+                found = plan, limit, value
                 if value >= most * (SAFETY - 2 * CLOSE) or limit >= front[0].loss:
                     break
             limit = min(_next_limit(tried, most), front[0].loss)
-        lowered = self.build(taken)
+        return found
+
+    def _lowered(self, plan: Plan, value: float, most: float, lost: Callable[[nn.Module], float]) -> Trial:
+        """Lower a plan that loses `value`, and take over what was measured of its layers. Where it holds so, those that gain nothing stay dense."""
+        lowered = self.build(plan)
+        self._correct(plan, lowered, SECONDS, took, lambda row: _in_seconds(row.dense_ms))
         for_nothing = idle(lowered)
         if for_nothing:
-            taken = self.survey.without(SECONDS, taken, for_nothing)
-            lowered = self.build(taken)
-        return self._finish(Trial(taken, taken.cost, lowered), SECONDS, None)
+            without = self.survey.without(SECONDS, plan, for_nothing)
+            less = lost(instantiate(self.rewrite(without)))
+            if _holds(less, most):
+                return Trial(without, less, self.build(without))
+        return Trial(plan, value, lowered)
 
     # --- building ---------------------------------------------------------------------------------------------------------------------------
 
@@ -188,7 +235,7 @@ class PlanLoop:
         """The Program after a plan, not lowered."""
         return (plan.pipeline | self.after).run(self.base, self.job.context(None), self.job.instruments)
 
-    def _finish(self, trial: Trial, kind: str, limit: float | None) -> Program:
+    def _finish(self, trial: Trial, kind: str, limit: float | None, lost: float | None = None) -> Program:
         """Write the plan down for the report."""
         survey, plan = self.survey, trial.plan
         rest = 0.0 if limit is None else trial.value - survey.spent(kind, plan.taken)
@@ -197,7 +244,7 @@ class PlanLoop:
             if row is not None:
                 row.loss, row.options = survey.loss(site, offer), survey.options(site, offer)
         whole = self.before | plan.pipeline | self.after
-        self.job.plan = survey.planned(kind, plan, limit, self.rounds, whole, rest)
+        self.job.plan = replace(survey.planned(kind, plan, limit, self.rounds, whole, rest), lost=lost)
         return trial.lowered
 
 
@@ -226,6 +273,13 @@ def _known(rows: Mapping[str, Decision], read: Callable[[Decision], float | None
     """Site -> what a row says, where it says something."""
     found = {site: read(row) for site, row in rows.items()}
     return {site: value for site, value in found.items() if value is not None}
+
+
+def took(row: Decision) -> float | None:
+    """Seconds of what a plan made of a site. Where that lost to the dense form, its own time: other densities are judged by it, too."""
+    if row.format == "dense" and row.structure != "dense" and row.sparse_ms is not None and row.dense_ms is not None:
+        return max(row.sparse_ms, row.dense_ms) / 1e3
+    return _in_seconds(row.compiled_ms)
 
 
 def _in_seconds(milliseconds: float | None) -> float | None:

@@ -52,6 +52,8 @@ class Planned:
     rounds     how often the plan was made, measured and solved again
     rest       what was measured of all that is no site, in `unit`: what the limit leaves for the sites is less by that
     belief     how far differences between sites counted, 0 to 1: less than 1 where an evener plan lost less in the whole model
+    lost       of a budget of quality: what the whole model loses as measured, in the budget's unit; without a metric of the user's on batches that
+               nothing was fitted to, with what chance may add (held_out.upper)
     """
 
     pipeline: str
@@ -66,6 +68,7 @@ class Planned:
     rounds: int | None = None
     rest: float = 0.0
     belief: float = 1.0
+    lost: float | None = None
 
     @property
     def gap(self) -> float | None:

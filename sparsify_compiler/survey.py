@@ -134,23 +134,29 @@ class Survey:
         return [self._plan(point.choice, point.loss, point.cost, point.loss) for point in points]
 
     def correct(self, kind: str, measured: Mapping[str, float], taken: Mapping[str, Offer], dense: Mapping[str, float]) -> None:
-        """Take over what was measured of a plan: of its offers, of the sites as they were, and by their ratios of like offers of like sites.
+        """Take over what was measured of a plan: of its offers, of the sites as they were, and by their ratios of like offers.
 
-        Offers are alike when they are of one choice and their sites' dense forms were thought to cost the same.
+        Offers are alike when they are of one choice. Where nothing was measured of a site by it, the mean ratio of the sites counts whose dense forms
+        were thought to cost the same. No offer takes longer than the site as it was: what would, is not lowered so.
         """
         costs = {site: list(rows) for site, rows in self.costs(kind).items()}
         ratios: dict[tuple[float, int | None], list[float]] = {}
+        own: dict[tuple[str, int | None], float] = {}
         for site, value in measured.items():
             thought = costs[site][self.offers[site].index(taken[site])]
             if value > 0 and thought > 0:
                 ratios.setdefault((costs[site][0], taken[site].choice), []).append(math.log(value / thought))
+                own[site, taken[site].choice] = value / thought
         by_kind = {key: math.exp(math.fsum(logs) / len(logs)) for key, logs in ratios.items()}
         for site, offers in self.offers.items():
             first = costs[site][0]
-            costs[site] = [value * by_kind.get((first, offer.choice), 1.0) for value, offer in zip(costs[site], offers, strict=True)]
+            right = {offer.choice: own.get((site, offer.choice), by_kind.get((first, offer.choice), 1.0)) for offer in offers}
+            costs[site] = [value * right[offer.choice] for value, offer in zip(costs[site], offers, strict=True)]
             if site in measured:
                 costs[site][offers.index(taken[site])] = measured[site]
             costs[site][0] = dense.get(site, costs[site][0])
+            if kind == SECONDS:
+                costs[site] = [min(value, costs[site][0]) for value in costs[site]]
         self._costs[kind] = costs
 
     def planned(self, kind: str, plan: Plan, limit: float | None, rounds: int, whole: Pipeline, rest: float = 0.0) -> Planned:

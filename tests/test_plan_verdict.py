@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparsify_compiler.passes.plan._verdict import Verdict, verdicts
 from sparsify_compiler.passes.plan.choose_layers import ChooseLayers
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.program import Program
 from sparsify_compiler.quality import batch_losses
 from sparsify_compiler.survey import WEIGHTS, Offer, Survey
 from sparsify_compiler.target import host
@@ -207,6 +209,27 @@ def test_estimates_that_are_wrong_are_not_believed(words: Words, texts: list[Any
     assert moved(settled.pipeline, program, texts) < moved(wrong.pipeline, program, texts)
 
 
+def test_estimates_of_a_model_in_parts_are_held_against_the_whole_of_it_too() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    batches = [{"input_ids": torch.randint(1, 96, (4, 12))} for _ in range(3)]
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 20  # what the estimates below think matters least
+    program, ctx = capture(model, batches[0]), context(batches)
+    assert program.skeleton is not None
+    planner = ChooseLayers(choices=(WEIGHTS_CHOICE,), ignore=("lm_head",))
+    survey = planner.survey(program, ctx)
+    assert survey.scale == {}
+    survey.scale = {site: 1e-12 if "layers.1.mlp" in site else 1e12 for site in survey.offers}
+    wrong = survey.plan(WEIGHTS, 0.6 * survey.as_it_is(WEIGHTS).cost)
+    settled = planner.refine(survey, WEIGHTS, wrong, program, ctx)
+    assert survey.belief == 0
+    assert settled.cost <= wrong.cost * (1 + 1e-9)
+    assert moved(settled.pipeline, program, batches) < moved(wrong.pipeline, program, batches)
+
+
 @pytest.mark.parametrize(("even", "between", "belief"), [(2.0, 0.1, 1), (0.5, 0.7, 0), (0.5, 0.2, 0.5)])
 def test_a_plan_between_is_made_where_the_even_one_is_better(words: Words, texts: list[Any], monkeypatch: pytest.MonkeyPatch,
                                                              even: float, between: float, belief: float) -> None:
@@ -214,11 +237,16 @@ def test_a_plan_between_is_made_where_the_even_one_is_better(words: Words, texts
     planner = ChooseLayers(choices=(WEIGHTS_CHOICE,))
     survey = planner.survey(program, ctx)
     survey.scale = {site: 100.0**number for number, site in enumerate(survey.offers)}
-    told = [(1.0, even), (even, between)]
-    monkeypatch.setattr(choose_layers, "verdicts", lambda *_: [Verdict((value,), (), ()) for value in told.pop(0)])
+    told = [(even, 1.0), (between,)]  # what is known of the even plan is not asked again
+    monkeypatch.setattr(choose_layers, "verdicts", lambda program, models, *_: [Verdict((value,), (), ()) for value in _as_many(told.pop(0), models)])
     planner.settle(survey, WEIGHTS, survey.plan(WEIGHTS, 0.5 * survey.as_it_is(WEIGHTS).cost), program, ctx)
     assert survey.belief == belief
     assert len(told) == (belief == 1)
+
+
+def _as_many(values: tuple[float, ...], models: Sequence[Program]) -> tuple[float, ...]:
+    assert len(values) == len(models)
+    return values
 
 
 def test_what_a_plan_makes_of_the_model_is_made_once(words: Words, texts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

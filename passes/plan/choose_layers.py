@@ -114,16 +114,17 @@ class ChooseLayers(Planner):
             return plan
         assert ctx.batches is not None
         best, belief, spent = plan, survey.belief, survey.spent(kind, plan.taken)
-        made = {} if made is None else made
+        made, known = {} if made is None else made, None
         for share in BELIEFS:
             survey.believe(share)
             other = survey.plan(kind, spent)
             if other.taken in (plan.taken, best.taken):
                 continue
-            before, after = verdicts(program, [_after(one, program, ctx, made) for one in (best, other)], ctx.batches, ctx.loss)
-            if not after.better(before):
+            compared = (other,) if known is not None else (other, best)
+            after, *rest = verdicts(program, [_after(one, program, ctx, made) for one in compared], ctx.batches, ctx.loss)
+            if not after.better(known or rest[0]):
                 break
-            best, belief = other, share
+            best, belief, known = other, share, after
         survey.believe(belief)
         return best
 

@@ -205,6 +205,8 @@ def plan(report: Report) -> list[tuple[str, str]]:
         again = "" if not found.rounds or found.rounds == 1 else f", {found.rounds} times, with what was measured in between"
         least = f"no plan of these choices loses less than {number(found.bound)}"
         rows.append(("certificate", f"{least}: {percent(found.gap)} at most are left{took}{again}"))
+    if found.lost is not None:
+        rows.append(("loses", f"{number(found.lost)} as measured, with what chance may add; asked for was {report.budget}"))
     if found.belief < 1:
         rows.append(("estimates", f"{percent(found.belief)} of the differences between sites count: plans that believed more lost more"))
     off = misjudged(report.sites)
