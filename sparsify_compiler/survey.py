@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -64,6 +65,9 @@ class Survey:
     seconds: float = 0.0  # that the solver took, over all plans
     _typical: dict[tuple[int | None, float], float] = field(default_factory=dict)  # what offers of a kind lose on a weight
     _costs: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    _thought: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # costs before anything was measured, where something was
+    # (kind, cost that like sites were thought to have, choice, density) -> logarithms of measured / thought
+    _known: dict[tuple[str, float, int | None, float], list[float]] = field(default_factory=dict)
 
     def costs(self, kind: str) -> dict[str, list[float]]:
         """Site -> what each of its offers costs."""
@@ -134,30 +138,31 @@ class Survey:
         return [self._plan(point.choice, point.loss, point.cost, point.loss) for point in points]
 
     def correct(self, kind: str, measured: Mapping[str, float], taken: Mapping[str, Offer], dense: Mapping[str, float]) -> None:
-        """Take over what was measured of a plan: of its offers, of the sites as they were, and by their ratios of like offers.
+        """Take over what was measured of a plan: of its offers, and of the sites as they were.
 
-        Offers are alike when they are of one choice. Where nothing was measured of a site by it, the mean ratio of the sites counts whose dense forms
-        were thought to cost the same. No offer takes longer than the site as it was: what would, is not lowered so.
+        Sites are alike when their dense forms were thought to cost the same. Of like sites the median counts, over all that was ever measured: who
+        believes each of a hundred measurements plans for those that erred. What no site was measured at lies between the densities that some were.
+        No offer takes longer than the site as it was: what would, is not lowered so.
         """
-        costs = {site: list(rows) for site, rows in self.costs(kind).items()}
-        ratios: dict[tuple[float, int | None], list[float]] = {}
-        own: dict[tuple[str, int | None], float] = {}
-        for site, value in measured.items():
-            thought = costs[site][self.offers[site].index(taken[site])]
-            if value > 0 and thought > 0:
-                ratios.setdefault((costs[site][0], taken[site].choice), []).append(math.log(value / thought))
-                own[site, taken[site].choice] = value / thought
-        by_kind = {key: math.exp(math.fsum(logs) / len(logs)) for key, logs in ratios.items()}
+        thought = self._thought.get(kind) or self.costs(kind)
+        known = {key: list(logs) for key, logs in self._known.items()}
+        rows = [(site, self.offers[site][0], value) for site, value in dense.items() if site in self.offers]
+        rows += [(site, taken[site], value) for site, value in measured.items() if taken[site].choice is not None or site not in dense]
+        for site, offer, value in rows:
+            before = thought[site][self.offers[site].index(offer)]
+            if value > 0 and before > 0:
+                known.setdefault((kind, thought[site][0], offer.choice, offer.density), []).append(math.log(value / before))
+        self._thought, self._known = {**self._thought, kind: thought}, known
+        curves: dict[tuple[float, int | None], dict[float, float]] = {}
+        for (of, first, choice, density), logs in known.items():
+            if of == kind:
+                curves.setdefault((first, choice), {})[density] = statistics.median(logs)
+        costs = {}
         for site, offers in self.offers.items():
-            first = costs[site][0]
-            right = {offer.choice: own.get((site, offer.choice), by_kind.get((first, offer.choice), 1.0)) for offer in offers}
-            costs[site] = [value * right[offer.choice] for value, offer in zip(costs[site], offers, strict=True)]
-            if site in measured:
-                costs[site][offers.index(taken[site])] = measured[site]
-            costs[site][0] = dense.get(site, costs[site][0])
-            if kind == SECONDS:
-                costs[site] = [min(value, costs[site][0]) for value in costs[site]]
-        self._costs[kind] = costs
+            first = thought[site][0]
+            found = [cost * _ratio(curves.get((first, offer.choice)), offer.density) for cost, offer in zip(thought[site], offers, strict=True)]
+            costs[site] = [min(cost, found[0]) for cost in found] if kind == SECONDS else found
+        self._costs = {**self._costs, kind: costs}
 
     def planned(self, kind: str, plan: Plan, limit: float | None, rounds: int, whole: Pipeline, rest: float = 0.0) -> Planned:
         """The plan as the report's data; `whole` is it with the passes around it, `rest` what was measured of all that is no site."""
@@ -212,6 +217,17 @@ class Survey:
     def _plan(self, choice: Sequence[int], loss: float, cost: float, bound: float) -> Plan:
         taken = {site: offers[number] for (site, offers), number in zip(self.offers.items(), choice, strict=True)}
         return Plan(taken, self.pipeline(taken), loss, cost, bound)
+
+
+def _ratio(logs: Mapping[float, float] | None, density: float) -> float:
+    """By what a cost is multiplied, from the logarithms that are known at some densities: on the line between two of them, beyond as at the last."""
+    if not logs:
+        return 1.0
+    low, high = max((one for one in logs if one <= density), default=None), min((one for one in logs if one >= density), default=None)
+    if low is None or high is None or low == high:
+        return math.exp(logs[min(logs, key=lambda one: abs(one - density))])
+    share = (density - low) / (high - low)
+    return math.exp((1 - share) * logs[low] + share * logs[high])
 
 
 @dataclass(frozen=True)

@@ -256,9 +256,22 @@ def test_measured_costs_correct_like_offers() -> None:
     survey = Survey(offers, lambda kind: costs, lambda taken: Pipeline())
     survey.correct(SECONDS, {"a": 3.0, "c": 1.0}, {"a": offers["a"][1], "c": offers["c"][2]}, {})
     assert survey.costs(SECONDS) == {"a": [4.0, 3.0, 1.5], "b": [4.0, 3.0, 1.5], "c": [8.0, 2.0, 1.0]}
-    survey = Survey({site: offers[site] for site in "abc"}, lambda kind: {site: [4.0, 2.0, 1.0] for site in "abc"}, lambda taken: Pipeline())
-    survey.correct(SECONDS, {"a": 1.0, "b": 4.0}, {"a": offers["a"][1], "b": offers["b"][1]}, {})
-    assert survey.costs(SECONDS) == {"a": [4.0, 1.0, 0.5], "b": [4.0, 4.0, 2.0], "c": [4.0, pytest.approx(2.0), pytest.approx(1.0)]}
+
+
+def test_of_like_sites_the_median_counts_and_what_was_measured_is_remembered() -> None:
+    densities = (0.9, 0.5, 0.3, 0.1)
+    offers = {site: [Offer("dense"), *[Offer(f"{d}", 0, d, 1 / d) for d in densities]] for site in "abcd"}
+    survey = Survey(offers, lambda kind: {site: [10.0, *[10 * d for d in densities]] for site in "abcd"}, lambda taken: Pipeline())
+    half = {site: offers[site][2] for site in "abcd"}
+    survey.correct(SECONDS, {"a": 4.0, "b": 5.5, "c": 30.0}, half, {"a": 11.0, "b": 40.0, "c": 10.0, "d": 11.0})
+    assert survey.costs(SECONDS) == {site: pytest.approx([11.0, 9.9, 5.5, 3.3, 1.1]) for site in "abcd"}
+    survey.correct(SECONDS, {"a": 12.0}, {"a": offers["a"][1]}, {})
+    most = {site: offers[site][4] for site in "abcd"}
+    survey.correct(SECONDS, {"d": 2.0}, most, {})
+    costs = survey.costs(SECONDS)["c"]
+    assert costs == pytest.approx([11.0, 11.0, 5.5, 3 * math.sqrt(1.1 * 2.0), 2.0]), "high densities still lose, and between two there is the line"
+    survey.correct(SECONDS, {"a": 2.0}, most, {})
+    assert survey.costs(SECONDS)["c"] == pytest.approx(costs)
 
 
 def test_no_offer_takes_longer_than_the_site_as_it_was_and_a_loser_says_how_others_would_do() -> None:
@@ -330,7 +343,7 @@ def priced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _forms(work: Work) -> dict[str, float]:
     sizes = dict(work.sizes)
-    dense = sizes["N"] * sizes["K"] * 1e-9
+    dense = sizes["N"] * sizes["K"] * 1e-9 * (1 + 1e-9 * sizes["N"])  # shapes are not taken for alike
     return {"dense": dense} | ({"sparse": dense * sizes.get("density", 0.5)} if work.op != "linear" else {})
 
 
@@ -405,9 +418,9 @@ def test_the_next_limit_lies_between(beyond: float) -> None:
 
 @pytest.mark.usefixtures("priced")
 def test_quality_is_not_given_up_for_nothing(net: Net, batches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers that never gain keep their own weights, and what they would have lost is lost by those that gain."""
+    """Layers of a shape that never gains keep their own weights, and what they would have lost is lost by those that gain."""
     planner = ChooseLayers(choices=CHOICES[:1], densities=tuple(round(0.05 * k, 2) for k in range(4, 20)))
-    in_vain = ("first.0", "first.2")
+    in_vain = ("first.0", "second.0", "head.0")
     built = _measured(monkeypatch, in_vain)
 
     def compiled() -> sc.Report:
@@ -421,8 +434,8 @@ def test_quality_is_not_given_up_for_nothing(net: Net, batches: list[Any], monke
     monkeypatch.setattr(plan_loop, "REPLANNED", 0)
     once = compiled()
     dropped, before = (1 - (each.quality[0].compiled or 0) for each in (again, once))
-    assert before < 0.5 * dropped < 0.5 * 0.02
-    assert densities["head.0"] < {site.site: site.density for site in once.sites}["head.0"]
+    assert before < 0.8 * dropped < 0.8 * 0.02
+    assert densities["first.2"] + densities["head.2"] < sum(site.density for site in once.sites if site.site in ("first.2", "head.2"))
     assert again.plan is not None
     assert once.plan is not None
     assert again.plan.rounds > once.plan.rounds
