@@ -35,8 +35,9 @@ from sparsify_compiler.target import host
 ENGINES = {
     "torch_dense": (None, False), "openvino": ("engines", False), "onnxruntime": ("engines", False), "litert": ("engines", False),
     "torch_csr": (None, True), "mkl": ("engines", True), "deepsparse": ("deepsparse", True), "ours": (None, True), "ours_kernels": (None, True),
+    "ours_parts": (None, True),
 }
-DEFAULT = [name for name in ENGINES if name != "ours_kernels"]
+DEFAULT = [name for name in ENGINES if name not in ("ours_kernels", "ours_parts")]
 WRONG = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.3}  # an error above this is no rounding: the form is left out
 FEWEST = 3  # rounds that are run whatever they take
 

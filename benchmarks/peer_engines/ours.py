@@ -17,13 +17,13 @@ import sparsify_compiler as sc
 from ._torch import DTYPES, Call, module
 
 
-def forms(folder: Path, threads: int) -> Iterator[tuple[Any, ...]]:
+def forms(folder: Path, threads: int, calls: str = "auto", label: str = "ours") -> Iterator[tuple[Any, ...]]:
     """The compiled model in each dtype; what was chosen for each site goes to stderr."""
     torch.set_num_threads(threads)
     for word, dtype in DTYPES.items():
         model, x = module(folder, dtype)
-        compiled = sc.compile(masked(model), (x,), recipe=sc.Pipeline.parse("pack() | lower()"))
+        compiled = sc.compile(masked(model), (x,), recipe=sc.Pipeline.parse("pack() | lower()"), calls=calls)
         chosen = Counter(f"{site.format} by {site.kernel}" for site in compiled.report().sites)
-        Console(file=sys.stderr, width=150).print(f"ours {word}:", *(f"{count} × {what}" for what, count in chosen.items()),
+        Console(file=sys.stderr, width=150).print(f"{label} {word}:", *(f"{count} × {what}" for what, count in chosen.items()),
                                                  compiled.report().calls, sep="\n  ", markup=False)
-        yield f"ours {word}", word, Call(compiled, x)
+        yield f"{label} {word}", word, Call(compiled, x)
