@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
+from .errors import ModelError
 from .export_library_products import Products
 from .export_library_selections import spell
 from .held import OWN, Held
@@ -43,15 +44,18 @@ class LibraryHere:
 
     @property
     def own_bytes(self) -> int:
-        return sum(one.numel() * one.element_size() for one in self.own)
+        return _bytes(self.own)
 
 
 def build_here(program: Program, region: Region, target: Target, rows: tuple[int, ...],
-               function: Callable[[fx.Graph, Mapping[fx.Node, Product], frozenset[fx.Node], Products], Function]) -> tuple[bytes, list[Placed]]:
-    """Compile a graph of a program, or take it from the cache: the library and its parameters. The region is changed. Raises KernelError.
+               function: Callable[[fx.Graph, Mapping[fx.Node, Product], frozenset[fx.Node], Products], Function],
+               room: int | None = None) -> tuple[bytes, list[Placed]]:
+    """Compile a graph of a program, or take it from the cache: the library and its parameters. The region is changed.
 
     rows      numbers of rows of x that layers are laid out for, where they vary
     function  of a copy of the region's graph and what its layers are computed with
+    room      bytes of weights that may be held for the library alone
+    Raises KernelError, and ModelError where there is no room.
     """
     from .codegen.whole_graph_here import library
 
@@ -61,9 +65,12 @@ def build_here(program: Program, region: Region, target: Target, rows: tuple[int
         products = Products(region, target, rows, held.find)
         copy = region.clone()
         made = function(copy.graph, *products.within(copy), products)
+        laid = {f"{one.name}:{part}": held.find(tensor) for one in made.products.values() for part, tensor in _arguments(one).items()}
+        own = _bytes([tensor for tensor in laid.values() if held.place(tensor)[0] == OWN])
+        if room is not None and own > room:
+            raise ModelError(f"it would hold {own / 2**20:.1f} MB of weights for itself, more than {room / 2**20:.1f} MB")
         binary, names = library(made, _told(made), target)
-    laid = {f"{one.name}:{part}": tensor for one in made.products.values() for part, tensor in _arguments(one).items()}
-    tensors = [held.find(laid[name] if name in laid else get_tensor(region.module, name).detach().contiguous()) for name in names]
+    tensors = [laid[name] if name in laid else held.find(get_tensor(region.module, name).detach().contiguous()) for name in names]
     return binary, [(held.place(one), one) for one in tensors]
 
 
@@ -72,6 +79,10 @@ def load_here(binary: bytes, name: str, parameters: list[Placed], target: Target
     from .codegen.whole_graph_here import Here
 
     return LibraryHere(Here(binary, name, [tensor for _, tensor in parameters], target), binary, tuple(parameters))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(one.numel() * one.element_size() for one in tensors)
 
 
 def _told(function: Function) -> str:

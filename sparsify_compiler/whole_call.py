@@ -92,10 +92,10 @@ def sizes_of(spec: InputSpec) -> set[str]:
     return {size for leaf in tensors_of(spec) for size in leaf.shape if isinstance(size, str)}
 
 
-def build_call(program: Program, target: Target, most: Mapping[str, int]) -> tuple[LibraryHere, dict[int, int]]:
+def build_call(program: Program, target: Target, most: Mapping[str, int], room: int | None = None) -> tuple[LibraryHere, dict[int, int]]:
     """The library of a model that was captured whole, for sizes up to `most`, and the rows of tables that its inputs name (`WholeCall.rows`).
 
-    Raises ModelError where it has no such form, KernelError.
+    Raises ModelError where it has no such form, or would hold more than `room` bytes of weights for itself; KernelError.
     """
     from .codegen.whole_graph import Function
 
@@ -110,7 +110,7 @@ def build_call(program: Program, target: Target, most: Mapping[str, int]) -> tup
         return Function(NAME, graph, lambda name: get_tensor(region.module, name), _inputs(region.spec), names, found, computed,
                         tuple(products.reference))
 
-    binary, parameters = build_here(program, region, target, ROWS, function)
+    binary, parameters = build_here(program, region, target, ROWS, function, room)
     return load_here(binary, NAME, parameters, target), rows
 
 

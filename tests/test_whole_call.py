@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +15,12 @@ from sparsify_compiler import library_here, whole_choice
 from sparsify_compiler.capture import capture
 from sparsify_compiler.capture_verify import close
 from sparsify_compiler.codegen import whole_graph_here
-from sparsify_compiler.codegen.runtime import candidates
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.errors import InputError, ModelError
 from sparsify_compiler.export_library_products import Products
 from sparsify_compiler.measure import Timing
-from sparsify_compiler.operands import operands, operator_of
 from sparsify_compiler.pipeline import Pipeline
+from sparsify_compiler.target import host
 from sparsify_compiler.whole_call import rows_of
 
 WORDS = 50
@@ -91,13 +91,23 @@ def test_larger_calls_go_the_usual_way(encoder: CompiledModel) -> None:
         check(encoder, ids(batch, tokens), False)
 
 
-def test_tensors_may_lie_anyhow(encoder: CompiledModel) -> None:
+def test_tensors_may_lie_anyhow(encoder: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library reads them contiguous, at multiples of 64 bytes."""
+    assert encoder.whole is not None
+    run, read = encoder.whole.library.run, []
+
+    def noted(*inputs: Tensor) -> tuple[Tensor, ...]:
+        read.extend(inputs)
+        return run(*inputs)
+
+    monkeypatch.setattr(encoder.whole.library, "run", noted)
     turned, shifted = ids(12, 4).t(), torch.zeros(49, dtype=torch.int64)[1:].view(4, 12)
     assert shifted.data_ptr() % 64
     assert not turned.is_contiguous()
     shifted.copy_(ids(4, 12))
     check(encoder, turned, True)
     check(encoder, shifted, True)
+    assert all(one.is_contiguous() and one.data_ptr() % 64 == 0 for one in read)
 
 
 def test_results_are_tensors_of_their_own(encoder: CompiledModel) -> None:
@@ -259,18 +269,20 @@ def test_rows_that_a_call_names_are_known() -> None:
 
 
 def test_convolutions_are_cut_as_they_were_measured() -> None:
-    torch.manual_seed(0)
+    """As the kernel over planes that they have for this target; by a rule where they have none."""
     model = compiled(nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU()), (torch.randn(1, 16, 28, 28),), calls="parts")
     assert model.target is not None
     region = model.program.regions[""]
-    node = next(node for node in region.graph.nodes if node.meta.get("kernel") is not None)
-    tensors, attributes, bias = operands(region, node)
-    for candidate in candidates(operator_of(node), tensors, attributes, torch.float32, (1, 16, 28, 28), model.target):
-        node.meta["kernel"] = kernel = candidate.bind(bias)
-        if kernel.options.get("layout") == "planes":
-            laid = next(iter(Products(region, model.target).found.values())).laid
-            assert (laid.schedule.r, laid.schedule.vectors) == (kernel.options["r"], kernel.options["vectors"])  # type: ignore[union-attr]
-            assert laid.schedule.parallel == kernel.options["parallel"]  # type: ignore[union-attr]
+    node = next(node for node in region.graph.nodes if node.target is torch.ops.aten.conv2d.default)
+    measured = {"layout": "planes", "r": 4, "vectors": 4, "chunk": 16, "parallel": False}
+
+    def cut(kernel: Any) -> tuple[int, int]:
+        node.meta["kernel"] = kernel
+        schedule: Any = next(iter(Products(region, model.target or host()).found.values())).laid.schedule  # type: ignore[union-attr]
+        return schedule.r, schedule.parallel
+
+    assert cut(SimpleNamespace(options=measured, target=model.target)) == (4, False)
+    assert cut(SimpleNamespace(options=measured, target=None))[0] == cut(None)[0] == 8
 
 
 def test_places_are_told_by_what_is_in_them(encoder: CompiledModel) -> None:
