@@ -243,6 +243,19 @@ def test_the_average_of_the_weights_is_what_is_handed_back(moves: str) -> None:
     assert any(not torch.equal(value, seen[10][name]) for name, value in module.state_dict().items())
 
 
+def test_the_average_of_packed_weights_moves_with_their_places() -> None:
+    """As with masks, to rounding, over steps in which weights go and come."""
+    found = []
+    for end in ("", " | pack()"):
+        model = dense()
+        module, hook = sc.attach(model, DATA[0], f"mask_weights(score='random', density=0.5) | move_masks(grow='gradient', every=3, until=9){end}")
+        sc.recover(module, model, DATA, hook=hook, steps=10, rate=1e-2, average=0.8, losses="outputs")
+        found.append(hook.weights())
+    assert len(found[0]) == 5
+    for masked, packed in zip(found[0].values(), found[1].values(), strict=True):
+        torch.testing.assert_close(packed, masked, rtol=1e-4, atol=1e-6)
+
+
 def test_the_average_is_what_is_measured() -> None:
     seen: list[dict[str, Tensor]] = []
     module, hook, model = sparse()
