@@ -51,12 +51,13 @@ def interleave(forms: Mapping[str, Callable[[], object]], *, rounds: int = 15, w
 
 def round_robin(groups: Mapping[str, Mapping[str, Callable[[], object]]], *, rounds: int = 15, warmup: int = 2,
                 at_most: float = 20.0) -> dict[str, dict[str, Timing]]:
-    """Time the forms of many groups (the layers of a model), each group once a round.
+    """Time the forms of many groups (the layers of a model), each form once a round: the first of every group, then the second of every group.
 
     A layer then meets the caches as it does in the model, after all the others; a tight loop over one layer would flatter whichever form
-    is just small enough to stay in a cache.
+    is just small enough to stay in a cache, and one form after the other that which reads the weight that the form before it has just read.
     """
-    flat = {(group, name): form for group, forms in groups.items() for name, form in forms.items()}
+    most = max(map(len, groups.values()), default=0)
+    flat = {(group, name): form for place in range(most) for group, forms in groups.items() for name, form in list(forms.items())[place : place + 1]}
     for _ in range(warmup):
         for form in flat.values():
             form()
