@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .codegen.whole_graph_here import Here
 
 Placed = tuple[tuple[str, ...], Tensor]
+ALIGNED = 64    # bytes that a tensor starts at a multiple of, where a library reads it
 
 
 @dataclass
@@ -66,12 +67,18 @@ def build_here(program: Program, region: Region, target: Target, rows: tuple[int
         copy = region.clone()
         made = function(copy.graph, *products.within(copy), products)
         laid = {f"{one.name}:{part}": held.find(tensor) for one in made.products.values() for part, tensor in _arguments(one).items()}
-        own = _bytes([tensor for tensor in laid.values() if held.place(tensor)[0] == OWN])
-        if room is not None and own > room:
-            raise ModelError(f"it would hold {own / 2**20:.1f} MB of weights for itself, more than {room / 2**20:.1f} MB")
+        _check_room(_bytes(tensor for tensor in laid.values() if held.place(tensor)[0] == OWN), room)
         binary, names = library(made, _told(made), target)
     tensors = [laid[name] if name in laid else held.find(get_tensor(region.module, name).detach().contiguous()) for name in names]
     return binary, [(held.place(one), one) for one in tensors]
+
+
+def aligned(parameters: Iterable[Placed], room: int | None = None) -> list[Placed]:
+    """The parameters, with copies in the place of those that do not start at a multiple of ALIGNED, as those of a file that is mapped may not: what
+    operators read of them is loaded as if they did. Raises ModelError where what is held for the library alone then is more than `room` bytes."""
+    found = [(place, one) if one.data_ptr() % ALIGNED == 0 else ((OWN,), one.detach().clone()) for place, one in parameters]
+    _check_room(_bytes(one for place, one in found if place[0] == OWN), room)
+    return found
 
 
 def load_here(binary: bytes, name: str, parameters: list[Placed], target: Target) -> LibraryHere:
@@ -79,6 +86,11 @@ def load_here(binary: bytes, name: str, parameters: list[Placed], target: Target
     from .codegen.whole_graph_here import Here
 
     return LibraryHere(Here(binary, name, [tensor for _, tensor in parameters], target), binary, tuple(parameters))
+
+
+def _check_room(own: int, room: int | None) -> None:
+    if room is not None and own > room:
+        raise ModelError(f"it would hold {own / 2**20:.1f} MB of weights for itself, more than {room / 2**20:.1f} MB")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

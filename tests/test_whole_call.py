@@ -291,3 +291,24 @@ def test_places_are_told_by_what_is_in_them(encoder: CompiledModel) -> None:
     every = sum(tensor.numel() * tensor.element_size() for _, tensor in encoder.whole.library.parameters)
     assert encoder.whole.library.own_bytes * 10 < every
     assert library_here.LibraryHere is type(encoder.whole.library)
+
+
+def test_weights_that_start_anywhere_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a mapped safetensors file start wherever its header ends: operators' loads of whole lines then ended the process."""
+    monkeypatch.setattr(whole_choice, "_is_faster", lambda times: True)
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    for parameter in model.parameters():
+        room = torch.empty(parameter.numel() + 32, dtype=torch.float32)
+        start = (64 - room.data_ptr() % 64) // 4 % 16 + 6
+        parameter.data = room[start : start + parameter.numel()].view_as(parameter).copy_(parameter.data)
+    monkeypatch.setattr(whole_choice, "ROOM", 1)
+    made = compiled(model, (ids(4, 12),), dynamic={"ids": {0: "batch", 1: "tokens"}}, calls="library")
+    assert made.whole is not None, made.report().calls
+    assert all(one.data_ptr() % 64 == 0 for _, one in made.whole.library.parameters)
+    assert made.whole.library.own_bytes >= WORDS * 32 * 4
+    check(made, ids(4, 12), by_library=True)
+    monkeypatch.setattr(whole_choice, "ROOM", 1000)
+    refused = compiled(model, (ids(4, 12),), dynamic={"ids": {0: "batch", 1: "tokens"}}, calls="library")
+    assert refused.whole is None
+    assert "weights for itself" in refused.report().calls
