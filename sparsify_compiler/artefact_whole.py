@@ -9,10 +9,10 @@ from typing import Any
 from .artefact_library import decode_library, encode_library
 from .artefact_tensors import TensorSource, TensorStore
 from .errors import ArtefactError
-from .library_here import aligned, load_here
+from .library_here import load_here
 from .program import Program
 from .target import Target
-from .whole_call import NAME, WholeCall, build_call, sizes_of
+from .whole_call import NAME, PARTS, WholeCall, build_call, sizes_of
 
 
 def encode_whole(whole: WholeCall | None, store: TensorStore, folder: Path, where: str, target: Target) -> dict[str, Any] | None:
@@ -35,5 +35,5 @@ def decode_whole(data: Mapping[str, Any] | None, folder: Path, known: Mapping[st
         raise ArtefactError("the library that takes calls was made for other inputs", where="graph.json", hint="save the model again")
     library, why = decode_library(data, folder, known, program, source, target, rebuild,
                                   lambda: build_call(program, target, {name: most for name, (_, most) in sizes.items()})[0],
-                                  lambda binary, parameters: load_here(binary, NAME, aligned(parameters), target))
-    return (None, f"kernel by kernel: {why}") if library is None else (WholeCall(library, spec, sizes, rows), "")
+                                  lambda binary, parameters: load_here(binary, NAME, parameters, target))
+    return (None, f"{PARTS}: {why}") if library is None else (WholeCall(library, spec, sizes, rows), "")

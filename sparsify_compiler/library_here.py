@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ class LibraryHere:
     @property
     def own(self) -> list[Tensor]:
         """Tensors that are held for the library alone."""
-        return [tensor for place, tensor in self.parameters if place[0] == OWN]
+        return list({id(tensor): tensor for place, tensor in self.parameters if place[0] == OWN}.values())
 
     @property
     def own_bytes(self) -> int:
@@ -67,28 +67,28 @@ def build_here(program: Program, region: Region, target: Target, rows: tuple[int
         copy = region.clone()
         made = function(copy.graph, *products.within(copy), products)
         laid = {f"{one.name}:{part}": held.find(tensor) for one in made.products.values() for part, tensor in _arguments(one).items()}
-        _check_room(_bytes(tensor for tensor in laid.values() if held.place(tensor)[0] == OWN), room)
+        check_room(_bytes(tensor for tensor in laid.values() if held.place(tensor)[0] == OWN), room)
         binary, names = library(made, _told(made), target)
     tensors = [laid[name] if name in laid else held.find(get_tensor(region.module, name).detach().contiguous()) for name in names]
     return binary, [(held.place(one), one) for one in tensors]
 
 
-def aligned(parameters: Iterable[Placed], room: int | None = None) -> list[Placed]:
-    """The parameters, with copies in the place of those that do not start at a multiple of ALIGNED, as those of a file that is mapped may not: what
-    operators read of them is loaded as if they did. Raises ModelError where what is held for the library alone then is more than `room` bytes."""
-    found = [(place, one) if one.data_ptr() % ALIGNED == 0 else ((OWN,), one.detach().clone()) for place, one in parameters]
-    _check_room(_bytes(one for place, one in found if place[0] == OWN), room)
-    return found
-
-
-def load_here(binary: bytes, name: str, parameters: list[Placed], target: Target) -> LibraryHere:
-    """A library with its parameters, ready to run. Raises KernelError."""
+def load_here(binary: bytes, name: str, parameters: Sequence[Placed], target: Target) -> LibraryHere:
+    """A library with its parameters, ready to run; with copies of those that do not start at a multiple of ALIGNED, as those of a file that is mapped
+    may not: what is read of them is loaded as if they did. Raises KernelError."""
     from .codegen.whole_graph_here import Here
 
-    return LibraryHere(Here(binary, name, [tensor for _, tensor in parameters], target), binary, tuple(parameters))
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    read: list[Placed] = []
+    for place, one in parameters:
+        if one.data_ptr() % ALIGNED:
+            place, one = (OWN,), copies.setdefault((one.data_ptr(), one.shape), one.detach().clone())
+        read.append((place, one))
+    return LibraryHere(Here(binary, name, [tensor for _, tensor in read], target), binary, tuple(read))
 
 
-def _check_room(own: int, room: int | None) -> None:
+def check_room(own: int, room: int | None) -> None:
+    """Raises ModelError where so many bytes of weights are more than may be held for a library alone; None: as many as it takes."""
     if room is not None and own > room:
         raise ModelError(f"it would hold {own / 2**20:.1f} MB of weights for itself, more than {room / 2**20:.1f} MB")
 

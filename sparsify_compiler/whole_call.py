@@ -17,7 +17,7 @@ from .export_library import output_names, whole_region
 from .export_library_attentions import plain_attentions
 from .export_library_blocks import LONGEST
 from .export_library_products import ROWS
-from .library_here import ALIGNED, LibraryHere, aligned, build_here, load_here
+from .library_here import ALIGNED, LibraryHere, build_here, check_room, load_here
 from .program import InputSpec, Program, Region, TensorSpec, get_tensor
 from .target import Target
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .codegen.whole_graph import Input
 
 NAME = "call"
+PARTS = "kernel by kernel"    # what is said of calls that no library takes
 INDICES = ("index", "indices")      # arguments of operators that name rows: a library reads the nearest where there is no such row
 
 
@@ -110,7 +111,9 @@ def build_call(program: Program, target: Target, most: Mapping[str, int], room: 
                         tuple(products.reference))
 
     binary, parameters = build_here(program, region, target, ROWS, function, room)
-    return load_here(binary, NAME, aligned(parameters, room), target), rows
+    library = load_here(binary, NAME, parameters, target)
+    check_room(library.own_bytes, room)
+    return library, rows
 
 
 def _inputs(spec: InputSpec) -> list[Input]:

@@ -16,9 +16,9 @@ from .errors import ModelError, SparsifyError
 from .measure import Timing, interleave, undisturbed
 from .program import InputSpec, Program, TensorSpec
 from .target import Target
-from .whole_call import WholeCall, build_call, tensors_of
+from .whole_call import PARTS, WholeCall, build_call, tensors_of
 
-PARTS, LIBRARY = "kernel by kernel", "one library"
+LIBRARY = "one library"
 CALLS = ("auto", "library", "parts")
 WORTH = 1 << 24     # bytes of weights from which a library is made without being asked for
 ROOM = 4            # what is held for the library alone is at most such a part of all that the model holds

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models.misaligned import misalign
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
@@ -297,11 +298,7 @@ def test_weights_that_start_anywhere_are_copied(monkeypatch: pytest.MonkeyPatch)
     """Those of a mapped safetensors file start wherever its header ends: operators' loads of whole lines then ended the process."""
     monkeypatch.setattr(whole_choice, "_is_faster", lambda times: True)
     torch.manual_seed(0)
-    model = Encoder().eval()
-    for parameter in model.parameters():
-        room = torch.empty(parameter.numel() + 32, dtype=torch.float32)
-        start = (64 - room.data_ptr() % 64) // 4 % 16 + 6
-        parameter.data = room[start : start + parameter.numel()].view_as(parameter).copy_(parameter.data)
+    model = misalign(Encoder())
     monkeypatch.setattr(whole_choice, "ROOM", 1)
     made = compiled(model, (ids(4, 12),), dynamic={"ids": {0: "batch", 1: "tokens"}}, calls="library")
     assert made.whole is not None, made.report().calls
