@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
+
 from . import catalog
 from .passes_api import Context, Pass
 from .pipeline import Pipeline
@@ -223,11 +225,7 @@ def _ratio(logs: Mapping[float, float] | None, density: float) -> float:
     """By what a cost is multiplied, from the logarithms that are known at some densities: on the line between two of them, beyond as at the last."""
     if not logs:
         return 1.0
-    low, high = max((one for one in logs if one <= density), default=None), min((one for one in logs if one >= density), default=None)
-    if low is None or high is None or low == high:
-        return math.exp(logs[min(logs, key=lambda one: abs(one - density))])
-    share = (density - low) / (high - low)
-    return math.exp((1 - share) * logs[low] + share * logs[high])
+    return math.exp(np.interp(density, sorted(logs), [logs[one] for one in sorted(logs)]))
 
 
 @dataclass(frozen=True)
