@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -137,6 +139,40 @@ def test_the_formulas_of_the_losses() -> None:
     assert float(catalog.get("distillation", "hidden_states")(ours, theirs)) == pytest.approx(float(mean))
     soft = functional.kl_div((s / 2).log_softmax(-1).flatten(0, 1), (t / 2).softmax(-1).flatten(0, 1), reduction="batchmean")
     assert float(catalog.get("distillation", "logits")(ours, theirs, temperature=2.0)) == pytest.approx(4 * float(soft), rel=1e-5)
+
+
+@given(st.integers(0, 7), st.integers(1, 9), st.sampled_from((1.0, 2.5)), st.integers(1, 20), st.booleans(), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_the_slope_of_the_logits_loss_is_that_of_its_formula(rows: int, classes: int, heat: float, together: int, padded: bool, half: bool) -> None:
+    generator, dtype = torch.Generator().manual_seed(rows * 10 + classes), torch.bfloat16 if half else torch.float32
+    ours, theirs = (torch.randn(2, rows, classes, generator=generator).to(dtype).transpose(0, 1) for _ in range(2))
+    tokens = torch.rand(rows, 2, generator=generator) < 0.5 if padded else None
+    student, plain = ours.clone().requires_grad_(), ours.float().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsify_compiler.passes.train.distillations.logits.NUMBERS", together)
+        found = catalog.get("distillation", "logits")(Seen((student,), (), tokens), Seen((theirs,), (), tokens), weight=3.0, temperature=heat)
+    s, t = (x.float().div(heat).log_softmax(-1) for x in (plain, theirs))
+    each = (t.exp() * (t - s)).sum(-1)
+    wanted = 3 * heat**2 * (each.mean() if tokens is None else (each * tokens).sum() / tokens.sum().clamp_min(1))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+    found.backward()
+    wanted.backward()
+    assert student.grad is not None
+    assert plain.grad is not None
+    assert student.grad.dtype == dtype
+    torch.testing.assert_close(student.grad.float(), plain.grad, rtol=2e-2 if half else 1e-4, atol=1e-3 if half else 1e-6)
+
+
+def test_a_class_that_both_rule_out_adds_nothing_to_the_logits_loss() -> None:
+    loss = catalog.get("distillation", "logits")
+    s, t = (torch.tensor([[[float("-inf"), *row]]], dtype=torch.float32) for row in ([1.0, 0.0], [0.5, 2.0]))
+    student = s.clone().requires_grad_()
+    found = loss(Seen((student,), (), None), Seen((t,), (), None))
+    found.backward()
+    assert float(found.detach()) == pytest.approx(float(loss(Seen((s[..., 1:],), (), None), Seen((t[..., 1:],), (), None))))
+    assert student.grad is not None
+    assert bool(student.grad.isfinite().all())
+    assert float(student.grad[0, 0, 0]) == 0
 
 
 def test_attention_weights_are_those_of_the_model_and_are_distilled() -> None:

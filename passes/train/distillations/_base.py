@@ -6,6 +6,8 @@ A module constant STATISTICS says what of it the loss looks at: "outputs", "stat
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from sparsify_compiler.distillation import Seen
@@ -16,7 +18,7 @@ def over_tokens(error: Tensor, seen: Seen) -> Tensor:
     real = seen.tokens
     if real is None or error.shape[:2] != real.shape:
         return error.mean()
-    rows = error.reshape(*real.shape, -1).mean(-1)
+    rows = error.reshape(*real.shape, math.prod(error.shape[2:])).mean(-1)  # told, as an empty batch leaves it open
     return (rows * real).sum() / real.sum().clamp_min(1)
 
 

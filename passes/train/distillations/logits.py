@@ -47,7 +47,7 @@ class _Divergence(torch.autograd.Function):
         return found.reshape(student.shape[:-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None]:
         (slopes,) = ctx.saved_tensors
         return slopes.view(*above.shape, slopes.shape[-1]).mul(above.unsqueeze(-1).to(slopes.dtype)), None, None
