@@ -182,16 +182,20 @@ def _takes(node: fx.Node) -> bool:
 
 
 def chunks(found: Iterable[tuple[Region, fx.Node]], size_of: Callable[[Region, fx.Node], int]) -> Iterator[tuple[list[tuple[Region, fx.Node]], int]]:
-    """The layers in groups of about CHUNK bytes, and how many layers are done after each."""
+    """The layers in groups of about CHUNK bytes, and how many layers are done after each.
+
+    What would be less than half of a group at the end goes with the one before: it would be timed with its weights in the caches, where they are not
+    when the model runs.
+    """
+    sizes = [(one, size_of(*one)) for one in found]
+    left = sum(size for _, size in sizes)
     chunk: list[tuple[Region, fx.Node]] = []
-    size = done = 0
-    for region, node in found:
-        chunk.append((region, node))
-        size, done = size + size_of(region, node), done + 1
-        if size >= CHUNK:
+    size = 0
+    for done, (one, own) in enumerate(sizes, 1):
+        chunk.append(one)
+        size, left = size + own, left - own
+        if (size >= CHUNK and left >= CHUNK // 2) or done == len(sizes):
             yield chunk, done
             chunk, size = [], 0
-    if chunk:
-        yield chunk, done
 
 
