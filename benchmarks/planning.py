@@ -20,7 +20,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,18 +31,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from subjects import LENGTH, MiniLM, MPNet, SmolLM2, Subject, lee, options, smollm2
+from torch import fx
 
 import sparsify_compiler as sc
-from sparsify_compiler.calibrate import calibrate
+from sparsify_compiler.calibrate import Calibration, calibrate
 from sparsify_compiler.codegen import runtime
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.measure import interleave
 from sparsify_compiler.passes.lower.lower import Lower
 from sparsify_compiler.passes.lower.pack import Pack
 from sparsify_compiler.passes.plan.choose_layers import ChooseLayers
+from sparsify_compiler.passes.prune._layers import find_layers
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.plan_loop import took
+from sparsify_compiler.program import Program, set_tensor
 from sparsify_compiler.quality import output_distance
 from sparsify_compiler.survey import SECONDS, Offer, Survey
 from sparsify_compiler.target import host
@@ -91,7 +94,7 @@ def build(arguments: argparse.Namespace) -> None:
     out = arguments.out / arguments.model
     out.mkdir(parents=True, exist_ok=True)
     ctx = Context(target=host(), example_inputs=timed(subject, arguments), batches=subject.batches, kernels=runtime)
-    ctx.calibrate = lambda program, needs: calibrate(program, subject.batches, needs)
+    ctx.calibrate = dense_statistics(subject)
     if not (out / "dense.json").exists():
         (out / "dense.json").write_text(json.dumps({"method": "dense", **subject.measure(subject.model)}))
     start = time.process_time()
@@ -109,7 +112,24 @@ def build(arguments: argparse.Namespace) -> None:
             else:
                 taken = rivals.made(method, mine, share * dense, subject.captured, ctx, arguments.structures)
             about = {"method": method, "asked": share, "sentences": arguments.sentences, "words": words(arguments), "lost": lost(mine, taken)}
-            keep(subject, ctx, out, f"{method} {share}", survey, taken, about)
+            keep(subject, ctx, out, f"{method} {share}", survey, taken, about, arguments)
+
+
+def dense_statistics(subject: Subject) -> Callable[[Program, Mapping[str, frozenset[str]]], Calibration]:
+    """Of the dense model, whatever a method has cut by then: the second structure of a plan has no other inputs than a rival's only one.
+
+    Gathered once, so that what is inverted of them is inverted once.
+    """
+    wanted: dict[str, frozenset[str]] = {}
+    known: list[Calibration] = []
+
+    def found(program: Program, needs: Mapping[str, frozenset[str]]) -> Calibration:
+        if not known or any(not names <= wanted.get(site, frozenset()) for site, names in needs.items()):
+            wanted.update({site: names | wanted.get(site, frozenset()) for site, names in needs.items()})
+            known[:] = [calibrate(subject.captured, subject.batches, wanted)]
+        return known[0]
+
+    return found
 
 
 def planned(planner: ChooseLayers, survey: Survey, share: float, subject: Subject, ctx: Context, again: str) -> Mapping[str, Offer]:
@@ -154,12 +174,16 @@ def planner_of(arguments: argparse.Namespace) -> ChooseLayers:
     return ChooseLayers(choices=tuple(choices), probes=arguments.probes)
 
 
-def keep(subject: Subject, ctx: Context, out: Path, name: str, survey: Survey, taken: Mapping[str, Offer], about: dict[str, Any]) -> None:
+def keep(subject: Subject, ctx: Context, out: Path, name: str, survey: Survey, taken: Mapping[str, Offer], about: dict[str, Any],
+         arguments: argparse.Namespace) -> None:
     """Prune and lower; layers that do not pay keep their own weights, so that it is done once more without them."""
     start = time.process_time()
-    lowered = (survey.pipeline(taken) | LOWERING).run(subject.captured, ctx, ())
+    changed = survey.pipeline(taken).run(subject.captured, ctx, ())
+    lowered = LOWERING.run(changed, ctx, ())
     for_nothing = idle(lowered)
-    if for_nothing:
+    if for_nothing and arguments.inputs == "dense" and not {*arguments.structures} & {*OTHERS}:  # no layer was cut by what others gave it
+        lowered = LOWERING.run(whole_again(changed, subject.captured, for_nothing), ctx, ())
+    elif for_nothing:
         rest = {site: survey.offers[site][0] if site in for_nothing else offer for site, offer in taken.items()}
         lowered = (survey.pipeline(rest) | LOWERING).run(subject.captured, ctx, ())
     compiled = CompiledModel(lowered, host())
@@ -169,6 +193,20 @@ def keep(subject: Subject, ctx: Context, out: Path, name: str, survey: Survey, t
     row = {**about, "density": density, "idle": len(for_nothing), "processor": time.process_time() - start, **subject.measure(compiled)}
     (out / f"{name}.json").write_text(json.dumps(row))
     told(row)
+
+
+def whole_again(cut: Program, captured: Program, sites: Iterable[str]) -> Program:
+    """A masked Program with the weights that some layers had."""
+    found = cut.clone()
+    for layer in find_layers(captured, tuple(sites), ())[0]:
+        for use in layer.uses:
+            region, source = found.regions[use.region.path], use.op.kwargs["weight"]
+            assert isinstance(source, fx.Node)
+            op = region.node(use.op.name)
+            op.kwargs = {**op.kwargs, "weight": region.node(source.name)}
+            set_tensor(region.module, str(source.target), layer.weight)
+            del found.decisions[use.site.path]
+    return found
 
 
 def clock(arguments: argparse.Namespace) -> None:

@@ -1,17 +1,19 @@
-"""Timing that can be trusted on a shared machine: rivals interleaved in one process, medians with spread, repeated when the yardstick moves."""
+"""Timing that can be trusted on a shared machine: rivals interleaved in one process, without what they waited for processors, medians with spread."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
+LEAST = 0.01  # of a call's time: what it takes at least, whatever it is said to have waited
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,43 @@ def round_robin(groups: Mapping[str, Mapping[str, Callable[[], object]]], *, rou
     return result
 
 
+class Waits:
+    """How long threads of this process, those that there are now, have been ready to run while other programs had the processors."""
+
+    def __init__(self) -> None:
+        self._files: list[BinaryIO] = []
+        for entry in Path("/proc/self/task").glob("*/schedstat"):
+            with suppress(OSError):  # the thread has ended
+                self._files.append(entry.open("rb", buffering=0))
+
+    def __enter__(self) -> Waits:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def seconds(self) -> list[float]:
+        """So far, by thread; nothing where the system does not tell."""
+        return [self._of(file) for file in self._files]
+
+    def since(self, before: Sequence[float]) -> float:
+        """Of the thread that has waited longest since then, as `seconds` were: threads that wait at one time hold the work up once."""
+        return max((now - then for now, then in zip(self.seconds(), before, strict=True)), default=0.0)
+
+    @staticmethod
+    def _of(file: BinaryIO) -> float:
+        try:
+            file.seek(0)
+            return int(file.read(128).split()[1]) / 1e9
+        except (OSError, ValueError, IndexError):
+            return 0.0
+
+
 def waited() -> float:
     """Seconds that threads of this process were ready to run so far while other programs had the processors; 0 where the system does not tell."""
-    total = 0.0
-    for entry in Path("/proc/self/task").glob("*/schedstat"):
-        with suppress(OSError, ValueError, IndexError):  # the thread has ended
-            total += int(entry.read_text(encoding="ascii").split()[1]) / 1e9
-    return total
+    with Waits() as waits:
+        return math.fsum(waits.seconds())
 
 
 def undisturbed(run: Callable[[], Result], attempts: int = 4, share: float = 0.03) -> tuple[Result, bool]:
@@ -89,19 +121,23 @@ def undisturbed(run: Callable[[], Result], attempts: int = 4, share: float = 0.0
 
 def _rounds(forms: Mapping[Key, Callable[[], object]], rounds: int, at_most: float,
             before: Callable[[Callable[[], object]], object] | None = None) -> dict[Key, list[float]]:
+    """Milliseconds of each call, less what the process was kept waiting: a call that is longer than other programs' turns would meet several of them,
+    a shorter one of the same layer none."""
     times: dict[Key, list[float]] = {name: [] for name in forms}
     clock, end, settle = time.perf_counter, time.perf_counter() + at_most, _settling()
-    for done in range(rounds):
-        if done >= 3 and clock() > end:
-            break
-        for name, form in forms.items():
-            if before is not None:
-                before(form)
-            start = clock()
-            form()
-            if settle is not None:
-                settle()
-            times[name].append((clock() - start) * 1e3)
+    with Waits() as waits:
+        for done in range(rounds):
+            if done >= 3 and clock() > end:
+                break
+            for name, form in forms.items():
+                if before is not None:
+                    before(form)
+                known, start = waits.seconds(), clock()
+                form()
+                if settle is not None:
+                    settle()
+                took = clock() - start
+                times[name].append(max(took - waits.since(known), LEAST * took) * 1e3)
     return times
 
 

@@ -87,6 +87,7 @@ class PlanLoop:
             self._approach(self._for_room(trial, kind, limit), kind, limit, tried, ROUNDS)
         best = self._best(kind, limit)
         second = self.planner.refine(self.survey, kind, best.plan, self.base, self.job.context(None))
+        self.survey.sketch = None  # nor what it holds of the dense model: plans are not looked at any more
         if second is not best.plan:
             self._approach(second, kind, limit, tried, REFINED)
             best = self._best(kind, limit)
@@ -171,7 +172,7 @@ class PlanLoop:
         cheaper by that, it is looked for again: what layers lose that gain nothing is then lost by others, which gain.
         """
         lost = loss_of_quality(self.job, self.captured)
-        limit = most
+        limit, self.survey.sketch = most, None  # plans are measured, and none is looked at beside another
         for rounds in (QUALITY_ROUNDS, *[MORE_ROUNDS] * REPLANNED):
             plan, limit, value = self._most_lost(limit, most, lost, rounds)
             if any(plan.taken == old.plan.taken for old in self.trials) or (self.trials and not limit):

@@ -55,6 +55,7 @@ class Survey:
     alike    groups of sites that take offers of the same number
     scale    site -> what its losses are multiplied with: what probes of the whole model said of the estimates
     belief   how far the differences between sites are believed, 0 to 1 (see believe)
+    sketch   (the passes of a plan) -> the Program after them, made as quickly as is enough to compare plans. None where only the passes can tell
     """
 
     offers: dict[str, list[Offer]]
@@ -64,6 +65,7 @@ class Survey:
     alike: list[list[str]] = field(default_factory=list)
     scale: dict[str, float] = field(default_factory=dict)
     belief: float = 1.0
+    sketch: Callable[[Pipeline], Program] | None = None
     seconds: float = 0.0  # that the solver took, over all plans
     _typical: dict[tuple[int | None, float], float] = field(default_factory=dict)  # what offers of a kind lose on a weight
     _costs: dict[str, dict[str, list[float]]] = field(default_factory=dict)

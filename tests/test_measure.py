@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +30,50 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(measure.time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr(measure.Waits, "_of", lambda self, file: 0.0)  # of the real clock
     return clock
+
+
+@pytest.mark.parametrize("waits", [[0.0], [1.0, 0.4], [9.9, 9.9]])
+def test_what_a_call_waited_for_a_processor_is_not_its_time(clock: Clock, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+    """Of threads that wait at one time the longest counts, and no call takes nothing."""
+    so_far = [0.0 for _ in waits]
+
+    def form() -> None:
+        clock.now += 3.0
+        so_far[:] = [before + wait for before, wait in zip(so_far, waits, strict=True)]
+
+    monkeypatch.setattr(measure.Waits, "seconds", lambda self: list(so_far))
+    found = measure.interleave({"form": form}, rounds=4, warmup=1)["form"]
+    assert found.median == pytest.approx(max(3.0 - max(waits), 0.03) * 1e3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not tell how long threads wait")
+def test_a_program_on_the_same_processor_changes_no_time() -> None:
+    """Of a call that is longer than a turn of the processor: as long as the thread computes, be the processor shared or not."""
+    allowed = os.sched_getaffinity(0)
+    busy = f"import os; os.sched_setaffinity(0, {{{min(allowed)}}}); print(1, flush=True)\nwhile True: pass"
+    other = subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        os.sched_setaffinity(0, {min(allowed)})
+        own: list[float] = []
+
+        def form() -> None:
+            begin = time.thread_time()
+            while time.thread_time() - begin < 0.03:
+                pass
+            own.append((time.thread_time() - begin) * 1e3)
+
+        before = measure.waited()
+        found = measure.interleave({"form": form}, rounds=7, warmup=0, repeats=1)["form"]
+        assert measure.waited() - before > 0.02
+        assert found.median == pytest.approx(statistics.median(own), rel=0.3)
+    finally:
+        os.sched_setaffinity(0, allowed)
+        other.kill()
+        other.wait()
 
 
 def test_rivals_take_turns(clock: Clock) -> None:

@@ -19,6 +19,7 @@ from sparsify_compiler.passes.prune._layers import find_layers
 from sparsify_compiler.passes.prune.mask_weights import MaskWeights
 from sparsify_compiler.passes.prune.repairs import obs
 from sparsify_compiler.passes.prune.repairs._base import damped
+from sparsify_compiler.passes.prune.repairs.obs import sweep_columns
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.survey import SECONDS, Offer
@@ -85,6 +86,31 @@ def test_only_what_looks_at_a_layer_by_itself_is_shown_some_of_it(evidence: Evid
     assert can_be_thinned(OBS, evidence.program)
     assert not can_be_thinned(inputs, evidence.program)
     assert not can_be_thinned(MaskWeights("gradient_times_weight"), evidence.program), "a statistic of each weight has the shape of all of them"
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "row", "16x1", "fan_in", "1:4"])
+def test_densities_that_are_tried_together_lose_what_each_loses_alone(evidence: Evidence, structure: str) -> None:
+    choice = MaskWeights("repair", structure, repair="obs(damping=0.02, columns=24)", inputs="pruned")
+    densities = [0.25] if structure == "1:4" else [0.1, 0.5, 0.9]
+    together = evidence.estimates(choice, densities)
+    assert list(together) == densities
+    for density in densities:
+        assert together[density] == pytest.approx(evidence.estimate(choice, density), rel=2e-3)
+
+
+def test_together_each_matrix_is_swept_once_and_what_does_not_fit_is_infinitely_dear(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    swept = []
+    monkeypatch.setattr(obs, "sweep_columns", lambda cut, *rest: (swept.append(rest[-1]), sweep_columns(cut, *rest))[1])
+    evidence.estimates(OBS, [0.2, 0.7])
+    assert swept == [[0.2, 0.7]] * 4
+    found = evidence.estimates(MaskWeights("repair", "1x5", repair="obs"), [0.2, 0.7])
+    assert all((loss < math.inf) == (path == "down") for each in found.values() for path, loss in each.items()), "only 1000 inputs divide by 5"
+    assert set(evidence.estimates(NORMS, [0.5])) == {0.5}
+
+
+def test_only_some_layers_are_cut_where_some_are_asked_for(evidence: Evidence) -> None:
+    cut = evidence.rewritten(OBS, 0.5, ["up", "one"])
+    assert {site for site, row in cut.decisions.items() if row.density < 1} == {"up", "one"}
 
 
 def test_layers_that_read_one_value_share_its_factor(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:

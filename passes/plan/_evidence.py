@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -49,14 +49,32 @@ class Evidence:
         """
         if not can_be_thinned(_alone(choice), self.program):
             return self.losses(self.rewritten(choice, density))
-        told, alone = with_targets(_alone(choice), self._everywhere(density)), self._context()
+        told, alone = with_targets(_alone(choice), self._targets(density)), self._context()
         alone.statistics = self.found
         found = told.run(self._thinned.program.clone(), alone)
         return {layer.path: self._whole(layer, found) for layer in self._thinned.layers}
 
-    def rewritten(self, choice: Pass, density: float) -> Program:
-        """The Program after a choice at one density in every layer, each layer by itself: its input is the dense model's."""
-        return Pipeline((with_targets(_alone(choice), self._everywhere(density)),)).run(self.program, self._context(), ())
+    def estimates(self, choice: Pass, densities: Sequence[float]) -> dict[float, dict[str, float]]:
+        """Density -> layer -> its loss, as `estimate` has them; of a choice that tries many together in a part of the time."""
+        alone = _alone(choice)
+        if len(densities) < 2 or not getattr(alone, "tries_many", False) or not can_be_thinned(alone, self.program):
+            return {density: self.estimate(choice, density) for density in densities}
+        found: dict[float, dict[str, float]] = {density: {} for density in densities}
+        ctx = self._context()
+        for layer in self._thinned.layers:
+            weights = alone.weights_at(layer, densities, self._thinned.program, ctx)  # type: ignore[attr-defined]
+            for place, density in enumerate(densities):
+                found[density][layer.path] = math.inf if weights is None else self._of_weights(layer, weights[place])
+        return found
+
+    def rewritten(self, choice: Pass, density: float, sites: Collection[str] | None = None) -> Program:
+        """The Program after a choice at one density in all layers or in some, each layer by itself: its input is the dense model's."""
+        return self.sketch(Pipeline((with_targets(choice, self._targets(density, sites)),)))
+
+    def sketch(self, plan: Pipeline) -> Program:
+        """The Program after these choices, each layer by itself: what was inverted for the estimates is not inverted again, and nothing waits for
+        what the layers before it come to."""
+        return Pipeline(tuple(map(_alone, plan.passes))).run(self.program, self._context(), ())
 
     def losses(self, rewritten: Program) -> dict[str, float]:
         """Layer -> what the model's outputs would move by, to second order, if this layer alone were as it is in `rewritten`.
@@ -66,8 +84,8 @@ class Evidence:
         """
         return {layer.path: math.fsum(self._loss(use, rewritten, slice(None)) for use in layer.uses) for layer in self.layers}
 
-    def _everywhere(self, density: float) -> dict[str, float]:
-        return {use.site.path: density for layer in self.layers for use in layer.uses}
+    def _targets(self, density: float, sites: Collection[str] | None = None) -> dict[str, float]:
+        return {use.site.path: density for layer in self.layers if sites is None or layer.path in sites for use in layer.uses}
 
     @cached_property
     def _thinned(self) -> Thinned:
@@ -82,6 +100,18 @@ class Evidence:
         """The loss of a layer by some of its outputs."""
         rows = self._thinned.rows[thinned.path]
         return self._shares[thinned.path] * math.fsum(self._loss(use, rewritten, rows) for use in thinned.uses)
+
+    def _of_weights(self, thinned: Layer, new: Tensor) -> float:
+        """The same, of new weights for those outputs."""
+        change, rows = (new - thinned.weight.detach()).float(), self._thinned.rows[thinned.path]
+        if not bool(change.any()):
+            return math.inf
+        each = [float((self._weighs(use)[rows] * self._errors(use, change)).sum()) for use in thinned.uses]
+        return self._shares[thinned.path] * math.fsum(each) / (2 * self.batches)
+
+    def _errors(self, use: Use, change: Tensor) -> Tensor:
+        """What a change of the weight [out, K] does to each output, squared and summed over all rows: float64 [out]."""
+        return ((change @ self.found.get(use.site.path, "gram").float()) * change).sum(1).double()
 
     @cached_property
     def _shares(self) -> dict[str, float]:
@@ -111,8 +141,7 @@ class Evidence:
         if alike and torch.equal(old, new):
             return math.inf
         if alike and op.target is use.op.target:
-            change = (new - old).float()
-            errors = ((change @ self.found.get(use.site.path, "gram").float()) * change).sum(1).double()
+            errors = self._errors(use, (new - old).float())
         else:
             seen = self.found.get(use.site.path, "input_rows").to(old.dtype)
             moved = value_at(rewritten.regions[use.region.path], op, source.name, seen) - value_at(use.region, use.op, source.name, seen)

@@ -15,6 +15,7 @@ from sparsify_compiler.passes.plan._evidence import Evidence
 from sparsify_compiler.passes.plan._probes import Probes
 from sparsify_compiler.passes.prune._layers import Layer
 from sparsify_compiler.passes_api import Context, Pass
+from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
 from sparsify_compiler.sweep_checkpoint import Checkpoint, chosen_folder
 
@@ -23,10 +24,16 @@ BOUNDS = (0.05, 20.0)  # by how much a probe may correct an estimate: beyond, it
 
 
 class Losses:
-    """What each layer loses, alone, under each of the choices. `work` names all that the numbers depend on beside the Program and the batches."""
+    """What each layer loses, alone, under each of the choices, by its number, at its densities.
 
-    def __init__(self, choices: Sequence[Pass], program: Program, layers: Sequence[Layer], ctx: Context, probes: int, work: str) -> None:
+    `work` names all that the numbers depend on beside the Program, the batches and the densities.
+    """
+
+    def __init__(self, choices: Sequence[Pass], program: Program, layers: Sequence[Layer], ctx: Context, probes: int, work: str,
+                 densities: Mapping[int, Sequence[float]]) -> None:
         self._choices, self._program, self._layers, self._ctx, self._probes = choices, program, layers, ctx, probes
+        self._densities = densities
+        self._tried: dict[tuple[int, float], Mapping[str, float]] = {}  # and not asked for yet
         folder = chosen_folder()
         self._kept = Checkpoint(folder, program, ctx.batches or (), f"losses of {work}, seed {ctx.seed}") if folder is not None else None
 
@@ -42,7 +49,11 @@ class Losses:
     def at(self, number: int, density: float) -> dict[str, float]:
         """Layer -> its loss under a choice at a density, by the estimate; infinite where the choice does not act on it."""
         def found() -> list[float]:
-            losses = self._evidence.estimate(self._choices[number], density)
+            losses = self._tried.pop((number, density), None)
+            if losses is None:
+                at_once = [one for one in self._densities[number] if self._stored(f"{number} {one}") is None]
+                self._tried |= {(number, one): each for one, each in self._evidence.estimates(self._choices[number], at_once).items()}
+                losses = self._tried.pop((number, density))
             return [losses[layer.path] for layer in self._layers]
 
         return dict(zip((layer.path for layer in self._layers), self._once(f"{number} {density}", found), strict=True))
@@ -53,9 +64,10 @@ class Losses:
         Of layers that stand at the same place of each block some are probed, the others lie between.
         """
         def found() -> list[float]:
-            estimates, rewritten = self.at(*where), self._evidence.rewritten(self._choices[where[0]], where[1])
+            estimates = self.at(*where)
             paths = [layer.path for layer in self._layers if math.isfinite(estimates[layer.path])]
             chosen = probed(paths)
+            rewritten = self._evidence.rewritten(self._choices[where[0]], where[1], chosen)
             assert self._ctx.batches is not None
             moved = Probes(self._program, self._layers, self._ctx.batches[: self._probes], self._ctx).apart(rewritten, chosen)
             ratios = filled(paths, {path: ratio(moved[path], estimates[path]) for path in chosen if moved[path]})
@@ -65,15 +77,24 @@ class Losses:
             return {}
         return dict(zip((layer.path for layer in self._layers), self._once(f"scale {where}", found), strict=True))
 
+    def sketch(self, plan: Pipeline) -> Program:
+        """What the choices of a plan make of the Program, each layer by itself."""
+        return self._evidence.sketch(plan)
+
     def _once(self, name: str, compute: Callable[[], Sequence[float]]) -> list[float]:
         """Numbers that are kept."""
-        stored = self._kept.read(name) if self._kept is not None else None
+        stored = self._stored(name)
         if stored is not None:
-            return [float(value) for value in stored["numbers"]]
+            return stored
         numbers = list(compute())
         if self._kept is not None:
             self._kept.write(name, {"numbers": torch.tensor(numbers, dtype=torch.float64)})
         return numbers
+
+
+    def _stored(self, name: str) -> list[float] | None:
+        stored = self._kept.read(name) if self._kept is not None else None
+        return None if stored is None else [float(value) for value in stored["numbers"]]
 
 
 def in_parts(program: Program) -> bool:

@@ -89,7 +89,8 @@ class ChooseLayers(Planner):
         survey = Survey(offers, Costs(layers, offers, self._passes, tried, ctx), partial(self._pipeline, uses), alike=self._alike(program, layers))
         if not layers:
             return survey
-        losses = Losses(self._passes, program, layers, ctx, self.probes, f"{self.choices} {self.probes} {self.targets} {self.ignore}")
+        losses = Losses(self._passes, program, layers, ctx, self.probes, f"{self.choices} {self.probes} {self.targets} {self.ignore}", tried)
+        survey.sketch = losses.sketch
         survey.loss_unit, survey.scale = losses.unit, losses.scale((0, tried[0][len(tried[0]) // 2]))
         found: dict[tuple[int, float], dict[str, float]] = {}
         for number, densities in tried.items():
@@ -107,7 +108,7 @@ class ChooseLayers(Planner):
     def settle(self, survey: Survey, kind: str, plan: Plan, program: Program, ctx: Context, made: dict[str, Program] | None = None) -> Plan:
         """The plan, or one for the same cost to which all layers are alike, or one between the two: what the whole model says is best on all batches.
 
-        To cut and repair all layers once takes a quarter of the survey or more, so that the one between is made only where the even one was better.
+        Of each plan a sketch is made (see _after), which takes time, so that the one between is made only where the even one was better.
         The survey then believes its estimates as far as that plan does. `made` holds what plans have made of the Program already (see _after).
         """
         if not self.probes or all(offer.choice is None for offer in plan.taken.values()):
@@ -121,7 +122,7 @@ class ChooseLayers(Planner):
             if other.taken in (plan.taken, best.taken):
                 continue
             compared = (other,) if known is not None else (other, best)
-            after, *rest = verdicts(program, [_after(one, program, ctx, made) for one in compared], ctx.batches, ctx.loss)
+            after, *rest = verdicts(program, [_after(one, survey, program, ctx, made) for one in compared], ctx.batches, ctx.loss, known)
             if not after.better(known or rest[0]):
                 break
             best, belief, known = other, share, after
@@ -134,14 +135,14 @@ class ChooseLayers(Planner):
             return plan
         assert ctx.batches is not None
         probes = Probes(program, self._layers(program, _watching(ctx)), ctx.batches[: self.probes], ctx)
-        whole, saved = probes.together(_after(plan, program, ctx, made), probed(chosen))
+        whole, saved = probes.together(_after(plan, survey, program, ctx, made), probed(chosen))
         if not whole:  # what the choices change is no weight
             return plan
         before = dict(survey.scale)
         for site, found in filled(chosen, {site: ratio(loss, plan.taken[site].loss) for site, loss in saved.items()}).items():
             survey.scale[site] = math.sqrt(before.get(site, 1.0) * found)
         second = survey.plan(kind, survey.spent(kind, plan.taken))
-        if second.taken != plan.taken and probes.whole(_after(second, program, ctx, made)) < whole:
+        if second.taken != plan.taken and probes.whole(_after(second, survey, program, ctx, made)) < whole:
             return second
         survey.scale = before
         return plan
@@ -204,11 +205,14 @@ def _watching(ctx: Context) -> Context:
     return replace(ctx, misses=[], rewrites=0, fuel=None)
 
 
-def _after(plan: Plan, program: Program, ctx: Context, made: dict[str, Program]) -> Program:
-    """The Program after a plan, from `made` where it is there: to cut and repair all layers takes far longer than to look at what comes of it."""
+def _after(plan: Plan, survey: Survey, program: Program, ctx: Context, made: dict[str, Program]) -> Program:
+    """A sketch of the Program after a plan, from `made` where it is there: to cut and repair all layers takes far longer than to look at it.
+
+    Layers are cut by what the dense model gives them even where the plan will not: plans are compared with each other, all alike.
+    """
     text = str(plan.pipeline)
     if text not in made:
-        made[text] = plan.pipeline.run(program, _watching(ctx), ())
+        made[text] = plan.pipeline.run(program, _watching(ctx), ()) if survey.sketch is None else survey.sketch(plan.pipeline)
     return made[text]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -193,6 +193,21 @@ class MaskWeights(Pass):
             raise StructureError("a low-rank part can stand beside linear layers only", where=layer.path, hint="name this layer in ignore=")
         low_rank = None if found.low_rank is None else (found.low_rank[0].to(weight.dtype), found.low_rank[1].to(weight.dtype))
         return Result(found.mask.reshape(weight.shape), found.weight.to(weight.dtype).reshape(weight.shape), bias, found.note, low_rank)
+
+    @property
+    def tries_many(self) -> bool:
+        """Can it tell of several densities together what would become of a layer (see weights_at)? Of a repair that knows how."""
+        return self.score == CHOSEN_BY_REPAIR and self.inputs == "dense" and hasattr(self._mended.module, "at_densities")
+
+    def weights_at(self, layer: Layer, densities: Sequence[float], program: Program, ctx: Context) -> list[Tensor] | None:
+        """The weights [out, K] that a layer would have at each density, by the statistics in ctx; None where the structure does not fit."""
+        if not all(self._fits(layer, density, []) for density in densities):
+            return None
+        weight = layer.weight.detach().flatten(1)
+        statistics = summed(DenseVisits(DenseStatistics(ctx, program, {})), layer, self._mended.statistics)
+        cut = Cut(weight.to(torch.promote_types(weight.dtype, torch.float32)), None, self._structure, densities[0], statistics)
+        found: list[Tensor] = self._mended.module.at_densities(cut, densities, **self._mended.options)
+        return [one.to(weight.dtype) for one in found]
 
     @property
     def _structure(self) -> Structure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,16 @@ def obs(cut: Cut, *, damping: float = 0.01, columns: int = 128) -> Repaired:
     return Repaired(weight, mask, note=note)
 
 
+def at_densities(cut: Cut, densities: Sequence[float], *, damping: float = 0.01, columns: int = 128) -> list[Tensor]:
+    """The new weights that the repair would give at each density, where it chooses the mask: copies of the layer, below each other, are swept once.
+
+    Sweeping is many small steps, of which a few hundred outputs take hardly longer than a few.
+    """
+    upper, _ = inverse_factor(cut.statistics["patch_gram"], damping, cut.weight.dtype)
+    weight, _ = sweep_columns(cut, cut.weight.repeat(len(densities), 1), upper, columns, densities)
+    return list(weight.chunk(len(densities)))
+
+
 def inverse_factor(gram: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, str]:
     """(U, note): U^T U is the inverse of the damped Gram matrix, U upper triangular. Kept for as long as somebody holds that matrix: layers that
     read one value share it, and so do all densities and structures that are tried of a layer."""
@@ -53,18 +63,22 @@ def _inverse(upper: Tensor) -> Tensor:
     return found
 
 
-def sweep_columns(cut: Cut, weight: Tensor, upper: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """(new weight, mask) of `weight` [out, K] under the cut's mask, or under one chosen on the way."""
-    weight = weight.clone()
+def sweep_columns(cut: Cut, weight: Tensor, upper: Tensor, columns: int, densities: Sequence[float] = ()) -> tuple[Tensor, Tensor]:
+    """(new weight, mask) of `weight` [out, K] under the cut's mask, or under one chosen on the way: at the cut's density, or at several, each in
+    one of as many equal parts of the outputs."""
+    weight, densities = weight.clone(), densities or (cut.density,)
     weight[:, cut.statistics["patch_gram"].diagonal() <= 0] = 0
     width = weight.shape[1]
     mask = torch.ones_like(weight, dtype=torch.bool) if cut.mask is None else cut.mask
-    chosen = {start: (end, density) for start, end, density in windows(cut.structure, width, columns, cut.density)} if cut.mask is None else {}
+    chosen: dict[int, tuple[int, list[float]]] = {}
+    for density in densities if cut.mask is None else ():
+        for start, end, share in windows(cut.structure, width, columns, density):
+            chosen.setdefault(start, (end, []))[1].append(share)
     start = 0
     while start < width:
         end = min(start + columns, width)
         end = max(end, max((stop for begin, (stop, _) in chosen.items() if start <= begin < end), default=end))
-        inside = {begin - start: (stop - start, density) for begin, (stop, density) in chosen.items() if start <= begin < end}
+        inside = {begin - start: (stop - start, shares) for begin, (stop, shares) in chosen.items() if start <= begin < end}
         here, kept = weight[:, start:end].T.contiguous(), mask[:, start:end].T.contiguous()
         errors = _sweep_block(here, kept, upper[start:end, start:end], cut.structure, inside)
         weight[:, start:end], mask[:, start:end] = here.T, kept.T
@@ -73,10 +87,11 @@ def sweep_columns(cut: Cut, weight: Tensor, upper: Tensor, columns: int) -> tupl
     return weight * mask, mask
 
 
-def _sweep_block(here: Tensor, kept: Tensor, upper: Tensor, structure: Structure, chosen: Mapping[int, tuple[int, float]]) -> Tensor:
+def _sweep_block(here: Tensor, kept: Tensor, upper: Tensor, structure: Structure,
+                 chosen: Mapping[int, tuple[int, Sequence[float]]]) -> Tensor:
     """The errors [columns, out] of some columns; `here` [columns, out], a column of the weight a row, and `kept` change in place.
 
-    chosen  the first column of a window -> (its end, its density), where the mask is not given
+    chosen  the first column of a window -> (its end, its density in each of equal parts of the outputs), where the mask is not given
 
     LEAF columns at a time, or up to where the next window is chosen: what one causes behind those is left for a product of matrices.
     """
@@ -85,8 +100,9 @@ def _sweep_block(here: Tensor, kept: Tensor, upper: Tensor, structure: Structure
     start, width = 0, here.shape[0]
     while start < width:
         if start in chosen:
-            stop, density = chosen[start]
-            kept[start:stop] = choose(structure, (here[start:stop] / diagonal[start:stop]).square().T, density).T
+            stop, shares = chosen[start]
+            parts = (here[start:stop] / diagonal[start:stop]).square().T.chunk(len(shares))
+            kept[start:stop] = torch.cat([choose(structure, part, share) for part, share in zip(parts, shares, strict=True)]).T
             gone[start:stop] = ~kept[start:stop] / diagonal[start:stop]
         end = min(start + LEAF, width, *(begin for begin in chosen if begin > start))
         for i in range(start, end):
