@@ -1,10 +1,11 @@
 """Whole models: compiled against every dense form, interleaved in one process.
 
-    python benchmarks/model.py [--json FILE] [--density 0.1] [--batch 8] [--length 64]
+    python benchmarks/model.py [--json FILE] [--density 0.1] [--batch 8] [--length 64] [--structures 16x1 ...] [--dense eager compile] [--parts]
 
 Rows: `nothing pays` compiles with a margin that no kernel can meet, so that every site falls back to dense: it must be within 3 % of the dense
 model. The others compile the real encoder (all-MiniLM-L6-v2, see README) with Wanda masks at the density, in several structures; their quality
-at that density is in the report of `make demo`. Times are medians in milliseconds with quartiles, ratios are dense / compiled, per dense form.
+at that density is in the report of `make demo`. With --parts each stands beside itself without its library, called kernel by kernel. Times are
+medians in milliseconds with quartiles, ratios are dense / compiled, per dense form.
 """
 
 from __future__ import annotations
@@ -32,18 +33,22 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--structures", nargs="+", default=["16x1", "32x1", "fan_in", "unstructured"])
+    parser.add_argument("--dense", nargs="+", default=["eager", "compile"], choices=["eager", "compile"])
+    parser.add_argument("--parts", action="store_true")
     arguments = parser.parse_args()
 
     model, example = encoder(arguments.batch, arguments.length)
     wanda, budget = sc.recipes.wanda, sc.Budget(density=arguments.density)
     never = sc.Pipeline.parse("mask_weights(score='magnitude') | pack() | lower(margin=1.0)")
     compiled = {
-        "nothing pays": sc.compile(model, example, recipe=never, budget=budget),
-        **{f"wanda {structure}": sc.compile(model, example, recipe=wanda(structure=structure), budget=budget, calibration=[example])
-           for structure in ("16x1", "32x1", "fan_in", "unstructured")},
+        **({} if arguments.parts else {"nothing pays": sc.compile(model, example, recipe=never, budget=budget)}),
+        **{f"wanda {structure}{', by kernels' if calls == 'parts' else ''}":
+           sc.compile(model, example, recipe=wanda(structure=structure), budget=budget, calibration=[example], calls=calls)
+           for structure in arguments.structures for calls in (("auto", "parts") if arguments.parts else ("auto",))},
     }
     with torch.inference_mode():
-        dense, warnings = dense_forms(model, (), example, ("eager", "compile"))
+        dense, warnings = dense_forms(model, (), example, tuple(arguments.dense))
         forms = {**dense, **{name: (lambda m=m: m(**example)) for name, m in compiled.items()}}
         timings = interleave(forms, rounds=31, warmup=3, at_most=120.0)
 

@@ -16,9 +16,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from torch import Tensor
-
 from sparsify_compiler.codegen import build, cache
 from sparsify_compiler.errors import ArtefactError
 from sparsify_compiler.target import Target, fingerprint, host
@@ -31,7 +28,6 @@ HALVES = 2      # classes of a size for each doubling of it
 FEW = 4         # rows up to which each number is a class
 NEAR = 1.1      # a kernel within so much of the best is worth trying on other layers of the class
 EAGER = "dense eager"
-AGREES, AGREES_HALF = 1e-3, 3e-2     # of the largest value, that variants of a kernel may differ by, in float32 and in half precision
 
 
 @dataclass(frozen=True)
@@ -119,14 +115,6 @@ class Record:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
             raise ArtefactError(f"not a tuned result: {where}: {problem['msg']}", where="tuned results", hint="export them again") from error
-
-
-def agrees(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Does a variant of a kernel for x of this dtype compute what it is to, up to rounding, and no number where none is due?"""
-    near, right = AGREES if dtype is torch.float32 else AGREES_HALF, expected.float()
-    numbers = right[right.isfinite()].abs()
-    largest = float(numbers.max()) if numbers.numel() else 0.0
-    return torch.allclose(found.float(), right, rtol=near, atol=near * largest, equal_nan=True)
 
 
 def find(key: Key) -> Record | None:

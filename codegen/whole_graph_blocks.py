@@ -12,11 +12,10 @@ from sparsify_compiler.codegen.kernels.blocks_dense import Blocks
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
 from sparsify_compiler.codegen.kernels.score_blocks import ScoreBlocks
 from sparsify_compiler.codegen.vectors import vectors_of
+from sparsify_compiler.ops.attend_blocks import EXTENT
 
 if TYPE_CHECKING:
     from sparsify_compiler.codegen.whole_graph_import import GraphImporter
-
-EXTENT = 4      # numbers behind a table and its tiles: rows and keys of a block, keys below which attention is dense, and for few queries
 
 NO_MASK = Mask()
 

@@ -78,6 +78,6 @@ class Here:
         self._parameters = tvm_ffi.convert([tvm_ffi.from_dlpack(one.detach()) for one in parameters])
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Its outputs. Tensors are read where they lie, contiguous, at multiples of 64 bytes; some may be written into."""
+        """Its outputs. Tensors are read where they lie, contiguous; some may be written into."""
         made = self._function(*inputs, self._parameters)
         return (from_dlpack(made),) if hasattr(made, "__dlpack__") else tuple(map(from_dlpack, made))

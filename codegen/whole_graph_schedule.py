@@ -1,4 +1,8 @@
-"""What TVM's operators leave as plain loops: fused, spread over threads, in vectors; and how a module is lowered when kernels of ours are in it."""
+"""What TVM's operators leave as plain loops: fused, spread over threads, in vectors; and how a module is lowered when kernels of ours are in it.
+
+TVM takes tensors to start at multiples of 64 bytes and loads whole lines so, which ends the process where one does not: those of a mapped file
+start wherever its header ends. Here they are promised to start at a multiple of an element.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import tvm
 from tvm import relax, s_tir, tirx
 from tvm.s_tir.dlight.analysis import normalize_prim_func
 from tvm.sym import Analyzer
+from tvm.tirx.buffer import BufferType
+from tvm_ffi import structural_map
 
 from sparsify_compiler.codegen.kernels.row_loops import ALONE
 from sparsify_compiler.target import Target
@@ -37,17 +43,25 @@ def relax_pipeline(target: Target, reference: list[str]) -> Any:
 
 
 def _scheduled(module: Any, target: Target, reference: list[str]) -> Any:
-    """The same module, every function of it that is TVM's own scheduled."""
+    """The same module, every function of it that is TVM's own scheduled, for tensors that start anywhere."""
     changed = {}
     for name, function in module.functions.items():
         if isinstance(function, tirx.PrimFunc) and "sparsify" not in (function.attrs or {}):
             found = _schedule(function, target)
             if found is None:
                 reference.append(name.name_hint)
-            else:
-                changed[name] = found
+            changed[name] = _anywhere(function if found is None else found)
     module.update(tvm.IRModule(changed, attrs=module.attrs))
     return module
+
+
+def _anywhere(function: Any) -> Any:
+    """The same function of tensors that start at a multiple of an element."""
+    def aligned(one: Any) -> Any:
+        return BufferType(one.dtype, one.storage_scope, one.shape, one.strides, one.elem_offset, max(1, one.dtype.dtype.itemsize), one.offset_factor,
+                          one.layout, one.allocated_addr)
+
+    return structural_map(function, callbacks=(BufferType, aligned))
 
 
 def _schedule(function: Any, target: Target) -> Any:

@@ -20,6 +20,7 @@ from .export_library_limits import symbol_names
 from .export_library_scores import Scores, patterns_of, places_before, scores_of
 from .indexer import DECODED, Indexer
 from .ops import attend
+from .ops.attend_blocks import EXTENT, Extent
 from .program import Region, set_tensor
 
 LONGEST = 8192          # tokens of a text, where neither the model nor the caller says
@@ -27,8 +28,6 @@ ALWAYS = 1 << 30        # keys below which an attention that never reads blocks 
 NOTHING, WHOLE = -2, -1     # in a table; else the number of a tile
 SAMPLES = ((2, 5), (3, 8))  # sizes of batch, and of all else that varies, at which masks are looked at
 HINT = "compile without select_blocks() for this form; save() keeps it for PyTorch"
-Extent = tuple[int, int, int, int]      # rows and keys of a block, keys below which attention is dense, the same for few queries
-EXTENT = 4
 
 
 def attend_blocked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, causal: bool, starts: str, scale: float | None, table: Tensor,

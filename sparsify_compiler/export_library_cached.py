@@ -17,10 +17,11 @@ from torch import Tensor, fx
 from .errors import ModelError
 from .executor import flat_function, part_function
 from .export_library_attentions import Attention, attention_of, plain_attentions
-from .export_library_blocks import ALWAYS, EXTENT, LONGEST, places_read, within
+from .export_library_blocks import ALWAYS, LONGEST, places_read, within
 from .indexer import Indexer
 from .normal_form_edit import argument
 from .ops import attend
+from .ops.attend_blocks import EXTENT
 from .program import Region, TensorSpec
 
 aten = torch.ops.aten

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .codegen.whole_graph_here import Here
 
 Placed = tuple[tuple[str, ...], Tensor]
-ALIGNED = 64    # bytes that a tensor starts at a multiple of, where a library reads it
 
 
 @dataclass
@@ -67,27 +66,22 @@ def build_here(program: Program, region: Region, target: Target, rows: tuple[int
         copy = region.clone()
         made = function(copy.graph, *products.within(copy), products)
         laid = {f"{one.name}:{part}": held.find(tensor) for one in made.products.values() for part, tensor in _arguments(one).items()}
-        check_room(_bytes(tensor for tensor in laid.values() if held.place(tensor)[0] == OWN), room)
+        _check_room(_bytes(tensor for tensor in laid.values() if held.place(tensor)[0] == OWN), room)
         binary, names = library(made, _told(made), target)
     tensors = [laid[name] if name in laid else held.find(get_tensor(region.module, name).detach().contiguous()) for name in names]
-    return binary, [(held.place(one), one) for one in tensors]
+    placed = [(held.place(one), one) for one in tensors]
+    _check_room(_bytes(one for place, one in placed if place[0] == OWN), room)
+    return binary, placed
 
 
 def load_here(binary: bytes, name: str, parameters: Sequence[Placed], target: Target) -> LibraryHere:
-    """A library with its parameters, ready to run; with copies of those that do not start at a multiple of ALIGNED, as those of a file that is mapped
-    may not: what is read of them is loaded as if they did. Raises KernelError."""
+    """A library with its parameters, ready to run. Raises KernelError."""
     from .codegen.whole_graph_here import Here
 
-    copies: dict[tuple[int, torch.Size], Tensor] = {}
-    read: list[Placed] = []
-    for place, one in parameters:
-        if one.data_ptr() % ALIGNED:
-            place, one = (OWN,), copies.setdefault((one.data_ptr(), one.shape), one.detach().clone())
-        read.append((place, one))
-    return LibraryHere(Here(binary, name, [tensor for _, tensor in read], target), binary, tuple(read))
+    return LibraryHere(Here(binary, name, [tensor for _, tensor in parameters], target), binary, tuple(parameters))
 
 
-def check_room(own: int, room: int | None) -> None:
+def _check_room(own: int, room: int | None) -> None:
     """Raises ModelError where so many bytes of weights are more than may be held for a library alone; None: as many as it takes."""
     if room is not None and own > room:
         raise ModelError(f"it would hold {own / 2**20:.1f} MB of weights for itself, more than {room / 2**20:.1f} MB")

@@ -1,4 +1,4 @@
-"""How far numbers are from those that they should be: of a kernel, of a step by one library."""
+"""How far numbers are from those that they should be: of a kernel, of its variants, of a step by one library."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from torch import Tensor
 
 SLICE = 4               # times as far may one row, or one output, be: one of a thousand is lost in the norm of all
 STRETCH = 1 << 20       # numbers that are compared at a time
+NEAR, NEAR_HALF = 1e-3, 3e-2    # distance from the right numbers that rounding alone does not reach, in float32 and in half precision
+
+
+def near(dtype: torch.dtype) -> float:
+    """The distance that is allowed of numbers of this dtype."""
+    return NEAR if dtype is torch.float32 else NEAR_HALF
 
 
 def distance(found: object, expected: object, slices: bool = True) -> float:

@@ -17,7 +17,7 @@ from .export_library import output_names, whole_region
 from .export_library_attentions import plain_attentions
 from .export_library_blocks import LONGEST
 from .export_library_products import ROWS
-from .library_here import ALIGNED, LibraryHere, build_here, check_room, load_here
+from .library_here import LibraryHere, build_here, load_here
 from .program import InputSpec, Program, Region, TensorSpec, get_tensor
 from .target import Target
 
@@ -70,11 +70,7 @@ class WholeCall:
 
 def _as_read(tensor: Tensor) -> Tensor:
     """The tensor where it lies, if a library can read it there; else a copy."""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if not tensor.is_contiguous():
-        return tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % ALIGNED else tensor
+    return (tensor.detach() if tensor.requires_grad else tensor).contiguous()
 
 
 def _within(numbers: Tensor, rows: int) -> bool:
@@ -111,9 +107,7 @@ def build_call(program: Program, target: Target, most: Mapping[str, int], room: 
                         tuple(products.reference))
 
     binary, parameters = build_here(program, region, target, ROWS, function, room)
-    library = load_here(binary, NAME, parameters, target)
-    check_room(library.own_bytes, room)
-    return library, rows
+    return load_here(binary, NAME, parameters, target), rows
 
 
 def _inputs(spec: InputSpec) -> list[Input]:

@@ -23,7 +23,7 @@ EXCEPTIONS = {
 }
 HEAVY = ("tvm", "transformers", "sympy", "matplotlib", "rich", "scipy", "jinja2", "typer", "networkx", "pydantic", "yaml")
 OF_DEFAULT_DTYPE = tuple(f"torch.{name}" for name in ("zeros", "ones", "empty", "eye", "linspace", "rand", "randn"))
-ENGINE_FOR_CODEGEN = ("catalog", "target", "host_features", "formats", "ops", "errors", "pages")
+ENGINE_FOR_CODEGEN = ("catalog", "target", "host_features", "formats", "ops", "errors", "pages", "nearness")
 
 
 @cache

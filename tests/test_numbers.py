@@ -12,18 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsify_compiler as sc
 from sparsify_compiler import nearness
 from sparsify_compiler.codegen import runtime
 from sparsify_compiler.compiled import CompiledModel
-from sparsify_compiler.nearness import distance
+from sparsify_compiler.nearness import NEAR, NEAR_HALF, distance
 from sparsify_compiler.ops import attend, attend_blocks
 from sparsify_compiler.passes.activation.select_neurons import GatedFfn
 from sparsify_compiler.passes.attention import select_blocks
 from sparsify_compiler.passes.lower import _numbers
 from sparsify_compiler.passes.lower._dense_attention import _times as times_of_attention
-from sparsify_compiler.passes.lower._numbers import NEAR, NEAR_HALF
 from sparsify_compiler.passes.lower._selected import limit_of
 from sparsify_compiler.pipeline import Pipeline
 
@@ -230,6 +230,25 @@ def test_a_row_of_thousands_is_seen() -> None:
     right[0] *= 1000    # as the first token of a text
     found[0] = right[0]
     assert distance(found, right) > NEAR_HALF
+
+
+def test_numbers_are_compared_in_little_memory() -> None:
+    """What wide numbers and their squares need is that of a stretch, however large the outputs are."""
+    right = torch.ones(32, nearness.STRETCH // 4, dtype=torch.float32)
+    found, largest = right.clone(), 0
+    given = {one.untyped_storage().data_ptr() for one in (found, right)}
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
+                largest = max(largest, made.untyped_storage().nbytes())
+            return made
+
+    with Watched():
+        assert distance(found, right) == 0
+    assert nearness.STRETCH * 8 <= largest < nearness.STRETCH * 12
 
 
 @pytest.mark.parametrize("stretch", [1, 7, 24, 100])

@@ -457,15 +457,17 @@ def test_what_is_asked_for(pair: tuple[CompiledModel, CompiledModel]) -> None:
         compiled(MODEL, "select_inputs(density=0.5)", decoding="libary")
 
 
-def test_weights_that_start_anywhere_are_copied(tmp_path: Path) -> None:
+def test_weights_that_start_anywhere_are_read_where_they_lie(tmp_path: Path) -> None:
     """Tables of words are read a line at a time: where they began within one the process ended."""
     model = misalign(llama(hidden_size=64, intermediate_size=128, max_position_embeddings=512))
     made = compiled(model, "select_inputs(density=0.5)", decoding="parts")
     expected = made.generate(texts(2)[0], max_new_tokens=TOKENS, do_sample=False)
     with_library(made)
+    assert made.step is not None
+    assert [one.data_ptr() % 64 for _, one in made.step.library.parameters if one.shape == model.model.embed_tokens.weight.shape] == [24]
     made.save(tmp_path / "saved")
     for one in (made, sc.load(tmp_path / "saved", model=model)):
         assert one.step is not None
-        assert all(tensor.data_ptr() % 64 == 0 for _, tensor in one.step.library.parameters)
+        assert not one.step.library.own
         assert torch.equal(one.generate(texts(2)[0], max_new_tokens=TOKENS, do_sample=False), expected)
         assert taken(one) > 0

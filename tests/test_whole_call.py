@@ -93,7 +93,7 @@ def test_larger_calls_go_the_usual_way(encoder: CompiledModel) -> None:
 
 
 def test_tensors_may_lie_anyhow(encoder: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library reads them contiguous, at multiples of 64 bytes."""
+    """A library reads them contiguous, wherever they start."""
     assert encoder.whole is not None
     run, read = encoder.whole.library.run, []
 
@@ -108,7 +108,8 @@ def test_tensors_may_lie_anyhow(encoder: CompiledModel, monkeypatch: pytest.Monk
     shifted.copy_(ids(4, 12))
     check(encoder, turned, True)
     check(encoder, shifted, True)
-    assert all(one.is_contiguous() and one.data_ptr() % 64 == 0 for one in read)
+    assert all(one.is_contiguous() for one in read)
+    assert read[-1].data_ptr() == shifted.data_ptr()
 
 
 def test_results_are_tensors_of_their_own(encoder: CompiledModel) -> None:
@@ -294,18 +295,15 @@ def test_places_are_told_by_what_is_in_them(encoder: CompiledModel) -> None:
     assert library_here.LibraryHere is type(encoder.whole.library)
 
 
-def test_weights_that_start_anywhere_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a mapped safetensors file start wherever its header ends: operators' loads of whole lines then ended the process."""
+def test_weights_that_start_anywhere_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a mapped safetensors file start wherever its header ends: operators that loaded whole lines of them ended the process."""
     monkeypatch.setattr(whole_choice, "_is_faster", lambda times: True)
     torch.manual_seed(0)
     model = misalign(Encoder())
-    monkeypatch.setattr(whole_choice, "ROOM", 1)
     made = compiled(model, (ids(4, 12),), dynamic={"ids": {0: "batch", 1: "tokens"}}, calls="library")
     assert made.whole is not None, made.report().calls
-    assert all(one.data_ptr() % 64 == 0 for _, one in made.whole.library.parameters)
-    assert made.whole.library.own_bytes >= WORDS * 32 * 4
+    words = [one for _, one in made.whole.library.parameters if one.shape == (WORDS, 32)]
+    assert [one.data_ptr() for one in words] == [model.words.weight.data_ptr()]
+    assert words[0].data_ptr() % 64 == 24
+    assert made.whole.library.own_bytes < WORDS * 32 * 4
     check(made, ids(4, 12), by_library=True)
-    monkeypatch.setattr(whole_choice, "ROOM", 1000)
-    refused = compiled(model, (ids(4, 12),), dynamic={"ids": {0: "batch", 1: "tokens"}}, calls="library")
-    assert refused.whole is None
-    assert "weights for itself" in refused.report().calls

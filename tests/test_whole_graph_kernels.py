@@ -171,3 +171,19 @@ def test_attention_of_one_token(sizes: tuple[int, ...]) -> None:
         caches = [torch.cat([one, torch.full_like(one[:, :, :1], math.nan)], 2) for one in (key, value)]
         found = run(step, query.view(-1, width), *caches, torch.tensor([keys - 1]), like=expected.reshape(-1, value_width))
         torch.testing.assert_close(found.view_as(expected), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_operators_read_tensors_that_start_anywhere() -> None:
+    """A vector that is promised to start at a multiple of its own size is loaded by an instruction that ends the process where it does not."""
+    import tvm
+    from tvm import te, tirx
+
+    from sparsify_compiler.codegen.whole_graph_schedule import _scheduled
+
+    table, rows, size = te.placeholder((64, 32), "float32"), te.placeholder((tirx.Var("n", "int64"),), "int64"), te.reduce_axis((0, 32))
+    taken = te.create_prim_func([table, rows, te.compute((rows.shape[0], 32), lambda i, j: table[rows[i], j])])
+    summed = te.create_prim_func([table, te.compute((64,), lambda i: te.sum(table[i, size], axis=size))])
+    reference: list[str] = []
+    module = _scheduled(tvm.IRModule({"taken": taken, "summed": summed}), host(), reference)
+    assert reference == ["summed"]
+    assert [[one.ty.data_alignment for one in module[name].params] for name in ("taken", "summed")] == [[4, 8, 4], [4, 4]]

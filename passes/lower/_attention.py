@@ -20,7 +20,7 @@ from sparsify_compiler.decision import Decision
 from sparsify_compiler.indexer import Indexer
 from sparsify_compiler.key_sums import KeySums
 from sparsify_compiler.measure import Timing, interleave
-from sparsify_compiler.nearness import distance
+from sparsify_compiler.nearness import distance, near
 from sparsify_compiler.normal_form_edit import insert
 from sparsify_compiler.normal_form_edit import replace as replace_node
 from sparsify_compiler.ops import attend
@@ -28,7 +28,6 @@ from sparsify_compiler.ops.attend_blocks import reference, scale_of
 from sparsify_compiler.passes.attention._sites import shape_of
 from sparsify_compiler.passes.lower import _dense_attention
 from sparsify_compiler.passes.lower._dense_attention import NEVER, Given, eager_kind, kernel_limit
-from sparsify_compiler.passes.lower._numbers import near
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Site, get_tensor
 

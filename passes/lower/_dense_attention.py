@@ -13,12 +13,11 @@ from torch import Tensor
 from sparsify_compiler.indexer import DECODED, Indexer
 from sparsify_compiler.library_attention import find_library_attentions
 from sparsify_compiler.measure import Timing, interleave
-from sparsify_compiler.nearness import distance
+from sparsify_compiler.nearness import distance, near
 from sparsify_compiler.normal_form_edit import argument
 from sparsify_compiler.ops import attend
 from sparsify_compiler.passes.attention._sites import KIND, attention_sites, give_indexer, shape_of
 from sparsify_compiler.passes.attention.patterns.everything import Everything
-from sparsify_compiler.passes.lower._numbers import near
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Site
 

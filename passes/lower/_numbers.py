@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
-
-from sparsify_compiler.nearness import distance
+from sparsify_compiler.nearness import distance, near
 from sparsify_compiler.passes.lower._layer import Layer, say
 
-# Distance from the right numbers, by their norm, that rounding alone does not reach.
-NEAR, NEAR_HALF = 1e-3, 3e-2
 NEAR_SELECTED = 0.3     # of rows that select by what a kernel has computed: a neuron that is near the limit may fall on its other side
 
 
@@ -25,8 +21,3 @@ def check(layer: Layer) -> None:
         if not off <= (NEAR_SELECTED if layer.selects else near(layer.weight.dtype)):
             layer.drop(name)
             say(layer.decision, f"{name} is not used: its numbers are {off:.1e} from torch's, by their norm")
-
-
-def near(dtype: torch.dtype) -> float:
-    """The distance that is allowed of numbers of this dtype."""
-    return NEAR if dtype is torch.float32 else NEAR_HALF

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.far import ELSEWHERE, require_here
 from sparsify_compiler.measure import Timing, interleave
+from sparsify_compiler.nearness import distance, near
 from sparsify_compiler.passes.lower._far import weight_bytes
 from sparsify_compiler.passes.lower._layer import EAGER, Form, bound
 from sparsify_compiler.passes.lower._linear import Linear, Offered, eager, offered
@@ -145,13 +146,11 @@ def _variants(layer: Linear, kernel: Any, offer: Offered) -> dict[str, Any]:
 
 def _fastest(kernel: Any, laid: Any, x: Tensor, adds: bool) -> str:
     """The variant that the family chooses for these rows, or one that was measured to be clearly faster and computes the same."""
-    from sparsify_compiler.codegen import tuned
-
     usual = laid.variants.choose(x.shape[0])
     other = torch.ones(x.shape[0], kernel.out_features, dtype=x.dtype) if adds else None
     expected = kernel.by(usual, x, other)
     runs = {name: partial(kernel.by, name, x, other) for name in laid.variants.schedules
-            if tuned.agrees(kernel.by(name, x, other), expected, x.dtype)}
+            if distance(kernel.by(name, x, other), expected) <= near(x.dtype)}
     times = {name: timing.median for name, timing in race(runs, set()).items()}
     best = min(times, key=lambda name: times[name], default=usual)
     return best if times and times[best] < GAIN * times[usual] else usual

@@ -15,6 +15,8 @@ from ._linear import LIBRARY
 
 _modes, _wrapped = torch._C._len_torch_dispatch_stack, torch._C._functorch.is_functorch_wrapped_tensor
 CHUNK = 1 << 24  # scores that the reference holds at once
+Extent = tuple[int, int, int, int]      # of a table of blocks: rows and keys of one, keys below which attention is dense, the same for few queries
+EXTENT = 4
 
 
 @dataclass(frozen=True)
