@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import BinaryIO, TypeVar
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 LEAST = 0.01  # of a call's time: what it takes at least, whatever it is said to have waited
+OTHERS, TICKS = 0.02, 0.04  # processors that other programs use, above which what was waited was for them; seconds that the system's ticks are off
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def round_robin(groups: Mapping[str, Mapping[str, Callable[[], object]]], *, rou
 
 
 class Waits:
-    """How long threads of this process, those that there are now, have been ready to run while other programs had the processors."""
+    """How long threads of this process, those that there are now, have been ready to run while others had the processors."""
 
     def __init__(self) -> None:
         self._files: list[BinaryIO] = []
@@ -109,6 +111,14 @@ def waited() -> float:
         return math.fsum(waits.seconds())
 
 
+def elsewhere() -> float:
+    """Seconds of processors that other programs on this machine have used so far, by the system's ticks; 0 where it does not tell."""
+    with suppress(OSError, ValueError, IndexError):
+        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:8])
+        return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - time.process_time()
+    return 0.0
+
+
 def undisturbed(run: Callable[[], Result], attempts: int = 4, share: float = 0.03) -> tuple[Result, bool]:
     """What `run` measures, and whether other programs let it: it runs up to `attempts` times, again when it waited for more than this share."""
     while True:
@@ -121,13 +131,14 @@ def undisturbed(run: Callable[[], Result], attempts: int = 4, share: float = 0.0
 
 def _rounds(forms: Mapping[Key, Callable[[], object]], rounds: int, at_most: float,
             before: Callable[[Callable[[], object]], object] | None = None) -> dict[Key, list[float]]:
-    """Milliseconds of each call, less what the process was kept waiting: a call that is longer than other programs' turns would meet several of them,
-    a shorter one of the same layer none."""
+    """Milliseconds of each call, less what other programs kept the process waiting: a call that is longer than their turns would meet several of
+    them, a shorter one of the same layer none. What its own threads wait for each other is its time."""
     times: dict[Key, list[float]] = {name: [] for name in forms}
-    clock, end, settle = time.perf_counter, time.perf_counter() + at_most, _settling()
+    waited: dict[Key, list[float]] = {name: [] for name in forms}
+    clock, begun, settle, others = time.perf_counter, time.perf_counter(), _settling(), elsewhere()
     with Waits() as waits:
         for done in range(rounds):
-            if done >= 3 and clock() > end:
+            if done >= 3 and clock() - begun > at_most:
                 break
             for name, form in forms.items():
                 if before is not None:
@@ -136,9 +147,11 @@ def _rounds(forms: Mapping[Key, Callable[[], object]], rounds: int, at_most: flo
                 form()
                 if settle is not None:
                     settle()
-                took = clock() - start
-                times[name].append(max(took - waits.since(known), LEAST * took) * 1e3)
-    return times
+                times[name].append((clock() - start) * 1e3)
+                waited[name].append(waits.since(known) * 1e3)
+    if elsewhere() - others <= OTHERS * (clock() - begun) + TICKS:
+        return times
+    return {name: [max(took - wait, LEAST * took) for took, wait in zip(times[name], waited[name], strict=True)] for name in forms}
 
 
 def _settling() -> Callable[[], object] | None:

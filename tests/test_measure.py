@@ -44,8 +44,22 @@ def test_what_a_call_waited_for_a_processor_is_not_its_time(clock: Clock, monkey
         so_far[:] = [before + wait for before, wait in zip(so_far, waits, strict=True)]
 
     monkeypatch.setattr(measure.Waits, "seconds", lambda self: list(so_far))
+    monkeypatch.setattr(measure, "elsewhere", itertools.count(0.0, 1e6).__next__)
     found = measure.interleave({"form": form}, rounds=4, warmup=1)["form"]
     assert found.median == pytest.approx(max(3.0 - max(waits), 0.03) * 1e3)
+    monkeypatch.setattr(measure, "elsewhere", lambda: 0.0)  # alone: its threads waited for each other
+    assert measure.interleave({"form": form}, rounds=4, warmup=1)["form"].median == pytest.approx(3e3)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not tell what its processors do")
+def test_what_other_programs_use_is_not_what_this_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = measure.elsewhere()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.6: pass"], check=True)
+    after = measure.elsewhere()
+    assert after - before > 0.4
+    own = time.process_time()
+    monkeypatch.setattr(measure.time, "process_time", lambda: own + 1e4)
+    assert measure.elsewhere() < after - 5e3
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not tell how long threads wait")
