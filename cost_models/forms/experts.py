@@ -7,6 +7,7 @@ expert that has few are multiplied one after the other, as the only row of a cal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from sympy import Expr, Integer, Max, Rational
 
@@ -78,7 +79,10 @@ def _rows(core: Core) -> Formula:
     return Formula(WEIGHT, (weights + (loads + packed * units * K + put * PLACES * N / LANES) * fma) / threads + _BESIDE)
 
 
-ROW, ROWS = ({name: formula(core) for name, core in CORES.items()} for formula in (_row, _rows))
+@cache
+def _ours(row: str, core: str) -> Formula:
+    """Of the kernel for one row or for several. Made when it is asked for: of many rows it takes sympy a second, and most models have no experts."""
+    return (_row if row == "row" else _rows)(CORES[core])
 
 
 def _grouped(units: str) -> Formula:
@@ -107,4 +111,4 @@ def offer(op: str, values: Values, dtype: str, machine: Hardware) -> list[Form]:
         return found
     if row == "row" and core == "tiles":
         core = "fma"
-    return [*found, Form(OURS, (ROW if row == "row" else ROWS)[core], f"experts {dtype} {core} {row}")]
+    return [*found, Form(OURS, _ours(row, core), f"experts {dtype} {core} {row}")]
