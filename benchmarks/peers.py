@@ -61,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["768x3072/1*/unstructured/0.1"], help="names with wildcards")
     parser.add_argument("--engines", "--peers", nargs="+", default=DEFAULT, choices=list(ENGINES))
+    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="of ours and torch's forms")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--turn", type=float, default=60.0, help="milliseconds that a form runs in each round, at least one call")
     parser.add_argument("--seconds", type=float, default=90.0, help="stop a group's rounds after this long (three rounds at the least)")
@@ -87,6 +88,7 @@ def main() -> None:
                 pass
         return
 
+    os.environ["PEER_DTYPES"] = " ".join(options.dtypes)    # engines are processes
     console, results = Console(width=150), {}
     engines = start(options, console)
     try:

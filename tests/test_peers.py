@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -83,3 +85,10 @@ def test_ratios_are_taken_round_by_round() -> None:
 
     assert peer_report.ratio(Form([2.0, 4.0, 8.0]), Form([1.0, 2.0, 4.0])) == "2.00 (2.00–2.00)"
     assert peer_report.ratio(None, Form([1.0])) == "–"
+
+
+def test_forms_are_of_the_dtypes_that_are_asked_for() -> None:
+    code = f"import sys; sys.path.insert(0, {str(Path(peer_report.__file__).parent)!r}); from peer_engines._torch import DTYPES; print(*DTYPES)"
+    for asked, found in (({}, "fp32 bf16"), ({"PEER_DTYPES": "fp32"}, "fp32"), ({"PEER_DTYPES": "bf16"}, "bf16")):
+        environment = {name: value for name, value in os.environ.items() if name != "PEER_DTYPES"} | asked
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True).stdout.strip() == found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from peer_cases import Case, restore
 from torch import Tensor, nn
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ASKED = "PEER_DTYPES"   # in the environment: which of them are made, where not all
+DTYPES = {word: dtype for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)) if word in os.environ.get(ASKED, "fp32 bf16").split()}
 
 
 def case_of(folder: Path) -> Case:
