@@ -1,4 +1,4 @@
-"""Layers that choose what they read, in graphs without torch: as kernels take them, or, where there is none, as plain formulas."""
+"""What libraries know otherwise, or not at all: layers that choose what they read, as kernels take them, and operators as plain formulas."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from .errors import KernelError
+from .export_library_formulas import SPELLINGS, arguments
+from .fold import plan, store
 from .normal_form_edit import insert
 from .ops import experts_ffn, held_ffn, noted, predicted_ffn, put_rows, select, select_ffn, select_inputs_ffn, select_linear, take_rows
 from .ops._linear import compute_dtype
+from .passes_api import Miss
 from .program import Region
 from .splice import insert_formula
 
@@ -66,8 +69,19 @@ def spell(region: Region) -> None:
                               where=node.name, hint="compile without the pass that made it for this form; save() keeps it for PyTorch")
         if node.target in SPELLED:
             as_formula(region, node, SPELLED[node.target])
+        elif node.target in SPELLINGS and SPELLINGS[node.target][0](node):
+            _folded(region, node, SPELLINGS[node.target][1])
         elif node.target is experts_ffn.op:
             _plain_choice(node)
+
+
+def _folded(region: Region, node: fx.Node, formula: Callable[..., Tensor]) -> None:
+    """Put a formula in the place of a node; what is computed of tensors of the model alone is a tensor of the library."""
+    before = set(region.graph.nodes)
+    as_formula(region, node, formula)
+    plans = plan(region, [one for one in region.graph.nodes if one not in before], None)
+    for item in [] if isinstance(plans, Miss) else plans:
+        store(region, item, BY)
 
 
 def _plain_choice(node: fx.Node) -> None:
@@ -85,8 +99,9 @@ def _plain_choice(node: fx.Node) -> None:
 
 def as_formula(region: Region, node: fx.Node, formula: Callable[..., Tensor]) -> None:
     """Put what the formula gives in the place of a node."""
-    tensors = {name: value for name, value in node.kwargs.items() if isinstance(value, fx.Node)}
-    others = {name: value for name, value in node.kwargs.items() if value is not None and name not in tensors}
+    given = arguments(node)
+    tensors = {name: value for name, value in given.items() if isinstance(value, fx.Node)}
+    others = {name: value for name, value in given.items() if value is not None and name not in tensors}
     result = insert_formula(region, node, partial(formula, **others), tensors, BY)
     node.replace_all_uses_with(result)
     region.graph.erase_node(node)
