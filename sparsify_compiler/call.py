@@ -52,7 +52,7 @@ class Flattener:
         if torch.compiler.is_compiling():  # a set that grows at the first call would be a reason to compile again at the second
             self._check(leaves)
             return leaves if self._all_tensors else [leaves[i] for i in self._tensors]
-        key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves])
+        key = tuple([(x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) else x for x in leaves])
         try:
             known = key in self._seen
         except TypeError:  # an unhashable argument: the check below names it
@@ -127,6 +127,8 @@ class Flattener:
             raise InputError(f"is {_show(value)}, but was captured as a tensor", where=name)
         if value.dtype != spec.dtype:
             raise InputError(f"has dtype {value.dtype}, but was captured with {spec.dtype}", where=name)
+        if value.layout is not torch.strided:
+            raise InputError(f"has layout {value.layout}, but was captured as a dense tensor", where=name, hint="give its to_dense()")
         if self.device is not None and value.device != self.device:
             raise InputError(f"is on {value.device}, but the model is on {self.device}", where=name)
         if value.dim() != len(spec.shape):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -52,7 +52,7 @@ def close(a: Tensor, b: Any) -> bool:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    finite = a[a.isfinite()]
+    finite = a.detach()[a.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 0.0
     return torch.allclose(a, b, rtol=0, atol=TOLERANCE.get(a.dtype, 1e-4) * max(scale, 1e-6), equal_nan=True)
 
@@ -90,15 +90,31 @@ def _allow(region: Region, module: nn.Module, call: ExampleCall, names: list[str
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Puts the model's buffers back as they were: running a model that counts its calls must not leave a trace in it."""
-    before = [(module, name, buffer, buffer.clone(), buffer._version)
+def unchanged(model: nn.Module) -> Iterator[Callable[[], list[tuple[nn.Module, str, Tensor]]]]:
+    """Puts the model's buffers back as they were: running a model that counts its calls must not leave a trace in it.
+
+    Gives a function that says which buffers were written into so far: module, name, buffer.
+    """
+    before = [(module, name, buffer, buffer.clone(), _version(buffer))
               for module in model.modules() for name, buffer in module._buffers.items() if buffer is not None]
+
+    def written() -> list[tuple[nn.Module, str, Tensor]]:
+        return [(module, name, buffer) for module, name, buffer, values, version in before if _is_written(buffer, values, version)]
+
     try:
-        yield
+        yield written
     finally:
         with torch.no_grad():
             for module, name, buffer, values, version in before:
-                if buffer._version != version:
+                if _is_written(buffer, values, version):
                     buffer.copy_(values)
                 module._buffers[name] = buffer
+
+
+def _version(buffer: Tensor) -> int | None:
+    """How often a tensor was written into; None where torch does not count that."""
+    return None if buffer.is_inference() else buffer._version
+
+
+def _is_written(buffer: Tensor, values: Tensor, version: int | None) -> bool:
+    return not torch.equal(buffer, values) if version is None else buffer._version != version

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import catalog, whole_choice
+from . import catalog, step_choice, whole_choice
 from .budget import Budget
 from .calibrate import Known, calibrate
 from .calibrate_loss import Loss
 from .call import call_arguments, instantiate
 from .capture import capture
+from .capture_verify import unchanged
 from .compiled import CompiledModel
 from .errors import TargetError
 from .estimates import Estimate, estimate_program
@@ -39,7 +40,6 @@ from .program import Program
 from .quality import Distance, measure, output_distance
 from .report import Form, PassTime, Quality, Refusal, Report
 from .site_cost import fill_costs
-from .step_choice import choose_step, is_wanted
 from .target import Target
 from .trials import COMPILED, latency
 from .version import __version__
@@ -83,9 +83,10 @@ class Job:
         captured = self.timed("capture", lambda: capture(self.model, self.example, self.dynamic))
         if self.far:
             self.estimate = estimate_program(captured, self.example, nearest_machine(self.target)[0])
-        forms = self.timed("dense forms", self.dense_forms)
-        program = self.timed("compile", lambda: meet_budget(self, captured, forms))
-        return self.finish(captured, program, forms)
+        with unchanged(self.model), unchanged(captured.skeleton or nn.Module()):    # what they count is not for the calls that measure them
+            forms = self.timed("dense forms", self.dense_forms)
+            program = self.timed("compile", lambda: meet_budget(self, captured, forms))
+            return self.finish(captured, program, forms)
 
     @property
     def far(self) -> bool:
@@ -191,9 +192,10 @@ class Job:
 
     def choose_decoding(self, compiled: CompiledModel, report: Report) -> None:
         """Of a language model: let one library take its tokens where that is faster."""
-        if self.far or not is_wanted(self.decoding, compiled.program, tensor_bytes(self.model)):
+        if self.far or not step_choice.is_wanted(self.decoding, compiled.program, tensor_bytes(self.model)):
+            report.decoding = step_choice.why_not(compiled.program) if self.decoding == "library" and not self.far else ""
             return
-        choice = self.timed("decoding", lambda: choose_step(compiled.program, compiled.model, self.target))
+        choice = self.timed("decoding", lambda: step_choice.choose_step(compiled.program, compiled.model, self.target))
         report.decoding = choice.told
         if choice.step is not None:
             compiled.decode_by(choice.step)
@@ -201,6 +203,7 @@ class Job:
     def choose_calls(self, compiled: CompiledModel, report: Report) -> None:
         """Of a model that was captured whole: let one library take its calls where that is faster, and the bytes stay within their budget."""
         if self.far or not whole_choice.is_wanted(self.calls, compiled.program, tensor_bytes(self.model)):
+            report.calls = whole_choice.why_not(compiled.program) if self.calls == "library" and not self.far else ""
             return
         room = 0 if self.budget is not None and self.budget.bytes is not None else None
         choice = self.timed("calls", lambda: whole_choice.choose_call(compiled, self.example, self.target, room))

@@ -107,10 +107,18 @@ class _Writer:
             self._tensor(node, name)
             return []
         if node.op == "output":
-            return [f"return {self._value(node.args[0])}"]
+            return [*self._copies(node), f"return {self._value(node.args[0])}"]
         dying = [self._names[n] for n in self._dying.get(node, ()) if n.op not in ("get_attr", "output")]
         freed = f"; {' = '.join(dying)} = None" if dying else ""
         return [f"{name} = {self._call(node)}{freed}"]
+
+    def _copies(self, output: fx.Node) -> list[str]:
+        """Results that lie in the model itself: callers may write into what they get, where the model computed it at each call."""
+        lines = []
+        for number, node in enumerate(node for node in output.all_input_nodes if lies_in_model(node)):
+            lines.append(f"r{number} = {self._names[node]}.clone()")
+            self._names[node] = f"r{number}"
+        return lines
 
     def _tensor(self, node: fx.Node, name: str) -> None:
         self.globals[name] = get_tensor(self.module, str(node.target))
@@ -181,6 +189,16 @@ class _LiveWriter(_Writer):
             self._owners[path] = f"m{len(self._owners)}"
             self.opening.append(f"{self._owners[path]} = {parent_name}._modules[{name!r}]")
         return self._owners[path]
+
+
+def lies_in_model(node: fx.Node) -> bool:
+    """Is a value a tensor of the model, or a view of one?"""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
+        returned = node.target._schema.returns
+        if not returned or returned[0].alias_info is None:
+            return False
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr"
 
 
 def kernel_calls(graph: fx.Graph) -> tuple[dict[fx.Node, tuple[Any, tuple[fx.Node, ...]]], set[fx.Node]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .codegen.whole_graph_here import Here
 
 Placed = tuple[tuple[str, ...], Tensor]
+KEPT = 4        # sizes of calls for which the memory of their values is kept
 
 
 @dataclass
@@ -36,6 +37,18 @@ class LibraryHere:
     run: Here
     binary: bytes
     parameters: tuple[Placed, ...]
+    _sizes: set[Hashable] = field(init=False, default_factory=set)
+
+    def make_room(self, sizes: Hashable) -> None:
+        """Before a call of such sizes: TVM keeps memory for the next value of as many bytes, and of ever new sizes would keep ever more."""
+        if sizes in self._sizes:
+            return
+        if len(self._sizes) >= KEPT:
+            import tvm_ffi
+
+            tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")()     # of what nobody holds
+            self._sizes.clear()
+        self._sizes.add(sizes)
 
     @property
     def own(self) -> list[Tensor]:

@@ -45,9 +45,9 @@ class _Sums:
     max_error: float = 0.0
 
     def add(self, reference: Tensor, other: Tensor) -> None:
-        a, b = (t.detach().double().reshape(-1, t.shape[-1] if t.dim() else 1) for t in (reference, other))
-        if a.numel() == 0:
+        if reference.numel() == 0:
             return
+        a, b = (t.detach().double().reshape(-1, t.shape[-1] if t.dim() else 1) for t in (reference, other))
         norms = a.norm(dim=1) * b.norm(dim=1)
         same = (a == b).all(1)
         self.cosines += float(torch.where(same, 1.0, (a * b).sum(1) / norms.clamp(min=torch.finfo(torch.float64).tiny)).sum())
@@ -60,7 +60,7 @@ class _Sums:
     def result(self, name: str) -> Distance:
         error = math.sqrt(self.squared_error) if self.squared_error >= 0 else math.nan
         relative = error / math.sqrt(self.squared_reference) if self.squared_reference > 0 else (0.0 if error == 0 else math.inf)
-        return Distance(name, self.cosines / max(self.vectors, 1), relative, self.max_error)
+        return Distance(name, self.cosines / self.vectors if self.vectors else 1.0, relative, self.max_error)
 
 
 def output_distance(reference: nn.Module, module: nn.Module, batches: Iterable[Inputs]) -> list[Distance]:

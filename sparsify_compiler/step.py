@@ -98,6 +98,7 @@ class Step:
         if places is None or not _within(ids, self._words) or not _within(places, self._places):
             return None
         past = torch.full((1,), found.past, dtype=torch.int64)
+        self.library.make_room((batch, found.buffers[0].shape[2]))
         logits: Tensor
         (logits,) = self.library.run(ids.contiguous(), places, past, starts, *found.buffers)
         found.done()

@@ -42,6 +42,11 @@ def is_wanted(decoding: str, program: Program, size: int) -> bool:
     return generates and (decoding == "library" or (decoding == "auto" and size >= WORTH))
 
 
+def why_not(program: Program) -> str:
+    """What to say of a program for which a library was asked and none is tried."""
+    return f"{USUAL}: " + ("it has no generate()" if program.skeleton is not None else "it was captured whole, and does not generate")
+
+
 @dataclass(frozen=True)
 class Choice:
     """A Step where it is faster, and what to say of it in the report."""

@@ -5,6 +5,7 @@ Whatever it does not take goes the usual way, kernel by kernel, in which nothing
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import ModelError
+from .executor import lies_in_model
 from .export_library import output_names, whole_region
 from .export_library_attentions import plain_attentions
 from .export_library_blocks import LONGEST
 from .export_library_products import ROWS
+from .fold import is_constant
 from .library_here import LibraryHere, build_here, load_here
+from .normal_form_edit import aten
 from .program import InputSpec, Program, Region, TensorSpec, get_tensor
 from .target import Target
 
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 
 NAME = "call"
 PARTS = "kernel by kernel"    # what is said of calls that no library takes
+DIVIDING = (aten.div, aten.floor_divide, aten.remainder, aten.fmod, aten.true_divide, operator.floordiv, operator.mod)
 INDICES = ("index", "indices")      # arguments of operators that name rows: a library reads the nearest where there is no such row
 
 
@@ -53,6 +58,7 @@ class WholeCall:
             return None
         try:
             self.calls += 1
+            self.library.make_room(tuple(inputs[number].shape[axis] for number, axis, _, _ in self._places))
             return self.library.run(*map(_as_read, inputs))
         finally:
             self._lock.release()
@@ -97,6 +103,7 @@ def build_call(program: Program, target: Target, most: Mapping[str, int], room: 
 
     region = whole_region(program).clone()
     _check_outputs(region)
+    _check_divisors(region)
     rows, limits = rows_of(region), plain_attentions(region, max([LONGEST, *most.values()]))
     if any(most[name] > limit for name, limit in limits.items() if name in most):
         raise ModelError("its attention reads blocks of shorter texts only")
@@ -118,11 +125,23 @@ def _inputs(spec: InputSpec) -> list[Input]:
 
 
 def _check_outputs(region: Region) -> None:
-    """Raises ModelError where a result is no tensor that the graph computes."""
+    """Raises ModelError where a result is no tensor that the graph computes at each call: callers may write into what they get."""
     output: Any = next(node for node in reversed(region.graph.nodes) if node.op == "output").args[0]
     for one in output:
         if not isinstance(one, fx.Node) or one.op != "call_function" or not isinstance(one.meta.get("val"), Tensor):
             raise ModelError("a result of it is no tensor that it computes")
+        if is_constant(one) or lies_in_model(one):
+            raise ModelError("a result of it is the same at every call", where=one.name)
+
+
+def _check_divisors(region: Region) -> None:
+    """Raises ModelError where whole numbers are divided by some that a call gives: 0 among them ends the process, where torch raises an error."""
+    for node in region.graph.nodes:
+        divisor = node.kwargs.get("other", node.args[1] if len(node.args) > 1 else None)
+        value = node.meta.get("val")
+        whole = isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and not value.is_floating_point())
+        if getattr(node.target, "overloadpacket", node.target) in DIVIDING and whole and isinstance(divisor, fx.Node):
+            raise ModelError("it divides whole numbers by numbers that are not known before", where=node.name)
 
 
 def rows_of(region: Region) -> dict[int, int]:

@@ -40,6 +40,11 @@ def is_wanted(calls: str, program: Program, size: int) -> bool:
     return program.skeleton is None and kernels and (calls == "library" or (calls == "auto" and size >= WORTH))
 
 
+def why_not(program: Program) -> str:
+    """What to say of a program for which a library was asked and none is tried."""
+    return f"{PARTS}: " + ("it was captured in parts, with Python between them" if program.skeleton is not None else "no layer of it has a kernel")
+
+
 def choose_call(compiled: CompiledModel, example: Any, target: Target, room: int | None = None) -> Choice:
     """Build the library of a compiled model, and keep it where it says the same in less time.
 

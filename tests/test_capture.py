@@ -220,6 +220,7 @@ def test_nothing_can_be_captured() -> None:
     (({"a": x(5, 4), "b": [x(4, 4)]},), {}, "data_b_0: dimension 0 .'batch'. is 4, but dimension 0 of data_a has the same name and is 5"),
     (({"a": x(5, 3), "b": [x(5, 4)]},), {}, "data_a: dimension 1 is 3, but was captured with the fixed size 4"),
     (({"a": x(5, 4).double(), "b": [x(5, 4)]},), {}, "data_a: has dtype torch.float64, but was captured with torch.float32"),
+    (({"a": x(5, 4).to_sparse(), "b": [x(5, 4)]},), {}, "data_a: has layout torch.sparse_coo, but was captured as a dense tensor"),
     (({"a": x(4), "b": [x(5, 4)]},), {}, "data_a: has 1 dimensions, but was captured with 2"),
     (({"a": x(5, 4), "b": x(5, 4)},), {}, "the structure of the arguments differs"),
     ((net_inputs(), False), {}, "flag: is bool False, but was captured with True"),
@@ -230,6 +231,7 @@ def test_nothing_can_be_captured() -> None:
 ])
 def test_a_call_that_does_not_fit(net: tuple[nn.Module, Program], args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> None:
     captured = instantiate(net[1])
+    captured(net_inputs())
     for _ in range(2):  # a refused call is not remembered as a good one
         with pytest.raises(InputError, match=message):
             captured(*args, **kwargs)

@@ -36,6 +36,12 @@ def test_distances() -> None:
     assert turned.cosine == pytest.approx(0.5)
 
 
+def test_outputs_without_numbers_have_not_moved() -> None:
+    for model, x in ((nn.Linear(4, 0), torch.randn(3, 4)), (nn.Linear(4, 2), torch.randn(0, 4))):
+        (found,) = output_distance(model, model, [(x,)])
+        assert (found.cosine, found.relative_error, found.max_error) == (1.0, 0.0, 0.0)
+
+
 def test_equal_zero_and_nan() -> None:
     same = output_distance(nn.Identity(), nn.Identity(), [{"input": torch.zeros(2, 3)}])
     assert [(d.name, d.cosine, d.relative_error, d.max_error) for d in same] == [("output", 1.0, 0.0, 0.0)]

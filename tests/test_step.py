@@ -13,7 +13,7 @@ from models.misaligned import misalign
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
-from sparsify_compiler import compile_job, library_cache, opaque, step_choice
+from sparsify_compiler import library_cache, opaque, step_choice
 from sparsify_compiler.codegen import whole_graph_here
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.errors import InputError, KernelError, ModelError
@@ -419,14 +419,14 @@ def test_models_without_a_step() -> None:
     whole = sc.compile(model, {"input_ids": torch.randint(1, 96, (2, 7)), "use_cache": False}, dynamic=DYNAMIC, decoding="library",
                        recipe=Pipeline.parse("pack()"))
     assert whole.step is None
-    assert whole.report().decoding == ""
+    assert whole.report().decoding == "part by part: it was captured whole, and does not generate"
     with pytest.raises(ModelError, match="captured whole"):
         step_graph(whole.program)
 
 
 def test_a_large_model_has_its_library_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(compile_job, "choose_step", lambda *given: asked.append(given) or step_choice.Choice(None, "asked"))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(step_choice, "choose_step", lambda *given: asked.append(given) or step_choice.Choice(None, "asked"))  # type: ignore[func-returns-value]
     model, ids = llama(num_hidden_layers=1), {"input_ids": torch.randint(1, 96, (2, 7))}
     for least, told in ((step_choice.WORTH, ""), (1, "asked")):
         monkeypatch.setattr(step_choice, "WORTH", least)

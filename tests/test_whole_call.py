@@ -12,7 +12,7 @@ from models.misaligned import misalign
 from torch import Tensor, nn
 
 import sparsify_compiler as sc
-from sparsify_compiler import library_here, whole_choice
+from sparsify_compiler import library_here, whole_call, whole_choice
 from sparsify_compiler.capture import capture
 from sparsify_compiler.capture_verify import close
 from sparsify_compiler.codegen import whole_graph_here
@@ -307,3 +307,100 @@ def test_weights_that_start_anywhere_are_read_where_they_lie(monkeypatch: pytest
     assert words[0].data_ptr() % 64 == 24
     assert made.whole.library.own_bytes < WORDS * 32 * 4
     check(made, ids(4, 12), by_library=True)
+
+
+class Odd(nn.Module):
+    """A linear layer, and beside it whatever a function makes of the inputs."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(16, 16), function
+        self.register_buffer("table", torch.ones(3, 16))
+
+    def forward(self, x: Tensor, whole: Tensor) -> Any:
+        return self.layer(x), self.function(self, x, whole)
+
+
+WHOLE = torch.arange(4) + 1
+
+
+@pytest.mark.parametrize("function", [lambda m, x, n: n // n.flip(0), lambda m, x, n: n % n.flip(0), lambda m, x, n: torch.fmod(n, n.flip(0)),
+                                      lambda m, x, n: torch.div(n, n.flip(0), rounding_mode="trunc")])
+def test_whole_numbers_are_not_divided_by_any_that_may_be_zero(function: Any) -> None:
+    """Such a quotient ends the process; in torch it is an error."""
+    region = capture(Odd(function).eval(), (torch.randn(4, 16), WHOLE)).regions[""]
+    with pytest.raises(ModelError, match="divides whole numbers"):
+        whole_call._check_divisors(region)
+    for fine in (lambda m, x, n: n // 3, lambda m, x, n: n / n.flip(0), lambda m, x, n: x / x, lambda m, x, n: n % 5.0):
+        whole_call._check_divisors(capture(Odd(fine).eval(), (torch.randn(4, 16), WHOLE)).regions[""])
+
+
+@pytest.mark.parametrize("function", [lambda m, x, n: torch.zeros(3), lambda m, x, n: m.table * 1.0, lambda m, x, n: m.table[:2],
+                                      lambda m, x, n: m.table.expand(x.shape[0], 3, 16)])
+def test_who_writes_into_a_result_does_not_write_into_the_model(function: Any) -> None:
+    example = (torch.randn(4, 16), WHOLE)
+    model = compiled(Odd(function), example, dynamic={"x": {0: "batch"}}, calls="library")
+    assert model.whole is None
+    assert "the same at every call" in model.report().calls or "no tensor that it computes" in model.report().calls
+    with torch.no_grad():
+        before = model(*example)[1].clone()
+        model(*example)[1].add_(5) if before.stride()[0] else model(*example)[1][0].add_(5)
+        assert torch.equal(model(*example)[1], before)
+
+
+def test_calls_of_ever_new_sizes_do_not_take_ever_more_memory(encoder: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tvm_ffi
+
+    assert encoder.whole is not None
+    cleared = []
+    monkeypatch.setattr(tvm_ffi, "get_global_func", lambda name: lambda: cleared.append(name))
+    encoder.whole.library._sizes.clear()
+    for size in (1, 2, 1, 3, 4, 1, 2, 3, 4):
+        encoder(ids(1, size))
+    assert not cleared
+    for size in (5, 6, 7, 5, 8, 9):
+        encoder(ids(1, size))
+    assert cleared == ["vm.builtin.memory_manager.clear"] * 2
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, so that it is captured in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        self.calls += 1
+        self.mean.mul_(0.5).add_(y.mean(0).detach())
+        return y + self.mean
+
+
+def test_who_asks_for_a_library_is_told_why_there_is_none() -> None:
+    parts = compiled(Counting(), (torch.randn(4, 16),), calls="library", decoding="library").report()
+    assert parts.calls == "kernel by kernel: it was captured in parts, with Python between them"
+    assert parts.decoding == "part by part: it has no generate()"
+    whole = sc.compile(nn.ReLU().eval(), (torch.randn(4, 16),), recipe=Pipeline.parse("lower()"), calls="library", decoding="library").report()
+    assert whole.calls == "kernel by kernel: no layer of it has a kernel"
+    assert whole.decoding == "part by part: it was captured whole, and does not generate"
+
+
+def test_what_a_model_counts_is_not_counted_in_another() -> None:
+    """Neither while it is compiled, nor when what came of it is called, which starts where the model was."""
+    torch.manual_seed(0)
+    model, x = Counting().eval(), torch.randn(4, 16)
+    with torch.no_grad():
+        model(x)
+        before = model.mean.clone()
+        made = sc.compile(model, (x,), recipe=Pipeline.parse("lower()"))
+        assert float(model.calls) == 1
+        assert torch.equal(model.mean, before)
+        first, second = made(x), made(x)
+        assert float(model.calls) == 1
+        assert torch.equal(model.mean, before)
+        torch.testing.assert_close(first, model(x))
+        torch.testing.assert_close(second, model(x))
+        assert not torch.equal(first, second)
