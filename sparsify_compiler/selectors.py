@@ -27,9 +27,9 @@ def select(sites: Sequence[Site], targets: str | Iterable[str] = (), ignore: str
 
     `program` is needed for module classes and ops. Raises SelectorError for a selector that is malformed or matches nothing.
     """
-    nodes = _nodes(program)
-    wanted = _matched(sites, targets, nodes)
-    refused = _matched(sites, ignore, nodes)
+    nodes, parts = _nodes(program), program is not None and program.skeleton is not None
+    wanted = _matched(sites, targets, nodes, parts)
+    refused = _matched(sites, ignore, nodes, parts)
     everything = not _as_tuple(targets)
     return [site for site in sites if (everything or _key(site) in wanted) and _key(site) not in refused]
 
@@ -50,20 +50,27 @@ def matches(selector: str, site: Site, nodes: Callable[[Site], fx.Node | None]) 
     return selector in (module, op, op.rpartition(".")[0])
 
 
-def _matched(sites: Sequence[Site], selectors: str | Iterable[str], nodes: Callable[[Site], fx.Node | None]) -> set[tuple[str, str]]:
+def _matched(sites: Sequence[Site], selectors: str | Iterable[str], nodes: Callable[[Site], fx.Node | None], parts: bool) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for selector in _as_tuple(selectors):
         hits = {_key(site) for site in sites if matches(selector, site, nodes)}
         if not hits:
-            raise _nothing(selector, sites)
+            raise _nothing(selector, sites, parts)
         found |= hits
     return found
 
 
-def _nothing(selector: str, sites: Sequence[Site]) -> SelectorError:
+def _nothing(selector: str, sites: Sequence[Site], parts: bool) -> SelectorError:
+    """What to say of a selector that matches none; `parts`: was the model captured in parts?"""
     paths = [site.path for site in sites]
     below = [path for path in paths if path.startswith(f"{selector}.")]
-    hint = f"{len(below)} sites lie below it: write {selector}.*" if below else nearest(selector.removeprefix("re:"), {*paths, *KINDS})
+    if below:
+        hint = f"{len(below)} sites lie below it: write {selector}.*"
+    elif selector in KINDS:
+        hint = f"there are {', '.join(sorted({site.kind for site in sites})) or 'no others'}"
+        hint += "; what lies between the parts that a model was captured in is Python, and no site" if parts else ""
+    else:
+        hint = nearest(selector.removeprefix("re:"), {*paths, *KINDS})
     return SelectorError(f"the selector {selector!r} matches none of {len(paths)} sites", hint=hint)
 
 

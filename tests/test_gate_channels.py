@@ -305,6 +305,37 @@ def test_units_that_convolutions_and_linears_make_have_no_gates() -> None:
     assert [gate for _, gate in gate_products(region)] == ["gates_neurons"]
 
 
+class Twice(nn.Module):
+    """Two FFNs in graphs of their own, for there is Python between them, whose neurons one weight makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(2))
+        self.second[0].weight = self.first[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y: Tensor = self.second(x if float(x.sum()) < 1e9 else -x)
+        return y
+
+
+def test_units_that_are_made_in_several_graphs_have_no_gates() -> None:
+    ctx = Context(example_inputs=(torch.randn(5, 8),))
+    program = GateChannels(density=0.5).run(sc.capture(Twice().eval(), ctx.example_inputs), ctx)
+    assert list(program.regions) == ["first", "second"]
+    assert "12 neurons are made in several graphs" in " ".join(map(str, ctx.misses))
+    assert not [name for name, _ in instantiate(program).named_buffers()]
+
+
+def test_units_without_a_batch_before_them_have_no_gates() -> None:
+    """A gate is [1, units]: what it is multiplied with would have a dimension more."""
+    model, x = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)).eval(), torch.randn(8)
+    ctx = Context(example_inputs=(x,))
+    gated = instantiate(GateChannels(density=0.5).run(sc.capture(model, (x,)), ctx))
+    assert "12 neurons do not lie side by side" in " ".join(map(str, ctx.misses))
+    assert gated(x).shape == (4,)
+
+
 class Halves(nn.Module):
     """Two matrices that are one parameter, of whose products the other reads the first half of the units alone."""
 

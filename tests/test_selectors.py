@@ -10,6 +10,7 @@ from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import SelectorError
 from sparsify_compiler.program import Program, Site
 from sparsify_compiler.selectors import select
+from sparsify_compiler.sites import find_sites
 
 SITES = [Site("linear", f"encoder.layer.{i}.{part}", "", {"op": f"{part}_{i}"}) for i in range(3) for part in ("query", "out.dense")]
 SITES += [Site("ffn", "encoder.layer.0", "", {}), Site("conv", "stem", "", {"op": "stem"})]
@@ -57,6 +58,29 @@ def test_what_matches_nothing_offers_the_nearest(selector: str, wrong: str) -> N
         with pytest.raises(SelectorError) as caught:
             paths(*args)
         assert wrong in str(caught.value)
+
+
+class Parts(nn.Module):
+    """Captured in parts, for there is Python between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.second(y if float(y.sum()) < 1e9 else -y)  # type: ignore[no-any-return]
+
+
+def test_a_kind_of_which_there_is_none_is_not_offered() -> None:
+    program = capture(Parts().eval(), (torch.randn(2, 4),))
+    sites = find_sites(program)
+    with pytest.raises(SelectorError, match=r"(?s)'attention' matches none of 2 sites.*there are linear; what lies between the parts") as refused:
+        select(sites, "attention", program=program)
+    assert "did you mean" not in str(refused.value)
+    whole = capture(nn.Linear(4, 4).eval(), (torch.randn(2, 4),))
+    with pytest.raises(SelectorError, match=r"there are linear$"):
+        select(find_sites(whole), "attention", program=whole)
 
 
 def test_module_classes_and_ops() -> None:

@@ -328,9 +328,9 @@ WHOLE = torch.arange(4) + 1
                                       lambda m, x, n: torch.div(n, n.flip(0), rounding_mode="trunc")])
 def test_whole_numbers_are_not_divided_by_any_that_may_be_zero(function: Any) -> None:
     """Such a quotient ends the process; in torch it is an error."""
-    region = capture(Odd(function).eval(), (torch.randn(4, 16), WHOLE)).regions[""]
+    program = capture(Odd(function).eval(), (torch.randn(4, 16), WHOLE))
     with pytest.raises(ModelError, match="divides whole numbers"):
-        whole_call._check_divisors(region)
+        whole_call.build_call(program, host(), {})
     for fine in (lambda m, x, n: n // 3, lambda m, x, n: n / n.flip(0), lambda m, x, n: x / x, lambda m, x, n: n % 5.0):
         whole_call._check_divisors(capture(Odd(fine).eval(), (torch.randn(4, 16), WHOLE)).regions[""])
 

@@ -71,7 +71,7 @@ class GateChannels(RemoveChannels):
         why = None
         if not made or None in dims.values():
             why = "do not lie side by side in what makes them"
-        elif len({member.region.path for member in group.members if member.writes}) > 1:
+        elif len({op.graph for op in made}) > 1:
             why = "are made in several graphs"
         elif len({op.meta["val"].dim() - dim for op, dim in dims.items() if dim is not None}) > 1:
             why = "are made as channels of images and as features: one gate has not the shape of both"
