@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from sparsify_compiler.site_graph import backwards
 
 EAGER = "dense eager"
 DECODE = 1  # rows that a layer with any number of them is measured at: those of a token that is generated
+TIE = 1.1  # that a kernel's times with and without what follows it differ by from run to run
 NOTHING = Epilogue()
 Source = tuple[str, dict[str, Tensor], dict[str, Any]]  # operator, tensors and attributes that compute a layer: ("linear", {"weight": ...}, {})
 CHUNK = 1 << 26  # bytes of dense weights that are measured together: more than the caches hold, little beside a large model
@@ -129,6 +130,17 @@ def fused(node: fx.Node, sources: Sequence[Source], dtype: torch.dtype, rows: tu
     if found:
         taken.update(found[-1][0].nodes)
     return found
+
+
+def fastest(times: Mapping[str, float], forms: Mapping[str, Form]) -> str:
+    """The form of the least time; of those that are its kernel with more of what follows the layer, the longest that takes as long within TIE.
+
+    Otherwise chance decides, for each of many like layers anew, and a library of the whole is another one at every compile.
+    """
+    best = min(times, key=lambda name: times[name])
+    kernel = best.removesuffix(forms[best].epilogue.label)
+    alike = [name for name, time in times.items() if name.removesuffix(forms[name].epilogue.label) == kernel and time <= times[best] * TIE]
+    return max(alike, key=lambda name: len(forms[name].epilogue.nodes))
 
 
 def usable(candidates: Iterable[Any], ctx: Context) -> list[Any]:

@@ -14,7 +14,7 @@ from sparsify_compiler import catalog
 from sparsify_compiler.epilogue import Epilogue
 from sparsify_compiler.measure import Timing
 from sparsify_compiler.operands import input_of, operands, operator_of, packed_operator, packed_weight
-from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, Source, bound, fused, noise, on_taken_rows, row_of, rows_of, say
+from sparsify_compiler.passes.lower._layer import EAGER, Form, Layer, Source, bound, fastest, fused, noise, on_taken_rows, row_of, rows_of, say
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.program import Program, Region
 
@@ -100,15 +100,16 @@ def choose(layer: Linear, timings: Mapping[str, Timing], margin: float, prefer: 
     """Bind the fastest form to the node, and write down why."""
     dense = {name: t.median for name, t in timings.items() if layer.forms[name].dense}
     sparse = {name: t.median for name, t in timings.items() if not layer.forms[name].dense}
-    yardstick = min(dense, key=lambda name: dense[name])
+    yardstick = fastest(dense, layer.forms)
     if prefer == "bytes" or dense[yardstick] > dense[EAGER] * (1 - margin):
         yardstick = EAGER  # packing another copy of the weight has to pay too
-    best = min(sparse, key=lambda name: sparse[name], default=None)
+    bar = dense[EAGER] if yardstick == EAGER else min(dense.values())
+    best = fastest(sparse, layer.forms) if sparse else None
     gain = dense[yardstick] / sparse[best] if best is not None else 0.0
     row = layer.decision
     row.rows, row.dense_form, row.dense_ms = layer.rows, yardstick, dense[yardstick]
     row.sparse_ms = sparse[best] if best is not None else None
-    if best is not None and (prefer == "bytes" or sparse[best] <= dense[yardstick] * (1 - margin)):
+    if best is not None and (prefer == "bytes" or sparse[best] <= bar * (1 - margin)):
         layer.bind(best)
         row.kernel, row.compiled_ms = best, sparse[best]
         if best != REFERENCE:

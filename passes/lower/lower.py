@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -35,7 +35,8 @@ from sparsify_compiler.passes.lower._layer import Layer, chunks
 from sparsify_compiler.passes_api import Context, Pass, Preserves
 from sparsify_compiler.program import Program, Region, Stage
 
-SEEN = 5    # rounds in which a form is timed that tuning has found to be the best
+SEEN = 5    # rounds in which every form is timed
+SLOWER = 1.5    # times the layer's fastest form, then: what takes no part in the other rounds
 Found = tuple[Region, fx.Node]
 Times = Callable[[Sequence[Layer]], dict[str, dict[str, Timing]]]
 # What does not compute all of its weights: is_packed, size_of, layer, choose, make_dense.
@@ -127,13 +128,15 @@ class Lower(Pass):
         return program
 
     def _measured(self, layers: Sequence[Layer]) -> dict[str, dict[str, Timing]]:
-        """Times of all forms whose numbers are right; where tuning has found out already which are the best, it only has to be seen that they pay."""
+        """Times of all forms whose numbers are right. What is much slower than another form of the layer is timed a few times only, and so are all
+        where tuning has found out already which are the best: it only has to be seen that they pay."""
         for layer in layers:
             _numbers.check(layer)
-        tuned = [layer for layer in layers if layer.record is not None]
-        groups = [(tuned, min(self.rounds, SEEN)), ([layer for layer in layers if layer.record is None], self.rounds)]
-        return {key: times for chosen, rounds in groups if chosen
-                for key, times in round_robin({layer.key: layer.runs for layer in chosen}, rounds=rounds, warmup=1).items()}
+        times = round_robin({layer.key: layer.runs for layer in layers}, rounds=min(self.rounds, SEEN), warmup=1)
+        left = {layer.key: _rivals(layer.runs, times[layer.key]) for layer in layers if layer.record is None and self.rounds > SEEN}
+        for key, found in round_robin(left, rounds=self.rounds - SEEN, warmup=0).items():
+            times[key] |= found
+        return times
 
     def _lower(self, chunk: Iterable[Found], program: Program, ctx: Context, taken: set[fx.Node], times: Times) -> None:
         """Measure some layers together. The forms that lose are freed on return, before the next layers are laid out."""
@@ -170,6 +173,13 @@ class Lower(Pass):
         if picked:
             _layout.choose(picked[0].region, picked, ctx, self.margin, self.prefer)
             give_back()
+
+
+def _rivals(runs: Mapping[str, Callable[[], object]], times: Mapping[str, Timing]) -> dict[str, Callable[[], object]]:
+    """The forms of a layer between which a few rounds have not decided."""
+    least = min(timing.median for timing in times.values())
+    found = {name: run for name, run in runs.items() if times[name].median <= SLOWER * least}
+    return found if len(found) > 1 else {}
 
 
 def _kind(node: fx.Node) -> Any:
