@@ -22,6 +22,8 @@ from torch.nn.utils import prune
 
 from sparsify_compiler.passes.prune.structures._base import Structure
 
+DTYPES = "PEER_DTYPES"   # in the environment of engines: which dtypes of ours and torch's forms are made, where not all
+
 SHAPES = ("4096x4096", "11008x4096", "768x3072")
 ROWS = (1, 16, 128, 512)
 BLOCKS = ("fan_in", "4x1", "16x1", "32x1", "32x32")

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from peer_cases import Case, export, names
+from peer_cases import DTYPES, Case, export, names
 from peer_process import Engine, EngineError
 from peer_report import show, summary
 from rich.console import Console
@@ -88,7 +88,7 @@ def main() -> None:
                 pass
         return
 
-    os.environ["PEER_DTYPES"] = " ".join(options.dtypes)    # engines are processes
+    os.environ[DTYPES] = " ".join(options.dtypes)    # engines are processes
     console, results = Console(width=150), {}
     engines = start(options, console)
     try:

@@ -74,9 +74,14 @@ def _kind(leaf: Any) -> Any:
 
 
 def _run(model: nn.Module, call: ExampleCall) -> None:
+    """Buffers that the call writes into become the copy's own: what it counts is not counted in the user's model."""
     args, kwargs = call.arguments()
-    with torch.no_grad(), unchanged(model):
+    with torch.no_grad(), unchanged(model) as changed:
         model(*args, **kwargs)
+        written = changed()
+    own: dict[int, Tensor] = {}  # one that modules share stays shared
+    for module, name, buffer in written:
+        module._buffers[name] = own.setdefault(id(buffer), buffer.clone())
 
 
 def _merged(records: dict[str, Record], more: dict[str, Record]) -> dict[str, Record]:

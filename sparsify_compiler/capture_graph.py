@@ -56,12 +56,19 @@ def export_region(module: nn.Module, call: ExampleCall, path: str, trains: bool)
     try:
         functionalise(graph_module.graph)
     except NotFunctionalError:  # views of what is written: export's own functionalisation knows them, and then names effects on buffers
-        with silenced(*LOGGERS):
-            exported = exported.run_decompositions({})
+        exported = _functional(exported)
         _refuse_effects(exported)
         graph_module = _build(module, exported, call, path, aliases)
         _refuse_writes(graph_module.graph)
     return Region(path, graph_module, _input_spec(exported, graph_module, call)), aliases
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    try:
+        with silenced(*LOGGERS):
+            return exported.run_decompositions({})
+    except Exception as problem:  # its own checks fail, of a buffer that two modules write into
+        raise NotExportableError(_sentence(problem)) from problem
 
 
 def _export(module: nn.Module, call: ExampleCall, trains: bool) -> ExportedProgram:

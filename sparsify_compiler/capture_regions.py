@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .call import CapturedModule, Hole, clone_structure
@@ -14,7 +13,7 @@ from .capture_calls import Record, learned_call, record
 from .capture_graph import NotExportableError, export_region
 from .capture_inputs import ExampleCall
 from .capture_reuse import build_of, reuse
-from .capture_verify import agree, allow_ones, unchanged
+from .capture_verify import agree, allow_ones
 from .errors import CaptureError, InputError
 from .library_attention import take_indexers
 from .normal_form import normalise
@@ -49,7 +48,6 @@ def capture_regions(model: nn.Module, call: ExampleCall, reason: str, progress: 
         skeleton = clone_structure(model)
     except Exception as problem:  # deepcopy runs the user's own __deepcopy__ and __reduce__
         raise CaptureError(f"the model cannot be captured whole ({reason}), nor in parts: its module tree cannot be copied ({problem})") from problem
-    _own_state(skeleton, call)
     search = _Search(skeleton, record(skeleton, call), progress, trains)
     search.left_out.append(LeftOut("", reason))
     for name, child in skeleton.named_children():
@@ -61,16 +59,6 @@ def capture_regions(model: nn.Module, call: ExampleCall, reason: str, progress: 
     tied = _tied_names(model, search)
     attentions, learned = take_indexers(skeleton)
     return Program(search.regions, skeleton=skeleton, left_out=tuple(search.left_out), aliases=tied, attentions=attentions, learned=learned)
-
-
-def _own_state(skeleton: nn.Module, call: ExampleCall) -> None:
-    """Give it buffers of its own where a call changes them: what it counts is not counted in the user's model."""
-    args, kwargs = call.arguments()
-    with torch.no_grad(), unchanged(skeleton) as changed:
-        skeleton(*args, **kwargs)
-        written = changed()
-    for module, name, buffer in written:
-        module._buffers[name] = buffer.clone()
 
 
 def _visit(search: _Search, path: str, module: nn.Module) -> None:

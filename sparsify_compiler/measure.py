@@ -134,7 +134,7 @@ def _rounds(forms: Mapping[Key, Callable[[], object]], rounds: int, at_most: flo
     """Milliseconds of each call, less what other programs kept the process waiting: a call that is longer than their turns would meet several of
     them, a shorter one of the same layer none. What its own threads wait for each other is its time."""
     times: dict[Key, list[float]] = {name: [] for name in forms}
-    waited: dict[Key, list[float]] = {name: [] for name in forms}
+    kept: dict[Key, list[float]] = {name: [] for name in forms}
     clock, begun, settle, others = time.perf_counter, time.perf_counter(), _settling(), elsewhere()
     with Waits() as waits:
         for done in range(rounds):
@@ -148,10 +148,10 @@ def _rounds(forms: Mapping[Key, Callable[[], object]], rounds: int, at_most: flo
                 if settle is not None:
                     settle()
                 times[name].append((clock() - start) * 1e3)
-                waited[name].append(waits.since(known) * 1e3)
+                kept[name].append(waits.since(known) * 1e3)
     if elsewhere() - others <= OTHERS * (clock() - begun) + TICKS:
         return times
-    return {name: [max(took - wait, LEAST * took) for took, wait in zip(times[name], waited[name], strict=True)] for name in forms}
+    return {name: [max(took - wait, LEAST * took) for took, wait in zip(times[name], kept[name], strict=True)] for name in forms}
 
 
 def _settling() -> Callable[[], object] | None:

@@ -404,3 +404,13 @@ def test_what_a_model_counts_is_not_counted_in_another() -> None:
         torch.testing.assert_close(first, model(x))
         torch.testing.assert_close(second, model(x))
         assert not torch.equal(first, second)
+
+
+def test_a_buffer_in_which_two_modules_count_is_one_in_what_comes_of_them() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Counting(), Counting()).eval(), torch.randn(4, 16)
+    model[1].register_buffer("mean", model[0].mean)
+    with torch.no_grad():
+        made = sc.compile(model, (x,), recipe=Pipeline.parse("lower()"))
+        for _ in range(2):
+            torch.testing.assert_close(made(x), model(x))

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from peer_cases import DTYPES as ASKED
 from peer_cases import Case, restore
 from torch import Tensor, nn
 
-ASKED = "PEER_DTYPES"   # in the environment: which of them are made, where not all
 DTYPES = {word: dtype for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)) if word in os.environ.get(ASKED, "fp32 bf16").split()}
 
 

@@ -91,7 +91,6 @@ class Losses:
             self._kept.write(name, {"numbers": torch.tensor(numbers, dtype=torch.float64)})
         return numbers
 
-
     def _stored(self, name: str) -> list[float] | None:
         stored = self._kept.read(name) if self._kept is not None else None
         return None if stored is None else [float(value) for value in stored["numbers"]]
