@@ -66,7 +66,8 @@ def export_region(module: nn.Module, call: ExampleCall, path: str, trains: bool)
 def _functional(exported: ExportedProgram) -> ExportedProgram:
     try:
         with silenced(*LOGGERS):
-            return exported.run_decompositions({})
+            found: ExportedProgram = exported.run_decompositions({})
+            return found
     except Exception as problem:  # its own checks fail, of a buffer that two modules write into
         raise NotExportableError(_sentence(problem)) from problem
 

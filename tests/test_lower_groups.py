@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify_compiler.measure import Timing
-from sparsify_compiler.passes.lower import _numbers, lower
+from sparsify_compiler.passes.lower import _layer, _linear, _numbers, lower
 from sparsify_compiler.passes.lower._layer import CHUNK, TIE, chunks, fastest
 
 
@@ -62,3 +63,16 @@ def test_forms_that_a_few_rounds_have_ruled_out_are_not_timed_again(monkeypatch:
     assert {name: timing.median for name, timing in found["b"].items()} == {"slow": 1.6, "best": 1.0}
     assert found["a"]["slow"].median == 1.6
     assert found["a"]["best"].median == pytest.approx(1.01 if again else 1.0)
+
+
+@pytest.mark.parametrize(("sparse", "kept"), [(0.99, "dense packed + gelu"), (0.97, "sparse")])
+def test_a_sparse_form_has_to_beat_the_fastest_dense_one_not_the_one_that_would_be_taken(sparse: float, kept: str) -> None:
+    plain, fused = SimpleNamespace(label="", nodes=()), SimpleNamespace(label=" + gelu", nodes=(None,))
+    kernel, bound = SimpleNamespace(resident_bytes=1), list[str]()
+    dense = SimpleNamespace(dense=True, epilogue=plain)
+    forms = {_layer.EAGER: dense, "dense packed": dense, "dense packed + gelu": SimpleNamespace(dense=True, epilogue=fused),
+             "sparse": SimpleNamespace(dense=False, epilogue=plain, kernel=kernel)}
+    layer: Any = SimpleNamespace(forms=forms, decision=SimpleNamespace(reason=""), rows=1, packed=False, bind=bound.append, weight=torch.ones(1))
+    times = dict(zip(forms, (2.0, 1.0, 1.05, sparse), strict=True))
+    _linear.choose(layer, {name: Timing(time, time, time) for name, time in times.items()}, 0.02, "speed")
+    assert bound == [kept]
