@@ -43,7 +43,7 @@ class Flattener:
         self._tensors = tuple(i for i, leaf in enumerate(spec.leaves) if isinstance(leaf, TensorSpec))
         self._all_tensors = len(self._tensors) == len(spec.leaves)
         self._ordered = self._flat and self._keys == spec.parameters[:len(self._keys)]
-        self._seen: set[Any] = set()
+        self._seen: dict[Any, bool] = {}    # what tells calls apart -> is any of its tensors one of a sign that it does not hold?
         self._labels = _labels(spec)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -52,16 +52,18 @@ class Flattener:
         if torch.compiler.is_compiling():  # a set that grows at the first call would be a reason to compile again at the second
             self._check(leaves)
             return leaves if self._all_tensors else [leaves[i] for i in self._tensors]
-        key = tuple([(x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) else x for x in leaves])
+        key = tuple([(x.shape, x.dtype, x.device, x.layout, x.is_neg()) if isinstance(x, Tensor) else x for x in leaves])
         try:
-            known = key in self._seen
+            lazy = self._seen.get(key)
         except TypeError:  # an unhashable argument: the check below names it
-            known = False
-        if not known:
+            lazy = None
+        if lazy is None:
             self._check(leaves)
             if len(self._seen) >= _CACHED_CALLS:
                 self._seen.clear()
-            self._seen.add(key)
+            lazy = self._seen[key] = any(isinstance(x, Tensor) and x.is_neg() for x in leaves)
+        if lazy:    # kernels read what is in memory
+            leaves = [x.resolve_neg() if isinstance(x, Tensor) else x for x in leaves]
         return leaves if self._all_tensors else [leaves[i] for i in self._tensors]
 
     def _leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from .call import instantiate
 from .errors import ModelError
-from .executor import flat_function, traced_function
+from .executor import flat_function, kernel_calls, traced_function
+from .inference_only import fix_tensors, inference_only, traced_inference
 from .opaque import make_opaque
 from .program import Program
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class CompiledModel(nn.Module):
-    """A Program as a module with the model's signature, output structure and dtypes. Inference only.
+    """A Program as a module with the model's signature, output structure and dtypes. Inference only: gradients through kernels are an error.
 
     program  the graphs, in whatever stage they are; nodes with a kernel run it directly, through one registered op under torch.compile, and as
              the portable ops of the graph under torch.export
@@ -70,8 +72,13 @@ class CompiledModel(nn.Module):
         for path, region in fast.regions.items():
             flat = self.__dict__["flat"] = flat_function(region)
             flat = flat if self.whole is None else _whole(self.whole, flat)
+            refuses = self.whole is not None or bool(kernel_calls(region.graph)[0])
             make_opaque(region)
-            region.module.forward = _either(self.program.regions[path].module.forward, traced_function(region), region.module, flat)
+            fix_tensors(region.module)
+            traced: Callable[..., Any] = partial(traced_function(region), region.module)
+            if refuses:
+                flat, traced = inference_only(flat, region.module), traced_inference(traced, region.module)
+            region.module.forward = _either(self.program.regions[path].module.forward, traced, flat)
         self.model = instantiate(fast)
         # Without hooks on the inner module its __call__ adds nothing but time.
         self.__dict__["_run"] = self.model if self.program.skeleton is not None else self.model.forward
@@ -189,13 +196,13 @@ class CompiledModel(nn.Module):
             return getattr(model, name)
 
 
-def _either(portable: Callable[..., Any], traced: Callable[..., Any], module: nn.Module, flat: Callable[..., Any]) -> Callable[..., Any]:
+def _either(portable: Callable[..., Any], traced: Callable[..., Any], flat: Callable[..., Any]) -> Callable[..., Any]:
     """Our flat function; for whoever traces us a graph: the plain one for torch.export, one that calls kernels through an op for torch.compile."""
 
     def forward(*inputs: Any) -> Any:
         if not torch.compiler.is_compiling():
             return flat(*inputs)
-        return portable(*inputs) if torch.compiler.is_exporting() else traced(module, *inputs)
+        return portable(*inputs) if torch.compiler.is_exporting() else traced(*inputs)
 
     return forward
 

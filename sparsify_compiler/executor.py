@@ -19,6 +19,7 @@ from .far import runs_here
 from .operands import inputs_of, is_stored
 from .program import Region, get_tensor
 
+LAZY = (torch.ops.aten.imag.default, torch.ops.aten._neg_view.default)      # may give numbers of another sign than what is in memory
 _LITERALS = (int, bool, str, type(None))
 
 
@@ -139,7 +140,8 @@ class _Writer:
                     break
                 positional.append(named.pop(argument.name))
         parts = [self._value(value) for value in positional] + [f"{key}={self._value(value)}" for key, value in named.items()]
-        return f"{self._constant(self._direct.get(node.target, node.target))}({', '.join(parts)})"
+        lazy = ".resolve_neg()" if node.target in LAZY else ""      # kernels read what is in memory
+        return f"{self._constant(self._direct.get(node.target, node.target))}({', '.join(parts)}){lazy}"
 
     def _value(self, value: Any) -> str:
         if isinstance(value, fx.Node):

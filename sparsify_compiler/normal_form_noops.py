@@ -47,6 +47,9 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
     source = node.kwargs.get("self", node.kwargs.get("input"))
     if not isinstance(source, fx.Node):
         return None
+    known = value(source)
+    if is_call(node, aten.resolve_conj.default, aten.clone.default) and known is not None and known.is_complex():
+        return None     # it may be a conjugate that is not in memory, and view_as_real() asks for one that is
     if node.target in _SAME or (node.target in _DROPOUTS and (node.kwargs.get("train") is False or node.kwargs.get("p") == 0)):
         return source
     if is_call(node, aten.clone.default):

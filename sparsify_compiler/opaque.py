@@ -88,6 +88,6 @@ def _define(name: str, inputs: str, result: str, call: Callable[..., Any], fake:
     return getattr(getattr(torch.ops.sparsify, packet), overload or "default")
 
 
-op = _define("kernel", "Tensor x", "Tensor", lambda x, number: _kernel(number)(x), lambda x, number: _kernel(number).empty(x))
-inputs_op = _define("kernel.inputs", "Tensor[] inputs", "Tensor", lambda inputs, number: _kernel(number)(*inputs),
+op = _define("kernel", "Tensor x", "Tensor", lambda x, number: _kernel(number)(x.resolve_neg()), lambda x, number: _kernel(number).empty(x))
+inputs_op = _define("kernel.inputs", "Tensor[] inputs", "Tensor", lambda inputs, number: _kernel(number)(*[one.resolve_neg() for one in inputs]),
                     lambda inputs, number: _kernel(number).empty(*inputs))

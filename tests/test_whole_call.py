@@ -134,7 +134,7 @@ def test_another_thread_is_not_waited_for(encoder: CompiledModel) -> None:
     check(encoder, ids(4, 12), True)
 
 
-def test_autocast_and_gradients_go_the_usual_way() -> None:
+def test_autocast_goes_the_usual_way() -> None:
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whole_choice, "_is_faster", lambda times: True)
@@ -144,13 +144,15 @@ def test_autocast_and_gradients_go_the_usual_way() -> None:
     expected = model.flat(x)[0]
     assert close(expected, model(x))
     assert taken(model) == before + 1
-    model(x.clone().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
     assert taken(model) == before + 1
+    with pytest.raises(ModelError, match="no gradients"):
+        model(x.clone().requires_grad_()).sum().backward()
+    assert taken(model) == before + 2
     with torch.no_grad():
         assert close(expected, model(x.clone().requires_grad_()))
-        assert taken(model) == before + 2
+        assert taken(model) == before + 3
 
 
 def test_it_is_saved_and_loaded(encoder: CompiledModel, tmp_path: Path) -> None:
