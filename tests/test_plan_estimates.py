@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparsify_compiler.calibrate import calibrate
@@ -14,7 +16,7 @@ from sparsify_compiler.capture import capture
 from sparsify_compiler.passes.plan._costs import Costs
 from sparsify_compiler.passes.plan._evidence import Evidence
 from sparsify_compiler.passes.plan._losses import filled, probed
-from sparsify_compiler.passes.plan._thinned import MOST, RUN, can_be_thinned, thin
+from sparsify_compiler.passes.plan._thinned import MOST, RUN, can_be_thinned, sample, thin
 from sparsify_compiler.passes.prune._layers import find_layers
 from sparsify_compiler.passes.prune.mask_weights import MaskWeights
 from sparsify_compiler.passes.prune.repairs import obs
@@ -53,7 +55,11 @@ def batches() -> list[tuple[Tensor, ...]]:
 @pytest.fixture(scope="module")
 def evidence(batches: list[Any]) -> Evidence:
     torch.manual_seed(0)
-    program = capture(Wide().eval(), batches[0])
+    return evidence_of(Wide().eval(), batches)
+
+
+def evidence_of(model: nn.Module, batches: list[Any]) -> Evidence:
+    program = capture(model, batches[0])
     ctx = Context(target=host(), example_inputs=batches[0], batches=batches)
     ctx.calibrate = lambda program, needs: calibrate(program, batches, needs, cache=False)
     return Evidence(program, find_layers(program, ("linear",), ())[0], (OBS, NORMS), ctx)
@@ -70,7 +76,8 @@ def test_some_outputs_say_what_all_would_lose(evidence: Evidence, choice: MaskWe
 
 
 def test_runs_of_outputs_and_the_remainder_stay(evidence: Evidence) -> None:
-    thinned = thin(evidence.program, evidence.layers)
+    alike = {layer.path: torch.ones(layer.weight.shape[0], dtype=torch.float64) for layer in evidence.layers}
+    thinned = thin(evidence.program, evidence.layers, alike)
     rows, layer = thinned.rows["up"], thinned.layers[0]
     assert len(rows) == MOST + WIDE % RUN
     assert rows.tolist() == sorted(set(rows.tolist()))
@@ -79,6 +86,36 @@ def test_runs_of_outputs_and_the_remainder_stay(evidence: Evidence) -> None:
     assert torch.equal(layer.weight, evidence.layers[0].weight[rows])
     assert thinned.program.regions[""].module.up.bias.shape == rows.shape
     assert evidence.layers[0].weight.shape == (WIDE, 32)
+
+
+@pytest.mark.parametrize("place", [70, 500, WIDE - 1])
+@pytest.mark.parametrize("choice", [OBS, NORMS, MaskWeights("repair", repair="obs")], ids=["16x1", "2:4", "unstructured"])
+def test_an_output_that_outweighs_the_others_a_thousand_times_speaks_for_itself(batches: list[Any], choice: MaskWeights, place: int) -> None:
+    torch.manual_seed(0)
+    model = Wide().eval()
+    with torch.no_grad():
+        model.down.weight[:, place] *= 1000 ** 0.5
+    found = evidence_of(model, batches)
+    whole = found.losses(found.rewritten(choice, 0.5))
+    assert found.estimate(choice, 0.5)["up"] == pytest.approx(whole["up"], rel=0.05)
+    if choice is not NORMS:
+        assert found.estimates(choice, [0.3, 0.5])[0.5]["up"] == pytest.approx(whole["up"], rel=0.05)
+
+
+@given(st.integers(257, 4000), st.floats(0, 4), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_the_sum_over_all_outputs_is_estimated_from_some(outputs: int, spread: float, seed: int) -> None:
+    """Sizes over many orders of magnitude, of which the sum that is looked for is a share that varies from output to output."""
+    drawn = torch.Generator().manual_seed(seed)
+    sizes = (spread * torch.randn(outputs, generator=drawn, dtype=torch.float64)).exp()
+    rows, counts = sample(sizes)
+    assert float((sizes[rows] * counts).sum()) == pytest.approx(float(sizes.sum())), "of what is known there is no error"
+    assert len(rows) == MOST + outputs % RUN or outputs < MOST + RUN
+    losses = sizes * (0.5 + 0.1 * torch.randn(outputs, generator=drawn, dtype=torch.float64))
+    assert float((losses[rows] * counts).sum()) == pytest.approx(float(losses.sum()), rel=0.25)
+    sizes[outputs // 2] = 1000 * float(sizes.sum())
+    rows, counts = sample(sizes)
+    assert counts[rows == outputs // 2].tolist() == [1]
 
 
 def test_only_what_looks_at_a_layer_by_itself_is_shown_some_of_it(evidence: Evidence) -> None:

@@ -82,14 +82,16 @@ class Evidence:
         Infinite where nothing became of it. ||dy||^2 over the rows is dW G dW^T where the weights alone changed, G the Gram matrix of the layer's
         input, else a sum over sampled rows; each output weighs as much as the mean square of the gradient there (see divergence).
         """
-        return {layer.path: math.fsum(self._loss(use, rewritten, slice(None)) for use in layer.uses) for layer in self.layers}
+        return {layer.path: math.fsum(self._loss(use, rewritten, self._weighs(use)) for use in layer.uses) for layer in self.layers}
 
     def _targets(self, density: float, sites: Collection[str] | None = None) -> dict[str, float]:
         return {use.site.path: density for layer in self.layers if sites is None or layer.path in sites for use in layer.uses}
 
     @cached_property
     def _thinned(self) -> Thinned:
-        return thin(self.program, self.layers)
+        """Outputs are drawn by what they could lose, all weights cut and inputs taken as if nothing connected them."""
+        sizes = {layer.path: torch.stack([self._weighs(use) * self._all_cut(layer, use) for use in layer.uses]).sum(0) for layer in self.layers}
+        return thin(self.program, self.layers, sizes)
 
     def _context(self) -> Context:
         """To run choices in: what they miss is nobody's affair, and nothing is calibrated again."""
@@ -98,31 +100,23 @@ class Evidence:
 
     def _whole(self, thinned: Layer, rewritten: Program) -> float:
         """The loss of a layer by some of its outputs."""
-        rows = self._thinned.rows[thinned.path]
-        return self._shares[thinned.path] * math.fsum(self._loss(use, rewritten, rows) for use in thinned.uses)
+        return math.fsum(self._loss(use, rewritten, self._counted(use, thinned)) for use in thinned.uses)
 
     def _of_weights(self, thinned: Layer, new: Tensor) -> float:
         """The same, of new weights for those outputs."""
-        change, rows = (new - thinned.weight.detach()).float(), self._thinned.rows[thinned.path]
+        change = (new - thinned.weight.detach()).float()
         if not bool(change.any()):
             return math.inf
-        each = [float((self._weighs(use)[rows] * self._errors(use, change)).sum()) for use in thinned.uses]
-        return self._shares[thinned.path] * math.fsum(each) / (2 * self.batches)
+        each = [float((self._counted(use, thinned) * self._errors(use, change)).sum()) for use in thinned.uses]
+        return math.fsum(each) / (2 * self.batches)
 
     def _errors(self, use: Use, change: Tensor) -> Tensor:
         """What a change of the weight [out, K] does to each output, squared and summed over all rows: float64 [out]."""
         return ((change @ self.found.get(use.site.path, "gram").float()) * change).sum(1).double()
 
-    @cached_property
-    def _shares(self) -> dict[str, float]:
-        """Layer -> what all of its outputs could lose, all weights cut and inputs taken as if nothing connected them, over what those kept could."""
-        found = {}
-        for layer in self.layers:
-            each = torch.stack([self._weighs(use) * self._all_cut(layer, use) for use in layer.uses]).sum(0)
-            rows = self._thinned.rows[layer.path]
-            kept = float(each[rows].sum())
-            found[layer.path] = float(each.sum()) / kept if kept > 0 else len(each) / max(len(rows), 1)
-        return found
+    def _counted(self, use: Use, thinned: Layer) -> Tensor:
+        """What the outputs that a layer still has weigh, those included that they stand for."""
+        return self._weighs(use)[self._thinned.rows[thinned.path]] * self._thinned.counts[thinned.path]
 
     def _all_cut(self, layer: Layer, use: Use) -> Tensor:
         return layer.weight.detach().double().square() @ self.found.get(use.site.path, "gram").diagonal().double()
@@ -130,10 +124,9 @@ class Evidence:
     def _weighs(self, use: Use) -> Tensor:
         return self.slopes.get(use.site.path, "output_gradient").double()
 
-    def _loss(self, use: Use, rewritten: Program, rows: Tensor | slice) -> float:
-        """rows: which outputs of the layer those of this use and of `rewritten` are."""
+    def _loss(self, use: Use, rewritten: Program, weighs: Tensor) -> float:
+        """weighs: what each output of this use, and of `rewritten`, does."""
         op = rewritten.regions[use.region.path].node(use.op.name)
-        weighs = self._weighs(use)[rows]
         old, new = (weight_of(region, node) for region, node in ((use.region, use.op), (rewritten.regions[use.region.path], op)))
         source = use.op.kwargs["input"]
         assert isinstance(source, fx.Node)
