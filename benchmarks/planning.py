@@ -34,7 +34,7 @@ from subjects import LENGTH, MiniLM, MPNet, SmolLM2, Subject, lee, options, smol
 from torch import fx
 
 import sparsify_compiler as sc
-from sparsify_compiler.calibrate import Calibration, calibrate
+from sparsify_compiler.calibrate import calibrate
 from sparsify_compiler.codegen import runtime
 from sparsify_compiler.compiled import CompiledModel
 from sparsify_compiler.measure import interleave
@@ -94,7 +94,7 @@ def build(arguments: argparse.Namespace) -> None:
     out = arguments.out / arguments.model
     out.mkdir(parents=True, exist_ok=True)
     ctx = Context(target=host(), example_inputs=timed(subject, arguments), batches=subject.batches, kernels=runtime)
-    ctx.calibrate = dense_statistics(subject)
+    ctx.calibrate = lambda program, needs: calibrate(program, subject.batches, needs)
     if not (out / "dense.json").exists():
         (out / "dense.json").write_text(json.dumps({"method": "dense", **subject.measure(subject.model)}))
     start = time.process_time()
@@ -113,23 +113,6 @@ def build(arguments: argparse.Namespace) -> None:
                 taken = rivals.made(method, mine, share * dense, subject.captured, ctx, arguments.structures)
             about = {"method": method, "asked": share, "sentences": arguments.sentences, "words": words(arguments), "lost": lost(mine, taken)}
             keep(subject, ctx, out, f"{method} {share}", survey, taken, about, arguments)
-
-
-def dense_statistics(subject: Subject) -> Callable[[Program, Mapping[str, frozenset[str]]], Calibration]:
-    """Of the dense model, whatever a method has cut by then: the second structure of a plan has no other inputs than a rival's only one.
-
-    Gathered once, so that what is inverted of them is inverted once.
-    """
-    wanted: dict[str, frozenset[str]] = {}
-    known: list[Calibration] = []
-
-    def found(program: Program, needs: Mapping[str, frozenset[str]]) -> Calibration:
-        if not known or any(not names <= wanted.get(site, frozenset()) for site, names in needs.items()):
-            wanted.update({site: names | wanted.get(site, frozenset()) for site, names in needs.items()})
-            known[:] = [calibrate(subject.captured, subject.batches, wanted)]
-        return known[0]
-
-    return found
 
 
 def planned(planner: ChooseLayers, survey: Survey, share: float, subject: Subject, ctx: Context, again: str) -> Mapping[str, Offer]:

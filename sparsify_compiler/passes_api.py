@@ -75,6 +75,7 @@ class Context:
     batches: Sequence[Any] | None = None  # the calibration batches, for passes that walk through them themselves
     loss: Callable[[Any, Any], Any] | None = None  # the user's, of (output, batch); by default that of the next token
     given: Program | None = None  # what the pipeline was given, untouched, for passes that compare with it
+    uncut: Program | None = None  # what a run of passes that cut layer by layer began with: statistics for each of them are of this
     planned: Planned | None = None  # what a planner says of its plan, for the report
     kernels: KernelProvider | None = None
     board: Any = None  # a remote machine of the target's kind (codegen/board.py), for tuning

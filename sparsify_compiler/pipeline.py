@@ -53,6 +53,17 @@ class Pipeline:
     def __ror__(self, other: Pass) -> Pipeline:
         return Pipeline((other, *self.passes)) if isinstance(other, Pass) else NotImplemented
 
+    def _uncut(self, index: int, program: Program, ctx: Context) -> Program | None:
+        """What is dense for the pass that comes now: the Program before the first of the passes in a row that cut layer by layer.
+
+        None where that is the Program as it is now, and nobody will ask again.
+        """
+        if not self.passes[index].layer_by_layer:
+            return None
+        if index and self.passes[index - 1].layer_by_layer:
+            return ctx.uncut
+        return program.clone() if index + 1 < len(self.passes) and self.passes[index + 1].layer_by_layer else None
+
     @overload
     def __getitem__(self, index: int) -> Pass: ...
     @overload
@@ -101,9 +112,11 @@ class Pipeline:
         for index, item in enumerate(self.passes):
             for watcher in watchers:
                 watcher.before(index, item, program, ctx)
+            ctx.uncut = self._uncut(index, program, ctx)
             program = _run_one(item, program, ctx, signature)
             for watcher in watchers:
                 watcher.after(index, item, program, ctx)
+        ctx.uncut = None
         for watcher in watchers:
             watcher.finish(program, ctx)
         return program
@@ -148,7 +161,7 @@ def _provide_statistics(item: Pass, program: Program, ctx: Context) -> None:
     if not needs:
         return
     if ctx.calibrate is not None:
-        ctx.statistics = ctx.calibrate(program, needs)
+        ctx.statistics = ctx.calibrate(ctx.uncut or program, needs)
     if ctx.statistics is None:
         wanted = ", ".join(sorted({name for names in needs.values() for name in names}))
         raise CalibrationError(f"needs statistics ({wanted}) of {len(needs)} sites and there is no calibration",

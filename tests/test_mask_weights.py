@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_compiler import recipes
+from sparsify_compiler.calibrate import calibrate
 from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import BudgetError, CalibrationError, ModelError, ParseError, SelectorError, StructureError, UnknownNameError
@@ -20,6 +21,7 @@ from sparsify_compiler.passes.prune.structures._base import Structure
 from sparsify_compiler.passes.prune.structures.block import Block
 from sparsify_compiler.passes.prune.structures.nm import NM
 from sparsify_compiler.passes.prune.structures.unstructured import Unstructured
+from sparsify_compiler.passes.reparam.fold_batchnorm import FoldBatchnorm
 from sparsify_compiler.passes_api import Context, Miss, Pass
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.preserves import Preserves, check_preserves
@@ -390,3 +392,25 @@ def test_inference_mode() -> None:
     with torch.inference_mode():
         program, _, _ = run(model, torch.randn(2, 16), MaskWeights(), Pack())
         assert instantiate(program)(torch.randn(2, 16)).shape == (2, 16)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "owl"], ids=["what the pass needs", "what its budget asks for"])
+def test_what_a_pass_of_the_same_kind_cut_just_before_is_not_seen_in_statistics_of_the_dense_model(budget: str) -> None:
+    """A plan's second structure is a second pass; what stands between two passes otherwise is a model of its own."""
+    x = torch.randn(40, 16)
+    first = MaskWeights("magnitude", density=0.1, targets=("0",))
+    second = MaskWeights("weight_times_input_norm", budget=budget, density=0.4, ignore=("0",))
+    model = mlp(16, 32, 24, 8)
+
+    def found(*passes: Pass) -> dict[str, Tensor]:
+        captured = capture(model.eval(), (x,))
+        ctx = Context(batches=[(x,)])
+        ctx.calibrate = lambda program, needs: calibrate(program, [(x,)], needs, cache=False)
+        after = Pipeline(passes).run(captured, ctx, ())
+        assert ctx.uncut is None
+        return {name: mask for name, mask in masks(after).items() if not name.startswith("0.")}
+
+    alone, together, apart = found(second), found(first, second), found(first, FoldBatchnorm(), second)
+    assert set(alone) == {"2.weight_mask", "4.weight_mask"}
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
+    assert not all(torch.equal(alone[name], apart[name]) for name in alone)

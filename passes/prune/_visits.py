@@ -45,7 +45,10 @@ class Visits(Protocol):
 
 
 class DenseStatistics:
-    """What calibration finds of the dense model: what the pass said that it needs, and `more`, site -> names, when somebody asks for it."""
+    """What calibration finds of the dense model: what the pass said that it needs, and `more`, site -> names, when somebody asks for it.
+
+    Dense is what other passes of the same kind, just before this one, have not cut yet.
+    """
 
     def __init__(self, ctx: Context, program: Program, more: Mapping[str, frozenset[str]]) -> None:
         self._ctx, self._program, self._more = ctx, program, more
@@ -55,7 +58,7 @@ class DenseStatistics:
         """Raises CalibrationError where nothing was gathered."""
         found = self._ctx.statistics
         if statistic in self._more.get(site, ()) and self._ctx.calibrate is not None:
-            found = self._found = self._found or self._ctx.calibrate(self._program, self._more)
+            found = self._found = self._found or self._ctx.calibrate(self._ctx.uncut or self._program, self._more)
         if found is None:
             raise CalibrationError(f"the statistic {statistic} is needed and there is no calibration", where=site)
         return found.get(site, statistic)
