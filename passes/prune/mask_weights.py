@@ -52,10 +52,11 @@ class MaskWeights(Pass):
     repair     a file of passes/prune/repairs, which mends the values that are kept; "obs(damping=0.1)" with options. score="repair" lets it
                choose what to keep too, where it can (obs, admm)
     inputs     what reaches a layer when its statistics are gathered: "dense", the dense model's activations, from one run for all layers (or more
-               where memory is short), also where a pass like this one has cut other layers just before; "pruned", what the layers before it, cut and repaired, make of the batches; "block", the same, but within one
-               residual block all layers see what its dense layers make, the order of Wanda's and SparseGPT's code. The last two walk through
-               the layers in the order of execution, one group's statistics in memory, and need a model that was captured whole. Where
-               SPARSIFY_CHECKPOINT names a folder, finished layers are kept there and a killed run goes on behind them
+               where memory is short), also where a pass like this one has cut other layers just before; "pruned", what the layers before it, cut
+               and repaired, make of the batches; "block", the same, but within one residual block all layers see what its dense layers make, the
+               order of Wanda's and SparseGPT's code. The last two walk through the layers in the order of execution, one group's statistics in
+               memory, and need a model that was captured whole. Where SPARSIFY_CHECKPOINT names a folder, finished layers are kept there and a
+               killed run goes on behind them
 
     A weight that something else reads too (an embedding tied to the output head) is left alone; one that several selected layers share
     is pruned once, by the sum of their scores. Layers that are masked already, or all zero, stay as they are.
