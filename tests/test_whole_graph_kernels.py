@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -21,8 +22,9 @@ from sparsify_compiler.codegen.kernels.mean_rows import MeanRows
 from sparsify_compiler.codegen.kernels.norm_rows import NormRows
 from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
 from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
+from sparsify_compiler.codegen.targets import tvm_target
 from sparsify_compiler.codegen.vectors import AVX512, Vectors
-from sparsify_compiler.target import host
+from sparsify_compiler.target import host, resolve
 
 
 def run(schedule: Any, *given: Tensor, like: Tensor) -> Tensor:
@@ -118,6 +120,28 @@ def test_attention(case: tuple[Any, ...]) -> None:
     schedule = AttendDense(width, value_width, heads, groups, width**-0.5, causal, facts, (lies,) * 4, False, *registers, workers=2)
     given = [turn(one) for one in (query, key, value)] + ([] if mask is None else [mask])
     torch.testing.assert_close(run(schedule, *given, like=turn(expected)), turn(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cpu", ["x86-avx512", "x86-avx2"])
+def test_attention_multiplies_and_takes_powers_in_vectors(cpu: str) -> None:
+    """No conversion of single numbers for the powers of two, and the places of several keys are not put into a vector and taken out of it."""
+    import tvm
+
+    target = resolve(cpu)
+    lanes = target.vector_bytes // 4
+    schedule = AttendDense(64, 64, 2, 2, 0.125, False, Mask(), ("bshd",) * 4, False, lanes, 2, target.vector_registers // 4, 2)
+    made = tvm.compile(tvm.IRModule({"main": schedule.compute()}), target=tvm_target(target), tir_pipeline="tirx").mod.inspect_source("asm")
+    assert "vfmadd" in made
+    assert "cvttss2si" not in made
+    for loop in _innermost(made):
+        assert not ("vfmadd" in loop and "vpextr" in loop), loop
+
+
+def _innermost(assembly: str) -> list[str]:
+    """The bodies of loops that begin at a label and end at the first jump, which goes back to it."""
+    blocks = re.split(r"^(\.LBB\w+):", assembly, flags=re.MULTILINE)[1:]
+    return [body[:jump.end()] for label, body in zip(blocks[::2], blocks[1::2], strict=True)
+            if (jump := re.search(r"\sj\w+\s+(\.LBB\w+)", body)) and jump[1] == label]
 
 
 def test_attention_over_a_cache() -> None:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from sparsify_compiler.codegen.kernels.blocks_dense import Blocks, below, each_b
 from sparsify_compiler.codegen.kernels.mask_dense import Mask, add_mask, hide_later_keys
 from sparsify_compiler.codegen.kernels.powers import exp2, larger, powers
 
+SCALAR = Path(__file__).with_name("scalar.ll")
 BLOCK = 64          # keys of a block: its scores for 32 rows are 8 KiB
 ALONE = 1 << 16     # multiply-adds below which waking other threads costs more than they bring
 
@@ -66,11 +68,20 @@ class AttendDense:
 
 
 def operand(lie: str, sizes: tuple[Any, Any, Any, Any]) -> Any:
-    """The next parameter, float32 of [batch, heads, places, width] as it lies: `buffer`, and at(batch, head, place)."""
+    """The next parameter, float32 of [batch, heads, places, width] as it lies: `buffer`, and at(batch, head, place).
+
+    And place(batch, head, place), of a row's first element among all, and `step`, from there to the next place: for loops that read several rows.
+    """
     batch, heads, places, width = sizes
     turned = lie == "bshd"
     buffer = e.argument((batch, places, heads, width) if turned else (batch, heads, places, width), "float32")
-    return SimpleNamespace(buffer=buffer, at=lambda b, h, s: (b, s, h) if turned else (b, h, s))
+
+    def place(b: Any, h: Any, s: Any) -> Any:
+        outer, middle, inner = (places, s, h) if turned else (heads, h, s)
+        row = (e.wide(b) * e.cast("int64", outer) + e.cast("int64", middle)) * e.cast("int64", heads if turned else places) + e.cast("int64", inner)
+        return e.scalar(row * e.cast("int64", width))
+
+    return SimpleNamespace(buffer=buffer, at=lambda b, h, s: (b, s, h) if turned else (b, h, s), place=place, step=heads * width if turned else width)
 
 
 def _body(how: AttendDense) -> None:
@@ -85,6 +96,7 @@ def _body(how: AttendDense) -> None:
         if how.blocks.own and how.blocks.starts:
             a.patterns = e.argument(tuple(e.int32() for _ in range(4)), "int32")
     a.out = operand(how.lie[3], (a.B, a.H, a.Q, a.V))
+    a.keys_flat, a.values_flat = (_flat(one.buffer) for one in (a.key, a.value))
     a.past = e.opaque(e.cast("int32", e.load(past, 0))) if how.past else e.constant(0, "int32")
     a.keys = e.opaque(e.minimum(a.past + a.Q, a.K)) if how.past else a.K
     if how.blocks is None:
@@ -92,6 +104,11 @@ def _body(how: AttendDense) -> None:
     if not how.blocks.sometimes_dense:
         return _run(how, a, False)
     return e.choose(below(how.blocks, a), lambda: _run(how, a, True), lambda: _run(how, a, False))
+
+
+def _flat(buffer: Any) -> Any:
+    """The elements of a parameter as one row."""
+    return e.builder.decl_buffer((math.prod(buffer.shape),), "float32", data=buffer.data, align=4)
 
 
 def _run(how: AttendDense, a: Any, dense: bool) -> None:
@@ -102,7 +119,7 @@ def _run(how: AttendDense, a: Any, dense: bool) -> None:
     tasks = e.opaque(a.B * heads * parts)
 
     def run(parallel: bool) -> None:
-        with e.loop(tasks, parallel=parallel) as task, powers(how.lanes):
+        with e.loop(tasks, parallel=parallel) as task, powers(how.lanes), e.llvm(SCALAR.read_text()):
             pair = e.opaque(tirx.truncdiv(task, parts))
             t = SimpleNamespace(batch=e.opaque(tirx.truncdiv(pair, heads)))
             head = e.opaque(pair - t.batch * heads)
@@ -193,12 +210,12 @@ def _scores(how: AttendDense, a: Any, t: Any) -> None:
     """scores[key][row] of a block; keys past the last repeat it, and are left out of all that follows."""
     with e.loop(tirx.truncdiv(t.count + (how.together - 1), how.together)) as some:
         first = e.opaque(some * how.together)
-        keys = [a.key.at(t.batch, t.group, e.opaque(e.minimum(t.key + first + i, a.keys - 1))) for i in range(how.together)]
+        keys = [a.key.place(t.batch, t.group, e.minimum(t.key + first + i, a.keys - 1)) for i in range(how.together)]
         sums = [[e.Register(how.lanes, _lanes(how, 0.0)) for _ in range(how.vectors)] for _ in keys]
         with e.loop(how.width) as d:
             queries = [e.let(e.load(t.queries, d * how.rows + v * how.lanes, lanes=how.lanes)) for v in range(how.vectors)]
             for key, registers in zip(keys, sums, strict=True):
-                number = e.let(e.broadcast(e.load(a.key.buffer, *key, d), how.lanes))
+                number = e.let(e.broadcast(e.load(a.keys_flat, key + e.cast("int64", d)), how.lanes))
                 for register, query in zip(registers, queries, strict=True):
                     register.multiply_add(query, number)
         for i, registers in enumerate(sums):
@@ -232,6 +249,7 @@ def _shares(how: AttendDense, t: Any) -> list[Any]:
 def _values(how: AttendDense, a: Any, t: Any, fades: list[Any]) -> None:
     """sums[column][row] = sums * fade + shares * values."""
     columns = max(size for size in range(1, how.together + 1) if how.value_width % size == 0)
+    start = a.value.place(t.batch, t.group, t.key)
     with e.loop(how.value_width // columns) as some:
         first = e.opaque(some * columns)
         places = [[(first + i) * how.rows + v * how.lanes for v in range(how.vectors)] for i in range(columns)]
@@ -239,9 +257,9 @@ def _values(how: AttendDense, a: Any, t: Any, fades: list[Any]) -> None:
                 for row in places]
         with e.loop(t.count) as key:
             shares = [e.let(e.load(t.scores, key * how.rows + v * how.lanes, lanes=how.lanes)) for v in range(how.vectors)]
-            value = a.value.at(t.batch, t.group, t.key + key)
+            value = e.let(start + e.cast("int64", key) * e.cast("int64", a.value.step) + e.cast("int64", first))
             for i, registers in enumerate(sums):
-                number = e.let(e.broadcast(e.load(a.value.buffer, *value, first + i), how.lanes))
+                number = e.let(e.broadcast(e.load(a.values_flat, value + i), how.lanes))
                 for register, share in zip(registers, shares, strict=True):
                     register.multiply_add(share, number)
         for row, registers in zip(places, sums, strict=True):
