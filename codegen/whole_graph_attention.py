@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WIDE = 32       # registers in which sums of four vectors of rows and four keys leave room for the rows
 VIEWS = (aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default, aten.to.dtype, aten.slice.Tensor, aten.transpose.int)
 
 
@@ -120,7 +121,8 @@ def _one_kernel(graph: GraphImporter, node: fx.Node, inputs: list[Any], shapes: 
     (_, heads, _, width), (_, groups, _, _), (_, _, _, value_width) = shapes
     factor = 1 / math.sqrt(width) if scale is None else float(scale)
     lies = lie[0], lie[1], lie[2], "bhsd" if out is node else "bshd"
-    schedule = AttendDense(width, value_width, heads, groups, factor, causal, mask, lies, past, *registers(target),
+    rows = shapes[0][2] * (heads // groups) if isinstance(shapes[0][2], int) and not causal and blocks is None else 0
+    schedule = AttendDense(width, value_width, heads, groups, factor, causal, mask, lies, past, *registers(target, rows),
                            workers=target.cores, blocks=blocks)
     return _finished(graph, node, schedule, inputs, graph.shape(out))
 
@@ -149,10 +151,15 @@ def _written(graph: GraphImporter, cache: Any, new: tuple[fx.Node, str], past: A
     return graph.block_builder.emit(relax.op.call_tir_inplace(kernel, inputs, 0, inputs[0].ty))
 
 
-def registers(target: Target) -> tuple[int, int, int]:
-    """Lanes, vectors of rows, and keys together, that fill the registers of a target: sums in about half of them."""
+def registers(target: Target, rows: int = 0) -> tuple[int, int, int]:
+    """Lanes, vectors of rows, and keys together, that fill the registers of a target: sums in about half of them.
+
+    rows   that read the same keys all, where that is known: twice as many at a time, where no more than that go empty, take fewer loads
+    """
     lanes = target.vector_bytes // 4
-    return (lanes, 2, target.vector_registers // 4) if target.arch == "x86_64" else (lanes, 4, target.vector_registers // 8)
+    if target.arch != "x86_64" or (target.vector_registers >= WIDE and rows and -rows % (4 * lanes) == -rows % (2 * lanes)):
+        return lanes, 4, target.vector_registers // 8
+    return lanes, 2, target.vector_registers // 4
 
 
 def _as_it_lies(node: fx.Node) -> tuple[fx.Node, str]:

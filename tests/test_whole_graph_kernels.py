@@ -24,6 +24,7 @@ from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
 from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
 from sparsify_compiler.codegen.targets import tvm_target
 from sparsify_compiler.codegen.vectors import AVX512, Vectors
+from sparsify_compiler.codegen.whole_graph_attention import registers
 from sparsify_compiler.target import host, resolve
 
 
@@ -98,6 +99,7 @@ def test_activations(count: int) -> None:
 ATTENTIONS = [  # (query heads, groups, width, value width, queries, keys, causal, mask, lies, (lanes, vectors, together))
     (2, 2, 16, 16, 21, 21, False, "keys", "bshd", (16, 2, 8)), (4, 2, 20, 24, 9, 70, False, "all", "bhsd", (4, 4, 4)),
     (3, 1, 8, 8, 40, 40, True, "", "bshd", (4, 4, 4)), (2, 1, 8, 12, 1, 130, False, "numbers", "bhsd", (8, 1, 2)),
+    (2, 2, 16, 16, 128, 70, False, "keys", "bshd", (16, 4, 4)),
 ]  # fmt: skip
 
 
@@ -135,6 +137,12 @@ def test_attention_multiplies_and_takes_powers_in_vectors(cpu: str) -> None:
     assert "cvttss2si" not in made
     for loop in _innermost(made):
         assert not ("vfmadd" in loop and "vpextr" in loop), loop
+
+
+def test_more_rows_at_a_time_where_none_of_them_go_empty() -> None:
+    wide = resolve("x86-avx512")
+    assert [registers(wide, rows)[1] for rows in (0, 1, 16, 40, 64, 96, 128)] == [2, 2, 2, 4, 4, 2, 4]
+    assert {registers(resolve("x86-avx2"), rows) for rows in (0, 128)} == {(8, 2, 4)}
 
 
 def _innermost(assembly: str) -> list[str]:
