@@ -95,6 +95,8 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
                 self.env[node] = self._guarded(node, self.own["product"])
             elif node.op == "call_function" and node not in self.env and node not in self.source.computed and not self._is_stored(node):
                 self.env[node] = self._guarded(node, self._convert)
+        if not all(isinstance(result, relax.Expr) and isinstance(result.ty, relax.TensorType) for result in results):
+            raise KernelError("a result is no tensor of a known shape", where=self.source.name, hint="save() keeps the model for PyTorch")
         return results
 
     def _is_stored(self, node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from tvm.tirx.buffer import BufferType
 from tvm_ffi import structural_map
 
 from sparsify_compiler.codegen.kernels.row_loops import ALONE
+from sparsify_compiler.codegen.whole_graph_numbers import numbers_as_torch
 from sparsify_compiler.target import Target
 
 PIPELINE = "sparsify_whole_graph"
@@ -50,7 +51,7 @@ def _scheduled(module: Any, target: Target, reference: list[str]) -> Any:
             found = _schedule(function, target)
             if found is None:
                 reference.append(name.name_hint)
-            changed[name] = _anywhere(function if found is None else found)
+            changed[name] = _anywhere(numbers_as_torch(function if found is None else found))
     module.update(tvm.IRModule(changed, attrs=module.attrs))
     return module
 

@@ -3,7 +3,7 @@
 Of each, what it made of it: batch_norm of an inference model as one in training, instance_norm without its weights, an `alpha` of
 add, sub and celu as 1, a quotient of whole numbers as a whole number, an index below 0 as one outside of the table, indices with whole
 axes between them in another order, a nearest pixel as another one, the scale of a picture as that of its rounded size, narrow()'s
-length as its end; a divisor of pools it did not read.
+length as its end; a divisor of pools it did not read; what is no number, or infinite, in argsort, logical_xor, softshrink and floor division.
 """
 
 from __future__ import annotations
@@ -116,6 +116,27 @@ def _index(self: Tensor, **given: Any) -> Tensor:
     return found.permute(*range(made, made + front), *range(made), *range(made + front, found.dim()))
 
 
+def _argsort(self: Tensor, *, dim: int = -1, descending: bool = False, **_: Any) -> Tensor:
+    return torch.sort(self, dim, descending).indices
+
+
+def _xor(self: Tensor, other: Tensor) -> Tensor:
+    first, second = (one if one.dtype is torch.bool else one != 0 for one in (self, other))
+    return (first | second) & ~(first & second)
+
+
+def _softshrink(self: Tensor, *, lambd: float = 0.5) -> Tensor:
+    return torch.where(self > lambd, self - lambd, torch.where(self < -lambd, self + lambd, torch.where(self.isnan(), self, 0.0)))
+
+
+def _floor_div(self: Tensor, other: Any, **_: Any) -> Tensor:
+    rest = torch.fmod(self, other)
+    whole = (self - rest) / other
+    whole = torch.where(rest * other < 0, whole - 1, whole)
+    floor = torch.floor(whole)
+    return torch.where(whole - floor > 0.5, floor + 1, floor)
+
+
 def _is_scaled(node: Any) -> bool:
     return bool(node.kwargs.get("alpha", 1) != 1)
 
@@ -136,6 +157,10 @@ def _is_rounded(node: Any) -> bool:
     scales = node.kwargs.get("scale_factors")
     return scales is not None and any(old * scale != new for old, scale, new in zip(
         node.all_input_nodes[0].meta["val"].shape[2:], scales, node.meta["val"].shape[2:], strict=True))
+
+
+def _is_floored(node: Any) -> bool:
+    return node.kwargs.get("rounding_mode", "floor") == "floor" and bool(node.meta["val"].is_floating_point())
 
 
 def _has_divisor(node: Any) -> bool:
@@ -163,6 +188,10 @@ SPELLINGS: Mapping[Any, tuple[Callable[[Any], bool], Callable[..., Any]]] = {
     aten.sub.Tensor: (_is_scaled, _sub),
     aten.rsub.Scalar: (_always, _rsub),
     aten.div.Tensor: (_is_whole, _div),
+    **dict.fromkeys((aten.div.Tensor_mode, aten.floor_divide.default), (_is_floored, _floor_div)),
+    **dict.fromkeys((aten.argsort.default, aten.argsort.stable), (_always, _argsort)),
+    aten.logical_xor.default: (_always, _xor),
+    aten.softshrink.default: (_always, _softshrink),
     aten.upsample_nearest1d.vec: (_is_uneven, _nearest),
     aten.upsample_nearest2d.vec: (_is_uneven, _nearest),
     aten.upsample_bilinear2d.vec: (_is_rounded, partial(_resized, op=aten.upsample_bilinear2d.vec)),

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from .errors import KernelError
 from .export_library_formulas import SPELLINGS, arguments
+from .export_library_single import with_batch
 from .fold import plan, store
 from .normal_form_edit import insert
 from .ops import experts_ffn, held_ffn, noted, predicted_ffn, put_rows, select, select_ffn, select_inputs_ffn, select_linear, take_rows
@@ -64,6 +65,7 @@ def spell(region: Region) -> None:
     Raises KernelError for an op that remembers something from one call to the next.
     """
     for node in list(region.graph.nodes):
+        with_batch(node)
         if node.target in REMEMBERING:
             raise KernelError(f"{str(node.target).split('.')[1]} reads {REMEMBERING[node.target]}, which whole graphs do not remember",
                               where=node.name, hint="compile without the pass that made it for this form; save() keeps it for PyTorch")
