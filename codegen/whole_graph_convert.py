@@ -17,6 +17,7 @@ from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
 from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
 from sparsify_compiler.codegen.kernels.top_rows import TopRows
 from sparsify_compiler.codegen.whole_graph_attention import attend, attend_blocked, attend_cached, attend_step
+from sparsify_compiler.codegen.whole_graph_extremes import best, lossy
 from sparsify_compiler.codegen.whole_graph_functions import Parameter, arguments_of, chosen, declared, intervals
 from sparsify_compiler.codegen.whole_graph_planes import LaidPlanes
 from sparsify_compiler.errors import KernelError
@@ -247,38 +248,6 @@ def _top(graph: GraphImporter, node: fx.Node, x: Any, dim: int, largest: bool) -
     return first, second
 
 
-def _best(largest: bool) -> Callable[[GraphImporter, fx.Node], Any]:
-    """The largest or least number of each row and where it stands, or where alone: what is no number comes first, which TVM's own never see."""
-    def convert(graph: GraphImporter, node: fx.Node) -> Any:
-        x, dim, _ = arguments_of(node)
-        seen, wanted = x.meta["val"], node.meta["val"]
-        if not seen.is_floating_point():
-            return graph.plain(node)
-        if dim not in (None, -1, seen.dim() - 1):
-            raise KernelError("whole graphs find the place of an extreme along the last dimension", where=node.name,
-                              hint="save() keeps the model for PyTorch")
-        rows: list[Any] = [1, -1] if dim is None or seen.dim() == 0 else graph.shape(x)
-        value = graph.block_builder.emit(relax.op.astype(_in_shape(graph, graph.value(x), rows), "float32"))
-        value = value if largest else graph.block_builder.emit(relax.op.negative(value))
-        outer = list(value.ty.shape)[:-1]
-        both = (Parameter((None,) * len(rows), dtype) for dtype in ("float32", "int64"))
-        kernel = graph.kernel_of(TopRows(True, graph.parts.target.cores), [_any_size(value), *both])
-        types = [relax.TensorType([*outer, 1], dtype) for dtype in ("float32", "int64")]
-        found = graph.block_builder.emit(relax.call_tir(kernel, [value], out_ty=types))
-        parts = [graph.block_builder.emit(relax.TupleGetItem(found, i)) for i in range(2)]
-        if isinstance(wanted, torch.Tensor):
-            return _in_shape(graph, parts[1], graph.shape(node))
-        parts[0] = parts[0] if largest else graph.block_builder.emit(relax.op.negative(parts[0]))
-        shaped = [_in_shape(graph, part, [graph.size(size) for size in wanted[0].shape]) for part in parts]
-        return graph.block_builder.emit(relax.op.astype(shaped[0], str(wanted[0].dtype).removeprefix("torch."))), shaped[1]
-
-    return convert
-
-
-def _lossy(graph: GraphImporter, node: fx.Node) -> Any:
-    raise KernelError(f"whole graphs lose what is no number in {node.target}", where=node.name, hint="save() keeps the model for PyTorch")
-
-
 def _item(graph: GraphImporter, node: fx.Node) -> Any:
     given: list[Any] = list(node.args)
     values = graph.value(given[0])
@@ -300,7 +269,7 @@ CONVERTERS: Mapping[str, Callable[[GraphImporter, fx.Node], Any]] = {
     "amin.default": _extreme(lambda x, dims, keep: relax.op.min(x, dims or None, keep)),
     "amax.default": _extreme(lambda x, dims, keep: relax.op.max(x, dims or None, keep)),
     **{f"where.{kind}": _where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")}, "cumsum.default": _cumsum,
-    "max.dim": _best(True), "min.dim": _best(False), "argmax.default": _best(True), "argmin.default": _best(False),
-    **dict.fromkeys(("median.default", "median.dim", "atan2.default"), _lossy), "topk.default": _topk, "sort.default": _sort, "getitem": _item,
+    "max.dim": best(True), "min.dim": best(False), "argmax.default": best(True), "argmin.default": best(False),
+    **dict.fromkeys(("median.default", "median.dim", "atan2.default"), lossy), "topk.default": _topk, "sort.default": _sort, "getitem": _item,
     "scaled_dot_product_attention.default": attend, "attend_cached": attend_cached, "attend_blocked": attend_blocked, "attend_step": attend_step,
 }  # fmt: skip
