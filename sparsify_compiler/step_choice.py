@@ -65,11 +65,17 @@ def choose_step(program: Program, model: nn.Module, target: Target) -> Choice:
             _compare(step, model)
             times = _times(step, model)
     except SparsifyError as error:
-        return Choice(None, f"{USUAL}: {f'{error.where}: ' if error.where else ''}{error.what}")
+        return Choice(None, one_line(f"{USUAL}: {f'{error.where}: ' if error.where else ''}{error.what}"))
     except Exception as error:  # noqa: BLE001 — few have asked for it, and whatever goes wrong, of whatever model, it decodes without
         first = next(iter(str(error).splitlines()), "")[:LINE]
         return Choice(None, f"{USUAL}: its step cannot be made: {type(error).__name__} {first}".rstrip())
     return _chosen(step, times, built)
+
+
+def one_line(text: str) -> str:
+    """Of what torch or TVM say over several lines a report tells the beginning, in one."""
+    line = " ".join(text.split())
+    return line if len(line) <= 2 * LINE else f"{line[: 2 * LINE - 1]}…"
 
 
 def _chosen(step: Step, times: list[tuple[int, float, float]], built: float) -> Choice:

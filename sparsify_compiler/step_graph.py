@@ -77,6 +77,8 @@ def _plain_model(program: Program) -> nn.Module:
         raise ModelError("it was captured whole, as a graph of whole texts")
     if not callable(getattr(program.skeleton, "generate", None)):
         raise ModelError("it has no generate()")
+    if getattr(getattr(program.skeleton, "config", None), "is_encoder_decoder", False):
+        raise ModelError("it writes one text while it reads another: a step of it needs both")
     if any(str(node.target) in NOTING for _, node in program.nodes()):
         raise ModelError("its parts remember something from one token to the next")
     for path, text in program.attentions.items():

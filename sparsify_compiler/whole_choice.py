@@ -15,6 +15,7 @@ from .compiled import CompiledModel
 from .errors import ModelError, SparsifyError
 from .measure import Timing, interleave, undisturbed
 from .program import InputSpec, Program, TensorSpec
+from .step_choice import one_line
 from .target import Target
 from .whole_call import PARTS, WholeCall, build_call, tensors_of
 
@@ -64,7 +65,7 @@ def choose_call(compiled: CompiledModel, example: Any, target: Target, room: int
             return Choice(None, f"{PARTS}: {_times(times)}")
         least = _least(compiled, WholeCall(library, spec, {name: (1, size) for name, size in most.items()}, rows), spec, inputs, most)
     except SparsifyError as error:
-        return Choice(None, f"{PARTS}: {f'{error.where}: ' if error.where else ''}{error.what}")
+        return Choice(None, one_line(f"{PARTS}: {f'{error.where}: ' if error.where else ''}{error.what}"))
     except Exception as error:  # noqa: BLE001 — few have asked for it, and whatever goes wrong, of whatever model, it runs without
         first = next(iter(str(error).splitlines()), "")[:LINE]
         return Choice(None, f"{PARTS}: its library cannot be made: {type(error).__name__} {first}".rstrip())

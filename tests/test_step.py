@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -471,3 +472,12 @@ def test_weights_that_start_anywhere_are_read_where_they_lie(tmp_path: Path) -> 
         assert not one.step.library.own
         assert torch.equal(one.generate(texts(2)[0], max_new_tokens=TOKENS, do_sample=False), expected)
         assert taken(one) > 0
+
+
+def test_why_there_is_no_step_is_said_in_one_line() -> None:
+    """BART's line was an error within torch.export, over two."""
+    pair = SimpleNamespace(skeleton=SimpleNamespace(generate=print, config=SimpleNamespace(is_encoder_decoder=True)), nodes=list)
+    with pytest.raises(ModelError, match="writes one text while it reads another"):
+        step_graph(cast(Any, pair))
+    assert step_choice.one_line("a reason\n  over two lines") == "a reason over two lines"
+    assert len(step_choice.one_line("so long " * 99)) <= 2 * step_choice.LINE
