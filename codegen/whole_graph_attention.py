@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from sparsify_compiler.codegen.kernels.attend_step import AttendStep
 from sparsify_compiler.codegen.kernels.blocks_dense import Blocks
 from sparsify_compiler.codegen.kernels.cache_write import CacheWrite
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
+from sparsify_compiler.codegen.vectors import multiplies_pairs
 from sparsify_compiler.codegen.whole_graph_blocks import Read, blocks_of
 from sparsify_compiler.codegen.whole_graph_functions import arguments_of, declared
 from sparsify_compiler.errors import KernelError
@@ -29,7 +31,7 @@ VIEWS = (aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten
 
 
 def attend(graph: GraphImporter, node: fx.Node) -> Any:
-    """scaled_dot_product_attention, in float32 whatever the dtype is."""
+    """scaled_dot_product_attention; bfloat16 as it is where the target multiplies pairs of it, else in float32."""
     query, key, value, mask, dropout, causal, scale, grouped = arguments_of(node)
     tensors = [one.meta["val"] for one in (query, key, value)]
     if any(one.dtype not in FLOATS or one.dim() != 4 for one in tensors):
@@ -41,8 +43,17 @@ def attend(graph: GraphImporter, node: fx.Node) -> Any:
         return graph.plain(node)
     given = [_as_it_lies(one) for one in (query, key, value)]
     added = [] if mask is None else [_mask(graph, _without_truths(mask), shapes[1][2])]
-    inputs = [*(in_float32(graph, one) for one, _ in given), *added]
-    return _one_kernel(graph, node, inputs, shapes, [lie for _, lie in given], bool(causal), _mask_of(added[0]) if added else Mask(), scale)
+    target = graph.parts.target
+    pairs = multiplies_pairs(target) and {one.dtype for one in tensors} == {torch.bfloat16} and in_pairs(shapes[0][3], shapes[2][3], target)
+    read = graph.value if pairs else partial(in_float32, graph)
+    inputs, lies = [*(read(one) for one, _ in given), *added], [lie for _, lie in given]
+    return _one_kernel(graph, node, inputs, shapes, lies, bool(causal), _mask_of(added[0]) if added else Mask(), scale,
+                       dtype="bfloat16" if pairs else "float32")
+
+
+def in_pairs(width: int, value_width: int, target: Target) -> bool:
+    """Are rows of queries, keys and values whole vectors of pairs?"""
+    return width % (target.vector_bytes // 2) == 0 and value_width % (target.vector_bytes // 4) == 0
 
 
 def in_float32(graph: GraphImporter, node: fx.Node) -> Any:
@@ -115,7 +126,7 @@ def attend_blocked(graph: GraphImporter, node: fx.Node) -> Any:
 
 
 def _one_kernel(graph: GraphImporter, node: fx.Node, inputs: list[Any], shapes: list[Any], lie: list[str], causal: bool, mask: Mask, scale: Any,
-                past: bool = False, blocks: Blocks | None = None) -> Any:
+                past: bool = False, blocks: Blocks | None = None, dtype: str = "float32") -> Any:
     """The result of attend_dense, turned already where it is only read so. `shapes` are those of query, key and value, [B, H, S, D]."""
     target, out = graph.parts.target, _turned(node)
     (_, heads, _, width), (_, groups, _, _), (_, _, _, value_width) = shapes
@@ -123,15 +134,15 @@ def _one_kernel(graph: GraphImporter, node: fx.Node, inputs: list[Any], shapes: 
     lies = lie[0], lie[1], lie[2], "bhsd" if out is node else "bshd"
     rows = shapes[0][2] * (heads // groups) if isinstance(shapes[0][2], int) and not causal and blocks is None else 0
     schedule = AttendDense(width, value_width, heads, groups, factor, causal, mask, lies, past, *registers(target, rows),
-                           workers=target.cores, blocks=blocks)
-    return _finished(graph, node, schedule, inputs, graph.shape(out))
+                           workers=target.cores, blocks=blocks, dtype=dtype)
+    return _finished(graph, node, schedule, inputs, graph.shape(out), dtype)
 
 
-def _finished(graph: GraphImporter, node: fx.Node, schedule: Any, inputs: list[Any], shape: list[Any]) -> Any:
+def _finished(graph: GraphImporter, node: fx.Node, schedule: Any, inputs: list[Any], shape: list[Any], made: str = "float32") -> Any:
     """What a kernel gives in this shape, as the value of the node, and of the one that turns it."""
     out, dtype = _turned(node), str(node.meta["val"].dtype).removeprefix("torch.")
-    result = graph.one_kernel(schedule, inputs, shape)
-    if dtype != "float32":
+    result = graph.one_kernel(schedule, inputs, shape, made)
+    if dtype != made:
         result = graph.block_builder.emit(relax.op.astype(result, dtype))
     if len(shape) == 2:
         result = graph.block_builder.emit(relax.op.reshape(result, graph.shape(out)))

@@ -23,7 +23,7 @@ from sparsify_compiler.codegen.kernels.norm_rows import NormRows
 from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
 from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
 from sparsify_compiler.codegen.targets import tvm_target
-from sparsify_compiler.codegen.vectors import AVX512, Vectors
+from sparsify_compiler.codegen.vectors import AVX512, Vectors, multiplies_pairs, vectors_of
 from sparsify_compiler.codegen.whole_graph_attention import registers
 from sparsify_compiler.target import host, resolve
 
@@ -150,6 +150,23 @@ def _innermost(assembly: str) -> list[str]:
     blocks = re.split(r"^(\.LBB\w+):", assembly, flags=re.MULTILINE)[1:]
     return [body[:jump.end()] for label, body in zip(blocks[::2], blocks[1::2], strict=True)
             if (jump := re.search(r"\sj\w+\s+(\.LBB\w+)", body)) and jump[1] == label]
+
+
+@pytest.mark.skipif(not multiplies_pairs(host()), reason="this machine has no instruction for pairs of bfloat16")
+@pytest.mark.parametrize("keys", [1, 21, 64, 130])
+@pytest.mark.parametrize(("causal", "masked", "lies"), [(False, True, "bshd"), (True, False, "bhsd"), (False, False, "bhsd")])
+def test_attention_in_pairs_of_bfloat16(keys: int, causal: bool, masked: bool, lies: str) -> None:
+    """Numbers of keys that are odd; what lies behind the last key is not read, and shares are rounded as torch rounds them."""
+    queries = keys if causal else 9
+    query, key, value = torch.randn(2, 4, queries, 32) * 2, torch.randn(2, 2, keys, 32), torch.randn(2, 2, keys, 48)
+    query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    mask, facts = (torch.rand(2, 1, 1, keys) > 0.3, Mask("bool", (True, False, False))) if masked else (None, Mask())
+    repeated = [one.double().repeat_interleave(2, 1) for one in (key, value)]
+    expected = F.scaled_dot_product_attention(query.double(), *repeated, attn_mask=mask, is_causal=causal).nan_to_num().bfloat16()
+    turn = (lambda x: x.transpose(1, 2).contiguous()) if lies == "bshd" else (lambda x: x)
+    schedule = AttendDense(32, 48, 4, 2, 32**-0.5, causal, facts, (lies,) * 4, False, vectors_of(host()).lanes, 2, 8, 2, dtype="bfloat16")
+    given = [turn(one) for one in (query, key, value)] + ([] if mask is None else [mask])
+    torch.testing.assert_close(run(schedule, *given, like=turn(expected)), turn(expected), rtol=2e-2, atol=1e-2)
 
 
 def test_attention_over_a_cache() -> None:

@@ -1,4 +1,4 @@
-"""softmax(q kᵀ scale + mask) v over all keys, or some blocks of them, in float32, on any processor: for graphs that run without torch.
+"""softmax(q kᵀ scale + mask) v over all keys, or some blocks of them, on any processor: for graphs that run without torch.
 
 A task is up to `lanes` × `vectors` rows, query positions of the heads that share keys, which lie along vectors: a key or a value is read once for all
 of them, and broadcast. Blocks of keys come one after the other, with the running maximum of online softmax (Milakov and Gimelshein, arXiv:1805.02867;
@@ -20,6 +20,7 @@ from typing import Any
 from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
+from sparsify_compiler.codegen.kernels.attend_numbers import NUMBERS, Floats, Pairs
 from sparsify_compiler.codegen.kernels.blocks_dense import Blocks, below, each_block, part_of_blocks, parts_of_blocks
 from sparsify_compiler.codegen.kernels.mask_dense import Mask, add_mask, hide_later_keys
 from sparsify_compiler.codegen.kernels.powers import exp2, larger, powers
@@ -39,6 +40,7 @@ class AttendDense:
     past                 is there an int64 [1] of how many tokens the caches hold before these? Then those and as many keys as queries are read
     blocks               of keys that are read, where they are not all
     lanes, vectors       rows that are computed together; together: keys, or columns of values, that are
+    dtype                of query, key, value and out, which bfloat16 is multiplied in pairs: widths are then `whole`
     """
 
     width: int
@@ -55,6 +57,7 @@ class AttendDense:
     together: int
     workers: int
     blocks: Blocks | None = None
+    dtype: str = "float32"
     name = "attend_dense"
 
     def compute(self) -> Any:
@@ -66,15 +69,25 @@ class AttendDense:
         """Of a task."""
         return self.lanes * self.vectors
 
+    @property
+    def numbers(self) -> Floats | Pairs:
+        """What is multiplied."""
+        return NUMBERS[self.dtype]
 
-def operand(lie: str, sizes: tuple[Any, Any, Any, Any]) -> Any:
-    """The next parameter, float32 of [batch, heads, places, width] as it lies: `buffer`, and at(batch, head, place).
+    @property
+    def factor(self) -> float:
+        """Of scores, which are powers of two."""
+        return self.scale * math.log2(math.e)
+
+
+def operand(lie: str, sizes: tuple[Any, Any, Any, Any], dtype: str) -> Any:
+    """The next parameter, [batch, heads, places, width] as it lies: `buffer`, and at(batch, head, place).
 
     And place(batch, head, place), of a row's first element among all, and `step`, from there to the next place: for loops that read several rows.
     """
     batch, heads, places, width = sizes
     turned = lie == "bshd"
-    buffer = e.argument((batch, places, heads, width) if turned else (batch, heads, places, width), "float32")
+    buffer = e.argument((batch, places, heads, width) if turned else (batch, heads, places, width), dtype)
 
     def place(b: Any, h: Any, s: Any) -> Any:
         outer, middle, inner = (places, s, h) if turned else (heads, h, s)
@@ -86,16 +99,16 @@ def operand(lie: str, sizes: tuple[Any, Any, Any, Any]) -> Any:
 
 def _body(how: AttendDense) -> None:
     a = SimpleNamespace(**{name: e.int32() for name in ("B", "Q", "K", "H", "G", "D", "V")})
-    a.query = operand(how.lie[0], (a.B, a.H, a.Q, a.D))
-    a.key = operand(how.lie[1], (a.B, a.G, a.K, a.D))
-    a.value = operand(how.lie[2], (a.B, a.G, a.K, a.V))
+    a.query = operand(how.lie[0], (a.B, a.H, a.Q, a.D), how.dtype)
+    a.key = operand(how.lie[1], (a.B, a.G, a.K, a.D), how.dtype)
+    a.value = operand(how.lie[2], (a.B, a.G, a.K, a.V), how.dtype)
     a.mask = e.argument(tuple(e.int32() for _ in range(4)), how.mask.dtype) if how.mask.dtype else None
     past = e.argument((e.int32(),), "int64") if how.past else None
     if how.blocks is not None:
         a.table, a.tiles = (e.argument(tuple(e.int32() for _ in range(size)), dtype) for size, dtype in ((4, "int32"), (3, "bool")))
         if how.blocks.own and how.blocks.starts:
             a.patterns = e.argument(tuple(e.int32() for _ in range(4)), "int32")
-    a.out = operand(how.lie[3], (a.B, a.H, a.Q, a.V))
+    a.out = operand(how.lie[3], (a.B, a.H, a.Q, a.V), how.dtype)
     a.keys_flat, a.values_flat = (_flat(one.buffer) for one in (a.key, a.value))
     a.past = e.opaque(e.cast("int32", e.load(past, 0))) if how.past else e.constant(0, "int32")
     a.keys = e.opaque(e.minimum(a.past + a.Q, a.K)) if how.past else a.K
@@ -108,7 +121,7 @@ def _body(how: AttendDense) -> None:
 
 def _flat(buffer: Any) -> Any:
     """The elements of a parameter as one row."""
-    return e.builder.decl_buffer((math.prod(buffer.shape),), "float32", data=buffer.data, align=4)
+    return e.builder.decl_buffer((math.prod(buffer.shape),), str(buffer.dtype), data=buffer.data, align=2 if "16" in str(buffer.dtype) else 4)
 
 
 def _run(how: AttendDense, a: Any, dense: bool) -> None:
@@ -119,7 +132,7 @@ def _run(how: AttendDense, a: Any, dense: bool) -> None:
     tasks = e.opaque(a.B * heads * parts)
 
     def run(parallel: bool) -> None:
-        with e.loop(tasks, parallel=parallel) as task, powers(how.lanes), e.llvm(SCALAR.read_text()):
+        with e.loop(tasks, parallel=parallel) as task, powers(how.lanes), how.numbers.text(how.lanes), e.llvm(SCALAR.read_text()):
             pair = e.opaque(tirx.truncdiv(task, parts))
             t = SimpleNamespace(batch=e.opaque(tirx.truncdiv(pair, heads)))
             head = e.opaque(pair - t.batch * heads)
@@ -140,8 +153,9 @@ def _run(how: AttendDense, a: Any, dense: bool) -> None:
 
 def _task(how: AttendDense, a: Any, t: Any, keys: Callable[[], None]) -> None:
     """Some rows of one batch and group: of `each` queries from `start` on, for the heads from `head` on; and the keys that they read."""
-    t.queries, t.scores = e.scratch(how.width * how.rows, "float32"), e.scratch(BLOCK * how.rows, "float32")
+    t.queries, t.scores = e.scratch(how.width // how.numbers.of * how.rows, how.numbers.word), e.scratch(BLOCK * how.rows, "float32")
     t.sums = e.scratch(how.value_width * how.rows, "float32")
+    how.numbers.room(how, t, BLOCK)
     t.tops, t.totals, t.places = (e.stack(how.rows, dtype) for dtype in ("float32", "float32", "int32"))
     t.line = lambda i: _line(t, i)
     _pack(how, a, t)
@@ -190,20 +204,20 @@ def _last_key(how: AttendDense, a: Any, t: Any) -> Any:
 
 
 def _pack(how: AttendDense, a: Any, t: Any) -> None:
-    """queries[d][row], scaled so that scores are powers of two; and which query each row is."""
-    lanes, factor = how.lanes, how.scale * math.log2(math.e)
+    """queries[d][row], in words of what is multiplied; and which query each row is."""
+    lanes, numbers, words = how.lanes, how.numbers, how.width // how.numbers.of
     with e.loop(how.vectors) as v:
         lines = [t.line(v * lanes + i) for i in range(lanes)]
         for i, (_, query) in enumerate(lines):
             e.store(t.places, query, v * lanes + i)
         starts = [a.query.at(t.batch, head, query) for head, query in lines]
-        with e.loop(how.width // lanes) as chunk:
-            rows = [e.let(e.load(a.query.buffer, *start, chunk * lanes, lanes=lanes) * _lanes(how, factor)) for start in starts]
+        with e.loop(words // lanes) as chunk:
+            rows = [e.let(numbers.query(numbers.load(a.query.buffer, *start, chunk * lanes, lanes=lanes), how.factor, lanes)) for start in starts]
             for d, column in enumerate(e.transpose(rows)):
                 e.store(t.queries, column, (chunk * lanes + d) * how.rows + v * lanes, lanes=lanes)
-        for d in range(how.width // lanes * lanes, how.width):
+        for d in range(words // lanes * lanes, words):
             for i, start in enumerate(starts):
-                e.store(t.queries, e.load(a.query.buffer, *start, d) * e.constant(factor, "float32"), d * how.rows + v * lanes + i)
+                e.store(t.queries, numbers.query(numbers.load(a.query.buffer, *start, d), how.factor, 1), d * how.rows + v * lanes + i)
 
 
 def _scores(how: AttendDense, a: Any, t: Any) -> None:
@@ -212,15 +226,15 @@ def _scores(how: AttendDense, a: Any, t: Any) -> None:
         first = e.opaque(some * how.together)
         keys = [a.key.place(t.batch, t.group, e.minimum(t.key + first + i, a.keys - 1)) for i in range(how.together)]
         sums = [[e.Register(how.lanes, _lanes(how, 0.0)) for _ in range(how.vectors)] for _ in keys]
-        with e.loop(how.width) as d:
+        with e.loop(how.width // how.numbers.of) as d:
             queries = [e.let(e.load(t.queries, d * how.rows + v * how.lanes, lanes=how.lanes)) for v in range(how.vectors)]
             for key, registers in zip(keys, sums, strict=True):
-                number = e.let(e.broadcast(e.load(a.keys_flat, key + e.cast("int64", d)), how.lanes))
+                number = e.let(e.broadcast(how.numbers.number(a.keys_flat, key + e.cast("int64", d * how.numbers.of)), how.lanes))
                 for register, query in zip(registers, queries, strict=True):
-                    register.multiply_add(query, number)
+                    how.numbers.multiply_add(register, query, number)
         for i, registers in enumerate(sums):
             for v, register in enumerate(registers):
-                e.store(t.scores, register.get(), (first + i) * how.rows + v * how.lanes, lanes=how.lanes)
+                e.store(t.scores, how.numbers.score(register.get(), how.factor, how.lanes), (first + i) * how.rows + v * how.lanes, lanes=how.lanes)
 
 
 def _shares(how: AttendDense, t: Any) -> list[Any]:
@@ -234,11 +248,7 @@ def _shares(how: AttendDense, t: Any) -> list[Any]:
             top.set(larger(e.load(t.scores, key * how.rows + start, lanes=how.lanes), top.get(), how.lanes))
         limit = e.let(top.get())
         finite = e.let(tirx.Select(tirx.EQ(limit, _lanes(how, -math.inf)), _lanes(how, 0.0), limit))
-        with e.loop(t.count) as key:
-            at = e.opaque(key * how.rows + start)
-            share = exp2(e.load(t.scores, at, lanes=how.lanes) - finite, how.lanes)
-            total.set(total.get() + share)
-            e.store(t.scores, share, at, lanes=how.lanes)
+        how.numbers.keep_shares(how, t, start, finite, total)
         fade = exp2(before - finite, how.lanes)
         fades.append(fade)
         e.store(t.tops, limit, start, lanes=how.lanes)
@@ -248,20 +258,20 @@ def _shares(how: AttendDense, t: Any) -> list[Any]:
 
 def _values(how: AttendDense, a: Any, t: Any, fades: list[Any]) -> None:
     """sums[column][row] = sums * fade + shares * values."""
+    values = how.numbers.values(how, a, t)
     columns = max(size for size in range(1, how.together + 1) if how.value_width % size == 0)
-    start = a.value.place(t.batch, t.group, t.key)
     with e.loop(how.value_width // columns) as some:
         first = e.opaque(some * columns)
         places = [[(first + i) * how.rows + v * how.lanes for v in range(how.vectors)] for i in range(columns)]
         sums = [[e.Register(how.lanes, e.load(t.sums, place, lanes=how.lanes) * fade) for place, fade in zip(row, fades, strict=True)]
                 for row in places]
-        with e.loop(t.count) as key:
-            shares = [e.let(e.load(t.scores, key * how.rows + v * how.lanes, lanes=how.lanes)) for v in range(how.vectors)]
-            value = e.let(start + e.cast("int64", key) * e.cast("int64", a.value.step) + e.cast("int64", first))
+        with e.loop(tirx.truncdiv(t.count + (how.numbers.of - 1), how.numbers.of)) as step:
+            shares = [e.let(e.load(t.shares, step * how.rows + v * how.lanes, lanes=how.lanes)) for v in range(how.vectors)]
+            buffer, value = values(step, first)
             for i, registers in enumerate(sums):
-                number = e.let(e.broadcast(e.load(a.values_flat, value + i), how.lanes))
+                number = e.let(e.broadcast(e.load(buffer, value + i), how.lanes))
                 for register, share in zip(registers, shares, strict=True):
-                    register.multiply_add(share, number)
+                    how.numbers.multiply_add(register, share, number)
         for row, registers in zip(places, sums, strict=True):
             for place, register in zip(row, registers, strict=True):
                 e.store(t.sums, register.get(), place, lanes=how.lanes)
@@ -281,11 +291,11 @@ def _write(how: AttendDense, a: Any, t: Any) -> None:
             rows = e.transpose([e.let(e.load(t.sums, (chunk * lanes + i) * how.rows + v * lanes, lanes=lanes)) for i in range(lanes)])
             for i, ((head, query), row) in enumerate(zip(lines, rows, strict=True)):
                 with e.when(t.first + v * lanes + i < t.lines):
-                    e.store(a.out.buffer, row, *a.out.at(t.batch, head, query), chunk * lanes, lanes=lanes)
+                    e.write_float(a.out.buffer, row, *a.out.at(t.batch, head, query), chunk * lanes, lanes=lanes)
         for i, (head, query) in enumerate(lines):
             for d in range(how.value_width // lanes * lanes, how.value_width):
                 with e.when(t.first + v * lanes + i < t.lines):
-                    e.store(a.out.buffer, e.load(t.sums, d * how.rows + v * lanes + i), *a.out.at(t.batch, head, query), d)
+                    e.write_float(a.out.buffer, e.load(t.sums, d * how.rows + v * lanes + i), *a.out.at(t.batch, head, query), d)
 
 
 def _lanes(how: AttendDense, value: float) -> Any:
