@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsify_compiler.capture import capture
+from sparsify_compiler.codegen import cache
+from sparsify_compiler.codegen.vectors import multiplies_pairs
+from sparsify_compiler.codegen.whole_graph_import import GraphImporter
 from sparsify_compiler.target import host
 from sparsify_compiler.whole_call import build_call
 
@@ -83,5 +86,25 @@ def test_bfloat16_norms_are_computed_in_float32() -> None:
     model, x = Results(norms).bfloat16(), torch.randn(2, 8, 8, 8).bfloat16()
     with torch.no_grad():
         for found, expected in zip(library_of(model, x)(x.clone()), model(x), strict=True):
+            assert found.dtype is torch.bfloat16
+            torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("width", "pairs"), [(64, True), (20, False)])
+def test_bfloat16_attention(width: int, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiplied in pairs where heads are whole vectors of them and the machine can, else in float32; a mask and causality beside."""
+    torch.manual_seed(0)
+    q, x = torch.randn(2, 3, 37, width).bfloat16(), torch.randn(2, 3, 37, width).bfloat16()
+    mask = torch.rand(2, 1, 1, 37) > 0.3
+    attend = functional.scaled_dot_product_attention
+    model = Results([lambda x, a, b: attend(q, x, x), lambda x, a, b: attend(x, q, x, is_causal=True), lambda x, a, b: attend(q, x, x, mask)])
+    built: list[str] = []
+    original = GraphImporter.one_kernel
+    monkeypatch.setattr(GraphImporter, "one_kernel", lambda self, schedule, *rest: (built.append(schedule.dtype), original(self, schedule, *rest))[1])
+    monkeypatch.setattr(cache, "read_or_build", lambda key, build: build())
+    library = library_of(model, x)
+    assert built == ["bfloat16" if pairs and multiplies_pairs(host()) else "float32"] * 3
+    with torch.no_grad():
+        for found, expected in zip(library(x.clone()), model(x), strict=True):
             assert found.dtype is torch.bfloat16
             torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
