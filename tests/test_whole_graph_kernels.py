@@ -100,6 +100,7 @@ ATTENTIONS = [  # (query heads, groups, width, value width, queries, keys, causa
     (2, 2, 16, 16, 21, 21, False, "keys", "bshd", (16, 2, 8)), (4, 2, 20, 24, 9, 70, False, "all", "bhsd", (4, 4, 4)),
     (3, 1, 8, 8, 40, 40, True, "", "bshd", (4, 4, 4)), (2, 1, 8, 12, 1, 130, False, "numbers", "bhsd", (8, 1, 2)),
     (2, 2, 16, 16, 128, 70, False, "keys", "bshd", (16, 4, 4)),
+    (2, 2, 16, 16, 3, 70, False, "", "bhsd", (16, 2, 12)),
 ]  # fmt: skip
 
 

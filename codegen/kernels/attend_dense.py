@@ -20,7 +20,7 @@ from typing import Any
 from tvm import tirx
 
 from sparsify_compiler.codegen import emit as e
-from sparsify_compiler.codegen.kernels.attend_numbers import NUMBERS, Floats, Pairs
+from sparsify_compiler.codegen.kernels.attend_numbers import NUMBERS, Floats, Pairs, flat, operand
 from sparsify_compiler.codegen.kernels.blocks_dense import Blocks, below, each_block, part_of_blocks, parts_of_blocks
 from sparsify_compiler.codegen.kernels.mask_dense import Mask, add_mask, hide_later_keys
 from sparsify_compiler.codegen.kernels.powers import exp2, larger, powers
@@ -80,23 +80,6 @@ class AttendDense:
         return self.scale * math.log2(math.e)
 
 
-def operand(lie: str, sizes: tuple[Any, Any, Any, Any], dtype: str) -> Any:
-    """The next parameter, [batch, heads, places, width] as it lies: `buffer`, and at(batch, head, place).
-
-    And place(batch, head, place), of a row's first element among all, and `step`, from there to the next place: for loops that read several rows.
-    """
-    batch, heads, places, width = sizes
-    turned = lie == "bshd"
-    buffer = e.argument((batch, places, heads, width) if turned else (batch, heads, places, width), dtype)
-
-    def place(b: Any, h: Any, s: Any) -> Any:
-        outer, middle, inner = (places, s, h) if turned else (heads, h, s)
-        row = (e.wide(b) * e.cast("int64", outer) + e.cast("int64", middle)) * e.cast("int64", heads if turned else places) + e.cast("int64", inner)
-        return e.scalar(row * e.cast("int64", width))
-
-    return SimpleNamespace(buffer=buffer, at=lambda b, h, s: (b, s, h) if turned else (b, h, s), place=place, step=heads * width if turned else width)
-
-
 def _body(how: AttendDense) -> None:
     a = SimpleNamespace(**{name: e.int32() for name in ("B", "Q", "K", "H", "G", "D", "V")})
     a.query = operand(how.lie[0], (a.B, a.H, a.Q, a.D), how.dtype)
@@ -109,7 +92,7 @@ def _body(how: AttendDense) -> None:
         if how.blocks.own and how.blocks.starts:
             a.patterns = e.argument(tuple(e.int32() for _ in range(4)), "int32")
     a.out = operand(how.lie[3], (a.B, a.H, a.Q, a.V), how.dtype)
-    a.keys_flat, a.values_flat = (_flat(one.buffer) for one in (a.key, a.value))
+    a.keys_flat, a.values_flat = (flat(one.buffer) for one in (a.key, a.value))
     a.past = e.opaque(e.cast("int32", e.load(past, 0))) if how.past else e.constant(0, "int32")
     a.keys = e.opaque(e.minimum(a.past + a.Q, a.K)) if how.past else a.K
     if how.blocks is None:
@@ -117,11 +100,6 @@ def _body(how: AttendDense) -> None:
     if not how.blocks.sometimes_dense:
         return _run(how, a, False)
     return e.choose(below(how.blocks, a), lambda: _run(how, a, True), lambda: _run(how, a, False))
-
-
-def _flat(buffer: Any) -> Any:
-    """The elements of a parameter as one row."""
-    return e.builder.decl_buffer((math.prod(buffer.shape),), str(buffer.dtype), data=buffer.data, align=2 if "16" in str(buffer.dtype) else 4)
 
 
 def _run(how: AttendDense, a: Any, dense: bool) -> None:
@@ -153,7 +131,8 @@ def _run(how: AttendDense, a: Any, dense: bool) -> None:
 
 def _task(how: AttendDense, a: Any, t: Any, keys: Callable[[], None]) -> None:
     """Some rows of one batch and group: of `each` queries from `start` on, for the heads from `head` on; and the keys that they read."""
-    t.queries, t.scores = e.scratch(how.width // how.numbers.of * how.rows, how.numbers.word), e.scratch(BLOCK * how.rows, "float32")
+    t.queries = e.scratch(how.width // how.numbers.of * how.rows, how.numbers.word)
+    t.scores = e.scratch(-(-BLOCK // how.together) * how.together * how.rows, "float32")     # of whole groups of keys
     t.sums = e.scratch(how.value_width * how.rows, "float32")
     how.numbers.room(how, t, BLOCK)
     t.tops, t.totals, t.places = (e.stack(how.rows, dtype) for dtype in ("float32", "float32", "int32"))

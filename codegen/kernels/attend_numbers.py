@@ -1,4 +1,4 @@
-"""What attend_dense.py multiplies: float32, or words of two bfloat16 by one instruction (AVX512_BF16, Arm's BFDOT).
+"""What attend_dense.py reads and multiplies: float32, or words of two bfloat16 by one instruction (AVX512_BF16, Arm's BFDOT).
 
 Words hold two neighbours of the width of a query and a key, or the shares of two keys and a column of their values. Each product is exact, sums are
 float32, and shares are rounded to bfloat16 as torch rounds them.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 from tvm import tirx
@@ -115,6 +116,28 @@ class Pairs:
 
     def steps(self, t: Any) -> Any:
         return tirx.truncdiv(t.count + 1, 2)
+
+
+def operand(lie: str, sizes: tuple[Any, Any, Any, Any], dtype: str) -> Any:
+    """The next parameter, [batch, heads, places, width] as it lies: `buffer`, and at(batch, head, place).
+
+    And place(batch, head, place), of a row's first element among all, and `step`, from there to the next place: for loops that read several rows.
+    """
+    batch, heads, places, width = sizes
+    turned = lie == "bshd"
+    buffer = e.argument((batch, places, heads, width) if turned else (batch, heads, places, width), dtype)
+
+    def place(b: Any, h: Any, s: Any) -> Any:
+        outer, middle, inner = (places, s, h) if turned else (heads, h, s)
+        row = (e.wide(b) * e.cast("int64", outer) + e.cast("int64", middle)) * e.cast("int64", heads if turned else places) + e.cast("int64", inner)
+        return e.scalar(row * e.cast("int64", width))
+
+    return SimpleNamespace(buffer=buffer, at=lambda b, h, s: (b, s, h) if turned else (b, h, s), place=place, step=heads * width if turned else width)
+
+
+def flat(buffer: Any) -> Any:
+    """The elements of a parameter as one row."""
+    return e.builder.decl_buffer((math.prod(buffer.shape),), str(buffer.dtype), data=buffer.data, align=2 if "16" in str(buffer.dtype) else 4)
 
 
 NUMBERS = {"float32": Floats(), "bfloat16": Pairs()}

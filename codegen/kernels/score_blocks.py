@@ -19,7 +19,7 @@ from tvm import tirx
 from sparsify_compiler.codegen import emit as e
 from sparsify_compiler.codegen.kernels import softmax
 from sparsify_compiler.codegen.kernels.attend_arguments import PARTS
-from sparsify_compiler.codegen.kernels.attend_dense import operand
+from sparsify_compiler.codegen.kernels.attend_numbers import operand
 from sparsify_compiler.codegen.kernels.blocks_dense import Blocks, below, first_key
 from sparsify_compiler.codegen.kernels.mask_dense import Mask
 from sparsify_compiler.codegen.kernels.score_blocks_choice import cell, choose
@@ -77,7 +77,7 @@ def _up(value: Any, size: int) -> Any:
 
 def _body(how: ScoreBlocks) -> None:
     a = SimpleNamespace(**{name: e.int32() for name in ("B", "Q", "K", "H", "G", "D", "rows", "NK")})
-    a.query, a.key = operand(how.lie[0], (a.B, a.H, a.Q, a.D)), operand(how.lie[1], (a.B, a.G, a.K, a.D))
+    a.query, a.key = operand(how.lie[0], (a.B, a.H, a.Q, a.D), "float32"), operand(how.lie[1], (a.B, a.G, a.K, a.D), "float32")
     a.mask = e.argument(tuple(e.int32() for _ in range(4)), how.mask.dtype) if how.counted else None
     past = e.argument((e.int32(),), "int64") if how.past else None
     a.shares, a.least, a.logs = (e.argument((e.int32(),), dtype) for dtype in ("float32", "int32", "float32"))
