@@ -220,7 +220,10 @@ def test_two_convolutions_that_are_added_share_one_addition() -> None:
 # --- layout ----------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [ALWAYS, Lower(margin=1.0, rounds=3)])
+NEVER = Lower(margin=1e6, rounds=3)     # a network saves no millions of times what its convolutions took, however busy the machine was meanwhile
+
+
+@pytest.mark.parametrize("how", [ALWAYS, NEVER])
 def test_a_network_gives_its_values_shapes_and_strides_at_any_size(how: Lower) -> None:
     model = Net().eval()
     compiled, program = lowered(model, (torch.randn(2, 3, 32, 32),), how, {"x": {0: "batch", 2: "height", 3: "width"}})
