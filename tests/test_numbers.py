@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -131,6 +131,9 @@ def test_a_right_kernel_of_a_few_neurons_is_used(dtype: torch.dtype, density: fl
 
 
 @given(st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=30, unique=True), st.floats(0, 1))
+@example([0.0, 2.0**-149], 0.5)
+@example([1.0, 1.0 + 2.0**-23], 0.5)
+@example([1.0 + 2.0**-23, 1.0 + 2.0**-22], 0.5)
 def test_so_many_reach_a_limit_that_none_is_at(scores: list[float], density: float) -> None:
     given_scores = torch.tensor(scores, dtype=torch.float32)
     limit = limit_of(given_scores, density)

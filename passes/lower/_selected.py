@@ -162,7 +162,9 @@ def limit_of(scores: Tensor, density: float) -> Tensor:
     scores = scores.flatten().float()
     skipped = min(round((1 - density) * scores.numel()), scores.numel() - 1)
     last = scores.kthvalue(skipped + 1).values
-    return (last + scores.kthvalue(skipped).values) / 2 if skipped else last / 2
+    before = scores.kthvalue(skipped).values if skipped else torch.zeros_like(last)
+    middle = (last + before) / 2
+    return torch.where(middle > before, middle, last)   # between neighbouring floats there is none
 
 
 def _call(kernel: Any, limits: tuple[Tensor, ...], x: Tensor) -> Tensor:
