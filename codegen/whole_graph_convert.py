@@ -15,9 +15,8 @@ from sparsify_compiler.codegen.kernels.mean_rows import MeanRows
 from sparsify_compiler.codegen.kernels.norm_rows import NormRows
 from sparsify_compiler.codegen.kernels.pointwise_flat import PointwiseFlat
 from sparsify_compiler.codegen.kernels.softmax_rows import SoftmaxRows
-from sparsify_compiler.codegen.kernels.top_rows import TopRows
 from sparsify_compiler.codegen.whole_graph_attention import attend, attend_blocked, attend_cached, attend_step
-from sparsify_compiler.codegen.whole_graph_extremes import best, lossy
+from sparsify_compiler.codegen.whole_graph_extremes import best, lossy, top_rows
 from sparsify_compiler.codegen.whole_graph_functions import Parameter, arguments_of, chosen, declared, intervals
 from sparsify_compiler.codegen.whole_graph_planes import LaidPlanes
 from sparsify_compiler.errors import KernelError
@@ -239,13 +238,7 @@ def _top(graph: GraphImporter, node: fx.Node, x: Any, dim: int, largest: bool) -
     if dim not in (-1, seen.dim() - 1) or seen.dtype is not torch.float32:
         raise KernelError("whole graphs sort numbers of float32, along the last dimension", where=node.name,
                           hint="save() keeps the model for PyTorch")
-    values = [graph.value(x), *(Parameter(tuple(size if isinstance(size, int) else None for size in places.shape), dtype)
-                                for dtype in ("float32", "int64"))]
-    kernel = graph.kernel_of(TopRows(largest, graph.parts.target.cores), [declared(values[0]), *values[1:]])
-    shape = [graph.size(size) for size in places.shape]
-    found = graph.block_builder.emit(relax.call_tir(kernel, values[:1], out_ty=[relax.TensorType(shape, dtype) for dtype in ("float32", "int64")]))
-    first, second = (graph.block_builder.emit(relax.TupleGetItem(found, i)) for i in range(2))
-    return first, second
+    return top_rows(graph, graph.value(x), [graph.size(size) for size in places.shape], largest)
 
 
 def _item(graph: GraphImporter, node: fx.Node) -> Any:

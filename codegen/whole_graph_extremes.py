@@ -10,11 +10,20 @@ from torch import fx
 from tvm import relax
 
 from sparsify_compiler.codegen.kernels.top_rows import TopRows
-from sparsify_compiler.codegen.whole_graph_functions import Parameter, arguments_of
+from sparsify_compiler.codegen.whole_graph_functions import Parameter, arguments_of, declared
 from sparsify_compiler.errors import KernelError
 
 if TYPE_CHECKING:
     from sparsify_compiler.codegen.whole_graph_import import GraphImporter
+
+
+def top_rows(graph: GraphImporter, value: Any, shape: list[Any], largest: bool) -> tuple[Any, Any]:
+    """As many of the largest or least numbers of each row of float32 as the shape has in its last dimension, in order, and where they stand."""
+    known = tuple(size if isinstance(size, int) else None for size in shape)
+    kernel = graph.kernel_of(TopRows(largest, graph.parts.target.cores), [declared(value), Parameter(known, "float32"), Parameter(known, "int64")])
+    found = graph.block_builder.emit(relax.call_tir(kernel, [value], out_ty=[relax.TensorType(shape, dtype) for dtype in ("float32", "int64")]))
+    first, second = (graph.block_builder.emit(relax.TupleGetItem(found, i)) for i in range(2))
+    return first, second
 
 
 def best(largest: bool) -> Callable[[GraphImporter, fx.Node], Any]:
@@ -30,12 +39,7 @@ def best(largest: bool) -> Callable[[GraphImporter, fx.Node], Any]:
         rows: list[Any] = [1, -1] if dim is None or seen.dim() == 0 else graph.shape(x)
         value = graph.block_builder.emit(relax.op.astype(_shaped(graph, graph.value(x), rows), "float32"))
         value = value if largest else graph.block_builder.emit(relax.op.negative(value))
-        outer = list(value.ty.shape)[:-1]
-        both = (Parameter((None,) * len(rows), dtype) for dtype in ("float32", "float32", "int64"))
-        kernel = graph.kernel_of(TopRows(True, graph.parts.target.cores), [*both])
-        types = [relax.TensorType([*outer, 1], dtype) for dtype in ("float32", "int64")]
-        found = graph.block_builder.emit(relax.call_tir(kernel, [value], out_ty=types))
-        parts = [graph.block_builder.emit(relax.TupleGetItem(found, i)) for i in range(2)]
+        parts = list(top_rows(graph, value, [*list(value.ty.shape)[:-1], 1], True))
         if isinstance(wanted, torch.Tensor):
             return _shaped(graph, parts[1], graph.shape(node))
         parts[0] = parts[0] if largest else graph.block_builder.emit(relax.op.negative(parts[0]))

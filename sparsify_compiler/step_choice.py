@@ -64,12 +64,17 @@ def choose_step(program: Program, model: nn.Module, target: Target) -> Choice:
         with torch.no_grad():
             _compare(step, model)
             times = _times(step, model)
-    except SparsifyError as error:
-        return Choice(None, one_line(f"{USUAL}: {f'{error.where}: ' if error.where else ''}{error.what}"))
     except Exception as error:  # noqa: BLE001 — few have asked for it, and whatever goes wrong, of whatever model, it decodes without
-        first = next(iter(str(error).splitlines()), "")[:LINE]
-        return Choice(None, f"{USUAL}: its step cannot be made: {type(error).__name__} {first}".rstrip())
+        return Choice(None, refused(USUAL, "step", error))
     return _chosen(step, times, built)
+
+
+def refused(usual: str, what: str, error: Exception) -> str:
+    """What a report says where a model stays as `usual`, since `what` of it cannot be made."""
+    if isinstance(error, SparsifyError):
+        return one_line(f"{usual}: {f'{error.where}: ' if error.where else ''}{error.what}")
+    first = next(iter(str(error).splitlines()), "")[:LINE]
+    return f"{usual}: its {what} cannot be made: {type(error).__name__} {first}".rstrip()
 
 
 def one_line(text: str) -> str:

@@ -12,10 +12,10 @@ from torch import Tensor
 from .call import Flattener, call_arguments
 from .capture_verify import close
 from .compiled import CompiledModel
-from .errors import ModelError, SparsifyError
+from .errors import ModelError
 from .measure import Timing, interleave, undisturbed
 from .program import InputSpec, Program, TensorSpec
-from .step_choice import one_line
+from .step_choice import refused
 from .target import Target
 from .whole_call import PARTS, WholeCall, build_call, tensors_of
 
@@ -23,7 +23,6 @@ LIBRARY = "one library"
 CALLS = ("auto", "library", "parts")
 WORTH = 1 << 24     # bytes of weights from which a library is made without being asked for
 ROOM = 4            # what is held for the library alone is at most such a part of all that the model holds
-LINE = 120          # characters of an error of which the report tells
 CLEARLY = 0.98      # of the time kernel by kernel: less than that is no gain that can be told from noise
 
 
@@ -64,11 +63,8 @@ def choose_call(compiled: CompiledModel, example: Any, target: Target, room: int
         if not _is_faster(times):
             return Choice(None, f"{PARTS}: {_times(times)}")
         least = _least(compiled, WholeCall(library, spec, {name: (1, size) for name, size in most.items()}, rows), spec, inputs, most)
-    except SparsifyError as error:
-        return Choice(None, one_line(f"{PARTS}: {f'{error.where}: ' if error.where else ''}{error.what}"))
     except Exception as error:  # noqa: BLE001 — few have asked for it, and whatever goes wrong, of whatever model, it runs without
-        first = next(iter(str(error).splitlines()), "")[:LINE]
-        return Choice(None, f"{PARTS}: its library cannot be made: {type(error).__name__} {first}".rstrip())
+        return Choice(None, refused(PARTS, "library", error))
     sizes = {name: (least.get(name, size), size) for name, size in most.items()}
     own = library.own_bytes / 2**20
     ranges = "".join(f", {name} {low} to {high}" if low < high else f", {name} {high}" for name, (low, high) in sizes.items())

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,8 +23,8 @@ from sparsify_compiler.codegen.kernels.attend_numbers import NUMBERS, Floats, Pa
 from sparsify_compiler.codegen.kernels.blocks_dense import Blocks, below, each_block, part_of_blocks, parts_of_blocks
 from sparsify_compiler.codegen.kernels.mask_dense import Mask, add_mask, hide_later_keys
 from sparsify_compiler.codegen.kernels.powers import exp2, larger, powers
+from sparsify_compiler.codegen.vectors import AVX512
 
-SCALAR = Path(__file__).with_name("scalar.ll")
 BLOCK = 64          # keys of a block: its scores for 32 rows are 8 KiB
 ALONE = 1 << 16     # multiply-adds below which waking other threads costs more than they bring
 
@@ -40,7 +39,7 @@ class AttendDense:
     past                 is there an int64 [1] of how many tokens the caches hold before these? Then those and as many keys as queries are read
     blocks               of keys that are read, where they are not all
     lanes, vectors       rows that are computed together; together: keys, or columns of values, that are
-    dtype                of query, key, value and out, which bfloat16 is multiplied in pairs: widths are then `whole`
+    dtype                of query, key, value and out; bfloat16 is multiplied in pairs, and widths are whole vectors of them
     """
 
     width: int
@@ -110,7 +109,7 @@ def _run(how: AttendDense, a: Any, dense: bool) -> None:
     tasks = e.opaque(a.B * heads * parts)
 
     def run(parallel: bool) -> None:
-        with e.loop(tasks, parallel=parallel) as task, powers(how.lanes), how.numbers.text(how.lanes), e.llvm(SCALAR.read_text()):
+        with e.loop(tasks, parallel=parallel) as task, powers(how.lanes), how.numbers.text(how.lanes), e.llvm(AVX512.text("scalar")):
             pair = e.opaque(tirx.truncdiv(task, parts))
             t = SimpleNamespace(batch=e.opaque(tirx.truncdiv(pair, heads)))
             head = e.opaque(pair - t.batch * heads)

@@ -68,7 +68,7 @@ class Pairs:
     of, word = 2, "int32"
 
     def text(self, lanes: int) -> AbstractContextManager[Any]:
-        return e.llvm((AVX512 if lanes == AVX512.lanes else Vectors(lanes, 32, False, True)).dot)  # type: ignore[no-any-return]
+        return e.llvm(Vectors(by_element=lanes != AVX512.lanes).dot)  # type: ignore[no-any-return]
 
     def room(self, how: Any, t: Any, keys: int) -> None:
         t.shares, t.values = e.scratch(keys // 2 * how.rows, "int32"), e.scratch(keys // 2 * how.value_width, "int32")
