@@ -394,12 +394,14 @@ def test_inference_mode() -> None:
         assert instantiate(program)(torch.randn(2, 16)).shape == (2, 16)
 
 
-@pytest.mark.parametrize("budget", ["uniform", "owl"], ids=["what the pass needs", "what its budget asks for"])
-def test_what_a_pass_of_the_same_kind_cut_just_before_is_not_seen_in_statistics_of_the_dense_model(budget: str) -> None:
+@pytest.mark.parametrize("how", [{"score": "weight_times_input_norm"}, {"score": "weight_times_input_norm", "budget": "owl"},
+                                 {"score": "repair", "repair": "obs", "budget": "global_threshold"}],
+                         ids=["what the pass needs", "what its budget needs", "what is asked for beyond"])
+def test_what_a_pass_of_the_same_kind_cut_just_before_is_not_seen_in_statistics_of_the_dense_model(how: dict[str, Any]) -> None:
     """A plan's second structure is a second pass; what stands between two passes otherwise is a model of its own."""
     x = torch.randn(40, 16)
     first = MaskWeights("magnitude", density=0.1, targets=("0",))
-    second = MaskWeights("weight_times_input_norm", budget=budget, density=0.4, ignore=("0",))
+    second = MaskWeights(**how, density=0.4, ignore=("0",))
     model = mlp(16, 32, 24, 8)
 
     def found(*passes: Pass) -> dict[str, Tensor]:

@@ -479,5 +479,7 @@ def test_why_there_is_no_step_is_said_in_one_line() -> None:
     pair = SimpleNamespace(skeleton=SimpleNamespace(generate=print, config=SimpleNamespace(is_encoder_decoder=True)), nodes=list)
     with pytest.raises(ModelError, match="writes one text while it reads another"):
         step_graph(cast(Any, pair))
+    assert step_choice.refused("as usual", "step", ModelError("it has\nno end", where="lm")) == "as usual: lm: it has no end"
+    assert step_choice.refused("as usual", "step", ValueError("one\ntwo")) == "as usual: its step cannot be made: ValueError one"
     assert step_choice.one_line("a reason\n  over two lines") == "a reason over two lines"
     assert len(step_choice.one_line("so long " * 99)) <= 2 * step_choice.LINE

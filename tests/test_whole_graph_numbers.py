@@ -24,6 +24,7 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor | tuple[Tensor, ...]]] = {
     "pool": lambda x: functional.max_pool2d(x.view(1, 1, 4, 16), 3, 2, 1), "elu": functional.elu, "celu": functional.celu,
     "normalised": lambda x: functional.normalize(x, dim=-1), "softshrink": functional.softshrink, "floor": lambda x: x // -0.3,
     "unlike 0": lambda x: x != 0, "unlike": lambda x: x != x.flip(-1), "unlike itself": lambda x: x != x, "itself": lambda x: x == x,
+    "half itself": lambda x: (x.bfloat16() + 1) == (x.bfloat16() + 1),
     "not at most": lambda x: torch.logical_not(x <= 0), "not above": lambda x: torch.where(~(x > 0), x, 3.0), "equal": lambda x: x == x.amax(),
     "count": lambda x: (x != 0).sum(-1), "xor": lambda x: torch.logical_xor(x, x.flip(-1)), "half unlike": lambda x: x.bfloat16() != 0}
 

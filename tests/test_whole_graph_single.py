@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 import sparsify_compiler as sc
+from sparsify_compiler.capture import capture
+from sparsify_compiler.epilogue import META, epilogue_of, epilogues
+from sparsify_compiler.export_library_single import with_batch
 from sparsify_compiler.target import host
 from sparsify_compiler.whole_call import build_call
 
@@ -26,3 +29,11 @@ def test_a_single_image(name: str) -> None:
     library, _ = build_call(compiled.program, host(), {})
     with torch.no_grad():
         torch.testing.assert_close(library.run(x)[0], compiled(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_kernel_computed_behind_a_convolution_follows_the_view() -> None:
+    region = capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), (torch.randn(3, 9, 9),)).regions[""]
+    node = next(node for node in region.graph.nodes if node.target is torch.ops.aten.conv2d.default)
+    node.meta[META] = epilogues(node)[-1].names[0]
+    with_batch(node)
+    assert epilogue_of(node).names == ()
