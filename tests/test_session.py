@@ -19,6 +19,7 @@ from sparsify_compiler.call import instantiate
 from sparsify_compiler.capture import capture
 from sparsify_compiler.errors import CalibrationError, ParseError
 from sparsify_compiler.ops import held_ffn, noted, put_rows, take_rows
+from sparsify_compiler.passes.activation.skip_ffns import _limit as skip_limit
 from sparsify_compiler.passes_api import Context
 from sparsify_compiler.pipeline import Pipeline
 from sparsify_compiler.program import Program
@@ -349,3 +350,13 @@ def test_bad_options() -> None:
     ctx = Context(batches=[inputs])
     Pipeline.parse("skip_ffns(density=0.5, first=0.9)").run(capture(model, inputs), ctx, ())
     assert "may be skipped" in str(ctx.misses[0])
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=20, unique=True), st.integers(0, 21))
+def test_no_row_is_at_the_limit_of_skipped_ffns(cosines: list[float], wanted: int) -> None:
+    """Rounding would decide of it; as many as are wanted lie below."""
+    highest = torch.tensor(cosines, dtype=torch.float32).add(0.0)[:, None]
+    limit = skip_limit(highest, wanted / len(cosines))
+    assert int((highest < limit).sum()) == min(wanted, len(cosines))
+    apart = torch.tensor([[-0.5], [0.25], [0.75]])
+    assert [skip_limit(apart, count / 3) for count in range(4)] == [-0.75, -0.125, 0.5, 2.0]

@@ -122,10 +122,17 @@ class SkipFfns(Pass):
 
 
 def _limit(highest: Tensor, wanted: float) -> float:
-    """What is reached such that `wanted` of the columns lie below it in a row, on average; above every cosine where all shall."""
+    """What is reached such that `wanted` of the columns lie below it in a row, on average; above every cosine where all shall.
+
+    It lies halfway to the last that does not reach it: rounding would decide of one that is at the limit.
+    """
     ordered = highest.flatten().sort().values
     count = max(round(wanted * highest.shape[0]), 0)
-    return float(ordered[count]) if count < ordered.numel() else 2.0
+    if count >= ordered.numel():
+        return 2.0
+    before, reached = ordered[count - 1] if count else torch.full_like(ordered[0], -1.0), ordered[count]
+    middle = (before + reached) / 2
+    return float(torch.where(middle > before, middle, reached))     # between neighbouring floats there is none
 
 
 def _stack(path: str) -> str:
